@@ -1,0 +1,1 @@
+//! Replace a running network server by its next version without losing a connection.
