@@ -24,7 +24,7 @@ use crate::sockets::Sockets;
 use crate::sys::signal::{self, Handlers, Mask};
 use crate::sys::spawn::Spawn;
 use crate::trigger::{self, Action, Calls, ControlSocket, Meaning, Reply, Request, Triggers};
-use crate::upgrade::{self, Inherited, Parent};
+use crate::upgrade::{self, DrainLink, Inherited, Parent};
 
 /// Chooses triggers, deadlines, and what the next generation runs. Nothing happens before [`start`](Self::start).
 ///
@@ -72,6 +72,9 @@ pub enum Overlap {
     Allow,
     /// The upgrade fails with [`Error::ParentDrains`].
     Refuse,
+    /// The upgrade goes ahead; when it has succeeded, the oldest generations beyond this many are told to end their
+    /// [`drain`](Shutdown::drain), which then returns early. This process, which begins to drain, counts as one.
+    AtMost(usize),
 }
 
 impl Default for Builder {
@@ -239,9 +242,9 @@ impl Builder {
         let mask = signal::mask().map_err(prepare("signal mask"))?;
         let program = Program::resolve(&self.changes);
         let inherited = upgrade::inherit()?;
-        let (generation, sockets, parent) = match inherited {
-            Some(Inherited { generation, sockets, parent }) => (generation + 1, sockets, Some(parent)),
-            None => (1, Vec::new(), None),
+        let (generation, sockets, parent, older) = match inherited {
+            Some(Inherited { generation, sockets, parent, older }) => (generation + 1, sockets, Some(parent), older),
+            None => (1, Vec::new(), None, Vec::new()),
         };
 
         signal::wake_fd().map_err(prepare("wake descriptor"))?;
@@ -265,6 +268,7 @@ impl Builder {
             sockets,
             shutdown: Shutdown::new().map_err(prepare("shutdown handle"))?,
             parent,
+            older,
             calls,
             driver: Mutex::new(Driver { triggers: Some(triggers), exit: None }),
             changed: Condvar::new(),
@@ -420,12 +424,18 @@ pub enum ExitReason {
 
 impl fmt::Display for Exit {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match &self.mode {
-            ExitMode::Upgraded(Upgraded { pid, generation, .. }) => {
-                write!(f, "upgraded to pid {pid}, generation {generation}, by {}", self.reason)
+        write!(f, "{} by {}", self.mode, self.reason)
+    }
+}
+
+impl fmt::Display for ExitMode {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Upgraded(Upgraded { pid, generation, .. }) => {
+                write!(f, "upgraded to pid {pid}, generation {generation},")
             }
-            ExitMode::Stopped => write!(f, "stopped by {}", self.reason),
-            ExitMode::PartiallyStopped => write!(f, "partially stopped by {}", self.reason),
+            Self::Stopped => write!(f, "stopped"),
+            Self::PartiallyStopped => write!(f, "partially stopped"),
         }
     }
 }
@@ -583,6 +593,8 @@ pub(crate) struct Core {
     pub(crate) sockets: Sockets,
     pub(crate) shutdown: Shutdown,
     pub(crate) parent: Option<Parent>,
+    /// The generations before the parent that lived when this one began.
+    older: Vec<DrainLink>,
     calls: Arc<Calls>,
     driver: Mutex<Driver>,
     /// The triggers are free again, or a call has its answer.
@@ -601,9 +613,9 @@ struct Driver {
 
 /// What stays open until this process ends, because others wait for that.
 #[derive(Default)]
-struct Kept {
-    /// The pipes to the child that took over.
-    pipes: Vec<OwnedFd>,
+pub(crate) struct Kept {
+    /// The manifest pipe of the child that took over.
+    pub(crate) pipe: Option<OwnedFd>,
     /// Control connections that asked for a stop.
     stopping: Vec<UnixStream>,
 }
@@ -613,12 +625,8 @@ impl Core {
         self.driver.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn kept(&self) -> MutexGuard<'_, Kept> {
+    pub(crate) fn kept(&self) -> MutexGuard<'_, Kept> {
         self.kept.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    pub(crate) fn keep_until_the_end(&self, to: OwnedFd, from: OwnedFd) {
-        self.kept().pipes.extend([to, from]);
     }
 
     /// Logs an event and tells the observer.
@@ -650,8 +658,24 @@ impl Core {
         }
     }
 
-    fn parent_drains(&self) -> bool {
-        self.parent.as_ref().is_some_and(|parent| !matches!(parent.wait_end(Duration::ZERO), Ok(true)))
+    /// The older generations that still live, oldest first, with the pipe on which each can be told something.
+    pub(crate) fn draining(&self) -> impl Iterator<Item = &DrainLink> {
+        let parent = self.parent.as_ref().map(Parent::drain_link);
+        self.older.iter().chain(parent).filter(|link| link.lives())
+    }
+
+    /// After a successful upgrade: ends the drains that are too many.
+    fn bound_overlap(&self) {
+        let Overlap::AtMost(most) = self.config.overlap else { return };
+        let draining: Vec<_> = self.draining().collect();
+        let too_many = (draining.len() + 1).saturating_sub(most);
+        for link in draining.iter().take(too_many) {
+            log::info!("tells generation {} to end its drain", link.generation);
+            link.end_drain();
+        }
+        if too_many > draining.len() {
+            self.shutdown.end_drain();
+        }
     }
 }
 
@@ -702,12 +726,13 @@ impl Turn<'_> {
                 ExitMode::PartiallyStopped
             }
             Action::Upgrade => {
-                let refused = core.config.overlap == Overlap::Refuse && core.parent_drains();
+                let refused = core.config.overlap == Overlap::Refuse && core.draining().next().is_some();
                 let outcome = if refused { Err(Error::ParentDrains) } else { upgrade::upgrade(core, triggers, since) };
                 let upgraded = outcome.as_ref().ok().cloned();
                 match &outcome {
                     Ok(upgraded) => {
                         core.shutdown.set(State::HandedOver);
+                        core.bound_overlap();
                         core.emit(&Event::Upgraded(upgraded));
                     }
                     Err(error) => core.emit(&Event::UpgradeFailed { error, after: since.elapsed() }),

@@ -355,7 +355,7 @@ fn check_kind(kind: Kind, fd: BorrowedFd<'_>) -> io::Result<()> {
         Kind::Tcp => (SocketType::STREAM, &[AddressFamily::INET, AddressFamily::INET6]),
         Kind::Udp => (SocketType::DGRAM, &[AddressFamily::INET, AddressFamily::INET6]),
         Kind::Unix => (SocketType::STREAM, &[AddressFamily::UNIX]),
-        Kind::Fd => return Ok(()),
+        Kind::Fd | Kind::Drain => return Ok(()),
     };
     let listening = socket_type != SocketType::DGRAM;
     if sockopt::socket_type(fd)? == socket_type

@@ -4,7 +4,7 @@
 
 use std::env;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::process::ExitStatusExt;
 use std::process::ExitStatus;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -22,7 +22,7 @@ use crate::ecdysis::{Core, Upgraded};
 use crate::error::Error;
 use crate::event::Event;
 use crate::handover::frames::{preview, send, Lines, Next, Status, Word};
-use crate::handover::manifest::{Entry, Manifest};
+use crate::handover::manifest::{Entry, Manifest, Slot};
 use crate::handover::pipe::{Named, Pipes, VARIABLE};
 use crate::key::Key;
 use crate::shutdown::{timespec, State};
@@ -67,7 +67,9 @@ fn start(core: &Core) -> Result<Child<'_>, Error> {
     }
 
     // `held` keeps the descriptors' numbers theirs until the child has its own copies of them.
-    let (entries, held) = core.sockets.snapshot();
+    let (mut entries, held) = core.sockets.snapshot();
+    entries.extend(core.draining().map(DrainLink::entry));
+    let mut keep: Vec<_> = entries.iter().map(|entry| entry.slot.number as RawFd).collect();
     let manifest = Manifest { generation: core.generation, entries, ..Manifest::default() };
     let mut unsent = manifest.encode().into_bytes();
     // A larger pipe only saves the child a wait; without it the rest goes while we wait for `ready`.
@@ -81,7 +83,6 @@ fn start(core: &Core) -> Result<Child<'_>, Error> {
         status: named(&status_write).map_err(prepare("pipe"))?,
     };
     let program = &core.program;
-    let mut keep: Vec<_> = held.iter().map(|fd| fd.as_raw_fd()).collect();
     keep.extend([manifest_read.as_raw_fd(), status_write.as_raw_fd()]);
     let plan = Plan {
         program: program.path_c().map_err(prepare("program"))?,
@@ -94,6 +95,7 @@ fn start(core: &Core) -> Result<Child<'_>, Error> {
     };
     let spawned =
         spawn(plan, core.config.spawn).map_err(|source| Error::Spawn { program: program.path.clone(), source })?;
+    drop(held);
     // Here the child's ends are closed: else the status pipe would not end with the child.
     let process = Process { core, spawned, armed: true };
     Ok(Child { process, to: manifest_write, from: status_read, lines: Lines::default(), unsent })
@@ -184,7 +186,8 @@ fn commit(mut child: Child<'_>, core: &Core, triggers: &mut Triggers, since: Ins
         }
     }
     child.process.armed = false;
-    core.keep_until_the_end(child.to, child.from);
+    core.kept().pipe = Some(child.to);
+    core.shutdown.keep_successor(child.from, child.lines);
     Ok(upgraded)
 }
 
@@ -335,6 +338,8 @@ pub(crate) struct Inherited {
     pub(crate) generation: u64,
     pub(crate) sockets: Vec<(Key, Held)>,
     pub(crate) parent: Parent,
+    /// The generations before the parent that still drain, oldest first.
+    pub(crate) older: Vec<DrainLink>,
 }
 
 /// Step 5: proves that the environment means this process, reads the manifest, adopts the descriptors. `None` means
@@ -353,18 +358,24 @@ pub(crate) fn inherit() -> Result<Option<Inherited>, Error> {
     nonblocking(&reader).map_err(failed("manifest pipe"))?;
     let (manifest, rest) = read_manifest(&reader).map_err(failed("manifest"))?;
     let mut sockets = Vec::with_capacity(manifest.entries.len());
+    let mut older = Vec::new();
     for Entry { slot, key, file } in manifest.entries {
         let adopted = adopter.adopt(slot.number as i32, None, slot.inode);
         let fd = adopted.map_err(|source| Error::Socket { key: key.clone(), source })?;
-        sockets.push((key, Held::new(fd, slot.inode, file)));
+        match key.drain_generation() {
+            Some(generation) => older.push(DrainLink { generation, inode: slot.inode, pipe: fd }),
+            None => sockets.push((key, Held::new(fd, slot.inode, file))),
+        }
     }
     for slot in manifest.unknown {
         // Adopted to be closed: this version has no use for it.
         drop(adopter.adopt(slot.number as i32, None, slot.inode));
         log::info!("closed a descriptor of a kind not known here");
     }
+    let generation = manifest.generation;
+    let writer = DrainLink { generation, inode: pipes.status.inode, pipe: writer };
     let parent = Parent { reader, writer, lines: Mutex::new(Lines::with(rest)), ended: AtomicBool::new(false) };
-    Ok(Some(Inherited { generation: manifest.generation, sockets, parent }))
+    Ok(Some(Inherited { generation, sockets, parent, older }))
 }
 
 /// Reads up to the end of the manifest; also gives what came after it.
@@ -394,7 +405,7 @@ pub(crate) fn ready(core: &Core) -> Result<(), Error> {
     core.sockets.close_unclaimed();
     core.write_pid_file()?;
     let Some(parent) = &core.parent else { return Ok(()) };
-    match send(&parent.writer, &Status::Ready.line()) {
+    match parent.tell(&Status::Ready) {
         // The parent is dead. It has not taken the listeners with it: we have them.
         Err(e) if e.kind() == io::ErrorKind::BrokenPipe => parent.ended.store(true, Ordering::Relaxed),
         other => other.map_err(|source| Error::Ready { source })?,
@@ -424,7 +435,7 @@ pub(crate) fn ready(core: &Core) -> Result<(), Error> {
 #[derive(Debug)]
 pub(crate) struct Parent {
     pub(crate) reader: OwnedFd,
-    writer: OwnedFd,
+    writer: DrainLink,
     lines: Mutex<Lines>,
     ended: AtomicBool,
 }
@@ -459,7 +470,12 @@ impl Parent {
 
     /// Says something that the parent may well be dead to hear.
     pub(crate) fn tell(&self, status: &Status) -> io::Result<()> {
-        send(&self.writer, &status.line())
+        send(&self.writer.pipe, &status.line())
+    }
+
+    /// The status pipe, on which the parent hears that it should end its drain.
+    pub(crate) fn drain_link(&self) -> &DrainLink {
+        &self.writer
     }
 
     /// Waits for the end of the parent, which closes the pipe; whatever it still says is left to be read.
@@ -473,5 +489,31 @@ impl Parent {
                 result => return Ok(result? > 0),
             }
         }
+    }
+}
+
+/// The status pipe to an older generation, handed on from child to child.
+#[derive(Debug)]
+pub(crate) struct DrainLink {
+    pub(crate) generation: u64,
+    inode: u64,
+    pipe: OwnedFd,
+}
+
+impl DrainLink {
+    /// A pipe whose reader is gone has an error (poll(2)).
+    pub(crate) fn lives(&self) -> bool {
+        let now = timespec(Duration::ZERO);
+        matches!(poll(&mut [PollFd::new(&self.pipe, PollFlags::empty())], Some(&now)), Ok(0))
+    }
+
+    pub(crate) fn end_drain(&self) {
+        // If it has ended meanwhile, so has its drain.
+        let _ = send(&self.pipe, &Status::EndDrain.line());
+    }
+
+    fn entry(&self) -> Entry {
+        let slot = Slot { number: self.pipe.as_raw_fd() as u32, inode: self.inode };
+        Entry { slot, key: Key::drain(self.generation), file: None }
     }
 }
