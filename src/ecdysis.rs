@@ -14,8 +14,9 @@ use std::time::{Duration, Instant};
 use rustix::event::PollFlags;
 use rustix::fs::Mode;
 
-use crate::error::Error;
+use crate::error::{chain, Error};
 use crate::event::Event;
+use crate::handover::escape::escape;
 use crate::handover::frames::{Status, Word};
 use crate::pid_file;
 use crate::program::{Changes, Program};
@@ -141,8 +142,12 @@ impl Builder {
         self.on_socket(path.as_ref(), Meaning::Connect(Action::PartialStop))
     }
 
-    /// One socket for all: the first line of a connection says `upgrade`, `stop` or `partial-stop`, within 5 seconds.
-    /// Otherwise as [`upgrade_on_socket`](Self::upgrade_on_socket).
+    /// One socket for all: the first line of a connection says `upgrade`, `stop`, `partial-stop` or `status`, within 5
+    /// seconds. Otherwise as [`upgrade_on_socket`](Self::upgrade_on_socket).
+    ///
+    /// The answer to `status` is one line of `key=value` words: `pid`, `generation`, `uptime_ms`, `phase` (`serving`,
+    /// `upgrading`, `probation`), `connections` that hold a guard, `draining` generations, separated by commas, and a
+    /// `socket` for each in the registry, percent-escaped.
     pub fn control_on_socket(&mut self, path: impl AsRef<Path>) -> &mut Self {
         self.on_socket(path.as_ref(), Meaning::Command)
     }
@@ -265,6 +270,7 @@ impl Builder {
             program,
             mask,
             generation,
+            began: Instant::now(),
             sockets,
             shutdown: Shutdown::new().map_err(prepare("shutdown handle"))?,
             parent,
@@ -325,7 +331,10 @@ impl Starting {
     ///
     /// [`Error::PidFile`], [`Error::Ready`]: this generation does not serve, and the parent does.
     pub fn ready(self) -> Result<Ecdysis, Error> {
-        upgrade::ready(&self.0)?;
+        if let Err(error) = upgrade::ready(&self.0) {
+            self.0.tell_parent(&Status::Refused(chain(&error)));
+            return Err(error);
+        }
         self.0.shutdown.set(State::Accepting);
         self.0.emit(&Event::Serving { generation: self.0.generation });
         // From here `Starting` has nothing left to give up.
@@ -590,6 +599,7 @@ pub(crate) struct Core {
     /// The signal mask this process started with, and every child will.
     pub(crate) mask: Mask,
     pub(crate) generation: u64,
+    began: Instant,
     pub(crate) sockets: Sockets,
     pub(crate) shutdown: Shutdown,
     pub(crate) parent: Option<Parent>,
@@ -654,7 +664,7 @@ impl Core {
     /// After a failed upgrade, whose child may have written its own PID.
     pub(crate) fn rewrite_pid_file(&self) {
         if let Err(e) = self.write_pid_file() {
-            log::error!("{}", crate::error::chain(&e));
+            log::error!("{}", chain(&e));
         }
     }
 
@@ -662,6 +672,25 @@ impl Core {
     pub(crate) fn draining(&self) -> impl Iterator<Item = &DrainLink> {
         let parent = self.parent.as_ref().map(Parent::drain_link);
         self.older.iter().chain(parent).filter(|link| link.lives())
+    }
+
+    /// The answer to `status`.
+    pub(crate) fn status(&self, phase: &str) -> String {
+        let draining: Vec<_> = self.draining().map(|link| link.generation.to_string()).collect();
+        let mut line = format!(
+            "pid={} generation={} uptime_ms={} phase={phase} connections={} draining={}",
+            std::process::id(),
+            self.generation,
+            self.began.elapsed().as_millis(),
+            self.shutdown.guarded(),
+            draining.join(","),
+        );
+        for entry in self.sockets.snapshot().0 {
+            line.push_str(" socket=");
+            escape(entry.key.to_string().as_bytes(), &mut line);
+        }
+        line.push('\n');
+        line
     }
 
     /// After a successful upgrade: ends the drains that are too many.
@@ -724,6 +753,10 @@ impl Turn<'_> {
                 core.shutdown.set(State::Stopped);
                 core.kept().stopping.extend(reply.stopping());
                 ExitMode::PartiallyStopped
+            }
+            Action::Status => {
+                reply.status(&core.status("serving"));
+                return Ok(false);
             }
             Action::Upgrade => {
                 let refused = core.config.overlap == Overlap::Refuse && core.draining().next().is_some();

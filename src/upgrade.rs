@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use rustix::buffer::spare_capacity;
 use rustix::event::{poll, PollFd, PollFlags};
-use rustix::fs::{fcntl_getfl, fcntl_setfl, fstat, FileType, OFlags};
+use rustix::fs::{fstat, FileType};
 use rustix::io::Errno;
 use rustix::pipe::{fcntl_setpipe_size, pipe_with, PipeFlags};
 use rustix::process::{kill_process, pidfd_send_signal, waitid, waitpid, Signal, WaitId, WaitIdOptions, WaitOptions};
@@ -59,12 +59,10 @@ pub(crate) fn upgrade(core: &Core, triggers: &mut Triggers, since: Instant) -> R
 /// needs nothing more from us to decide by itself, should we die.
 fn start(core: &Core) -> Result<Child<'_>, Error> {
     let prepare = |what| move |source| Error::Prepare { what, source };
-    let pipe = || pipe_with(PipeFlags::CLOEXEC).map_err(io::Error::from).map_err(prepare("pipe"));
-    let (manifest_read, manifest_write) = pipe()?;
-    let (status_read, status_write) = pipe()?;
-    for ours in [&manifest_write, &status_read] {
-        nonblocking(ours).map_err(prepare("pipe"))?;
-    }
+    // Nonblocking at both ends: neither process ever waits in a read or write, only in a poll with a deadline.
+    let pipe = || pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK).map_err(io::Error::from);
+    let (manifest_read, manifest_write) = pipe().map_err(prepare("manifest pipe"))?;
+    let (status_read, status_write) = pipe().map_err(prepare("status pipe"))?;
 
     // `held` keeps the descriptors' numbers theirs until the child has its own copies of them.
     let (mut entries, held) = core.sockets.snapshot();
@@ -118,7 +116,7 @@ fn wait_ready(child: &mut Child<'_>, core: &Core, triggers: &mut Triggers, since
             Some(other) => return Err(Error::Garbage { pid, received: other.line() }),
             None => {}
         }
-        triggers.answer_busy();
+        triggers.answer_busy(|| core.status("upgrading"));
         if triggers.stop_asked() {
             return Err(Error::StopAsked { pid });
         }
@@ -141,15 +139,15 @@ fn wait_ready(child: &mut Child<'_>, core: &Core, triggers: &mut Triggers, since
 fn commit(mut child: Child<'_>, core: &Core, triggers: &mut Triggers, since: Instant) -> Result<Upgraded, Error> {
     core.shutdown.set(State::Paused);
     let committed = Instant::now();
-    let resume = |error| {
+    let died = |pid, status, after| {
         core.shutdown.set(State::Accepting);
         core.rewrite_pid_file();
-        Err(error)
+        Err(Error::DiedAfterReady { pid, status, after })
     };
     let pid = child.process.pid();
     if send(&child.to, Word::Commit.line()).is_err() {
         let status = child.process.end();
-        return resume(Error::DiedAfterReady { pid, status, after: Duration::ZERO });
+        return died(pid, status, Duration::ZERO);
     }
     // Whoever watches us must not take our end for a death from here on.
     core.tell_parent(&Status::HandedOver);
@@ -162,13 +160,17 @@ fn commit(mut child: Child<'_>, core: &Core, triggers: &mut Triggers, since: Ins
             Ok(Some(Status::Stopping | Status::HandedOver)) => break,
             Ok(Some(_)) => continue,
             Ok(None) => {}
+            // It serves, and that is more than its manners count for.
+            Err(error @ Error::Garbage { .. }) => {
+                log::warn!("{error}");
+                break;
+            }
             Err(error) => {
-                let status = child.process.end();
-                let status = status.or(if let Error::ChildEnded { status, .. } = error { status } else { None });
-                return resume(Error::DiedAfterReady { pid, status, after: committed.elapsed() });
+                let status = if let Error::ChildEnded { status, .. } = error { status } else { None };
+                return died(pid, status, committed.elapsed());
             }
         }
-        triggers.answer_busy();
+        triggers.answer_busy(|| core.status("probation"));
         if triggers.stop_asked() {
             // The stop is for the service, and that is the child now.
             let _ = send(&child.to, Word::Stop.line());
@@ -309,10 +311,6 @@ fn wait_readable(fd: &OwnedFd, time: Duration) -> bool {
     }
 }
 
-fn nonblocking(fd: &OwnedFd) -> io::Result<()> {
-    Ok(fcntl_setfl(fd, fcntl_getfl(fd)? | OFlags::NONBLOCK)?)
-}
-
 fn named(fd: &OwnedFd) -> io::Result<Named> {
     Ok(Named { fd: fd.as_raw_fd(), inode: fstat(fd)?.st_ino })
 }
@@ -355,7 +353,6 @@ pub(crate) fn inherit() -> Result<Option<Inherited>, Error> {
     };
 
     let failed = |what| move |source| Error::Handover { what, source };
-    nonblocking(&reader).map_err(failed("manifest pipe"))?;
     let (manifest, rest) = read_manifest(&reader).map_err(failed("manifest"))?;
     let mut sockets = Vec::with_capacity(manifest.entries.len());
     let mut older = Vec::new();
