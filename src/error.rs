@@ -39,6 +39,13 @@ pub enum Error {
         /// What the system said.
         source: io::Error,
     },
+    /// The program's own callback could not produce the state for the next generation. The upgrade has failed.
+    State {
+        /// The name given to [`Sockets::pass_bytes`](crate::Sockets::pass_bytes).
+        name: String,
+        /// What the callback returned.
+        source: Box<dyn StdError + Send + Sync>,
+    },
     /// The PID file could not be written.
     PidFile {
         /// The file.
@@ -160,6 +167,7 @@ impl fmt::Display for Error {
             Self::Signal { signal, .. } => write!(f, "cannot handle signal {signal}"),
             Self::Handover { what, .. } => write!(f, "cannot read the handover from the parent: {what}"),
             Self::Socket { key, .. } => write!(f, "cannot open socket {key}"),
+            Self::State { name, .. } => write!(f, "cannot produce state {name:?} for the next generation"),
             Self::PidFile { path, .. } => write!(f, "cannot write PID file {}", path.display()),
             Self::Ready { .. } => write!(f, "cannot tell the parent that this process is ready"),
             Self::Busy => write!(f, "busy: an upgrade is under way"),
@@ -212,6 +220,7 @@ impl StdError for Error {
             | Self::Exec { source, .. }
             | Self::Send { source, .. }
             | Self::Wait { source } => Some(source),
+            Self::State { source, .. } => Some(&**source),
             _ => None,
         }
     }

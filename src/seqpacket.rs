@@ -12,7 +12,7 @@ use rustix::net::{
 
 /// A Unix socket that listens for seqpacket connections.
 ///
-/// It comes from `listen_unix_seqpacket` and is nonblocking, as every listener of this library: accept through
+/// It comes from [`Sockets::listen_unix_seqpacket`](crate::Sockets::listen_unix_seqpacket) and is nonblocking, as every listener of this library: accept through
 /// [`Shutdown::accept`](crate::Shutdown::accept) or [`Shutdown::incoming`](crate::Shutdown::incoming).
 #[derive(Debug)]
 pub struct UnixSeqpacketListener(OwnedFd);

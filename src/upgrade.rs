@@ -67,7 +67,7 @@ fn start(core: &Core) -> Result<Child<'_>, Error> {
     }
 
     // `held` keeps the descriptors' numbers theirs until the child has its own copies of them.
-    let (entries, held) = core.sockets.snapshot();
+    let (entries, held) = core.sockets.snapshot()?;
     let manifest = Manifest { generation: core.generation, entries, ..Manifest::default() };
     let mut unsent = manifest.encode().into_bytes();
     // A larger pipe only saves the child a wait; without it the rest goes while we wait for `ready`.

@@ -12,8 +12,8 @@ use std::os::unix::fs::FileExt;
 use rustix::fs::{fcntl_add_seals, fcntl_get_seals, memfd_create, MemfdFlags, SealFlags};
 use rustix::io::Errno;
 
-/// The largest blob that is written or read unless the builder says otherwise: 64 MiB.
-pub(crate) const DEFAULT_LIMIT: u64 = 64 << 20;
+/// The largest blob that a program may pass.
+pub(crate) const LIMIT: u64 = 64 << 20;
 
 /// No byte changes, no byte goes, no byte comes, and it stays so.
 fn seals() -> SealFlags {
