@@ -120,7 +120,7 @@ pub enum Error {
         /// How long it had.
         after: Duration,
     },
-    /// What the child said is not of the protocol. It was killed.
+    /// What the child said is not of the protocol. Before its `ready` it is killed for that.
     Garbage {
         /// The child.
         pid: u32,
@@ -191,7 +191,7 @@ impl fmt::Display for Error {
                 write!(f, "child {pid} was not ready within {after:?} and was killed")
             }
             Self::Garbage { pid, received } => {
-                write!(f, "child {pid} said what is not of the protocol and was killed: {received:?}")
+                write!(f, "child {pid} said what is not of the protocol: {received:?}")
             }
             Self::DiedAfterReady { pid, status: Some(status), after } => {
                 write!(f, "child {pid} died {after:?} after it was ready: {status}")

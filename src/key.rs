@@ -32,10 +32,12 @@ pub(crate) enum Kind {
     Stream,
     Bytes,
     Fd,
+    /// The way to tell an older generation, named by its number, to end its drain.
+    Drain,
 }
 
 impl Kind {
-    const ALL: [Self; 9] = [
+    const ALL: [Self; 10] = [
         Self::Tcp,
         Self::Udp,
         Self::Unix,
@@ -45,6 +47,7 @@ impl Kind {
         Self::Stream,
         Self::Bytes,
         Self::Fd,
+        Self::Drain,
     ];
 
     pub(crate) fn word(self) -> &'static str {
@@ -58,6 +61,7 @@ impl Kind {
             Self::Stream => "stream",
             Self::Bytes => "bytes",
             Self::Fd => "fd",
+            Self::Drain => "drain",
         }
     }
 
@@ -105,6 +109,17 @@ impl Key {
     /// Any descriptor, by a name of the program's choice.
     pub fn fd(name: impl AsRef<OsStr>) -> Self {
         Self::from_parts(Kind::Fd, name.as_ref().as_bytes().to_vec())
+    }
+
+    pub(crate) fn drain(generation: u64) -> Self {
+        Self::from_parts(Kind::Drain, generation.to_string().into_bytes())
+    }
+
+    pub(crate) fn drain_generation(&self) -> Option<u64> {
+        match self.kind {
+            Kind::Drain => std::str::from_utf8(&self.name).ok()?.parse().ok(),
+            _ => None,
+        }
     }
 
     pub(crate) fn from_parts(kind: Kind, name: Vec<u8>) -> Self {

@@ -456,8 +456,8 @@ pub(crate) fn check_kind(kind: Kind, fd: BorrowedFd<'_>) -> io::Result<()> {
         Kind::Seqpacket => (UNIX, SocketType::SEQPACKET, true),
         Kind::UnixDatagram | Kind::DatagramPair => (UNIX, SocketType::DGRAM, false),
         Kind::Stream => (ANY, SocketType::STREAM, false),
-        // No socket; the bytes prove themselves when they are read.
-        Kind::Bytes | Kind::Fd => return Ok(()),
+        // No socket; bytes prove themselves when they are read.
+        Kind::Bytes | Kind::Fd | Kind::Drain => return Ok(()),
     };
     if sockopt::socket_type(fd)? == socket_type
         && families.contains(&sockopt::socket_domain(fd)?)

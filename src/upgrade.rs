@@ -4,7 +4,7 @@
 
 use std::env;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::process::ExitStatusExt;
 use std::process::ExitStatus;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use rustix::buffer::spare_capacity;
 use rustix::event::{poll, PollFd, PollFlags};
-use rustix::fs::{fcntl_getfl, fcntl_setfl, fstat, FileType, OFlags};
+use rustix::fs::{fstat, FileType};
 use rustix::io::Errno;
 use rustix::pipe::{fcntl_setpipe_size, pipe_with, PipeFlags};
 use rustix::process::{kill_process, pidfd_send_signal, waitid, waitpid, Signal, WaitId, WaitIdOptions, WaitOptions};
@@ -22,7 +22,7 @@ use crate::ecdysis::{Core, Upgraded};
 use crate::error::Error;
 use crate::event::Event;
 use crate::handover::frames::{preview, send, Lines, Next, Status, Word};
-use crate::handover::manifest::{Entry, Manifest};
+use crate::handover::manifest::{Entry, Manifest, Slot};
 use crate::handover::pipe::{Named, Pipes, VARIABLE};
 use crate::key::Key;
 use crate::shutdown::{timespec, State};
@@ -59,15 +59,15 @@ pub(crate) fn upgrade(core: &Core, triggers: &mut Triggers, since: Instant) -> R
 /// needs nothing more from us to decide by itself, should we die.
 fn start(core: &Core) -> Result<Child<'_>, Error> {
     let prepare = |what| move |source| Error::Prepare { what, source };
-    let pipe = || pipe_with(PipeFlags::CLOEXEC).map_err(io::Error::from).map_err(prepare("pipe"));
-    let (manifest_read, manifest_write) = pipe()?;
-    let (status_read, status_write) = pipe()?;
-    for ours in [&manifest_write, &status_read] {
-        nonblocking(ours).map_err(prepare("pipe"))?;
-    }
+    // Nonblocking at both ends: neither process ever waits in a read or write, only in a poll with a deadline.
+    let pipe = || pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK).map_err(io::Error::from);
+    let (manifest_read, manifest_write) = pipe().map_err(prepare("manifest pipe"))?;
+    let (status_read, status_write) = pipe().map_err(prepare("status pipe"))?;
 
     // `held` keeps the descriptors' numbers theirs until the child has its own copies of them.
-    let (entries, held) = core.sockets.snapshot()?;
+    let (mut entries, held) = core.sockets.snapshot()?;
+    entries.extend(core.draining().map(DrainLink::entry));
+    let mut keep: Vec<_> = entries.iter().map(|entry| entry.slot.number as RawFd).collect();
     let manifest = Manifest { generation: core.generation, entries, ..Manifest::default() };
     let mut unsent = manifest.encode().into_bytes();
     // A larger pipe only saves the child a wait; without it the rest goes while we wait for `ready`.
@@ -81,7 +81,6 @@ fn start(core: &Core) -> Result<Child<'_>, Error> {
         status: named(&status_write).map_err(prepare("pipe"))?,
     };
     let program = &core.program;
-    let mut keep: Vec<_> = held.iter().map(|fd| fd.as_raw_fd()).collect();
     keep.extend([manifest_read.as_raw_fd(), status_write.as_raw_fd()]);
     let plan = Plan {
         program: program.path_c().map_err(prepare("program"))?,
@@ -94,6 +93,7 @@ fn start(core: &Core) -> Result<Child<'_>, Error> {
     };
     let spawned =
         spawn(plan, core.config.spawn).map_err(|source| Error::Spawn { program: program.path.clone(), source })?;
+    drop(held);
     // Here the child's ends are closed: else the status pipe would not end with the child.
     let process = Process { core, spawned, armed: true };
     Ok(Child { process, to: manifest_write, from: status_read, lines: Lines::default(), unsent })
@@ -116,7 +116,7 @@ fn wait_ready(child: &mut Child<'_>, core: &Core, triggers: &mut Triggers, since
             Some(other) => return Err(Error::Garbage { pid, received: other.line() }),
             None => {}
         }
-        triggers.answer_busy();
+        triggers.answer_busy(|| core.status("upgrading"));
         if triggers.stop_asked() {
             return Err(Error::StopAsked { pid });
         }
@@ -139,15 +139,15 @@ fn wait_ready(child: &mut Child<'_>, core: &Core, triggers: &mut Triggers, since
 fn commit(mut child: Child<'_>, core: &Core, triggers: &mut Triggers, since: Instant) -> Result<Upgraded, Error> {
     core.shutdown.set(State::Paused);
     let committed = Instant::now();
-    let resume = |error| {
+    let died = |pid, status, after| {
         core.shutdown.set(State::Accepting);
         core.rewrite_pid_file();
-        Err(error)
+        Err(Error::DiedAfterReady { pid, status, after })
     };
     let pid = child.process.pid();
     if send(&child.to, Word::Commit.line()).is_err() {
         let status = child.process.end();
-        return resume(Error::DiedAfterReady { pid, status, after: Duration::ZERO });
+        return died(pid, status, Duration::ZERO);
     }
     // Whoever watches us must not take our end for a death from here on.
     core.tell_parent(&Status::HandedOver);
@@ -160,13 +160,17 @@ fn commit(mut child: Child<'_>, core: &Core, triggers: &mut Triggers, since: Ins
             Ok(Some(Status::Stopping | Status::HandedOver)) => break,
             Ok(Some(_)) => continue,
             Ok(None) => {}
+            // It serves, and that is more than its manners count for.
+            Err(error @ Error::Garbage { .. }) => {
+                log::warn!("{error}");
+                break;
+            }
             Err(error) => {
-                let status = child.process.end();
-                let status = status.or(if let Error::ChildEnded { status, .. } = error { status } else { None });
-                return resume(Error::DiedAfterReady { pid, status, after: committed.elapsed() });
+                let status = if let Error::ChildEnded { status, .. } = error { status } else { None };
+                return died(pid, status, committed.elapsed());
             }
         }
-        triggers.answer_busy();
+        triggers.answer_busy(|| core.status("probation"));
         if triggers.stop_asked() {
             // The stop is for the service, and that is the child now.
             let _ = send(&child.to, Word::Stop.line());
@@ -184,7 +188,8 @@ fn commit(mut child: Child<'_>, core: &Core, triggers: &mut Triggers, since: Ins
         }
     }
     child.process.armed = false;
-    core.keep_until_the_end(child.to, child.from);
+    core.kept().pipe = Some(child.to);
+    core.shutdown.keep_successor(child.from, child.lines);
     Ok(upgraded)
 }
 
@@ -306,10 +311,6 @@ fn wait_readable(fd: &OwnedFd, time: Duration) -> bool {
     }
 }
 
-fn nonblocking(fd: &OwnedFd) -> io::Result<()> {
-    Ok(fcntl_setfl(fd, fcntl_getfl(fd)? | OFlags::NONBLOCK)?)
-}
-
 fn named(fd: &OwnedFd) -> io::Result<Named> {
     Ok(Named { fd: fd.as_raw_fd(), inode: fstat(fd)?.st_ino })
 }
@@ -335,6 +336,8 @@ pub(crate) struct Inherited {
     pub(crate) generation: u64,
     pub(crate) sockets: Vec<(Key, Held)>,
     pub(crate) parent: Parent,
+    /// The generations before the parent that still drain, oldest first.
+    pub(crate) older: Vec<DrainLink>,
 }
 
 /// Step 5: proves that the environment means this process, reads the manifest, adopts the descriptors. `None` means
@@ -350,21 +353,26 @@ pub(crate) fn inherit() -> Result<Option<Inherited>, Error> {
     };
 
     let failed = |what| move |source| Error::Handover { what, source };
-    nonblocking(&reader).map_err(failed("manifest pipe"))?;
     let (manifest, rest) = read_manifest(&reader).map_err(failed("manifest"))?;
     let mut sockets = Vec::with_capacity(manifest.entries.len());
+    let mut older = Vec::new();
     for Entry { slot, key, file } in manifest.entries {
         let adopted = adopter.adopt(slot.number as i32, None, slot.inode);
         let fd = adopted.map_err(|source| Error::Socket { key: key.clone(), source })?;
-        sockets.push((key, Held::new(fd, slot.inode, file)));
+        match key.drain_generation() {
+            Some(generation) => older.push(DrainLink { generation, inode: slot.inode, pipe: fd }),
+            None => sockets.push((key, Held::new(fd, slot.inode, file))),
+        }
     }
     for slot in manifest.unknown {
         // Adopted to be closed: this version has no use for it.
         drop(adopter.adopt(slot.number as i32, None, slot.inode));
         log::info!("closed a descriptor of a kind not known here");
     }
+    let generation = manifest.generation;
+    let writer = DrainLink { generation, inode: pipes.status.inode, pipe: writer };
     let parent = Parent { reader, writer, lines: Mutex::new(Lines::with(rest)), ended: AtomicBool::new(false) };
-    Ok(Some(Inherited { generation: manifest.generation, sockets, parent }))
+    Ok(Some(Inherited { generation, sockets, parent, older }))
 }
 
 /// Reads up to the end of the manifest; also gives what came after it.
@@ -394,7 +402,7 @@ pub(crate) fn ready(core: &Core) -> Result<(), Error> {
     core.sockets.close_unclaimed();
     core.write_pid_file()?;
     let Some(parent) = &core.parent else { return Ok(()) };
-    match send(&parent.writer, &Status::Ready.line()) {
+    match parent.tell(&Status::Ready) {
         // The parent is dead. It has not taken the listeners with it: we have them.
         Err(e) if e.kind() == io::ErrorKind::BrokenPipe => parent.ended.store(true, Ordering::Relaxed),
         other => other.map_err(|source| Error::Ready { source })?,
@@ -424,7 +432,7 @@ pub(crate) fn ready(core: &Core) -> Result<(), Error> {
 #[derive(Debug)]
 pub(crate) struct Parent {
     pub(crate) reader: OwnedFd,
-    writer: OwnedFd,
+    writer: DrainLink,
     lines: Mutex<Lines>,
     ended: AtomicBool,
 }
@@ -459,7 +467,12 @@ impl Parent {
 
     /// Says something that the parent may well be dead to hear.
     pub(crate) fn tell(&self, status: &Status) -> io::Result<()> {
-        send(&self.writer, &status.line())
+        send(&self.writer.pipe, &status.line())
+    }
+
+    /// The status pipe, on which the parent hears that it should end its drain.
+    pub(crate) fn drain_link(&self) -> &DrainLink {
+        &self.writer
     }
 
     /// Waits for the end of the parent, which closes the pipe; whatever it still says is left to be read.
@@ -473,5 +486,31 @@ impl Parent {
                 result => return Ok(result? > 0),
             }
         }
+    }
+}
+
+/// The status pipe to an older generation, handed on from child to child.
+#[derive(Debug)]
+pub(crate) struct DrainLink {
+    pub(crate) generation: u64,
+    inode: u64,
+    pipe: OwnedFd,
+}
+
+impl DrainLink {
+    /// A pipe whose reader is gone has an error (poll(2)).
+    pub(crate) fn lives(&self) -> bool {
+        let now = timespec(Duration::ZERO);
+        matches!(poll(&mut [PollFd::new(&self.pipe, PollFlags::empty())], Some(&now)), Ok(0))
+    }
+
+    pub(crate) fn end_drain(&self) {
+        // If it has ended meanwhile, so has its drain.
+        let _ = send(&self.pipe, &Status::EndDrain.line());
+    }
+
+    fn entry(&self) -> Entry {
+        let slot = Slot { number: self.pipe.as_raw_fd() as u32, inode: self.inode };
+        Entry { slot, key: Key::drain(self.generation), file: None }
     }
 }
