@@ -685,9 +685,9 @@ impl Core {
             self.shutdown.guarded(),
             draining.join(","),
         );
-        for entry in self.sockets.snapshot().0 {
+        for key in self.sockets.keys() {
             line.push_str(" socket=");
-            escape(entry.key.to_string().as_bytes(), &mut line);
+            escape(key.to_string().as_bytes(), &mut line);
         }
         line.push('\n');
         line

@@ -397,6 +397,13 @@ impl Sockets {
         }
     }
 
+    /// What an upgrade would hand over, without producing it.
+    pub(crate) fn keys(&self) -> Vec<Key> {
+        let state = self.lock();
+        let producers = state.producers.iter().map(|(key, _)| key);
+        state.ours.iter().map(|(key, _)| key).chain(producers).cloned().collect()
+    }
+
     /// What an upgrade hands over: the manifest's entries, and the descriptors they name, in the same order. State is
     /// produced now, so that it is fresh.
     pub(crate) fn snapshot(&self) -> Result<(Vec<Entry>, Vec<Arc<OwnedFd>>), Error> {
