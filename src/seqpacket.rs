@@ -6,14 +6,17 @@ use std::path::Path;
 
 use rustix::io::retry_on_intr;
 use rustix::net::{
-    accept_with, connect, recv, send, socket_with, socketpair, AddressFamily, RecvFlags, SendFlags, SocketAddrUnix,
-    SocketFlags, SocketType,
+    accept_with, connect, recv, send, socket_with, socketpair, AddressFamily, RecvFlags, SendFlags, SocketFlags,
+    SocketType,
 };
+
+use crate::listen::unix_address;
 
 /// A Unix socket that listens for seqpacket connections.
 ///
-/// It comes from [`Sockets::listen_unix_seqpacket`](crate::Sockets::listen_unix_seqpacket) and is nonblocking, as every listener of this library: accept through
-/// [`Shutdown::accept`](crate::Shutdown::accept) or [`Shutdown::incoming`](crate::Shutdown::incoming).
+/// It comes from [`Sockets::listen_unix_seqpacket`](crate::Sockets::listen_unix_seqpacket) and is nonblocking, as every
+/// listener of this library: accept through [`Shutdown::accept`](crate::Shutdown::accept) or
+/// [`Shutdown::incoming`](crate::Shutdown::incoming).
 #[derive(Debug)]
 pub struct UnixSeqpacketListener(OwnedFd);
 
@@ -50,7 +53,7 @@ impl UnixSeqpacketConn {
     /// ```
     pub fn connect(path: impl AsRef<Path>) -> io::Result<Self> {
         let fd = socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?;
-        retry_on_intr(|| connect(&fd, &address(path.as_ref())?))?;
+        retry_on_intr(|| connect(&fd, &unix_address(path.as_ref())?))?;
         Ok(UnixSeqpacketConn(fd))
     }
 
@@ -105,15 +108,6 @@ impl UnixSeqpacketConn {
     }
 }
 
-/// The kernel's form of `path`; a leading `@` makes it an abstract name.
-fn address(path: &Path) -> rustix::io::Result<SocketAddrUnix> {
-    use std::os::unix::ffi::OsStrExt;
-    match path.as_os_str().as_bytes().strip_prefix(b"@") {
-        Some(name) => SocketAddrUnix::new_abstract_name(name),
-        None => SocketAddrUnix::new(path),
-    }
-}
-
 macro_rules! is_a_descriptor {
     ($($name:ident),*) => {$(
         impl AsFd for $name {
@@ -143,7 +137,7 @@ mod tests {
     fn listener(name: &str) -> UnixSeqpacketListener {
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
         let fd = socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None).unwrap();
-        bind(&fd, &address(Path::new(name)).unwrap()).unwrap();
+        bind(&fd, &unix_address(Path::new(name)).unwrap()).unwrap();
         listen(&fd, 10).unwrap();
         fd.into()
     }

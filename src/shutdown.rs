@@ -83,7 +83,7 @@ struct Inner {
     /// Set when a drain is to end although connections are left.
     end_drain: AtomicBool,
     /// The status pipe of the child that took over, on which any later generation may say so.
-    successor: Mutex<Option<(OwnedFd, Lines)>>,
+    successor: Mutex<Option<(Arc<OwnedFd>, Lines)>>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -251,7 +251,7 @@ impl Shutdown {
     }
 
     /// Keeps the status pipe of the child that took over.
-    pub(crate) fn keep_successor(&self, status: OwnedFd, lines: Lines) {
+    pub(crate) fn keep_successor(&self, status: Arc<OwnedFd>, lines: Lines) {
         *self.0.successor.lock().unwrap_or_else(PoisonError::into_inner) = Some((status, lines));
     }
 

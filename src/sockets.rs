@@ -23,6 +23,7 @@ use crate::key::{Key, Kind};
 use crate::listen::{self, FileId, Socket};
 use crate::pass::Producer;
 use crate::seqpacket::UnixSeqpacketListener;
+use crate::takeover::TakeoverSocket;
 
 /// The sockets of this generation: makes them, or claims what the parent handed over.
 ///
@@ -229,6 +230,19 @@ impl Sockets {
         let path = path.as_ref();
         self.claim_or(Key::unix_datagram(path), |_| listen::bind_unix(path, SocketType::DGRAM, None))
             .map(UnixDatagram::from)
+    }
+
+    /// A takeover socket at `path` for a program with a loop of its own, which calls
+    /// [`Ecdysis::hand_over`](crate::Ecdysis::hand_over) when it is readable. Others use
+    /// [`Builder::takeover_on_socket`](crate::Builder::takeover_on_socket). Its mode is 0600 from the first moment.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Socket`], with what bind(2) or listen(2) said.
+    pub fn listen_takeover(&self, path: impl AsRef<Path>) -> Result<TakeoverSocket, Error> {
+        let path = path.as_ref();
+        let listener = self.listen_unix_with_mode(path, Some(Mode::RUSR | Mode::WUSR))?;
+        Ok(TakeoverSocket { path: path.to_owned(), listener })
     }
 
     /// Hands a socket to the next generation that came from elsewhere, under a key of the program's choice. There

@@ -22,8 +22,8 @@ use rustix::net::{
 /// The kernel's limit (SCM_MAX_FD) on descriptors in one message.
 const DESCRIPTORS_PER_MESSAGE: usize = 253;
 
-/// The line that ends the text.
-const END: &[u8] = b"end\n";
+/// The line that ends the text, and the end of the line before it.
+const END: &[u8] = b"\nend\n";
 
 /// What a step of the sender has come to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -53,7 +53,7 @@ impl<F: AsFd> Sender<F> {
     /// `InvalidInput` for a text without that end, or one so short that it has no byte for every message.
     pub(crate) fn new(text: Vec<u8>, descriptors: Vec<F>) -> io::Result<Self> {
         let messages = descriptors.len().div_ceil(DESCRIPTORS_PER_MESSAGE);
-        if !is_complete(&text) || text.len() <= messages {
+        if length(&text, 0) != Some(text.len()) || text.len() <= messages {
             return Err(io::Error::new(
                 io::ErrorKind::InvalidInput,
                 "the text of a handover must end with the line \"end\" and be longer than it has messages",
@@ -111,12 +111,14 @@ pub(crate) struct Limits {
 pub(crate) struct Receiver {
     limits: Limits,
     text: Vec<u8>,
+    /// How much of what came is the text, once that is known.
+    length: Option<usize>,
     descriptors: Vec<OwnedFd>,
 }
 
 impl Receiver {
     pub(crate) fn new(limits: Limits) -> Self {
-        Receiver { limits, text: Vec::new(), descriptors: Vec::new() }
+        Receiver { limits, text: Vec::new(), length: None, descriptors: Vec::new() }
     }
 
     /// Takes what is there. True when the handover is complete, false when more must come.
@@ -127,7 +129,7 @@ impl Receiver {
     /// had to drop descriptors, and what recvmsg says. Then the receiver is good for nothing but being dropped.
     pub(crate) fn step(&mut self, socket: impl AsFd) -> io::Result<bool> {
         let mut bytes = [0; 16 * 1024];
-        while !is_complete(&self.text) {
+        while self.length.is_none() {
             let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(DESCRIPTORS_PER_MESSAGE))];
             let mut control = RecvAncillaryBuffer::new(&mut space);
             let flags = RecvFlags::CMSG_CLOEXEC | RecvFlags::DONTWAIT;
@@ -154,7 +156,10 @@ impl Receiver {
                     "the other process went away in the middle of the handover",
                 ));
             }
+            // The end may have come in two pieces.
+            let looked_at = self.text.len().saturating_sub(END.len());
             self.text.extend_from_slice(&bytes[..message.bytes]);
+            self.length = length(&self.text, looked_at);
             if self.text.len() > self.limits.bytes {
                 return Err(too_much("bytes", self.limits.bytes));
             }
@@ -165,14 +170,17 @@ impl Receiver {
         Ok(true)
     }
 
-    /// The text and the descriptors, in the order in which they were sent. Every descriptor is close-on-exec.
-    pub(crate) fn into_parts(self) -> (Vec<u8>, Vec<OwnedFd>) {
-        (self.text, self.descriptors)
+    /// The text, what came after it, and the descriptors, in the order in which they were sent. Every descriptor is
+    /// close-on-exec.
+    pub(crate) fn into_parts(mut self) -> (Vec<u8>, Vec<u8>, Vec<OwnedFd>) {
+        let rest = self.text.split_off(self.length.unwrap_or(self.text.len()));
+        (self.text, rest, self.descriptors)
     }
 }
 
-fn is_complete(text: &[u8]) -> bool {
-    text == END || text.ends_with(b"\nend\n")
+/// How long the text at the start of `bytes` is, looking for its end from `from` on.
+fn length(bytes: &[u8], from: usize) -> Option<usize> {
+    bytes[from..].windows(END.len()).position(|window| window == END).map(|at| from + at + END.len())
 }
 
 fn too_much(what: &str, limit: usize) -> io::Error {
@@ -198,7 +206,7 @@ mod tests {
 
     fn text(lines: usize) -> Vec<u8> {
         let mut text: Vec<u8> = (0..lines).flat_map(|n| format!("line {n}\n").into_bytes()).collect();
-        text.extend_from_slice(END);
+        text.extend_from_slice(b"end\n");
         text
     }
 
@@ -228,7 +236,9 @@ mod tests {
             let complete = receiver.step(&right)?;
             assert_eq!(complete, sent == Sent::All);
             if complete {
-                return Ok(receiver.into_parts());
+                let (text, rest, descriptors) = receiver.into_parts();
+                assert!(rest.is_empty());
+                return Ok((text, descriptors));
             }
         }
     }
@@ -277,7 +287,7 @@ mod tests {
             assert!(!receiver.step(&right).unwrap());
         }
         assert!(receiver.step(&right).unwrap());
-        let (bytes, received) = receiver.into_parts();
+        let (bytes, _, received) = receiver.into_parts();
         assert!(bytes == long);
         assert_eq!(received.iter().map(inode).collect::<Vec<_>>(), inodes);
     }
@@ -295,12 +305,24 @@ mod tests {
     #[test]
     fn a_text_without_an_end_or_too_short_is_refused() {
         let none = Vec::<OwnedFd>::new;
-        for bad in [&b""[..], b"end", b"an end\n", b"end\nmore\n"] {
+        for bad in [&b""[..], b"end\n", b"\nend", b"an end\n", b"\nend\nmore\n"] {
             assert!(Sender::new(bad.to_vec(), none()).is_err(), "{bad:?}");
         }
         let one = File::open("/dev/null").unwrap();
-        let many: Vec<_> = (0..4 * DESCRIPTORS_PER_MESSAGE).map(|_| one.as_fd()).collect();
-        assert!(Sender::new(END.to_vec(), many).is_err());
+        let many: Vec<_> = (0..5 * DESCRIPTORS_PER_MESSAGE).map(|_| one.as_fd()).collect();
+        assert!(Sender::new(b"\nend\n".to_vec(), many).is_err());
+    }
+
+    #[test]
+    fn what_follows_the_text_is_kept_apart() {
+        let (mut left, right) = pair();
+        left.write_all(b"line\nen").unwrap();
+        let mut receiver = Receiver::new(LIMITS);
+        assert!(!receiver.step(&right).unwrap());
+        left.write_all(b"d\nstop\n").unwrap();
+        assert!(receiver.step(&right).unwrap());
+        let (text, rest, _) = receiver.into_parts();
+        assert_eq!((&text[..], &rest[..]), (&b"line\nend\n"[..], &b"stop\n"[..]));
     }
 
     #[test]
@@ -441,6 +463,6 @@ mod tests {
         until_sent(&mut second, &left_2);
         let mut receiver = Receiver::new(LIMITS);
         assert!(receiver.step(&right_2).unwrap());
-        assert_eq!(receiver.into_parts().1.len(), 10);
+        assert_eq!(receiver.into_parts().2.len(), 10);
     }
 }
