@@ -108,7 +108,9 @@ fn begin<'a>(core: &'a Core, taker: &Taker, parcel: Parcel) -> Result<Child<'a>,
     log::info!("takeover pid={pid} uid={}", taker.peer.uid);
     let who = Who::Stranger { pid, pidfd: peer_pidfd(&socket), socket: socket.clone() };
     let process = Process { core, who, armed: true };
-    Ok(Child { process, link: Link::socket(socket, parcel)? })
+    let mut link = Link::socket(socket, parcel)?;
+    link.send_some().map_err(|source| Error::Send { pid, source })?;
+    Ok(Child { process, link })
 }
 
 /// Step 4: one poll over the link, triggers and deadline.

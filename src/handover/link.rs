@@ -118,11 +118,12 @@ impl Link {
         let (ours, childs) = socketpair(AddressFamily::UNIX, SocketType::STREAM, flags, None)
             .map_err(|e| prepare("handover socket")(e.into()))?;
         let socket = named(&childs).map_err(prepare("handover socket"))?;
-        let link = Self::socket(ours.into(), parcel)?;
+        let mut link = Self::socket(ours.into(), parcel)?;
+        link.send_some().map_err(prepare("manifest"))?;
         Ok((link, ChildsEnd { way: Way::Socket(socket), status: socket.fd, ends: vec![childs], inherited: Vec::new() }))
     }
 
-    /// To whoever is at the other end of a nonblocking socket.
+    /// To whoever is at the other end of a nonblocking socket. Nothing is sent yet.
     pub(crate) fn socket(socket: Arc<OwnedFd>, parcel: Parcel) -> Result<Self, Error> {
         let Parcel { mut manifest, descriptors } = parcel;
         for (index, entry) in manifest.entries.iter_mut().enumerate() {
@@ -130,9 +131,7 @@ impl Link {
             entry.slot.number = index as u32;
         }
         let sender = Sender::new(manifest.encode().into_bytes(), descriptors).map_err(prepare("manifest"))?;
-        let mut link = Self::new(socket.clone(), socket, Unsent::Message(sender));
-        link.send_some().map_err(prepare("manifest"))?;
-        Ok(link)
+        Ok(Self::new(socket.clone(), socket, Unsent::Message(sender)))
     }
 
     fn new(to: Arc<OwnedFd>, from: Arc<OwnedFd>, unsent: Unsent) -> Self {

@@ -10,7 +10,7 @@ use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Condvar, Mutex};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
@@ -75,10 +75,14 @@ impl Server {
             let said = said.clone();
             move || {
                 for line in stderr.split(b'\n').map_while(Result::ok) {
-                    said.lines.lock().unwrap().0.push(String::from_utf8_lossy(&line).into_owned());
+                    said.lines
+                        .lock()
+                        .unwrap_or_else(PoisonError::into_inner)
+                        .0
+                        .push(String::from_utf8_lossy(&line).into_owned());
                     said.more.notify_all();
                 }
-                said.lines.lock().unwrap().1 = true;
+                said.lines.lock().unwrap_or_else(PoisonError::into_inner).1 = true;
                 said.more.notify_all();
             }
         });
@@ -93,7 +97,7 @@ impl Server {
 
     /// The PID of the generation that said `serving` last.
     pub fn pid(&self) -> u32 {
-        let lines = self.said.lines.lock().unwrap();
+        let lines = self.said.lines.lock().unwrap_or_else(PoisonError::into_inner);
         let serving = lines.0.iter().rev().find(|line| line.starts_with("serving "));
         serving.map_or(self.child.id(), |line| field(line, "pid"))
     }
@@ -105,7 +109,7 @@ impl Server {
 
     fn wait_at(&mut self, from: usize, needle: &str) -> String {
         let deadline = Instant::now() + DEADLINE;
-        let mut lines = self.said.lines.lock().unwrap();
+        let mut lines = self.said.lines.lock().unwrap_or_else(PoisonError::into_inner);
         loop {
             if let Some(at) = lines.0[from..].iter().position(|line| line.contains(needle)) {
                 self.seen = from + at + 1;
@@ -113,27 +117,30 @@ impl Server {
             }
             let left = deadline.saturating_duration_since(Instant::now());
             assert!(!left.is_zero() && !lines.1, "no line with {needle:?} in:\n{}", lines.0[from..].join("\n"));
-            lines = self.said.more.wait_timeout(lines, left).unwrap().0;
+            lines = self.said.more.wait_timeout(lines, left).unwrap_or_else(PoisonError::into_inner).0;
         }
     }
 
     /// Everything said so far.
     pub fn said(&self) -> Vec<String> {
-        self.said.lines.lock().unwrap().0.clone()
+        self.said.lines.lock().unwrap_or_else(PoisonError::into_inner).0.clone()
     }
 
     /// The address of the first listener that was announced, or of the one on this host part.
     pub fn addr(&self) -> String {
-        let lines = self.said.lines.lock().unwrap();
+        let lines = self.said.lines.lock().unwrap_or_else(PoisonError::into_inner);
         let line = lines.0.iter().find_map(|line| line.strip_prefix("listening ")).expect("a listener");
         line.split(' ').next().unwrap().to_owned()
     }
 
     /// Every announced listener of the first generation, in order.
     pub fn addrs(&self) -> Vec<String> {
-        let lines = self.said.lines.lock().unwrap();
+        let lines = self.said.lines.lock().unwrap_or_else(PoisonError::into_inner);
         let listening = lines.0.iter().filter_map(|line| line.strip_prefix("listening "));
-        listening.filter(|line| line.contains("gen=1 ")).map(|line| line.split(' ').next().unwrap().to_owned()).collect()
+        listening
+            .filter(|line| line.contains("gen=1 "))
+            .map(|line| line.split(' ').next().unwrap().to_owned())
+            .collect()
     }
 
     pub fn signal(&self, signal: Signal) {
@@ -156,14 +163,49 @@ impl Server {
         line
     }
 
+    /// Waits until the next generation has said that it serves, which it does in its own time.
+    pub fn wait_serving(&mut self) {
+        let deadline = Instant::now() + DEADLINE;
+        let upgrades = |lines: &[String]| lines.iter().filter(|line| line.starts_with("committed ")).count();
+        let serving = |lines: &[String]| lines.iter().filter(|line| line.starts_with("serving ")).count();
+        let mut lines = self.said.lines.lock().unwrap_or_else(PoisonError::into_inner);
+        while serving(&lines.0) <= upgrades(&lines.0) {
+            let left = deadline.saturating_duration_since(Instant::now());
+            assert!(!left.is_zero(), "the new one does not serve:\n{}", lines.0.join("\n"));
+            lines = self.said.more.wait_timeout(lines, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+
+    /// Every living process of every generation.
+    pub fn processes(&self) -> Vec<u32> {
+        let group = self.group.as_raw_nonzero().get().to_string();
+        let of_group = |pid: &u32| {
+            let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+            let mut fields = stat.rsplit_once(") ").map_or("", |(_, rest)| rest).split(' ');
+            fields.next().is_some_and(|state| state != "Z") && fields.nth(1) == Some(&group)
+        };
+        let pids = fs::read_dir("/proc").unwrap().flatten();
+        pids.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).filter(of_group).collect()
+    }
+
+    pub fn signal_all(&self, signal: Signal) {
+        let _ = kill_process_group(self.group, signal);
+    }
+
+    /// The signal that ended the first generation, which must have ended.
+    pub fn exit_signal(&mut self) -> Option<i32> {
+        use std::os::unix::process::ExitStatusExt;
+        self.child.wait().unwrap().signal()
+    }
+
     /// Waits for the end of every generation: nobody has the other end of stderr open.
     pub fn wait_all_ended(&mut self) {
         let deadline = Instant::now() + DEADLINE;
-        let mut lines = self.said.lines.lock().unwrap();
+        let mut lines = self.said.lines.lock().unwrap_or_else(PoisonError::into_inner);
         while !lines.1 {
             let left = deadline.saturating_duration_since(Instant::now());
             assert!(!left.is_zero(), "still running after:\n{}", lines.0.join("\n"));
-            lines = self.said.more.wait_timeout(lines, left).unwrap().0;
+            lines = self.said.more.wait_timeout(lines, left).unwrap_or_else(PoisonError::into_inner).0;
         }
     }
 }
