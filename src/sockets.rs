@@ -68,6 +68,7 @@ impl Held {
 impl Sockets {
     pub(crate) fn new(inherited: Vec<(Key, Held)>) -> Self {
         let mut state = State::default();
+        state.inherited.reserve(inherited.len());
         for (key, held) in inherited {
             state.inherited.entry(key).or_default().push_back(held);
         }
