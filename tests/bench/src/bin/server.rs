@@ -126,6 +126,7 @@ fn bare(args: &Args, way: Way) -> io::Result<()> {
 /// The longest time that a thread which works in memory stood still: in an upgrade, and in as long a time without one.
 fn measure_stall(args: &Args, server: &Ecdysis) -> Result<(), Box<dyn std::error::Error>> {
     static LONGEST: AtomicU64 = AtomicU64::new(0);
+    static LAST: AtomicU64 = AtomicU64::new(0);
     let mut heap = Heap::new(args.number("heap", 0) << 20)?;
     thread::spawn(move || {
         let (mut last, mut page) = (sys::now(), 0_usize);
@@ -134,21 +135,27 @@ fn measure_stall(args: &Args, server: &Ecdysis) -> Result<(), Box<dyn std::error
             page = page.wrapping_add(7919);
             let now = sys::now();
             LONGEST.fetch_max(now - last, Ordering::Relaxed);
+            LAST.store(now, Ordering::Relaxed);
             last = now;
         }
     });
     say("touched");
+    // It may stand still at this moment.
+    let longest = || {
+        let still = sys::now().saturating_sub(LAST.load(Ordering::Relaxed));
+        LONGEST.swap(0, Ordering::Relaxed).max(still)
+    };
     while hear() == "upgrade" {
-        LONGEST.store(0, Ordering::Relaxed);
+        longest();
         let since = sys::now();
         let refused = server.upgrade();
         let took = sys::now() - since;
-        let stall = LONGEST.swap(0, Ordering::Relaxed);
+        let stall = longest();
         if !matches!(refused, Err(ecdysis::Error::Refused { .. })) {
             return Err(format!("{refused:?}").into());
         }
         thread::sleep(Duration::from_nanos(took));
-        let quiet = LONGEST.swap(0, Ordering::Relaxed);
+        let quiet = longest();
         say(&format!("stall ns={stall} quiet={quiet} took={took}"));
     }
     std::process::exit(0)
