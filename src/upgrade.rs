@@ -25,7 +25,7 @@ use crate::handover::frames::{preview, send, Lines, Next, Status, Word};
 use crate::handover::manifest::{Entry, Manifest, Slot};
 use crate::handover::pipe::{Named, Pipes, VARIABLE};
 use crate::key::Key;
-use crate::shutdown::{timespec, State};
+use crate::shutdown::{passes, timespec, State};
 use crate::sockets::Held;
 use crate::sys::adopt::Adopter;
 use crate::sys::signal::without_sigpipe;
@@ -139,15 +139,15 @@ fn wait_ready(child: &mut Child<'_>, core: &Core, triggers: &mut Triggers, since
 fn commit(mut child: Child<'_>, core: &Core, triggers: &mut Triggers, since: Instant) -> Result<Upgraded, Error> {
     core.shutdown.set(State::Paused);
     let committed = Instant::now();
-    let died = |pid, status, after| {
+    let resume = |error| {
         core.shutdown.set(State::Accepting);
         core.rewrite_pid_file();
-        Err(Error::DiedAfterReady { pid, status, after })
+        Err(error)
     };
     let pid = child.process.pid();
     if send(&child.to, Word::Commit.line()).is_err() {
         let status = child.process.end();
-        return died(pid, status, Duration::ZERO);
+        return resume(Error::DiedAfterReady { pid, status, after: Duration::ZERO });
     }
     // Whoever watches us must not take our end for a death from here on.
     core.tell_parent(&Status::HandedOver);
@@ -155,9 +155,14 @@ fn commit(mut child: Child<'_>, core: &Core, triggers: &mut Triggers, since: Ins
     core.emit(&Event::Committed(&upgraded));
 
     let verdict_at = committed + core.config.probation;
+    let mut serving = false;
     loop {
         match child.next_status() {
             Ok(Some(Status::Stopping | Status::HandedOver)) => break,
+            Ok(Some(Status::Serving)) => {
+                serving = true;
+                continue;
+            }
             Ok(Some(_)) => continue,
             Ok(None) => {}
             // It serves, and that is more than its manners count for.
@@ -167,7 +172,7 @@ fn commit(mut child: Child<'_>, core: &Core, triggers: &mut Triggers, since: Ins
             }
             Err(error) => {
                 let status = if let Error::ChildEnded { status, .. } = error { status } else { None };
-                return died(pid, status, committed.elapsed());
+                return resume(Error::DiedAfterReady { pid, status, after: committed.elapsed() });
             }
         }
         triggers.answer_busy(|| core.status("probation"));
@@ -176,12 +181,19 @@ fn commit(mut child: Child<'_>, core: &Core, triggers: &mut Triggers, since: Ins
             let _ = send(&child.to, Word::Stop.line());
             break;
         }
-        if Instant::now() >= verdict_at {
-            break;
+        let now = Instant::now();
+        let until = if serving || core.config.probation.is_zero() { verdict_at } else { committed + COMMIT };
+        if now >= until {
+            if until == verdict_at {
+                break;
+            }
+            // It was stopped between the two words, say; nobody accepts.
+            child.process.end();
+            return resume(Error::Timeout { pid, after: COMMIT });
         }
         let mut fds = vec![(child.from.as_fd(), PollFlags::IN)];
         fds.extend(child.process.pidfd());
-        if let Err(e) = triggers.wait(&fds, Some(verdict_at), Sockets::Leave) {
+        if let Err(e) = triggers.wait(&fds, Some(until), Sockets::Leave) {
             // The child serves; a failing poll of ours is no reason to end it.
             log::warn!("{}", crate::error::chain(&e));
             break;
@@ -247,9 +259,21 @@ impl Process<'_> {
         self.spawned.pidfd.as_ref().map(|pidfd| (pidfd.as_fd(), PollFlags::IN))
     }
 
-    /// Whether the child's end is known within that time. Without a pidfd it is not: only the status pipe tells.
+    /// Whether the child's end is known within that time. Without a pidfd nothing tells it but the status pipe, and
+    /// only after that has ended is it worth asking again and again.
     fn ends_within(&self, time: Duration) -> bool {
-        self.spawned.pidfd.as_ref().is_some_and(|pidfd| wait_readable(pidfd, time))
+        let Some(pidfd) = &self.spawned.pidfd else {
+            let deadline = Instant::now() + time;
+            while Instant::now() < deadline {
+                let ended = WaitIdOptions::EXITED | WaitIdOptions::NOHANG | WaitIdOptions::NOWAIT;
+                match waitid(WaitId::Pid(self.spawned.pid), ended) {
+                    Ok(None) | Err(Errno::INTR) => std::thread::sleep(Duration::from_millis(2)),
+                    _ => return true,
+                }
+            }
+            return false;
+        };
+        wait_readable(pidfd, time)
     }
 
     /// Kills and reaps. Gives how it ended, unless somebody else has reaped it or it was ended before.
@@ -267,7 +291,10 @@ impl Process<'_> {
         let pid = self.spawned.pid;
         match &self.spawned.pidfd {
             Some(pidfd) => {
-                let _ = pidfd_send_signal(pidfd, Signal::KILL);
+                // A filter may know only the older call. Nobody has reaped the child while its pidfd is silent.
+                if pidfd_send_signal(pidfd, Signal::KILL).is_err() && !wait_readable(pidfd, Duration::ZERO) {
+                    let _ = kill_process(pid, Signal::KILL);
+                }
                 // SIGKILL ends a stopped process too, but not one that hangs in the kernel.
                 if !wait_readable(pidfd, KILLING) {
                     log::error!("child {pid} survives SIGKILL: it hangs in the kernel");
@@ -305,7 +332,7 @@ fn wait_readable(fd: &OwnedFd, time: Duration) -> bool {
     loop {
         let left = timespec(deadline.saturating_duration_since(Instant::now()));
         match poll(&mut [PollFd::new(fd, PollFlags::IN)], Some(&left)) {
-            Err(Errno::INTR) => {}
+            Err(e) if passes(e) && Instant::now() < deadline => {}
             result => return result.is_ok_and(|ready| ready > 0),
         }
     }
@@ -399,6 +426,7 @@ fn read_manifest(reader: &OwnedFd) -> io::Result<(Manifest, Vec<u8>)> {
 /// Step 6, after the claims: nothing unclaimed stays open, the PID file names us, and the parent hears `ready`. We
 /// serve when it answers `commit`, so that at no time both think they are the one; or when it can answer no more.
 pub(crate) fn ready(core: &Core) -> Result<(), Error> {
+    core.sockets.failed_claim()?;
     core.sockets.close_unclaimed();
     core.write_pid_file()?;
     let Some(parent) = &core.parent else { return Ok(()) };
@@ -410,7 +438,11 @@ pub(crate) fn ready(core: &Core) -> Result<(), Error> {
     let deadline = Instant::now() + COMMIT;
     loop {
         match parent.next_word() {
-            Some(Word::Commit) => return Ok(()),
+            Some(Word::Commit) => {
+                // Before the first accept: a parent that does not hear this ends us, and then nothing is lost.
+                core.tell_parent(&Status::Serving);
+                return Ok(());
+            }
             // Never before the commit; without it there is nothing to stop.
             Some(Word::Stop) => {}
             None if parent.has_ended() => {
@@ -482,7 +514,7 @@ impl Parent {
             let left = deadline.map(|deadline| timespec(deadline.saturating_duration_since(Instant::now())));
             // No event is asked for: POLLHUP comes all the same.
             match poll(&mut [PollFd::new(&self.reader, PollFlags::empty())], left.as_ref()) {
-                Err(Errno::INTR) => {}
+                Err(e) if passes(e) && deadline.is_none_or(|deadline| Instant::now() < deadline) => {}
                 result => return Ok(result? > 0),
             }
         }
