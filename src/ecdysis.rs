@@ -1,0 +1,732 @@
+//! Builder, starting and running state, and the loop that waits for triggers.
+
+use std::collections::BTreeMap;
+use std::ffi::OsString;
+use std::fmt;
+use std::ops::Deref;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use rustix::event::PollFlags;
+use rustix::fs::Mode;
+
+use crate::error::Error;
+use crate::event::Event;
+use crate::handover::frames::{Status, Word};
+use crate::pid_file;
+use crate::program::{Changes, Program};
+use crate::shutdown::{Shutdown, State};
+use crate::sockets::Sockets;
+use crate::sys::signal::{self, Handlers, Mask};
+use crate::sys::spawn::Spawn;
+use crate::trigger::{self, Action, Calls, ControlSocket, Meaning, Reply, Request, Triggers};
+use crate::upgrade::{self, Inherited, Parent};
+
+/// Chooses triggers, deadlines, and what the next generation runs. Nothing happens before [`start`](Self::start).
+///
+/// ```
+/// # fn main() -> Result<(), ecdysis::Error> {
+/// use std::time::Duration;
+/// # const SIGHUP: i32 = 1;
+/// # const SIGTERM: i32 = 15;
+/// let starting = ecdysis::Ecdysis::builder()
+///     .upgrade_on_signal(SIGHUP) // from the libc crate
+///     .stop_on_signal(SIGTERM)
+///     .ready_timeout(Duration::from_secs(20))
+///     .start()?;
+/// assert!(!starting.is_child());
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Clone)]
+pub struct Builder {
+    signals: Vec<(i32, Action)>,
+    sockets: Vec<(PathBuf, Meaning)>,
+    changes: Changes,
+    config: Config,
+}
+
+/// What the builder chose and the running process needs.
+#[derive(Clone)]
+pub(crate) struct Config {
+    pub(crate) pid_file: Option<PathBuf>,
+    pub(crate) ready_timeout: Duration,
+    pub(crate) probation: Duration,
+    pub(crate) spawn: Spawn,
+    overlap: Overlap,
+    observer: Option<Observer>,
+}
+
+type Observer = Arc<dyn Fn(&Event<'_>) + Send + Sync>;
+
+/// What happens when an upgrade is asked for while an older generation still drains.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Overlap {
+    /// The upgrade goes ahead; any number of generations may drain.
+    #[default]
+    Allow,
+    /// The upgrade fails with [`Error::ParentDrains`].
+    Refuse,
+}
+
+impl Default for Builder {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Builder {
+    /// No triggers, 60 seconds to be ready, one second of probation.
+    pub fn new() -> Self {
+        Self {
+            signals: Vec::new(),
+            sockets: Vec::new(),
+            changes: Changes::default(),
+            config: Config {
+                pid_file: None,
+                ready_timeout: Duration::from_secs(60),
+                probation: Duration::from_secs(1),
+                spawn: Spawn::default(),
+                overlap: Overlap::default(),
+                observer: None,
+            },
+        }
+    }
+
+    /// Upgrades when this signal comes (signal(7)); SIGHUP is customary. May be called for several. A signal during an
+    /// upgrade asks for nothing more.
+    pub fn upgrade_on_signal(&mut self, signal: i32) -> &mut Self {
+        self.on_signal(signal, Action::Upgrade)
+    }
+
+    /// Stops when this signal comes; SIGTERM is customary. During an upgrade the stop wins: the child is ended first.
+    pub fn stop_on_signal(&mut self, signal: i32) -> &mut Self {
+        self.on_signal(signal, Action::Stop)
+    }
+
+    /// Ends accepting and the triggers when this signal comes, and leaves the rest to the program: PID file and socket
+    /// files stay.
+    pub fn partial_stop_on_signal(&mut self, signal: i32) -> &mut Self {
+        self.on_signal(signal, Action::PartialStop)
+    }
+
+    fn on_signal(&mut self, signal: i32, action: Action) -> &mut Self {
+        self.signals.push((signal, action));
+        self
+    }
+
+    /// Upgrades when somebody connects to this Unix socket, which is made with mode 0600 and takes only the same user
+    /// and root. The connection stays open until the upgrade is over, and then gets one line:
+    /// `upgraded pid=… generation=… ms=…`, `failed: …`, `busy` or `stopping`.
+    pub fn upgrade_on_socket(&mut self, path: impl AsRef<Path>) -> &mut Self {
+        self.on_socket(path.as_ref(), Meaning::Connect(Action::Upgrade))
+    }
+
+    /// Stops when somebody connects to this Unix socket. The connection gets the line `stopping`, and closes when this
+    /// process ends.
+    pub fn stop_on_socket(&mut self, path: impl AsRef<Path>) -> &mut Self {
+        self.on_socket(path.as_ref(), Meaning::Connect(Action::Stop))
+    }
+
+    /// As [`partial_stop_on_signal`](Self::partial_stop_on_signal), when somebody connects to this Unix socket.
+    pub fn partial_stop_on_socket(&mut self, path: impl AsRef<Path>) -> &mut Self {
+        self.on_socket(path.as_ref(), Meaning::Connect(Action::PartialStop))
+    }
+
+    /// One socket for all: the first line of a connection says `upgrade`, `stop` or `partial-stop`, within 5 seconds.
+    /// Otherwise as [`upgrade_on_socket`](Self::upgrade_on_socket).
+    pub fn control_on_socket(&mut self, path: impl AsRef<Path>) -> &mut Self {
+        self.on_socket(path.as_ref(), Meaning::Command)
+    }
+
+    fn on_socket(&mut self, path: &Path, meaning: Meaning) -> &mut Self {
+        self.sockets.push((path.to_owned(), meaning));
+        self
+    }
+
+    /// Keeps the serving process's PID in this file, mode 0644. It is written at `ready`, by rename, and removed at a
+    /// final stop if it is still ours. A relative path is resolved at each write.
+    pub fn pid_file(&mut self, path: impl AsRef<Path>) -> &mut Self {
+        self.config.pid_file = Some(path.as_ref().to_owned());
+        self
+    }
+
+    /// The program that the next generation runs. A relative path starts at the directory of this process's start; no
+    /// link is followed. Default: what `argv[0]` means, resolved at [`start`](Self::start) in the same way.
+    pub fn exec(&mut self, program: impl AsRef<Path>) -> &mut Self {
+        self.changes.exec = Some(program.as_ref().to_owned());
+        self
+    }
+
+    /// The next generation's arguments, without `argv[0]`. Default: this one's.
+    pub fn args(&mut self, args: impl IntoIterator<Item = impl Into<OsString>>) -> &mut Self {
+        self.changes.args = Some(args.into_iter().map(Into::into).collect());
+        self
+    }
+
+    /// Sets a variable in the next generation's environment, which is otherwise this one's at the time of the upgrade.
+    pub fn env(&mut self, name: impl Into<OsString>, value: impl Into<OsString>) -> &mut Self {
+        self.environment().insert(name.into(), Some(value.into()));
+        self
+    }
+
+    /// Leaves a variable out of the next generation's environment.
+    pub fn env_remove(&mut self, name: impl Into<OsString>) -> &mut Self {
+        self.environment().insert(name.into(), None);
+        self
+    }
+
+    fn environment(&mut self) -> &mut BTreeMap<OsString, Option<OsString>> {
+        &mut self.changes.env
+    }
+
+    /// Where the next generation starts. Default: where this one started, or, if that directory is gone, where it is.
+    pub fn current_dir(&mut self, path: impl AsRef<Path>) -> &mut Self {
+        self.changes.directory = Some(path.as_ref().to_owned());
+        self
+    }
+
+    /// How long a child may take from the trigger to its `ready`. Then it is killed, and the upgrade has failed.
+    /// Default: 60 seconds.
+    pub fn ready_timeout(&mut self, time: Duration) -> &mut Self {
+        self.config.ready_timeout = time;
+        self
+    }
+
+    /// How long a child must live after its `ready` before the upgrade has succeeded. Meanwhile this process accepts
+    /// nothing but keeps its sockets; if the child dies, it accepts again, and the upgrade has failed. Default: one
+    /// second. Zero: no probation.
+    pub fn probation(&mut self, time: Duration) -> &mut Self {
+        self.config.probation = time;
+        self
+    }
+
+    /// How the child is made.
+    pub fn spawn(&mut self, spawn: Spawn) -> &mut Self {
+        self.config.spawn = spawn;
+        self
+    }
+
+    /// What happens when an upgrade is asked for while an older generation still drains.
+    pub fn overlap(&mut self, overlap: Overlap) -> &mut Self {
+        self.config.overlap = overlap;
+        self
+    }
+
+    /// Calls `observer` at every [`Event`], in the thread that waits for triggers: it must return soon, and must not
+    /// call [`Ecdysis::upgrade`].
+    pub fn on_event(&mut self, observer: impl Fn(&Event<'_>) + Send + Sync + 'static) -> &mut Self {
+        self.config.observer = Some(Arc::new(observer));
+        self
+    }
+
+    /// Starts: takes over what the parent handed over, if there is one, handles the chosen signals, opens the control
+    /// sockets. Call it early, before other threads run and before descriptors are opened.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::AlreadyStarted`], [`Error::Signal`], [`Error::Socket`] for a control socket, [`Error::Handover`]. An
+    /// error in a child fails the upgrade: return it from `main`, and the parent serves on.
+    pub fn start(&mut self) -> Result<Starting, Error> {
+        let started = Started::claim().ok_or(Error::AlreadyStarted)?;
+        let prepare = |what| move |source| Error::Prepare { what, source };
+        // First of all, because these are as the parent made them only now.
+        let mask = signal::mask().map_err(prepare("signal mask"))?;
+        let program = Program::resolve(&self.changes);
+        let inherited = upgrade::inherit()?;
+        let (generation, sockets, parent) = match inherited {
+            Some(Inherited { generation, sockets, parent }) => (generation + 1, sockets, Some(parent)),
+            None => (1, Vec::new(), None),
+        };
+
+        signal::wake_fd().map_err(prepare("wake descriptor"))?;
+        let mut handlers = Handlers::default();
+        for &(signal, _) in &self.signals {
+            handlers.install(signal).map_err(|source| Error::Signal { signal, source })?;
+        }
+        let sockets = Sockets::new(sockets);
+        let mut control = Vec::new();
+        for (path, meaning) in &self.sockets {
+            let listener = sockets.listen_unix_with_mode(path, Some(Mode::RUSR | Mode::WUSR))?;
+            control.push(ControlSocket { path: path.clone(), listener, meaning: *meaning });
+        }
+        let calls = Arc::new(Calls::default());
+        let triggers = Triggers::new(self.signals.clone(), handlers, control, calls.clone());
+        Ok(Starting(Arc::new(Core {
+            config: self.config.clone(),
+            program,
+            mask,
+            generation,
+            sockets,
+            shutdown: Shutdown::new().map_err(prepare("shutdown handle"))?,
+            parent,
+            calls,
+            driver: Mutex::new(Driver { triggers: Some(triggers), exit: None }),
+            changed: Condvar::new(),
+            kept: Mutex::default(),
+            _started: started,
+        })))
+    }
+}
+
+/// There is one start at a time in a process: signals are the process's, and so is the handover.
+struct Started;
+
+static STARTED: AtomicBool = AtomicBool::new(false);
+
+impl Started {
+    fn claim() -> Option<Self> {
+        (!STARTED.swap(true, Ordering::AcqRel)).then_some(Self)
+    }
+}
+
+impl Drop for Started {
+    fn drop(&mut self) {
+        STARTED.store(false, Ordering::Release);
+    }
+}
+
+/// A generation that does not serve yet: it claims or makes its sockets, reads its configuration, warms up. A parent,
+/// if there is one, serves meanwhile.
+///
+/// Dropping it gives up: in a child, the parent hears of it and serves on.
+pub struct Starting(Arc<Core>);
+
+impl Starting {
+    /// Whether this process was started by an upgrade.
+    pub fn is_child(&self) -> bool {
+        self.0.parent.is_some()
+    }
+
+    /// This process's generation. The first is 1.
+    pub fn generation(&self) -> u64 {
+        self.0.generation
+    }
+
+    /// The handle through which this generation accepts, once it is ready.
+    pub fn shutdown(&self) -> Shutdown {
+        self.0.shutdown.clone()
+    }
+
+    /// Serves from here on. In a child: closes what was inherited and not claimed, writes the PID file, tells the
+    /// parent, and returns when the parent has stopped accepting. If the parent is dead, or does not answer within 5
+    /// seconds, this process serves without it.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::PidFile`], [`Error::Ready`]: this generation does not serve, and the parent does.
+    pub fn ready(self) -> Result<Ecdysis, Error> {
+        upgrade::ready(&self.0)?;
+        self.0.shutdown.set(State::Accepting);
+        self.0.emit(&Event::Serving { generation: self.0.generation });
+        // From here `Starting` has nothing left to give up.
+        Ok(Ecdysis(self.0.clone()))
+    }
+
+    /// Refuses to serve, in words for an operator: the parent's upgrade fails with [`Error::Refused`] and this reason.
+    /// Return the error from `main`.
+    ///
+    /// ```
+    /// # fn config() -> Result<(), std::num::ParseIntError> { Ok(()) }
+    /// fn main() -> Result<(), Box<dyn std::error::Error>> {
+    ///     let starting = ecdysis::Ecdysis::builder().start()?;
+    ///     if let Err(e) = config() {
+    ///         return Err(starting.refuse(format!("config: {e}")).into());
+    ///     }
+    ///     starting.ready()?;
+    ///     Ok(())
+    /// }
+    /// ```
+    pub fn refuse(self, reason: impl fmt::Display) -> Error {
+        let reason = reason.to_string();
+        self.0.tell_parent(&Status::Refused(reason.clone()));
+        Error::RefusedHere { reason }
+    }
+}
+
+impl Deref for Starting {
+    type Target = Sockets;
+
+    fn deref(&self) -> &Sockets {
+        &self.0.sockets
+    }
+}
+
+impl Drop for Starting {
+    fn drop(&mut self) {
+        // After `ready` there are two owners.
+        if self.0.shutdown.state() == State::Starting {
+            self.0.shutdown.set(State::HandedOver);
+        }
+    }
+}
+
+/// A generation that serves. A clone is the same one.
+#[derive(Clone)]
+pub struct Ecdysis(Arc<Core>);
+
+/// A successful upgrade.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Upgraded {
+    /// The process that serves now.
+    pub pid: u32,
+    /// Its generation.
+    pub generation: u64,
+    /// The time from the trigger to the moment from which it served.
+    pub commit: Duration,
+}
+
+/// Why [`Ecdysis::run`] returned.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Exit {
+    /// What happened.
+    pub mode: ExitMode,
+    /// What asked for it.
+    pub reason: ExitReason,
+}
+
+/// How a generation's service ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum ExitMode {
+    /// A new generation serves.
+    Upgraded(Upgraded),
+    /// Nobody serves any more.
+    Stopped,
+    /// Accepting and triggers have ended; the rest is the program's.
+    PartiallyStopped,
+}
+
+/// What asked for an upgrade or a stop.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum ExitReason {
+    /// This signal.
+    Signal(i32),
+    /// A connection to this control socket.
+    Socket(PathBuf),
+    /// [`Ecdysis::upgrade`] or [`Ecdysis::stop`].
+    Call,
+    /// The parent, which was asked to stop during this process's probation.
+    Parent,
+}
+
+impl fmt::Display for Exit {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.mode {
+            ExitMode::Upgraded(Upgraded { pid, generation, .. }) => {
+                write!(f, "upgraded to pid {pid}, generation {generation}, by {}", self.reason)
+            }
+            ExitMode::Stopped => write!(f, "stopped by {}", self.reason),
+            ExitMode::PartiallyStopped => write!(f, "partially stopped by {}", self.reason),
+        }
+    }
+}
+
+impl fmt::Display for ExitReason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Signal(signal) => write!(f, "signal {signal}"),
+            Self::Socket(path) => write!(f, "socket {}", path.display()),
+            Self::Call => write!(f, "a call"),
+            Self::Parent => write!(f, "the parent"),
+        }
+    }
+}
+
+impl Ecdysis {
+    /// Begins with the choices.
+    pub fn builder() -> Builder {
+        Builder::new()
+    }
+
+    /// Whether this process was started by an upgrade.
+    pub fn is_child(&self) -> bool {
+        self.0.parent.is_some()
+    }
+
+    /// This process's generation. The first is 1.
+    pub fn generation(&self) -> u64 {
+        self.0.generation
+    }
+
+    /// The handle through which this generation accepts.
+    pub fn shutdown(&self) -> Shutdown {
+        self.0.shutdown.clone()
+    }
+
+    /// Waits for triggers, in one poll, and does what they ask for. After a failed upgrade it goes on. Returns when
+    /// this generation's service is over: accepting has ended, and it is time to [`drain`](Shutdown::drain).
+    ///
+    /// A second call, or one after [`upgrade`](Self::upgrade) or [`stop`](Self::stop) ended the service, returns the
+    /// same.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Wait`] if the poll itself fails. The service goes on, without triggers.
+    pub fn run(&self) -> Result<Exit, Error> {
+        let core = &*self.0;
+        let mut driver = core.lock();
+        loop {
+            if let Some(exit) = &driver.exit {
+                return Ok(exit.clone());
+            }
+            match driver.triggers.take() {
+                Some(triggers) => {
+                    drop(driver);
+                    let mut turn = Turn { core, triggers: Some(triggers) };
+                    while !turn.serve()? {}
+                    drop(turn);
+                    driver = core.lock();
+                }
+                // Another thread upgrades; it gives the triggers back.
+                None => driver = core.changed.wait(driver).unwrap_or_else(PoisonError::into_inner),
+            }
+        }
+    }
+
+    /// Upgrades now, from any thread, and waits for the verdict: after the probation of the child. If `run` runs in
+    /// another thread, that does the work and then returns too.
+    ///
+    /// ```no_run
+    /// # fn main() -> Result<(), ecdysis::Error> {
+    /// let server = ecdysis::Ecdysis::builder().start()?.ready()?;
+    /// match server.upgrade() {
+    ///     Ok(new) => println!("pid {} serves", new.pid),
+    ///     Err(e) => println!("{e}; this process serves on"),
+    /// }
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// Whatever failed, this process serves on as before; [`Error::Busy`] during another upgrade, [`Error::Over`]
+    /// when this process's service has ended.
+    pub fn upgrade(&self) -> Result<Upgraded, Error> {
+        let core = &*self.0;
+        let outcome = Arc::new(Mutex::new(None));
+        self.post(Action::Upgrade, Reply::Call(outcome.clone()));
+        let mut driver = core.lock();
+        loop {
+            if let Some(outcome) = outcome.lock().unwrap_or_else(PoisonError::into_inner).take() {
+                return outcome;
+            }
+            if driver.exit.is_some() {
+                return Err(Error::Over);
+            }
+            match driver.triggers.take() {
+                Some(triggers) => {
+                    drop(driver);
+                    Turn { core, triggers: Some(triggers) }.serve()?;
+                    driver = core.lock();
+                }
+                None => driver = core.changed.wait(driver).unwrap_or_else(PoisonError::into_inner),
+            }
+        }
+    }
+
+    /// Stops: accepting ends, and `run` returns. If nobody is in `run`, that is done here. A child of an upgrade that
+    /// is under way is ended.
+    pub fn stop(&self) {
+        self.post(Action::Stop, Reply::Nobody);
+        let triggers = self.0.lock().triggers.take();
+        if let Some(triggers) = triggers {
+            let mut turn = Turn { core: &self.0, triggers: Some(triggers) };
+            while let Ok(false) = turn.serve() {}
+        }
+    }
+
+    /// Waits until the parent has ended, for what only one process may use: a lock, a write-ahead log. Returns at once
+    /// if there is no parent. The parent ends when its connections do.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::ParentLives`] after `deadline`; [`Error::Wait`] if poll(2) fails.
+    pub fn wait_for_parent(&self, deadline: Duration) -> Result<(), Error> {
+        let Some(parent) = &self.0.parent else { return Ok(()) };
+        match parent.wait_end(deadline) {
+            Ok(true) => Ok(()),
+            Ok(false) => Err(Error::ParentLives { after: deadline }),
+            Err(source) => Err(Error::Wait { source }),
+        }
+    }
+
+    fn post(&self, action: Action, reply: Reply) {
+        let request = Request { action, reason: ExitReason::Call, since: Instant::now(), reply };
+        self.0.calls.post(request);
+    }
+}
+
+impl Deref for Ecdysis {
+    type Target = Sockets;
+
+    fn deref(&self) -> &Sockets {
+        &self.0.sockets
+    }
+}
+
+/// What all handles of a generation share.
+pub(crate) struct Core {
+    pub(crate) config: Config,
+    pub(crate) program: Program,
+    /// The signal mask this process started with, and every child will.
+    pub(crate) mask: Mask,
+    pub(crate) generation: u64,
+    pub(crate) sockets: Sockets,
+    pub(crate) shutdown: Shutdown,
+    pub(crate) parent: Option<Parent>,
+    calls: Arc<Calls>,
+    driver: Mutex<Driver>,
+    /// The triggers are free again, or a call has its answer.
+    changed: Condvar,
+    /// Open until this process ends.
+    kept: Mutex<Kept>,
+    _started: Started,
+}
+
+/// Who waits on the triggers, and what came of it.
+struct Driver {
+    /// `None` while some thread has them.
+    triggers: Option<Triggers>,
+    exit: Option<Exit>,
+}
+
+/// What stays open until this process ends, because others wait for that.
+#[derive(Default)]
+struct Kept {
+    /// The pipes to the child that took over.
+    pipes: Vec<OwnedFd>,
+    /// Control connections that asked for a stop.
+    stopping: Vec<UnixStream>,
+}
+
+impl Core {
+    fn lock(&self) -> MutexGuard<'_, Driver> {
+        self.driver.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn kept(&self) -> MutexGuard<'_, Kept> {
+        self.kept.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn keep_until_the_end(&self, to: OwnedFd, from: OwnedFd) {
+        self.kept().pipes.extend([to, from]);
+    }
+
+    /// Logs an event and tells the observer.
+    pub(crate) fn emit(&self, event: &Event<'_>) {
+        event.log();
+        if let Some(observer) = &self.config.observer {
+            observer(event);
+        }
+    }
+
+    /// Says something to a parent that may be gone, which then does not matter.
+    pub(crate) fn tell_parent(&self, status: &Status) {
+        if let Some(Err(e)) = self.parent.as_ref().map(|parent| parent.tell(status)) {
+            log::debug!("the parent does not hear {status:?}: {e}");
+        }
+    }
+
+    pub(crate) fn write_pid_file(&self) -> Result<(), Error> {
+        match &self.config.pid_file {
+            Some(path) => pid_file::write(path).map_err(|source| Error::PidFile { path: path.clone(), source }),
+            None => Ok(()),
+        }
+    }
+
+    /// After a failed upgrade, whose child may have written its own PID.
+    pub(crate) fn rewrite_pid_file(&self) {
+        if let Err(e) = self.write_pid_file() {
+            log::error!("{}", crate::error::chain(&e));
+        }
+    }
+
+    fn parent_drains(&self) -> bool {
+        self.parent.as_ref().is_some_and(|parent| !matches!(parent.wait_end(Duration::ZERO), Ok(true)))
+    }
+}
+
+/// A thread's turn at the triggers. It gives them back however it ends.
+struct Turn<'a> {
+    core: &'a Core,
+    triggers: Option<Triggers>,
+}
+
+impl Drop for Turn<'_> {
+    fn drop(&mut self) {
+        self.core.lock().triggers = self.triggers.take();
+        self.core.changed.notify_all();
+    }
+}
+
+impl Turn<'_> {
+    /// Waits for requests, or does what the first of them asks for. True if the service is over.
+    fn serve(&mut self) -> Result<bool, Error> {
+        let core = self.core;
+        let Some(triggers) = &mut self.triggers else { return Ok(true) };
+        let Some(Request { action, reason, since, reply }) = triggers.next_request() else {
+            let parent = core.parent.as_ref().filter(|parent| !parent.has_ended());
+            let fds: Vec<_> = parent.iter().map(|parent| (parent.reader.as_fd(), PollFlags::IN)).collect();
+            triggers.wait(&fds, None, trigger::Sockets::Answer)?;
+            // In the probation the parent is still the one that is asked to stop.
+            if parent.and_then(Parent::next_word) == Some(Word::Stop) {
+                let (reason, since) = (ExitReason::Parent, Instant::now());
+                triggers.requests.push_back(Request { action: Action::Stop, reason, since, reply: Reply::Nobody });
+            }
+            return Ok(false);
+        };
+        let mode = match action {
+            Action::Stop => {
+                core.tell_parent(&Status::Stopping);
+                core.sockets.unlink_all();
+                core.shutdown.set(State::Stopped);
+                if let Some(Err(e)) = core.config.pid_file.as_deref().map(pid_file::remove_if_ours) {
+                    log::warn!("cannot remove the PID file: {e}");
+                }
+                core.kept().stopping.extend(reply.stopping());
+                ExitMode::Stopped
+            }
+            Action::PartialStop => {
+                core.tell_parent(&Status::Stopping);
+                core.shutdown.set(State::Stopped);
+                core.kept().stopping.extend(reply.stopping());
+                ExitMode::PartiallyStopped
+            }
+            Action::Upgrade => {
+                let refused = core.config.overlap == Overlap::Refuse && core.parent_drains();
+                let outcome = if refused { Err(Error::ParentDrains) } else { upgrade::upgrade(core, triggers, since) };
+                let upgraded = outcome.as_ref().ok().cloned();
+                match &outcome {
+                    Ok(upgraded) => {
+                        core.shutdown.set(State::HandedOver);
+                        core.emit(&Event::Upgraded(upgraded));
+                    }
+                    Err(error) => core.emit(&Event::UpgradeFailed { error, after: since.elapsed() }),
+                }
+                reply.upgrade(outcome);
+                core.changed.notify_all();
+                match upgraded {
+                    Some(upgraded) => ExitMode::Upgraded(upgraded),
+                    None => return Ok(false),
+                }
+            }
+        };
+        core.sockets.close_all();
+        core.kept().stopping.extend(triggers.answer_over());
+        triggers.close_sockets();
+        let exit = Exit { mode, reason };
+        core.emit(&Event::Ended(&exit));
+        core.lock().exit = Some(exit);
+        core.changed.notify_all();
+        Ok(true)
+    }
+}

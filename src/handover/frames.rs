@@ -1,0 +1,231 @@
+//! The lines that go between two generations while an upgrade runs and through the probation.
+//!
+//! A line whose first character is `?` is for those who know it; others skip it. Any other unknown line is garbage.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+
+use rustix::io::Errno;
+
+use super::escape::{escape, unescape};
+use crate::sys::signal::without_sigpipe;
+
+/// What a child says to its parent.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Status {
+    /// It serves as soon as it hears [`Word::Commit`].
+    Ready,
+    /// It will not serve, and why.
+    Refused(String),
+    /// A step between fork and execve failed with this errno.
+    Failed { step: String, errno: i32 },
+    /// It heard nothing after `ready` and serves by itself.
+    Serving,
+    /// After the commit: it stops on purpose.
+    Stopping,
+    /// After the commit: its own child has taken over.
+    HandedOver,
+}
+
+impl Status {
+    pub(crate) fn line(&self) -> String {
+        match self {
+            Self::Ready => "ready\n".into(),
+            Self::Refused(reason) => {
+                let mut line = String::from("refused ");
+                // A reason is for people: a part of a long one is better than none.
+                escape(truncate(reason, MAX_REASON).as_bytes(), &mut line);
+                line.push('\n');
+                line
+            }
+            Self::Failed { step, errno } => format!("failed {step} {errno}\n"),
+            Self::Serving => "serving\n".into(),
+            Self::Stopping => "stopping\n".into(),
+            Self::HandedOver => "handed-over\n".into(),
+        }
+    }
+
+    pub(crate) fn parse(line: &str) -> Option<Self> {
+        let mut words = line.split(' ');
+        let status = match words.next()? {
+            "ready" => Self::Ready,
+            "refused" => Self::Refused(String::from_utf8_lossy(&unescape(words.next()?)?).into_owned()),
+            "failed" => {
+                let step = words.next().filter(|step| step.len() <= 32)?.to_owned();
+                Self::Failed { step, errno: words.next()?.parse().ok()? }
+            }
+            "serving" => Self::Serving,
+            "stopping" => Self::Stopping,
+            "handed-over" => Self::HandedOver,
+            _ => return None,
+        };
+        words.next().is_none().then_some(status)
+    }
+}
+
+/// What a parent says to its child, after the manifest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Word {
+    /// The child is the one that serves now.
+    Commit,
+    /// The service was asked to stop.
+    Stop,
+}
+
+impl Word {
+    pub(crate) fn line(self) -> &'static str {
+        match self {
+            Self::Commit => "commit\n",
+            Self::Stop => "stop\n",
+        }
+    }
+
+    pub(crate) fn parse(line: &str) -> Option<Self> {
+        [Self::Commit, Self::Stop].into_iter().find(|word| word.line().trim_end() == line)
+    }
+}
+
+const MAX_REASON: usize = 1000;
+
+/// Longer than any line that we send; whoever sends more sends garbage.
+const MAX_LINE: usize = 4096;
+
+fn truncate(text: &str, length: usize) -> &str {
+    let mut end = length.min(text.len());
+    while !text.is_char_boundary(end) {
+        end -= 1;
+    }
+    &text[..end]
+}
+
+/// Cuts what comes over a nonblocking descriptor into lines.
+#[derive(Debug, Default)]
+pub(crate) struct Lines {
+    buffer: Vec<u8>,
+}
+
+/// The next line, or why there is none.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Next {
+    Line(String),
+    /// Nothing more for now.
+    Wait,
+    /// The other side has closed.
+    End,
+    /// No line within the limit, or not UTF-8; the beginning of it.
+    Garbage(String),
+}
+
+impl Lines {
+    /// What was read already, by whoever read the bytes before these lines.
+    pub(crate) fn with(buffer: Vec<u8>) -> Self {
+        Self { buffer }
+    }
+
+    /// The next line that is not for others only.
+    pub(crate) fn next(&mut self, fd: BorrowedFd<'_>) -> io::Result<Next> {
+        loop {
+            match self.buffered() {
+                Some(Next::Line(line)) if line.starts_with('?') => continue,
+                Some(next) => return Ok(next),
+                None => {}
+            }
+            let mut chunk = [0; 512];
+            match rustix::io::read(fd, &mut chunk) {
+                Ok(0) if self.buffer.is_empty() => return Ok(Next::End),
+                Ok(0) => return Ok(Next::Garbage(preview(&self.buffer))),
+                Ok(n) => self.buffer.extend_from_slice(&chunk[..n]),
+                Err(Errno::AGAIN) => return Ok(Next::Wait),
+                // A Unix socket whose peer closed with data unread.
+                Err(Errno::CONNRESET) => return Ok(Next::End),
+                Err(Errno::INTR) => {}
+                Err(e) => return Err(e.into()),
+            }
+        }
+    }
+
+    fn buffered(&mut self) -> Option<Next> {
+        match self.buffer.iter().position(|&byte| byte == b'\n') {
+            Some(end) if end <= MAX_LINE => {
+                let line: Vec<u8> = self.buffer.drain(..=end).collect();
+                Some(match std::str::from_utf8(&line[..end]) {
+                    Ok(line) => Next::Line(line.to_owned()),
+                    Err(_) => Next::Garbage(preview(&line)),
+                })
+            }
+            None if self.buffer.len() <= MAX_LINE => None,
+            _ => Some(Next::Garbage(preview(&self.buffer))),
+        }
+    }
+}
+
+/// The beginning of what came, for an error message.
+pub(crate) fn preview(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(&bytes[..bytes.len().min(80)]).into_owned()
+}
+
+/// Writes a line of ours. Every line is shorter than PIPE_BUF, so a pipe takes it whole or not at all.
+pub(crate) fn send(fd: impl AsFd, line: &str) -> io::Result<()> {
+    loop {
+        match without_sigpipe(|| rustix::io::write(&fd, line.as_bytes())) {
+            Ok(n) if n == line.len() => return Ok(()),
+            Ok(_) => return Err(io::ErrorKind::WriteZero.into()),
+            Err(Errno::INTR) => {}
+            Err(e) => return Err(e.into()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rustix::pipe::{pipe_with, PipeFlags};
+
+    #[test]
+    fn status_lines_survive_the_way() {
+        for status in [
+            Status::Ready,
+            Status::Refused("config: line 3\nis bad %".into()),
+            Status::Failed { step: "execve".into(), errno: 2 },
+            Status::Serving,
+            Status::Stopping,
+            Status::HandedOver,
+        ] {
+            let line = status.line();
+            assert_eq!(Status::parse(line.strip_suffix('\n').unwrap()), Some(status));
+        }
+        for garbage in ["", "readyish", "ready now", "failed execve", "failed execve x", "refused %4"] {
+            assert_eq!(Status::parse(garbage), None, "{garbage:?}");
+        }
+    }
+
+    #[test]
+    fn a_long_reason_is_cut_not_lost() {
+        let line = Status::Refused("ä".repeat(5000)).line();
+        assert!(line.len() < MAX_LINE, "{}", line.len());
+        assert!(matches!(Status::parse(line.trim_end()), Some(Status::Refused(r)) if r.len() == MAX_REASON));
+    }
+
+    #[test]
+    fn lines_come_in_pieces_and_end() {
+        let (reader, writer) = pipe_with(PipeFlags::NONBLOCK).unwrap();
+        let mut lines = Lines::default();
+        assert_eq!(lines.next(reader.as_fd()).unwrap(), Next::Wait);
+        send(&writer, "rea").unwrap();
+        assert_eq!(lines.next(reader.as_fd()).unwrap(), Next::Wait);
+        send(&writer, "dy\n?progress 50\nserving\n").unwrap();
+        assert_eq!(lines.next(reader.as_fd()).unwrap(), Next::Line("ready".into()));
+        assert_eq!(lines.next(reader.as_fd()).unwrap(), Next::Line("serving".into()));
+        drop(writer);
+        assert_eq!(lines.next(reader.as_fd()).unwrap(), Next::End);
+    }
+
+    #[test]
+    fn an_endless_line_is_garbage_and_bounded() {
+        let (reader, writer) = pipe_with(PipeFlags::NONBLOCK).unwrap();
+        send(&writer, &"x".repeat(MAX_LINE + 600)).unwrap();
+        let mut lines = Lines::default();
+        assert!(matches!(lines.next(reader.as_fd()).unwrap(), Next::Garbage(_)));
+        assert!(lines.buffer.len() <= MAX_LINE + 600);
+    }
+}

@@ -1,0 +1,172 @@
+//! The manifest: what is handed over, as a small text. Pure: no descriptor is touched here.
+//!
+//! ```text
+//! ecdysis 1
+//! generation 4
+//! fd 7 48211 tcp 127.0.0.1:8080
+//! fd 8 48213 unix /run/app.sock file=2049:1311
+//! end
+//! ```
+//!
+//! A `fd` line is: the descriptor's number (over a socket: its index among those sent), its inode, the kind, the
+//! name, percent-escaped, and attributes. Lines, kinds and attributes that a version does not know it skips; the
+//! descriptors of unknown kinds it closes. So later versions may add to all three, and never change what is here.
+
+use std::collections::HashSet;
+use std::fmt;
+
+use super::escape::{escape, unescape};
+use crate::key::{Key, Kind};
+
+/// What passes from one generation to the next.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(crate) struct Manifest {
+    /// The parent's generation; the first is 1.
+    pub(crate) generation: u64,
+    pub(crate) entries: Vec<Entry>,
+    /// Descriptors whose kind this version does not know, to be closed.
+    pub(crate) unknown: Vec<Slot>,
+}
+
+/// One descriptor handed over.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Entry {
+    pub(crate) slot: Slot,
+    pub(crate) key: Key,
+    /// Device and inode of a Unix socket's file, made by the generation that bound it.
+    pub(crate) file: Option<(u64, u64)>,
+}
+
+/// Where the descriptor is, and the inode that proves it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Slot {
+    pub(crate) number: u32,
+    pub(crate) inode: u64,
+}
+
+/// What no manifest of ours exceeds.
+const MAX_SIZE: usize = 16 << 20;
+const MAX_LINE: usize = 4096;
+const MAX_ENTRIES: usize = 1 << 16;
+
+const FIRST_LINE: &str = "ecdysis 1";
+const LAST_LINE: &str = "end";
+
+impl Manifest {
+    pub(crate) fn encode(&self) -> String {
+        let mut text = format!("{FIRST_LINE}\ngeneration {}\n", self.generation);
+        for Entry { slot, key, file } in &self.entries {
+            text.push_str(&format!("fd {} {} {} ", slot.number, slot.inode, key.kind().word()));
+            escape(key.name(), &mut text);
+            if let Some((device, inode)) = file {
+                text.push_str(&format!(" file={device}:{inode}"));
+            }
+            text.push('\n');
+        }
+        text.push_str(LAST_LINE);
+        text.push('\n');
+        text
+    }
+
+    /// Decodes a whole manifest, from the first line to the last.
+    pub(crate) fn decode(text: &[u8]) -> Result<Self, Malformed> {
+        let text = std::str::from_utf8(text).map_err(|_| Malformed::new(0, "not UTF-8"))?;
+        let mut lines = text.split('\n').enumerate().map(|(at, line)| (at + 1, line));
+        let mut manifest = Self::default();
+        let mut numbers = HashSet::new();
+        if lines.next() != Some((1, FIRST_LINE)) {
+            return Err(Malformed::new(1, "not a manifest of a version known here"));
+        }
+        for (at, line) in lines.by_ref() {
+            if line.len() > MAX_LINE {
+                return Err(Malformed::new(at, "too long"));
+            }
+            let (word, rest) = line.split_once(' ').unwrap_or((line, ""));
+            match word {
+                "generation" => {
+                    manifest.generation = number(rest).ok_or(Malformed::new(at, "generation"))?;
+                }
+                "fd" => {
+                    let (slot, entry) = fd_line(rest).ok_or(Malformed::new(at, "descriptor"))?;
+                    if !numbers.insert(slot.number) {
+                        return Err(Malformed::new(at, "descriptor named twice"));
+                    }
+                    if numbers.len() > MAX_ENTRIES {
+                        return Err(Malformed::new(at, "too many descriptors"));
+                    }
+                    match entry {
+                        Some(entry) => manifest.entries.push(entry),
+                        None => manifest.unknown.push(slot),
+                    }
+                }
+                LAST_LINE if rest.is_empty() => {
+                    return match (lines.next(), lines.next()) {
+                        (Some((_, "")), None) if manifest.generation > 0 => Ok(manifest),
+                        _ => Err(Malformed::new(at, "end")),
+                    };
+                }
+                _ => {}
+            }
+        }
+        Err(Malformed::new(0, "no end"))
+    }
+
+    /// How many bytes at the start of `text` are the manifest; `None` if there are more to come.
+    pub(crate) fn length(text: &[u8]) -> Result<Option<usize>, Malformed> {
+        const END: &[u8] = b"\nend\n";
+        match text.windows(END.len()).position(|window| window == END) {
+            Some(at) => Ok(Some(at + END.len())),
+            None if text.len() > MAX_SIZE => Err(Malformed::new(0, "too large")),
+            None => Ok(None),
+        }
+    }
+}
+
+/// The slot, and the entry if its kind is known; `None` if the line is malformed.
+fn fd_line(line: &str) -> Option<(Slot, Option<Entry>)> {
+    let mut words = line.split(' ');
+    let slot = Slot { number: number(words.next()?)?, inode: number(words.next()?)? };
+    let (kind, name) = (words.next()?, unescape(words.next()?)?);
+    let Some(kind) = Kind::from_word(kind) else { return Some((slot, None)) };
+    let mut file = None;
+    for attribute in words {
+        if let Some(value) = attribute.strip_prefix("file=") {
+            let (device, inode) = value.split_once(':')?;
+            file = Some((number(device)?, number(inode)?));
+        }
+    }
+    Some((slot, Some(Entry { slot, key: Key::from_parts(kind, name), file })))
+}
+
+/// Digits only, because `parse` also takes a plus sign.
+fn number<T: std::str::FromStr>(word: &str) -> Option<T> {
+    word.bytes().all(|byte| byte.is_ascii_digit()).then(|| word.parse().ok())?
+}
+
+/// Why a manifest could not be decoded.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Malformed {
+    /// 0 for the whole.
+    line: usize,
+    what: &'static str,
+}
+
+impl Malformed {
+    fn new(line: usize, what: &'static str) -> Self {
+        Self { line, what }
+    }
+}
+
+impl fmt::Display for Malformed {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "malformed manifest, line {}: {}", self.line, self.what)
+    }
+}
+
+impl std::error::Error for Malformed {}
+
+impl From<Malformed> for std::io::Error {
+    fn from(malformed: Malformed) -> Self {
+        Self::new(std::io::ErrorKind::InvalidData, malformed)
+    }
+}

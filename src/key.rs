@@ -1,0 +1,87 @@
+//! What a handed-over descriptor is found by: its kind and the address or name that was asked for.
+
+use std::ffi::OsStr;
+use std::fmt;
+use std::net::SocketAddr;
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+
+/// Kind and address, as **asked for**: a listener on port 0 has port 0 in its key, so that the next generation, which
+/// runs the same line of code, gets the same socket. TCP and UDP on one port are two keys. Several sockets may share
+/// one key (SO_REUSEPORT); they are handed out in the order in which they were made.
+///
+/// ```
+/// let key = ecdysis::Key::tcp("127.0.0.1:8080".parse().unwrap());
+/// assert_eq!(key.to_string(), "tcp 127.0.0.1:8080");
+/// ```
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Key {
+    kind: Kind,
+    name: Vec<u8>,
+}
+
+/// What a descriptor is used for. The words are part of the handover protocol.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum Kind {
+    Tcp,
+    Udp,
+    Unix,
+    Fd,
+}
+
+impl Kind {
+    const ALL: [Self; 4] = [Self::Tcp, Self::Udp, Self::Unix, Self::Fd];
+
+    pub(crate) fn word(self) -> &'static str {
+        match self {
+            Self::Tcp => "tcp",
+            Self::Udp => "udp",
+            Self::Unix => "unix",
+            Self::Fd => "fd",
+        }
+    }
+
+    pub(crate) fn from_word(word: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|kind| kind.word() == word)
+    }
+}
+
+impl Key {
+    /// A TCP listener.
+    pub fn tcp(addr: SocketAddr) -> Self {
+        Self::from_parts(Kind::Tcp, addr.to_string().into_bytes())
+    }
+
+    /// A UDP socket.
+    pub fn udp(addr: SocketAddr) -> Self {
+        Self::from_parts(Kind::Udp, addr.to_string().into_bytes())
+    }
+
+    /// A Unix stream listener. A path that starts with `@` is an abstract name.
+    pub fn unix(path: impl AsRef<Path>) -> Self {
+        Self::from_parts(Kind::Unix, path.as_ref().as_os_str().as_bytes().to_vec())
+    }
+
+    /// Any descriptor, by a name of the program's choice.
+    pub fn fd(name: impl AsRef<OsStr>) -> Self {
+        Self::from_parts(Kind::Fd, name.as_ref().as_bytes().to_vec())
+    }
+
+    pub(crate) fn from_parts(kind: Kind, name: Vec<u8>) -> Self {
+        Self { kind, name }
+    }
+
+    pub(crate) fn kind(&self) -> Kind {
+        self.kind
+    }
+
+    pub(crate) fn name(&self) -> &[u8] {
+        &self.name
+    }
+}
+
+impl fmt::Display for Key {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {}", self.kind.word(), String::from_utf8_lossy(&self.name))
+    }
+}

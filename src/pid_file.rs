@@ -1,0 +1,77 @@
+//! The PID file: written whole or not at all, removed only while it is still ours.
+
+use std::fs::{self, OpenOptions, Permissions};
+use std::io::{self, Write};
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::process;
+
+/// Writes this process's PID to `path`, mode 0644, by way of a new file that takes the path's place. A symlink at
+/// `path` is replaced, never followed.
+pub(crate) fn write(path: &Path) -> io::Result<()> {
+    let new = beside(path)?;
+    // What a former process of the same PID left when it was killed between the two steps below.
+    let _ = fs::remove_file(&new);
+    let mut file = OpenOptions::new().write(true).create_new(true).mode(0o644).open(&new)?;
+    let written = (|| {
+        // Whatever the umask is.
+        file.set_permissions(Permissions::from_mode(0o644))?;
+        file.write_all(format!("{}\n", process::id()).as_bytes())?;
+        fs::rename(&new, path)
+    })();
+    if written.is_err() {
+        let _ = fs::remove_file(&new);
+    }
+    written
+}
+
+/// Removes the file if it names this process.
+pub(crate) fn remove_if_ours(path: &Path) -> io::Result<()> {
+    match fs::read(path) {
+        Ok(pid) if pid.trim_ascii() == process::id().to_string().as_bytes() => fs::remove_file(path),
+        Ok(_) => Ok(()),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
+        Err(e) => Err(e),
+    }
+}
+
+/// A name in the same directory, because rename works within one file system only.
+fn beside(path: &Path) -> io::Result<PathBuf> {
+    let name = path.file_name().ok_or(io::ErrorKind::InvalidInput)?;
+    let mut new = std::ffi::OsString::from(".");
+    new.push(name);
+    new.push(format!(".{}", process::id()));
+    Ok(path.with_file_name(new))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn written_whole_with_its_mode_and_never_through_a_symlink() {
+        let dir = tempfile::tempdir().unwrap();
+        let (victim, path) = (dir.path().join("victim"), dir.path().join("pid"));
+        fs::write(&victim, "precious").unwrap();
+        std::os::unix::fs::symlink(&victim, &path).unwrap();
+        write(&path).unwrap();
+        assert_eq!(fs::read_to_string(&victim).unwrap(), "precious");
+        let file = fs::symlink_metadata(&path).unwrap();
+        assert!(file.is_file());
+        assert_eq!(file.permissions().mode() & 0o777, 0o644);
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 2, "no temporary file is left");
+    }
+
+    #[test]
+    fn only_ours_is_removed() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("pid");
+        remove_if_ours(&path).unwrap();
+        fs::write(&path, "1\n").unwrap();
+        remove_if_ours(&path).unwrap();
+        assert!(path.exists());
+        write(&path).unwrap();
+        remove_if_ours(&path).unwrap();
+        assert!(!path.exists());
+    }
+}

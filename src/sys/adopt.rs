@@ -1,0 +1,44 @@
+//! Turning a descriptor number from the parent into an owned descriptor, after a proof that it is the one meant.
+
+use std::io;
+use std::os::fd::{BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use rustix::fs::{fstat, FileType};
+use rustix::io::{fcntl_setfd, FdFlags};
+
+/// The right to adopt descriptors by number. There is one in a process, because a number may be adopted once.
+pub(crate) struct Adopter {
+    adopted: Vec<RawFd>,
+}
+
+impl Adopter {
+    /// `None` when this process had its adopter already, or runs with more rights than its caller (AT_SECURE), who
+    /// then must not choose its descriptors.
+    pub(crate) fn take() -> Option<Self> {
+        static TAKEN: AtomicBool = AtomicBool::new(false);
+        // SAFETY: getauxval(3) reads a table that the kernel made.
+        let secure = unsafe { libc::getauxval(libc::AT_SECURE) } != 0;
+        let free = !secure && !TAKEN.swap(true, Ordering::AcqRel);
+        free.then(|| Self { adopted: Vec::new() })
+    }
+
+    /// Owns descriptor `fd` if it is open, of that type and inode, and not adopted before; marks it close-on-exec.
+    pub(crate) fn adopt(&mut self, fd: RawFd, file_type: Option<FileType>, inode: u64) -> io::Result<OwnedFd> {
+        if fd <= libc::STDERR_FILENO || self.adopted.contains(&fd) {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        // SAFETY: used for two calls that are harmless on any number; a closed one gives EBADF.
+        let borrowed = unsafe { BorrowedFd::borrow_raw(fd) };
+        let stat = fstat(borrowed)?;
+        let actual = FileType::from_raw_mode(stat.st_mode);
+        if stat.st_ino != inode || file_type.is_some_and(|wanted| wanted != actual) {
+            return Err(io::Error::new(io::ErrorKind::NotFound, "the descriptor is another file"));
+        }
+        fcntl_setfd(borrowed, FdFlags::CLOEXEC)?;
+        self.adopted.push(fd);
+        // SAFETY: the parent left this descriptor, known by its inode, open over the execve for us to own, so nobody
+        // else in this process opened it; `adopted` and the single `Adopter` see to it that it is owned once.
+        Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+    }
+}

@@ -1,0 +1,53 @@
+//! System calls that touch no thread-local storage.
+//!
+//! The child of a `clone(CLONE_VM)` shares its memory, and so the `errno`, with the thread that made it and that
+//! goes on running. libc's wrappers write `errno`; these give the error back as a value.
+
+use std::ffi::c_long;
+
+/// Whether this architecture has a system call of ours that leaves `errno` alone.
+pub(crate) const LEAVES_ERRNO_ALONE: bool =
+    cfg!(any(target_arch = "x86_64", target_arch = "aarch64", target_arch = "riscv64"));
+
+/// Makes the system call `number`; gives its result, or the errno as the error.
+///
+/// # Safety
+///
+/// The arguments must be what that system call asks for; pointers must stay valid while it runs.
+#[inline]
+pub(crate) unsafe fn call(number: c_long, args: [usize; 4]) -> Result<usize, i32> {
+    let result: isize;
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: the x86-64 system call convention; the kernel clobbers rcx and r11. The caller vouches for the arguments.
+    unsafe {
+        std::arch::asm!("syscall", inlateout("rax") number as isize => result,
+            in("rdi") args[0], in("rsi") args[1], in("rdx") args[2], in("r10") args[3],
+            lateout("rcx") _, lateout("r11") _, options(nostack));
+    }
+    #[cfg(target_arch = "aarch64")]
+    // SAFETY: the aarch64 system call convention. The caller vouches for the arguments.
+    unsafe {
+        std::arch::asm!("svc 0", in("x8") number, inlateout("x0") args[0] as isize => result,
+            in("x1") args[1], in("x2") args[2], in("x3") args[3], options(nostack));
+    }
+    #[cfg(target_arch = "riscv64")]
+    // SAFETY: the RISC-V system call convention. The caller vouches for the arguments.
+    unsafe {
+        std::arch::asm!("ecall", in("a7") number, inlateout("a0") args[0] as isize => result,
+            in("a1") args[1], in("a2") args[2], in("a3") args[3], options(nostack));
+    }
+    #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64", target_arch = "riscv64")))]
+    // SAFETY: the caller vouches for the arguments. Writes errno: only a forked child, with its own memory, gets here.
+    unsafe {
+        result = match libc::syscall(number, args[0], args[1], args[2], args[3]) {
+            -1 => -(*libc::__errno_location() as isize),
+            result => result as isize,
+        };
+    }
+    // The kernel keeps the last page of the number space for errors.
+    if (-4095..0).contains(&result) {
+        Err(-result as i32)
+    } else {
+        Ok(result as usize)
+    }
+}

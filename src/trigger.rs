@@ -1,0 +1,346 @@
+//! Triggers: what asks for an upgrade or a stop, and the one poll in which all of them are waited for.
+
+use std::collections::VecDeque;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use rustix::event::{poll, PollFd, PollFlags};
+use rustix::io::Errno;
+use rustix::net::sockopt::socket_peercred;
+use rustix::process::geteuid;
+
+use crate::ecdysis::{ExitReason, Upgraded};
+use crate::error::{chain, Error};
+use crate::shutdown::timespec;
+use crate::sys::signal::{self, Handlers};
+
+/// What a trigger asks for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Action {
+    Upgrade,
+    Stop,
+    PartialStop,
+}
+
+/// What a connection to a control socket means.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Meaning {
+    /// The connection itself asks for this.
+    Connect(Action),
+    /// The first line says what is asked for.
+    Command,
+}
+
+/// Somebody asked.
+#[derive(Debug)]
+pub(crate) struct Request {
+    pub(crate) action: Action,
+    pub(crate) reason: ExitReason,
+    pub(crate) since: Instant,
+    pub(crate) reply: Reply,
+}
+
+/// Who hears the outcome.
+#[derive(Debug)]
+pub(crate) enum Reply {
+    Nobody,
+    Socket(UnixStream),
+    Call(Arc<Mutex<Option<Result<Upgraded, Error>>>>),
+}
+
+impl Reply {
+    /// Tells the outcome. The connection is given back: it stays open until this process ends, where that matters.
+    pub(crate) fn upgrade(self, outcome: Result<Upgraded, Error>) -> Option<UnixStream> {
+        match self {
+            Self::Nobody => None,
+            Self::Call(cell) => {
+                *cell.lock().unwrap_or_else(PoisonError::into_inner) = Some(outcome);
+                None
+            }
+            Self::Socket(stream) => {
+                let line = match outcome {
+                    Ok(Upgraded { pid, generation, commit }) => {
+                        let ms = commit.as_secs_f64() * 1e3;
+                        format!("upgraded pid={pid} generation={generation} ms={ms:.1}\n")
+                    }
+                    Err(Error::Busy) => "busy\n".into(),
+                    Err(Error::Over | Error::StopAsked { .. }) => "stopping\n".into(),
+                    Err(e) => format!("failed: {}\n", chain(&e)),
+                };
+                tell(&stream, &line);
+                Some(stream)
+            }
+        }
+    }
+
+    pub(crate) fn stopping(self) -> Option<UnixStream> {
+        self.upgrade(Err(Error::Over))
+    }
+}
+
+/// One line, if the peer takes it: nobody waits for a peer.
+fn tell(stream: &UnixStream, line: &str) {
+    let _ =
+        rustix::net::send(stream, line.as_bytes(), rustix::net::SendFlags::NOSIGNAL | rustix::net::SendFlags::DONTWAIT);
+}
+
+/// Requests from this process's own threads, and a place to leave them.
+#[derive(Debug, Default)]
+pub(crate) struct Calls(Mutex<Vec<Request>>);
+
+impl Calls {
+    pub(crate) fn post(&self, request: Request) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).push(request);
+        signal::wake();
+    }
+
+    pub(crate) fn take(&self) -> Vec<Request> {
+        std::mem::take(&mut *self.0.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+}
+
+/// A control socket.
+#[derive(Debug)]
+pub(crate) struct ControlSocket {
+    pub(crate) path: PathBuf,
+    pub(crate) listener: UnixListener,
+    pub(crate) meaning: Meaning,
+}
+
+/// A connection whose first line has not come yet.
+#[derive(Debug)]
+struct Talk {
+    stream: UnixStream,
+    path: PathBuf,
+    line: Vec<u8>,
+    since: Instant,
+}
+
+/// How long a connection may take to say its command, and how many may be about to.
+const TALK_TIME: Duration = Duration::from_secs(5);
+const MAX_TALKS: usize = 16;
+const MAX_COMMAND: usize = 64;
+
+/// After a failed accept, for want of descriptors say, a control socket is left alone for this long.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// All triggers of a process. One thread at a time has them and waits on them.
+#[derive(Debug)]
+pub(crate) struct Triggers {
+    signals: Vec<(i32, Action)>,
+    /// Keeps the handlers installed: also when all is over, or a late SIGHUP would end the drain.
+    _handlers: Handlers,
+    sockets: Vec<ControlSocket>,
+    talks: Vec<Talk>,
+    accept_again: Option<Instant>,
+    calls: Arc<Calls>,
+    /// Asked and not dealt with.
+    pub(crate) requests: VecDeque<Request>,
+}
+
+/// Why a wait ended.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Woken {
+    /// Some of the descriptors given are ready; or there are requests.
+    Ready,
+    Deadline,
+}
+
+/// Whether the control sockets are ours to answer, which they are not once a child has committed.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Sockets {
+    Answer,
+    Leave,
+}
+
+impl Triggers {
+    pub(crate) fn new(
+        signals: Vec<(i32, Action)>,
+        handlers: Handlers,
+        sockets: Vec<ControlSocket>,
+        calls: Arc<Calls>,
+    ) -> Self {
+        Self {
+            signals,
+            _handlers: handlers,
+            sockets,
+            talks: Vec::new(),
+            accept_again: None,
+            calls,
+            requests: VecDeque::new(),
+        }
+    }
+
+    /// The next request: stops before upgrades, because a stop wins.
+    pub(crate) fn next_request(&mut self) -> Option<Request> {
+        let stop = self.requests.iter().position(|request| request.action != Action::Upgrade);
+        self.requests.remove(stop.unwrap_or(0))
+    }
+
+    pub(crate) fn stop_asked(&self) -> bool {
+        self.requests.iter().any(|request| request.action != Action::Upgrade)
+    }
+
+    /// During an upgrade: whoever asks for another hears that it is busy.
+    pub(crate) fn answer_busy(&mut self) {
+        let (upgrades, others) =
+            std::mem::take(&mut self.requests).into_iter().partition(|request| request.action == Action::Upgrade);
+        self.requests = others;
+        for request in Vec::<Request>::from(upgrades) {
+            log::info!("upgrade asked for by {}: busy", request.reason);
+            request.reply.upgrade(Err(Error::Busy));
+        }
+    }
+
+    /// When all is over: whoever still asks hears so. Gives back the connections of those who asked for a stop.
+    pub(crate) fn answer_over(&mut self) -> Vec<UnixStream> {
+        self.requests.extend(self.calls.take());
+        self.requests.drain(..).filter_map(|request| request.reply.stopping()).collect()
+    }
+
+    /// When all is over: nobody is heard any more, and a successor's copies of the sockets are its own.
+    pub(crate) fn close_sockets(&mut self) {
+        self.sockets.clear();
+        self.talks.clear();
+    }
+
+    /// The one poll: waits for requests, for one of `fds`, or for the deadline. Requests are put into the queue.
+    pub(crate) fn wait(
+        &mut self,
+        fds: &[(BorrowedFd<'_>, PollFlags)],
+        deadline: Option<Instant>,
+        sockets: Sockets,
+    ) -> Result<Woken, Error> {
+        let asked_before = self.requests.len();
+        loop {
+            let now = Instant::now();
+            self.accept_again = self.accept_again.filter(|again| *again > now);
+            self.talks.retain(|talk| talk.since + TALK_TIME > now);
+            let listening = sockets == Sockets::Answer && self.accept_again.is_none();
+
+            let wake = signal::wake_fd().map_err(|source| Error::Wait { source })?;
+            let mut polled = vec![PollFd::from_borrowed_fd(wake, PollFlags::IN)];
+            polled.extend(fds.iter().map(|(fd, flags)| PollFd::from_borrowed_fd(*fd, *flags)));
+            let talks_at = polled.len();
+            polled.extend(self.talks.iter().map(|talk| PollFd::new(&talk.stream, PollFlags::IN)));
+            let sockets_at = polled.len();
+            if listening {
+                polled.extend(self.sockets.iter().map(|socket| PollFd::new(&socket.listener, PollFlags::IN)));
+            }
+
+            let talk_ends = self.talks.iter().map(|talk| talk.since + TALK_TIME).min();
+            let until = [deadline, talk_ends, self.accept_again].into_iter().flatten().min();
+            let time = until.map(|until| timespec(until.saturating_duration_since(now)));
+            match poll(&mut polled, time.as_ref()) {
+                Ok(_) => {}
+                Err(Errno::INTR) => continue,
+                Err(e) => return Err(Error::Wait { source: e.into() }),
+            }
+
+            let ready: Vec<bool> = polled.iter().map(|fd| !fd.revents().is_empty()).collect();
+            drop(polled);
+            if ready[0] {
+                let _ = rustix::io::read(wake, &mut [0; 8]);
+                self.take_signals();
+                self.requests.extend(self.calls.take());
+            }
+            for at in (sockets_at..ready.len()).filter(|at| ready[*at]) {
+                self.accept(at - sockets_at);
+            }
+            for at in (talks_at..sockets_at).rev().filter(|at| ready[*at]) {
+                self.listen_to(at - talks_at);
+            }
+            if ready[1..talks_at].contains(&true) || self.requests.len() > asked_before {
+                return Ok(Woken::Ready);
+            }
+            if deadline.is_some_and(|deadline| Instant::now() >= deadline) {
+                return Ok(Woken::Deadline);
+            }
+        }
+    }
+
+    fn take_signals(&mut self) {
+        for signal in signal::take_pending() {
+            // Several actions on one signal: each is asked for, and stops win.
+            let actions = self.signals.iter().filter(|(chosen, _)| *chosen == signal);
+            self.requests.extend(actions.map(|(_, action)| Request {
+                action: *action,
+                reason: ExitReason::Signal(signal),
+                since: Instant::now(),
+                reply: Reply::Nobody,
+            }));
+        }
+    }
+
+    /// Accepts one connection, and trusts it only if its user may trigger.
+    fn accept(&mut self, at: usize) {
+        let ControlSocket { path, listener, meaning } = &self.sockets[at];
+        let stream = match listener.accept() {
+            Ok((stream, _)) => stream,
+            Err(e) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::ConnectionAborted) => return,
+            Err(e) => {
+                log::warn!("cannot accept on control socket {}: {e}", path.display());
+                self.accept_again = Some(Instant::now() + ACCEPT_PAUSE);
+                return;
+            }
+        };
+        match socket_peercred(&stream) {
+            Ok(peer) if peer.uid == geteuid() || peer.uid.is_root() => {}
+            Ok(peer) => {
+                log::warn!("refused user {} on control socket {}", peer.uid.as_raw(), path.display());
+                return;
+            }
+            Err(e) => {
+                log::warn!("refused a peer without credentials on control socket {}: {e}", path.display());
+                return;
+            }
+        }
+        match *meaning {
+            Meaning::Connect(action) => self.requests.push_back(Request {
+                action,
+                reason: ExitReason::Socket(path.clone()),
+                since: Instant::now(),
+                reply: Reply::Socket(stream),
+            }),
+            Meaning::Command if self.talks.len() < MAX_TALKS => {
+                self.talks.push(Talk { stream, path: path.clone(), line: Vec::new(), since: Instant::now() });
+            }
+            Meaning::Command => tell(&stream, "busy\n"),
+        }
+    }
+
+    /// Reads on until the command is there. The talk is over when it is, or when the peer closes or talks too much.
+    fn listen_to(&mut self, at: usize) {
+        let talk = &mut self.talks[at];
+        let mut chunk = [0; MAX_COMMAND];
+        match rustix::net::recv(talk.stream.as_fd(), &mut chunk, rustix::net::RecvFlags::DONTWAIT) {
+            Ok((_, n)) if n > 0 => talk.line.extend_from_slice(&chunk[..n]),
+            Err(Errno::AGAIN | Errno::INTR) => return,
+            _ => {
+                self.talks.swap_remove(at);
+                return;
+            }
+        }
+        if !talk.line.contains(&b'\n') && talk.line.len() < MAX_COMMAND {
+            return;
+        }
+        let Talk { stream, path, line, .. } = self.talks.swap_remove(at);
+        let command = line.split(|byte| *byte == b'\n').next().unwrap_or_default();
+        let action = match command.trim_ascii() {
+            b"upgrade" => Action::Upgrade,
+            b"stop" => Action::Stop,
+            b"partial-stop" => Action::PartialStop,
+            _ => return tell(&stream, "failed: unknown command; known are upgrade, stop, partial-stop\n"),
+        };
+        self.requests.push_back(Request {
+            action,
+            reason: ExitReason::Socket(path),
+            since: Instant::now(),
+            reply: Reply::Socket(stream),
+        });
+    }
+}
