@@ -12,6 +12,9 @@ mod event;
 mod handover;
 mod key;
 mod listen;
+#[cfg_attr(feature = "systemd_notify", path = "systemd/manager.rs")]
+#[cfg_attr(not(feature = "systemd_notify"), path = "systemd/no_manager.rs")]
+mod manager;
 mod pid_file;
 mod program;
 mod shutdown;
@@ -21,6 +24,12 @@ mod sys;
 pub mod systemd;
 mod trigger;
 mod upgrade;
+
+/// Chapters of the guide.
+pub mod guide {
+    #[doc = include_str!("guide/systemd.md")]
+    pub mod systemd {}
+}
 
 pub use crate::ecdysis::{Builder, Ecdysis, Exit, ExitMode, ExitReason, Overlap, Starting, Upgraded};
 pub use error::Error;

@@ -14,6 +14,11 @@ use rustix::fs::{access, Access};
 use crate::handover::pipe::VARIABLE;
 use crate::sys::spawn::OrStay;
 
+/// By these a service manager speaks to the process that it has started itself, and to no other. NOTIFY_SOCKET and
+/// WATCHDOG_USEC, though, are for whoever is the main process.
+const FOR_THIS_PROCESS_ONLY: [&str; 5] =
+    ["LISTEN_PID", "LISTEN_PIDFDID", "LISTEN_FDS", "LISTEN_FDNAMES", "WATCHDOG_PID"];
+
 /// How to start the next generation.
 #[derive(Clone, Debug)]
 pub(crate) struct Program {
@@ -76,6 +81,9 @@ impl Program {
     /// threads may read it.
     pub(crate) fn envp(&self, handover: &str) -> io::Result<Vec<CString>> {
         let mut env: BTreeMap<OsString, OsString> = env::vars_os().collect();
+        for name in FOR_THIS_PROCESS_ONLY {
+            env.remove(OsStr::new(name));
+        }
         for (name, value) in &self.env {
             match value {
                 Some(value) => env.insert(name.clone(), value.clone()),

@@ -11,6 +11,8 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{epoll, eventfd, poll, EventfdFlags, PollFd, PollFlags, Timespec};
 use rustix::io::Errno;
+
+use crate::manager::Manager;
 use rustix::net::SocketFlags;
 
 /// Tells every thread whether this generation accepts, and when that is over.
@@ -76,6 +78,8 @@ struct Inner {
     draining: AtomicBool,
     /// Readable when a drain should look again.
     drained: OwnedFd,
+    /// Who is told that a stop makes progress.
+    manager: OnceLock<Arc<Manager>>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -129,6 +133,7 @@ impl Shutdown {
             loops: AtomicUsize::new(0),
             draining: AtomicBool::new(false),
             drained: event(0)?,
+            manager: OnceLock::new(),
         })))
     }
 
@@ -206,6 +211,7 @@ impl Shutdown {
     pub fn drain(&self, deadline: Duration) -> usize {
         let started = Instant::now();
         self.0.draining.store(true, Ordering::SeqCst);
+        let mut least = None;
         loop {
             // The loops first: a guard that a loop's body has taken counts before that loop ends.
             let left = self.0.loops.load(Ordering::SeqCst);
@@ -214,9 +220,19 @@ impl Shutdown {
             if left == 0 || time.is_zero() {
                 return left;
             }
+            if let Some(manager) = self.0.manager.get().filter(|_| self.state() == State::Stopped) {
+                if least.replace(left).is_some_and(|least| left < least) {
+                    manager.progress(left);
+                }
+            }
             let _ = poll(&mut [PollFd::new(&self.0.drained, PollFlags::IN)], Some(&timespec(time)));
             clear(&self.0.drained);
         }
+    }
+
+    /// From now on this manager is told when a stop makes progress.
+    pub(crate) fn report_to(&self, manager: Arc<Manager>) {
+        let _ = self.0.manager.set(manager);
     }
 
     /// Changes the state. What is over stays over.
@@ -337,7 +353,8 @@ pub struct Guard(Shutdown);
 
 impl Drop for Guard {
     fn drop(&mut self) {
-        if self.0 .0.guards.fetch_sub(1, Ordering::SeqCst) == 1 {
+        let inner = &*self.0 .0;
+        if inner.guards.fetch_sub(1, Ordering::SeqCst) == 1 || inner.manager.get().is_some() {
             self.0.look_again();
         }
     }

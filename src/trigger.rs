@@ -13,7 +13,7 @@ use rustix::io::Errno;
 use rustix::net::sockopt::socket_peercred;
 use rustix::process::geteuid;
 
-use crate::ecdysis::{ExitReason, Upgraded};
+use crate::ecdysis::{Core, ExitReason, Upgraded};
 use crate::error::{chain, Error};
 use crate::shutdown::timespec;
 use crate::sys::signal::{self, Handlers};
@@ -186,12 +186,13 @@ impl Triggers {
     }
 
     /// During an upgrade: whoever asks for another hears that it is busy.
-    pub(crate) fn answer_busy(&mut self) {
+    pub(crate) fn answer_busy(&mut self, core: &Core) {
         let (upgrades, others) =
             std::mem::take(&mut self.requests).into_iter().partition(|request| request.action == Action::Upgrade);
         self.requests = others;
         for request in Vec::<Request>::from(upgrades) {
             log::info!("upgrade asked for by {}: busy", request.reason);
+            core.manager.asked_again();
             request.reply.upgrade(Err(Error::Busy));
         }
     }
@@ -211,12 +212,14 @@ impl Triggers {
     /// The one poll: waits for requests, for one of `fds`, or for the deadline. Requests are put into the queue.
     pub(crate) fn wait(
         &mut self,
+        core: &Core,
         fds: &[(BorrowedFd<'_>, PollFlags)],
         deadline: Option<Instant>,
         sockets: Sockets,
     ) -> Result<Woken, Error> {
         let asked_before = self.requests.len();
         loop {
+            let beat = core.beat();
             let now = Instant::now();
             self.accept_again = self.accept_again.filter(|again| *again > now);
             self.talks.retain(|talk| talk.since + TALK_TIME > now);
@@ -233,7 +236,7 @@ impl Triggers {
             }
 
             let talk_ends = self.talks.iter().map(|talk| talk.since + TALK_TIME).min();
-            let until = [deadline, talk_ends, self.accept_again].into_iter().flatten().min();
+            let until = [deadline, talk_ends, self.accept_again, beat].into_iter().flatten().min();
             let time = until.map(|until| timespec(until.saturating_duration_since(now)));
             match poll(&mut polled, time.as_ref()) {
                 Ok(_) => {}

@@ -2,13 +2,14 @@
 //!
 //! Step 1, registering, is `sockets.rs`: by the time a trigger fires every socket is there.
 
+use std::collections::VecDeque;
 use std::env;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::process::ExitStatusExt;
 use std::process::ExitStatus;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use rustix::buffer::spare_capacity;
@@ -116,7 +117,7 @@ fn wait_ready(child: &mut Child<'_>, core: &Core, triggers: &mut Triggers, since
             Some(other) => return Err(Error::Garbage { pid, received: other.line() }),
             None => {}
         }
-        triggers.answer_busy();
+        triggers.answer_busy(core);
         if triggers.stop_asked() {
             return Err(Error::StopAsked { pid });
         }
@@ -129,7 +130,7 @@ fn wait_ready(child: &mut Child<'_>, core: &Core, triggers: &mut Triggers, since
         if !child.unsent.is_empty() {
             fds.push((child.to.as_fd(), PollFlags::OUT));
         }
-        timed_out = triggers.wait(&fds, deadline, Sockets::Answer)? == Woken::Deadline;
+        timed_out = triggers.wait(core, &fds, deadline, Sockets::Answer)? == Woken::Deadline;
         write_some(&child.to, &mut child.unsent).map_err(|source| Error::Send { pid, source })?;
     }
 }
@@ -166,7 +167,7 @@ fn commit(mut child: Child<'_>, core: &Core, triggers: &mut Triggers, since: Ins
                 return resume(Error::DiedAfterReady { pid, status, after: committed.elapsed() });
             }
         }
-        triggers.answer_busy();
+        triggers.answer_busy(core);
         if triggers.stop_asked() {
             // The stop is for the service, and that is the child now.
             let _ = send(&child.to, Word::Stop.line());
@@ -177,7 +178,7 @@ fn commit(mut child: Child<'_>, core: &Core, triggers: &mut Triggers, since: Ins
         }
         let mut fds = vec![(child.from.as_fd(), PollFlags::IN)];
         fds.extend(child.process.pidfd());
-        if let Err(e) = triggers.wait(&fds, Some(verdict_at), Sockets::Leave) {
+        if let Err(e) = triggers.wait(core, &fds, Some(verdict_at), Sockets::Leave) {
             // The child serves; a failing poll of ours is no reason to end it.
             log::warn!("{}", crate::error::chain(&e));
             break;
@@ -353,17 +354,18 @@ pub(crate) fn inherit() -> Result<Option<Inherited>, Error> {
     nonblocking(&reader).map_err(failed("manifest pipe"))?;
     let (manifest, rest) = read_manifest(&reader).map_err(failed("manifest"))?;
     let mut sockets = Vec::with_capacity(manifest.entries.len());
-    for Entry { slot, key, file } in manifest.entries {
+    for Entry { slot, key, file, unit } in manifest.entries {
         let adopted = adopter.adopt(slot.number as i32, None, slot.inode);
         let fd = adopted.map_err(|source| Error::Socket { key: key.clone(), source })?;
-        sockets.push((key, Held::new(fd, slot.inode, file)));
+        sockets.push((key, Held::new(fd, slot.inode, file).from_unit(unit)));
     }
     for slot in manifest.unknown {
         // Adopted to be closed: this version has no use for it.
         drop(adopter.adopt(slot.number as i32, None, slot.inode));
         log::info!("closed a descriptor of a kind not known here");
     }
-    let parent = Parent { reader, writer, lines: Mutex::new(Lines::with(rest)), ended: AtomicBool::new(false) };
+    let heard = Heard { lines: Lines::with(rest), ..Heard::default() };
+    let parent = Parent { reader, writer, heard: Mutex::new(heard), ended: AtomicBool::new(false) };
     Ok(Some(Inherited { generation: manifest.generation, sockets, parent }))
 }
 
@@ -404,7 +406,7 @@ pub(crate) fn ready(core: &Core) -> Result<(), Error> {
         match parent.next_word() {
             Some(Word::Commit) => return Ok(()),
             // Never before the commit; without it there is nothing to stop.
-            Some(Word::Stop) => {}
+            Some(Word::Stop | Word::Main) => {}
             None if parent.has_ended() => {
                 log::warn!("the parent ended before it could commit: serving without it");
                 return Ok(());
@@ -425,31 +427,75 @@ pub(crate) fn ready(core: &Core) -> Result<(), Error> {
 pub(crate) struct Parent {
     pub(crate) reader: OwnedFd,
     writer: OwnedFd,
-    lines: Mutex<Lines>,
+    heard: Mutex<Heard>,
     ended: AtomicBool,
+}
+
+/// What the parent has said.
+#[derive(Debug, Default)]
+struct Heard {
+    lines: Lines,
+    /// Not yet dealt with.
+    words: VecDeque<Word>,
+    /// It has announced us to the service manager.
+    main: bool,
+}
+
+/// Whether the service manager listens to this process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Announced {
+    Yes,
+    NotYet,
+    /// The parent has ended without a word of it.
+    Never,
 }
 
 impl Parent {
     /// What the parent has said since; nothing more once it has ended.
     pub(crate) fn next_word(&self) -> Option<Word> {
-        if self.has_ended() {
-            return None;
+        self.hear().words.pop_front()
+    }
+
+    /// Whether the parent has announced this process to the service manager.
+    pub(crate) fn announced(&self) -> Announced {
+        match self.hear().main {
+            true => Announced::Yes,
+            false if self.has_ended() => Announced::Never,
+            false => Announced::NotYet,
         }
-        let mut lines = self.lines.lock().unwrap_or_else(PoisonError::into_inner);
+    }
+
+    /// Waits for the parent's announcement, or its end. What else it says is left to be dealt with.
+    pub(crate) fn wait_announced(&self, time: Duration) -> Announced {
+        let deadline = Instant::now() + time;
         loop {
-            match lines.next(self.reader.as_fd()) {
-                // A word that only later versions know.
-                Ok(Next::Line(line)) => match Word::parse(&line) {
-                    Some(word) => return Some(word),
-                    None => log::debug!("the parent said {line:?}"),
-                },
-                Ok(Next::Wait) => return None,
-                Ok(Next::End | Next::Garbage(_)) | Err(_) => {
-                    self.ended.store(true, Ordering::Relaxed);
-                    return None;
-                }
+            match self.announced() {
+                Announced::NotYet => {}
+                known => return known,
+            }
+            if !wait_readable(&self.reader, deadline.saturating_duration_since(Instant::now())) {
+                return Announced::NotYet;
             }
         }
+    }
+
+    /// Reads what is there to be read.
+    fn hear(&self) -> MutexGuard<'_, Heard> {
+        let mut guard = self.heard.lock().unwrap_or_else(PoisonError::into_inner);
+        let heard = &mut *guard;
+        while !self.has_ended() {
+            match heard.lines.next(self.reader.as_fd()) {
+                Ok(Next::Line(line)) => match Word::parse(&line) {
+                    Some(Word::Main) => heard.main = true,
+                    Some(word) => heard.words.push_back(word),
+                    // A word that only later versions know.
+                    None => log::debug!("the parent said {line:?}"),
+                },
+                Ok(Next::Wait) => break,
+                Ok(Next::End | Next::Garbage(_)) | Err(_) => self.ended.store(true, Ordering::Relaxed),
+            }
+        }
+        guard
     }
 
     /// Whether the end of the parent has been read.

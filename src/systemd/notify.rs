@@ -101,13 +101,16 @@ impl Notifier {
 
     /// `RELOADING=1` with the time it began, which is how the manager tells this reload from an earlier one. To be
     /// followed by [`ready`](Self::ready) or [`new_main`](Self::new_main), whatever the outcome: `systemctl reload`
-    /// waits for it.
-    pub fn reloading(&self, status: &str) -> Result<(), NotifyError> {
+    /// waits for it. `at_most` is how long that may take, should the manager have less in mind (`TimeoutStartSec=`).
+    pub fn reloading(&self, status: &str, at_most: Duration) -> Result<(), NotifyError> {
         let now = clock_gettime(ClockId::Monotonic);
         let microseconds = now.tv_sec as i128 * 1_000_000 + now.tv_nsec as i128 / 1000;
         let message = Message::new()
             .with("RELOADING", "1")
             .with("MONOTONIC_USEC", &microseconds.to_string())
+            .with("EXTEND_TIMEOUT_USEC", &usec(at_most))
+            // The manager extends the watchdog's time along with the other; a sign of life takes that back.
+            .with("WATCHDOG", "1")
             .status(status);
         self.send("RELOADING", message, &[])
     }
@@ -137,8 +140,7 @@ impl Notifier {
     /// Asks for this much time, counted from now, until the present start, reload or stop may time out. An earlier
     /// deadline than the one in force changes nothing.
     pub fn extend_timeout(&self, time: Duration) -> Result<(), NotifyError> {
-        let time = time.as_micros().to_string();
-        self.send("EXTEND_TIMEOUT_USEC", Message::new().with("EXTEND_TIMEOUT_USEC", &time), &[])
+        self.send("EXTEND_TIMEOUT_USEC", Message::new().with("EXTEND_TIMEOUT_USEC", &usec(time)), &[])
     }
 
     /// `WATCHDOG=1`: this process is alive, see [`watchdog_interval`]. Where the library has been told to notify, its
@@ -250,6 +252,11 @@ impl Message {
         }
         self.with("STATUS", &status[..end])
     }
+}
+
+/// For the manager the largest number means for ever, and a day is that to an operator.
+fn usec(time: Duration) -> String {
+    time.min(Duration::from_secs(24 * 60 * 60)).as_micros().to_string()
 }
 
 /// A name that the manager takes for a descriptor.
@@ -381,6 +388,8 @@ mod tests {
         assert_eq!(receive(&manager).0, "STOPPING=1\nSTATUS=\n");
         notifier.extend_timeout(Duration::from_millis(1500)).unwrap();
         assert_eq!(receive(&manager).0, "EXTEND_TIMEOUT_USEC=1500000\n");
+        notifier.extend_timeout(Duration::MAX).unwrap();
+        assert_eq!(receive(&manager).0, "EXTEND_TIMEOUT_USEC=86400000000\n");
         notifier.alive().unwrap();
         assert_eq!(receive(&manager).0, "WATCHDOG=1\n");
         notifier.notify(&[("ERRNO", "28")]).unwrap();
@@ -390,15 +399,16 @@ mod tests {
     #[test]
     fn a_reload_carries_the_time_of_its_beginning() {
         let (manager, notifier) = pair("reload");
-        let usec = || {
+        let now_usec = || {
             let now = clock_gettime(ClockId::Monotonic);
             now.tv_sec as u64 * 1_000_000 + now.tv_nsec as u64 / 1000
         };
-        let before = usec();
-        notifier.reloading("upgrading").unwrap();
+        let before = now_usec();
+        notifier.reloading("upgrading", Duration::from_secs(2)).unwrap();
         let text = receive(&manager).0;
-        let time = text.strip_prefix("RELOADING=1\nMONOTONIC_USEC=").unwrap().strip_suffix("\nSTATUS=upgrading\n");
-        assert!((before..=usec()).contains(&time.unwrap().parse().unwrap()), "{text}");
+        let (time, rest) = text.strip_prefix("RELOADING=1\nMONOTONIC_USEC=").unwrap().split_once('\n').unwrap();
+        assert_eq!(rest, "EXTEND_TIMEOUT_USEC=2000000\nWATCHDOG=1\nSTATUS=upgrading\n");
+        assert!((before..=now_usec()).contains(&time.parse().unwrap()), "{text}");
     }
 
     #[test]

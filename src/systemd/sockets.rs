@@ -1,21 +1,186 @@
 //! What the service manager passes at the start: the protocol of sd_listen_fds(3).
 
 use std::env;
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::io;
-use std::os::fd::OwnedFd;
+use std::net::{SocketAddr, TcpListener, UdpSocket};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
 
 use rustix::fs::{fstat, fstatfs};
+use rustix::io::ioctl_fionbio;
+use rustix::net::{getsockname, sockopt, AddressFamily, SocketAddrUnix, SocketType};
 use rustix::process::{getpid, pidfd_open, PidfdFlags};
 
+#[cfg(feature = "systemd_notify")]
+use super::stored;
+use crate::listen::FileId;
+use crate::sockets::Held;
 use crate::sys::listen_fds;
+use crate::{Error, Key, Sockets};
+
+/// Sockets that units of the service manager passed; feature `systemd_sockets`, and
+/// [`Builder::systemd_sockets`](crate::Builder::systemd_sockets).
+///
+/// `listen_tcp` and its like take such a socket by themselves if its address is written as they are asked for it. The
+/// methods here ask by the name too (`FileDescriptorName=`, by default the unit's own name), and never make a socket.
+impl Sockets {
+    /// The TCP listener on `addr` that a unit passed by this name. Several sockets may have one name, and the same
+    /// name another meaning after an upgrade: what counts is that the unit's socket is on this address.
+    ///
+    /// ```no_run
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// let starting = ecdysis::Ecdysis::builder().systemd_sockets(true).start()?;
+    /// let listener = starting.systemd_listen_tcp("http", "0.0.0.0:80".parse()?)?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NotPassed`], which says what was passed instead.
+    pub fn systemd_listen_tcp(&self, name: &str, addr: SocketAddr) -> Result<TcpListener, Error> {
+        self.systemd(name, Key::tcp(addr)).map(TcpListener::from)
+    }
+
+    /// The Unix stream listener at `path`, or at an abstract name after an `@`, that a unit passed by this name. Its
+    /// file is the unit's, and is never removed here.
+    ///
+    /// # Errors
+    ///
+    /// As for [`systemd_listen_tcp`](Self::systemd_listen_tcp).
+    pub fn systemd_listen_unix(&self, name: &str, path: impl AsRef<Path>) -> Result<UnixListener, Error> {
+        self.systemd(name, Key::unix(path)).map(UnixListener::from)
+    }
+
+    /// The UDP socket on `addr` that a unit passed by this name.
+    ///
+    /// # Errors
+    ///
+    /// As for [`systemd_listen_tcp`](Self::systemd_listen_tcp).
+    pub fn systemd_socket_udp(&self, name: &str, addr: SocketAddr) -> Result<UdpSocket, Error> {
+        self.systemd(name, Key::udp(addr)).map(UdpSocket::from)
+    }
+
+    /// All descriptors that units passed by this name and nobody has claimed yet, each with what it is: for programs
+    /// that leave the addresses, and how many there are, to the unit. Sockets are nonblocking. What is no listener or
+    /// UDP socket has the key [`Key::fd`] of the name.
+    ///
+    /// ```no_run
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # let starting = ecdysis::Ecdysis::builder().systemd_sockets(true).start()?;
+    /// for (key, fd) in starting.systemd_group("http")? {
+    ///     println!("serving {key}");
+    ///     let listener = std::net::TcpListener::from(fd);
+    /// }
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Socket`] if no descriptor is left.
+    pub fn systemd_group(&self, name: &str) -> Result<Vec<(Key, OwnedFd)>, Error> {
+        let failed = |source| Error::Socket { key: Key::fd(name), source };
+        let mut group = Vec::new();
+        while let Some(member) = self.claim_from_unit(name, |_| true).map_err(failed)? {
+            group.push(member);
+        }
+        Ok(group)
+    }
+
+    fn systemd(&self, name: &str, key: Key) -> Result<OwnedFd, Error> {
+        match self.claim_from_unit(name, |passed| *passed == key) {
+            Ok(Some((_, fd))) => Ok(fd),
+            Ok(None) => Err(Error::NotPassed { key, name: name.to_owned(), passed: self.passed() }),
+            Err(source) => Err(Error::Socket { key, source }),
+        }
+    }
+}
+
+/// What the manager passed.
+#[derive(Default)]
+pub(crate) struct Inherited {
+    /// For the registry: first what a former run stored, then what units passed.
+    pub(crate) sockets: Vec<(Key, Held)>,
+    /// Stored and of no use any more.
+    pub(crate) stale: Vec<(Key, Option<FileId>)>,
+}
+
+/// Owns what the manager passed, and tells by its name or its address what it is.
+pub(crate) fn inherit() -> Result<Inherited, Error> {
+    let failed = |unusable: Unusable| Error::ServiceManager { what: unusable.what, source: unusable.source };
+    let (mut inherited, mut from_units) = (Inherited::default(), Vec::new());
+    for Passed { name, fd } in take().map_err(failed)? {
+        let failed = |source: io::Error| Error::ServiceManager { what: format!("descriptor {name:?}"), source };
+        let inode = fstat(&fd).map_err(|e| failed(e.into()))?.st_ino;
+        #[cfg(feature = "systemd_notify")]
+        if let Some((key, file)) = stored::parse(&name) {
+            // A file that was replaced meanwhile leads to another socket.
+            let at = PathBuf::from(OsStr::from_bytes(key.name()));
+            if file.is_none() || crate::listen::file_id(&at).ok() == file {
+                inherited.sockets.push((key, Held::new(fd, inode, file)));
+            } else {
+                log::info!("closed the stored {key}: its file is gone");
+                inherited.stale.push((key, file));
+            }
+            continue;
+        }
+        let key = match key_of(fd.as_fd()).map_err(failed)? {
+            Some(key) => {
+                // The manager may have made it otherwise, and whoever accepts through us relies on it.
+                ioctl_fionbio(&fd, true).map_err(|e| failed(e.into()))?;
+                key
+            }
+            None => Key::fd(&name),
+        };
+        from_units.push((key, Held::new(fd, inode, None).from_unit(Some(name))));
+    }
+    inherited.sockets.append(&mut from_units);
+    Ok(inherited)
+}
+
+/// The key under which a program would ask for this socket; `None` for what is no socket that can be asked for so.
+fn key_of(fd: BorrowedFd<'_>) -> io::Result<Option<Key>> {
+    let kind = match sockopt::socket_type(fd) {
+        Ok(kind) => kind,
+        Err(rustix::io::Errno::NOTSOCK) => return Ok(None),
+        Err(e) => return Err(e.into()),
+    };
+    let family = sockopt::socket_domain(fd)?;
+    let listening = sockopt::socket_acceptconn(fd)?;
+    let address = getsockname(fd)?;
+    Ok(match (family, kind, listening) {
+        (AddressFamily::INET | AddressFamily::INET6, SocketType::STREAM, true) => {
+            SocketAddr::try_from(address).ok().map(Key::tcp)
+        }
+        (AddressFamily::INET | AddressFamily::INET6, SocketType::DGRAM, _) => {
+            SocketAddr::try_from(address).ok().map(Key::udp)
+        }
+        (AddressFamily::UNIX, SocketType::STREAM, true) => {
+            SocketAddrUnix::try_from(address).ok().and_then(|address| unix_path(&address)).map(Key::unix)
+        }
+        _ => None,
+    })
+}
+
+/// As `listen_unix` is asked for it.
+fn unix_path(address: &SocketAddrUnix) -> Option<PathBuf> {
+    if let Some(path) = address.path_bytes() {
+        return Some(PathBuf::from(OsStr::from_bytes(path)));
+    }
+    let name = address.abstract_name()?;
+    Some(PathBuf::from(OsStr::from_bytes(&[b"@", name].concat())))
+}
 
 /// A descriptor that the manager passed, and the name that it gave: `FileDescriptorName=` of a socket unit (by default
 /// the unit's own name), or the name under which a former run stored it. Several may have one name.
 #[derive(Debug)]
-pub(crate) struct Passed {
-    pub(crate) name: String,
-    pub(crate) fd: OwnedFd,
+struct Passed {
+    name: String,
+    fd: OwnedFd,
 }
 
 /// As many as a process may have open unless the system's limit (fs.nr_open) was raised.
@@ -23,14 +188,14 @@ const MAX_PASSED: usize = 1 << 20;
 
 /// Why what was passed cannot be used.
 #[derive(Debug)]
-pub(crate) struct Unusable {
-    pub(crate) what: String,
-    pub(crate) source: io::Error,
+struct Unusable {
+    what: String,
+    source: io::Error,
 }
 
 /// Owns what the manager passed to this process, in the manager's order: socket units first, then its store. Empty for
 /// a process that no manager started, and for a child of one that it did start. The environment stays as it is.
-pub(crate) fn take() -> Result<Vec<Passed>, Unusable> {
+fn take() -> Result<Vec<Passed>, Unusable> {
     let Some(names) = announced(|name| env::var_os(name), std::process::id(), own_pidfd_id)? else {
         return Ok(Vec::new());
     };

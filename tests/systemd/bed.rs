@@ -1,0 +1,317 @@
+//! What the tests stand on: a real systemd that was booted for one test, its units, their log, and a load.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
+use std::net::TcpStream;
+use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{channel, Receiver, RecvTimeoutError};
+use std::sync::{Arc, Mutex};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+/// Set in the process that runs inside.
+const INSIDE: &str = "ECDYSIS_TEST_UNDER_SYSTEMD";
+
+/// For everything that is expected to happen.
+const DEADLINE: Duration = Duration::from_secs(20);
+
+/// A whole test, the fetching of systemd included.
+const TEST_DEADLINE: &str = "300";
+
+/// Runs test `name` of this file under a systemd of its own: outside it boots one and calls this program again, inside
+/// it calls `test`.
+pub fn under_systemd(name: &str, test: impl FnOnce(Machine)) {
+    if std::env::var_os(INSIDE).is_some() {
+        return test(Machine::new());
+    }
+    let directory = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let output = Command::new("timeout")
+        .arg(TEST_DEADLINE)
+        .arg(directory.join("tests/systemd/with-systemd"))
+        .arg(directory.join("examples/systemd"))
+        .arg(std::env::current_exe().unwrap())
+        .args(["--exact", name, "--ignored", "--nocapture", "--test-threads=1"])
+        .env(INSIDE, "1")
+        .stdin(Stdio::null())
+        .process_group(0)
+        .output()
+        .unwrap();
+    print!("{}", String::from_utf8_lossy(&output.stdout));
+    eprint!("{}", String::from_utf8_lossy(&output.stderr));
+    assert!(output.status.success(), "under systemd: {}", output.status);
+}
+
+/// The programs that cargo built along with this test.
+fn example(name: &str) -> PathBuf {
+    let target = std::env::current_exe().unwrap().ancestors().nth(2).unwrap().to_owned();
+    let path = target.join("examples").join(name);
+    assert!(path.exists(), "{} is not built: run this test through cargo", path.display());
+    path
+}
+
+pub struct Machine {
+    units: PathBuf,
+    /// What systemd itself said.
+    pub journal: PathBuf,
+}
+
+impl Machine {
+    fn new() -> Self {
+        let variable = |name| PathBuf::from(std::env::var_os(name).unwrap());
+        let machine = Self { units: variable("SYSTEMD_UNITS"), journal: variable("SYSTEMD_LOG") };
+        machine.install("whoami");
+        machine.install("ctl");
+        println!("{}", text(&run("systemctl", &["--version"])).lines().next().unwrap_or_default());
+        machine
+    }
+
+    /// Installs an example as a package would: by a rename over what was there.
+    pub fn install(&self, example_name: &str) {
+        self.install_file(example_name, &fs::read(example(example_name)).unwrap());
+    }
+
+    pub fn install_file(&self, name: &str, content: &[u8]) {
+        let (path, new) = (format!("/usr/local/bin/{name}"), format!("/usr/local/bin/{name}.new"));
+        let mut file = File::options().write(true).create(true).truncate(true).mode(0o755).open(&new).unwrap();
+        file.write_all(content).unwrap();
+        drop(file);
+        fs::rename(new, path).unwrap();
+    }
+
+    /// A service whose stderr, and whose unit's every other setting that a test wants, goes our way.
+    pub fn service(&self, name: &'static str, settings: &str) -> Service<'_> {
+        let fifo = PathBuf::from(format!("/run/{name}.stderr"));
+        rustix::fs::mknodat(rustix::fs::CWD, &fifo, rustix::fs::FileType::Fifo, 0o666.into(), 0).unwrap();
+        let service = Service { name, machine: self, log: Log::of(&fifo) };
+        self.set(&format!("{name}.service"), "test", &format!("[Service]\nStandardError=file:{}\n{settings}\n", fifo.display()));
+        service
+    }
+
+    /// Adds a drop-in to a unit.
+    pub fn set(&self, unit: &str, drop_in: &str, text: &str) {
+        let directory = self.units.join(format!("{unit}.d"));
+        fs::create_dir_all(&directory).unwrap();
+        fs::write(directory.join(format!("{drop_in}.conf")), text).unwrap();
+        let output = systemctl(&["daemon-reload"]);
+        assert!(output.status.success(), "{output:?}");
+    }
+
+    /// What systemd complained about; a notification from somebody who is not the main process above all.
+    pub fn complaints(&self) -> Vec<String> {
+        let log = String::from_utf8_lossy(&fs::read(&self.journal).unwrap()).into_owned();
+        let ours = |line: &&str| line.contains(".service: ") || line.contains(".socket: ");
+        // There is no journal here, and a unit without a parent says so at each start.
+        let usual = |line: &&str| {
+            line.contains("journal socket")
+                || line.contains("which is not our child")
+                || line.contains("Scheduled restart job")
+        };
+        log.lines().filter(ours).filter(|line| !usual(line)).map(str::to_owned).collect()
+    }
+}
+
+pub struct Service<'a> {
+    pub name: &'static str,
+    machine: &'a Machine,
+    pub log: Log,
+}
+
+impl Service<'_> {
+    pub fn start(&self) {
+        self.succeed("start");
+    }
+
+    /// A command that has to succeed.
+    pub fn succeed(&self, command: &str) {
+        let output = self.try_to(command);
+        assert!(
+            output.status.success(),
+            "systemctl {command} {}: {}\n{}\n{}\nlog: {:#?}",
+            self.name,
+            text(&output),
+            text(&systemctl(&["status", "--no-pager", &self.unit()])),
+            String::from_utf8_lossy(&fs::read(&self.machine.journal).unwrap()),
+            self.log.seen()
+        );
+    }
+
+    pub fn try_to(&self, command: &str) -> Output {
+        systemctl(&[command, &self.unit()])
+    }
+
+    pub fn unit(&self) -> String {
+        format!("{}.service", self.name)
+    }
+
+    pub fn get(&self, property: &str) -> String {
+        text(&systemctl(&["show", "--value", "-p", property, &self.unit()])).trim().to_owned()
+    }
+
+    pub fn main_pid(&self) -> u32 {
+        self.get("MainPID").parse().unwrap()
+    }
+
+    /// What an operator sees.
+    pub fn status(&self) -> String {
+        text(&systemctl(&["status", "--no-pager", "--full", &self.unit()]))
+    }
+
+    /// How many processes there are.
+    pub fn processes(&self) -> Vec<u32> {
+        let group = self.get("ControlGroup");
+        let list = fs::read_to_string(format!("/sys/fs/cgroup{group}/cgroup.procs")).unwrap_or_default();
+        list.lines().map(|pid| pid.parse().unwrap()).collect()
+    }
+}
+
+pub fn systemctl(arguments: &[&str]) -> Output {
+    run("systemctl", arguments)
+}
+
+/// Runs a command with a deadline.
+pub fn run(program: &str, arguments: &[&str]) -> Output {
+    Command::new("timeout").arg("60").arg(program).args(arguments).stdin(Stdio::null()).output().unwrap()
+}
+
+/// All that a command printed.
+pub fn text(output: &Output) -> String {
+    [&output.stdout, &output.stderr].map(|bytes| String::from_utf8_lossy(bytes)).concat()
+}
+
+/// The lines that all generations of a service write to stderr, as they come.
+pub struct Log {
+    lines: Receiver<String>,
+    seen: Arc<Mutex<Vec<String>>>,
+}
+
+impl Log {
+    fn of(fifo: &Path) -> Self {
+        // Opened for both, so that it never ends and opening never waits.
+        let reader = BufReader::new(File::options().read(true).write(true).open(fifo).unwrap());
+        let (sender, lines) = channel();
+        let seen = Arc::new(Mutex::new(Vec::new()));
+        let all = seen.clone();
+        thread::spawn(move || {
+            for line in reader.lines().map_while(Result::ok) {
+                all.lock().unwrap().push(line.clone());
+                if sender.send(line).is_err() {
+                    break;
+                }
+            }
+        });
+        Self { lines, seen }
+    }
+
+    pub fn seen(&self) -> Vec<String> {
+        self.seen.lock().unwrap().clone()
+    }
+
+    /// The next line that begins so; those before it are passed over.
+    pub fn expect(&self, beginning: &str) -> String {
+        self.within(DEADLINE, beginning)
+            .unwrap_or_else(|| panic!("no line {beginning:?} within {DEADLINE:?}: {:#?}", self.seen()))
+    }
+
+    /// The same, if it comes within that time.
+    pub fn within(&self, time: Duration, beginning: &str) -> Option<String> {
+        let until = Instant::now() + time;
+        loop {
+            match self.lines.recv_timeout(until.saturating_duration_since(Instant::now())) {
+                Ok(line) if line.starts_with(beginning) => return Some(line),
+                Ok(_) => {}
+                Err(RecvTimeoutError::Timeout) => return None,
+                Err(RecvTimeoutError::Disconnected) => panic!("the log has ended: {:#?}", self.seen()),
+            }
+        }
+    }
+}
+
+/// The value of `name=` in a line.
+pub fn field(line: &str, name: &str) -> u32 {
+    let value = line.split_whitespace().find_map(|word| word.strip_prefix(name)?.strip_prefix('='));
+    value.and_then(|value| value.parse().ok()).unwrap_or_else(|| panic!("no {name}= in {line:?}"))
+}
+
+/// One request over a new connection: the answer, or what kind of failure it was.
+pub fn ask(address: &str) -> Result<String, ErrorKind> {
+    finish(connect(address).map_err(|e| e.kind())?)
+}
+
+pub trait Stream: Read + Write + Send {}
+impl<S: Read + Write + Send> Stream for S {}
+
+/// `ip:port`, `unix:PATH`.
+pub fn connect(address: &str) -> std::io::Result<Box<dyn Stream>> {
+    Ok(match address.strip_prefix("unix:") {
+        Some(path) => {
+            let stream = UnixStream::connect(path)?;
+            stream.set_read_timeout(Some(DEADLINE))?;
+            Box::new(stream)
+        }
+        None => {
+            let stream = TcpStream::connect_timeout(&address.parse().unwrap(), DEADLINE)?;
+            stream.set_read_timeout(Some(DEADLINE))?;
+            Box::new(stream)
+        }
+    })
+}
+
+/// Sends the request's line and reads the answer.
+pub fn finish(mut stream: impl Stream) -> Result<String, ErrorKind> {
+    let mut answer = String::new();
+    stream.write_all(b"?\n").map_err(|e| e.kind())?;
+    BufReader::new(stream).read_line(&mut answer).map_err(|e| e.kind())?;
+    if answer.ends_with('\n') {
+        Ok(answer.trim_end().to_owned())
+    } else {
+        Err(ErrorKind::UnexpectedEof)
+    }
+}
+
+/// Clients that ask as fast as they can, each request over a new connection, until told to stop.
+pub struct Load {
+    stop: Arc<AtomicBool>,
+    clients: Vec<JoinHandle<(usize, BTreeMap<String, usize>)>>,
+}
+
+impl Load {
+    pub fn on(addresses: &[&'static str]) -> Self {
+        let stop = Arc::new(AtomicBool::new(false));
+        let client = |address: &'static str| {
+            let stop = stop.clone();
+            thread::spawn(move || {
+                let (mut answered, mut failed) = (0, BTreeMap::new());
+                while !stop.load(Ordering::Relaxed) {
+                    match ask(address) {
+                        Ok(_) => answered += 1,
+                        Err(kind) => *failed.entry(format!("{address} {kind:?}")).or_default() += 1,
+                    }
+                }
+                (answered, failed)
+            })
+        };
+        let clients = addresses.iter().map(|&address| client(address)).collect();
+        Self { stop, clients }
+    }
+
+    /// How many requests were answered; none may have failed.
+    pub fn all_answered(self) -> usize {
+        self.stop.store(true, Ordering::Relaxed);
+        let (mut answered, mut failed) = (0, BTreeMap::new());
+        for client in self.clients {
+            let (n, kinds) = client.join().unwrap();
+            answered += n;
+            failed.extend(kinds);
+        }
+        assert!(failed.is_empty(), "{failed:?} of {answered}");
+        assert!(answered > 0);
+        println!("{answered} requests, 0 failed");
+        answered
+    }
+}

@@ -1,0 +1,270 @@
+//! The units of examples/systemd under a real systemd. They need root, cgroup2, overlayfs and, once, apt:
+//!
+//!     cargo test --features systemd --test systemd -- --ignored
+//!
+//! Each test boots a systemd of its own (`with-systemd`), in which `systemctl` does what an operator would do.
+
+mod bed;
+
+use bed::{ask, connect, field, finish, run, systemctl, text, under_systemd, Load};
+use std::fs;
+use std::time::Duration;
+
+#[test]
+#[ignore = "needs root, cgroup2, overlayfs and apt"]
+fn ten_reloads_under_load_and_a_stop() {
+    under_systemd("ten_reloads_under_load_and_a_stop", |machine| {
+        let service = machine.service("notify-reload", "");
+        service.start();
+        let mut pid = service.main_pid();
+        assert_eq!(pid, field(&service.log.expect("serving"), "pid"));
+        assert!(service.status().contains("Status: \"generation 1"), "{}", service.status());
+
+        let load = Load::on(&["127.0.0.1:8001"; 2]);
+        for generation in 2..=11 {
+            service.succeed("reload");
+            let child = field(&service.log.expect("upgrade ok"), "pid");
+            assert_ne!(child, pid);
+            pid = child;
+            assert_eq!(service.main_pid(), pid, "MainPID follows");
+            assert_eq!(ask("127.0.0.1:8001").unwrap(), format!("gen={generation} pid={pid}"));
+            let status = format!("Status: \"generation {generation}");
+            assert!(service.status().contains(&status), "{}", service.status());
+        }
+        load.all_answered();
+        assert_eq!(service.get("ActiveState"), "active");
+        assert_eq!(service.get("NRestarts"), "0");
+        service.succeed("stop");
+        assert_eq!((service.get("Result").as_str(), service.get("ActiveState").as_str()), ("success", "inactive"));
+        assert_eq!(service.processes(), []);
+        assert_eq!(machine.complaints(), Vec::<String>::new());
+    });
+}
+
+/// Type=notify-reload has no word for a failure: `systemctl reload` comes back at once and with 0, and STATUS tells.
+#[test]
+#[ignore = "needs root, cgroup2, overlayfs and apt"]
+fn a_failed_reload_comes_back_and_the_status_tells() {
+    under_systemd("a_failed_reload_comes_back_and_the_status_tells", |machine| {
+        let service = machine.service("notify-reload", "");
+        service.start();
+        let pid = service.main_pid();
+        for (program, cause) in [(&b"\x7fELF no program"[..], "Exec format error"), (b"#!/bin/false\n", "exit status: 1")]
+        {
+            machine.install_file("whoami", program);
+            let load = Load::on(&["127.0.0.1:8001"]);
+            service.succeed("reload");
+            load.all_answered();
+            let failed = service.log.expect("upgrade failed");
+            assert!(failed.contains(cause), "{failed}");
+            let status = service.status();
+            assert!(status.contains("Status: \"generation 1, upgrade failed: ") && status.contains(cause), "{status}");
+            assert_eq!(service.get("ActiveState"), "active");
+            assert_eq!(service.main_pid(), pid);
+        }
+        machine.install("whoami");
+        service.succeed("reload");
+        assert!(service.status().contains("Status: \"generation 2"), "{}", service.status());
+        assert_eq!(service.processes(), [service.main_pid()]);
+        service.succeed("stop");
+        assert_eq!(machine.complaints(), Vec::<String>::new());
+    });
+}
+
+#[test]
+#[ignore = "needs root, cgroup2, overlayfs and apt"]
+fn with_exec_reload_the_exit_code_is_the_outcome() {
+    under_systemd("with_exec_reload_the_exit_code_is_the_outcome", |machine| {
+        let service = machine.service("notify-execreload", "");
+        service.start();
+        let load = Load::on(&["127.0.0.1:8002"]);
+        for generation in 2..=4 {
+            service.succeed("reload");
+            assert_eq!(service.main_pid(), field(&service.log.expect("upgrade ok"), "pid"));
+            assert!(service.status().contains(&format!("Status: \"generation {generation}")), "{}", service.status());
+        }
+        let pid = service.main_pid();
+        machine.install_file("whoami", b"#!/bin/false\n");
+        let output = service.try_to("reload");
+        assert!(!output.status.success(), "{}", text(&output));
+        assert!(text(&output).contains("failed"), "{}", text(&output));
+        assert_eq!(service.get("ReloadResult"), "exit-code");
+        assert_eq!((service.get("ActiveState").as_str(), service.main_pid()), ("active", pid));
+        assert!(service.status().contains("upgrade failed: "), "{}", service.status());
+        machine.install("whoami");
+        service.succeed("reload");
+        assert_eq!(service.get("ReloadResult"), "success");
+        load.all_answered();
+        service.succeed("stop");
+        assert_eq!(service.get("Result"), "success");
+    });
+}
+
+#[test]
+#[ignore = "needs root, cgroup2, overlayfs and apt"]
+fn a_restart_keeps_the_stored_listeners_and_their_queues() {
+    under_systemd("a_restart_keeps_the_stored_listeners_and_their_queues", |machine| {
+        let addresses = ["127.0.0.1:8004", "unix:/run/whoami-fdstore.sock"];
+        let service = machine.service("fdstore", "");
+        service.start();
+        assert_eq!(service.get("NFileDescriptorStore"), "2");
+        let load = Load::on(&addresses);
+        for generation in [1, 2] {
+            service.succeed("restart");
+            assert_eq!(ask(addresses[0]).unwrap(), format!("gen=1 pid={}", service.main_pid()));
+            if generation == 1 {
+                service.succeed("reload");
+                service.log.expect("upgrade ok");
+                assert_eq!(ask(addresses[1]).unwrap(), format!("gen=2 pid={}", service.main_pid()));
+            }
+            assert_eq!(service.get("NFileDescriptorStore"), "2", "stored once each");
+        }
+        load.all_answered();
+
+        // A crash loses what was being served, but nothing that waits.
+        let pid = service.main_pid();
+        run("systemctl", &["kill", "--signal=STOP", "fdstore.service"]);
+        let waiting = addresses.map(|address| connect(address).unwrap());
+        run("systemctl", &["kill", "--signal=KILL", "fdstore.service"]);
+        for stream in waiting {
+            assert_eq!(finish(stream).unwrap(), format!("gen=1 pid={}", service.main_pid()));
+        }
+        assert_ne!(service.main_pid(), pid);
+        assert_eq!(service.get("NFileDescriptorStore"), "2");
+
+        // What a new version no longer wants is not kept for ever.
+        machine.install_file("whoami.real", &fs::read("/usr/local/bin/whoami").unwrap());
+        machine.install_file("whoami", b"#!/bin/sh\nexec /usr/local/bin/whoami.real --systemd --listen 127.0.0.1:8004\n");
+        service.succeed("reload");
+        assert_eq!(service.get("NFileDescriptorStore"), "1");
+        assert!(ask(addresses[1]).is_err());
+        service.succeed("stop");
+        assert!(ask(addresses[0]).is_err());
+        assert_eq!(machine.complaints(), Vec::<String>::new());
+    });
+}
+
+#[test]
+#[ignore = "needs root, cgroup2, overlayfs and apt"]
+fn the_watchdog_ends_a_hung_generation_and_no_other() {
+    under_systemd("the_watchdog_ends_a_hung_generation_and_no_other", |machine| {
+        let settings = "WatchdogSec=1\nExecStart=\nExecStart=/usr/local/bin/whoami --systemd --listen 127.0.0.1:8001 \
+                        --misbehave /run/misbehave";
+        let service = machine.service("notify-reload", settings);
+        service.start();
+        service.log.expect("serving");
+        for _ in 0..2 {
+            service.succeed("reload");
+            service.log.expect("upgrade ok");
+            // Three times its limit.
+            assert_eq!(service.log.within(Duration::from_secs(3), "serving"), None);
+        }
+        assert_eq!(service.get("NRestarts"), "0");
+        assert_eq!(ask("127.0.0.1:8001").unwrap(), format!("gen=3 pid={}", service.main_pid()));
+
+        fs::write("/run/misbehave", "freeze-after-ready=1500").unwrap();
+        service.succeed("reload");
+        let hung = field(&service.log.expect("upgrade ok"), "pid");
+        let next = service.log.expect("serving gen=1");
+        assert_ne!(field(&next, "pid"), hung);
+        assert_eq!(service.get("NRestarts"), "1");
+        let log = fs::read_to_string(&machine.journal).unwrap();
+        assert!(log.contains("Watchdog timeout"), "{log}");
+        service.succeed("stop");
+    });
+}
+
+#[test]
+#[ignore = "needs root, cgroup2, overlayfs and apt"]
+fn sockets_of_a_unit_are_handed_on() {
+    under_systemd("sockets_of_a_unit_are_handed_on", |machine| {
+        let addresses = ["127.0.0.1:8003", "unix:/run/whoami-socket-activated.sock"];
+        let service = machine.service("socket-activated", "");
+        let output = systemctl(&["start", "socket-activated.socket"]);
+        assert!(output.status.success(), "{}", text(&output));
+        assert_eq!(service.get("ActiveState"), "inactive");
+        // The first connection starts it.
+        assert!(ask(addresses[0]).unwrap().starts_with("gen=1 "));
+        let inodes = |pid: u32| {
+            let fds = fs::read_dir(format!("/proc/{pid}/fd")).unwrap();
+            let mut list: Vec<_> = fds.filter_map(|fd| fs::read_link(fd.unwrap().path()).ok()).collect();
+            list.sort();
+            list.dedup();
+            list
+        };
+        let sockets_of_the_unit = inodes(1);
+        let load = Load::on(&addresses);
+        for generation in 2..=4 {
+            service.succeed("reload");
+            let pid = service.main_pid();
+            for address in addresses {
+                assert_eq!(ask(address).unwrap(), format!("gen={generation} pid={pid}"));
+            }
+            let held = inodes(pid).into_iter().filter(|socket| sockets_of_the_unit.contains(socket)).count();
+            assert!(held >= 3, "the sockets are the unit's, and all three were handed on: {held}");
+            let environment = fs::read(format!("/proc/{pid}/environ")).unwrap();
+            let environment = String::from_utf8_lossy(&environment);
+            for absent in ["LISTEN_PID=", "LISTEN_FDS=", "LISTEN_FDNAMES=", "LISTEN_PIDFDID=", "WATCHDOG_PID="] {
+                assert!(!environment.contains(absent), "{absent} in {environment}");
+            }
+            for present in ["NOTIFY_SOCKET=", "WATCHDOG_USEC="] {
+                assert!(environment.contains(present), "no {present} in {environment}");
+            }
+        }
+        // The unit keeps its sockets through a restart, and the file of the Unix socket is its own.
+        service.succeed("restart");
+        assert!(ask(addresses[1]).unwrap().starts_with("gen=1 "));
+        load.all_answered();
+        service.succeed("stop");
+        assert!(fs::metadata("/run/whoami-socket-activated.sock").is_ok());
+        assert!(ask(addresses[1]).unwrap().starts_with("gen=1 "), "it is started by a connection again");
+        systemctl(&["stop", "socket-activated.socket", "socket-activated.service"]);
+        assert_eq!(machine.complaints(), Vec::<String>::new());
+    });
+}
+
+#[test]
+#[ignore = "needs root, cgroup2, overlayfs and apt"]
+fn a_stop_may_take_as_long_as_it_makes_progress() {
+    under_systemd("a_stop_may_take_as_long_as_it_makes_progress", |machine| {
+        let settings = "TimeoutStopSec=1\nExecStart=\nExecStart=/usr/local/bin/whoami --systemd --drain 60 \
+                        --listen 127.0.0.1:8001";
+        let service = machine.service("notify-reload", settings);
+        service.start();
+        service.log.expect("serving");
+        let open: Vec<_> = (0..6).map(|_| connect("127.0.0.1:8001").unwrap()).collect();
+        let output = systemctl(&["stop", "--no-block", "notify-reload.service"]);
+        assert!(output.status.success(), "{}", text(&output));
+        for stream in open {
+            // Slower than one a second would be too slow for TimeoutStopSec; all together are.
+            assert_eq!(service.log.within(Duration::from_millis(500), "ended"), None);
+            assert!(finish(stream).unwrap().starts_with("gen=1 "));
+        }
+        let ended = service.log.expect("ended gen=1");
+        assert_eq!(field(&ended, "left"), 0);
+        systemctl(&["stop", "notify-reload.service"]);
+        assert_eq!(service.get("Result"), "success");
+    });
+}
+
+#[test]
+#[ignore = "needs root, cgroup2, overlayfs and apt"]
+fn few_rights_are_enough() {
+    under_systemd("few_rights_are_enough", |machine| {
+        let service = machine.service("hardened", "");
+        service.start();
+        let load = Load::on(&["127.0.0.1:8005"]);
+        for generation in 2..=4 {
+            service.succeed("reload");
+            let pid = service.main_pid();
+            assert_eq!(ask("127.0.0.1:8005").unwrap(), format!("gen={generation} pid={pid}"));
+            let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+            assert!(status.contains("NoNewPrivs:\t1") && status.contains("Seccomp:\t2"), "{status}");
+            assert!(!status.contains("Uid:\t0\t"), "{status}");
+        }
+        load.all_answered();
+        service.succeed("stop");
+        assert_eq!(service.get("Result"), "success");
+        assert_eq!(machine.complaints(), Vec::<String>::new());
+    });
+}
