@@ -14,8 +14,9 @@ use std::time::{Duration, Instant};
 use rustix::event::PollFlags;
 use rustix::fs::Mode;
 
-use crate::error::Error;
+use crate::error::{chain, Error};
 use crate::event::Event;
+use crate::handover::escape::escape;
 use crate::handover::frames::{send, Status, Word};
 use crate::key::Key;
 use crate::manager::{Manager, ANNOUNCE};
@@ -26,7 +27,7 @@ use crate::sockets::{Held, Sockets};
 use crate::sys::signal::{self, Handlers, Mask};
 use crate::sys::spawn::Spawn;
 use crate::trigger::{self, Action, Calls, ControlSocket, Meaning, Reply, Request, Triggers};
-use crate::upgrade::{self, Announced, Inherited, Parent};
+use crate::upgrade::{self, Announced, DrainLink, Inherited, Parent};
 
 /// Chooses triggers, deadlines, and what the next generation runs. Nothing happens before [`start`](Self::start).
 ///
@@ -78,6 +79,9 @@ pub enum Overlap {
     Allow,
     /// The upgrade fails with [`Error::ParentDrains`].
     Refuse,
+    /// The upgrade goes ahead; when it has succeeded, the oldest generations beyond this many are told to end their
+    /// [`drain`](Shutdown::drain), which then returns early. This process, which begins to drain, counts as one.
+    AtMost(usize),
 }
 
 impl Default for Builder {
@@ -148,8 +152,12 @@ impl Builder {
         self.on_socket(path.as_ref(), Meaning::Connect(Action::PartialStop))
     }
 
-    /// One socket for all: the first line of a connection says `upgrade`, `stop` or `partial-stop`, within 5 seconds.
-    /// Otherwise as [`upgrade_on_socket`](Self::upgrade_on_socket).
+    /// One socket for all: the first line of a connection says `upgrade`, `stop`, `partial-stop` or `status`, within 5
+    /// seconds. Otherwise as [`upgrade_on_socket`](Self::upgrade_on_socket).
+    ///
+    /// The answer to `status` is one line of `key=value` words: `pid`, `generation`, `uptime_ms`, `phase` (`serving`,
+    /// `upgrading`, `probation`), `connections` that hold a guard, `draining` generations, separated by commas, and a
+    /// `socket` for each in the registry, percent-escaped.
     pub fn control_on_socket(&mut self, path: impl AsRef<Path>) -> &mut Self {
         self.on_socket(path.as_ref(), Meaning::Command)
     }
@@ -287,9 +295,9 @@ impl Builder {
         let mask = signal::mask().map_err(prepare("signal mask"))?;
         let program = Program::resolve(&self.changes);
         let inherited = upgrade::inherit()?;
-        let (generation, sockets, parent) = match inherited {
-            Some(Inherited { generation, sockets, parent }) => (generation + 1, sockets, Some(parent)),
-            None => (1, Vec::new(), None),
+        let (generation, sockets, parent, older) = match inherited {
+            Some(Inherited { generation, sockets, parent, older }) => (generation + 1, sockets, Some(parent), older),
+            None => (1, Vec::new(), None, Vec::new()),
         };
 
         signal::wake_fd().map_err(prepare("wake descriptor"))?;
@@ -315,10 +323,12 @@ impl Builder {
             program,
             mask,
             generation,
+            began: Instant::now(),
             sockets,
             shutdown,
             manager,
             parent,
+            older,
             calls,
             driver: Mutex::new(Driver { triggers: Some(triggers), exit: None }),
             changed: Condvar::new(),
@@ -404,7 +414,10 @@ impl Starting {
     ///
     /// [`Error::PidFile`], [`Error::Ready`]: this generation does not serve, and the parent does.
     pub fn ready(self) -> Result<Ecdysis, Error> {
-        upgrade::ready(&self.0)?;
+        if let Err(error) = upgrade::ready(&self.0) {
+            self.0.tell_parent(&Status::Refused(chain(&error)));
+            return Err(error);
+        }
         self.0.shutdown.set(State::Accepting);
         if self.0.is_main() {
             self.0.store_sockets();
@@ -506,12 +519,18 @@ pub enum ExitReason {
 
 impl fmt::Display for Exit {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match &self.mode {
-            ExitMode::Upgraded(Upgraded { pid, generation, .. }) => {
-                write!(f, "upgraded to pid {pid}, generation {generation}, by {}", self.reason)
+        write!(f, "{} by {}", self.mode, self.reason)
+    }
+}
+
+impl fmt::Display for ExitMode {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Upgraded(Upgraded { pid, generation, .. }) => {
+                write!(f, "upgraded to pid {pid}, generation {generation},")
             }
-            ExitMode::Stopped => write!(f, "stopped by {}", self.reason),
-            ExitMode::PartiallyStopped => write!(f, "partially stopped by {}", self.reason),
+            Self::Stopped => write!(f, "stopped"),
+            Self::PartiallyStopped => write!(f, "partially stopped"),
         }
     }
 }
@@ -666,10 +685,13 @@ pub(crate) struct Core {
     /// The signal mask this process started with, and every child will.
     pub(crate) mask: Mask,
     pub(crate) generation: u64,
+    began: Instant,
     pub(crate) sockets: Sockets,
     pub(crate) shutdown: Shutdown,
     pub(crate) manager: Arc<Manager>,
     pub(crate) parent: Option<Parent>,
+    /// The generations before the parent that lived when this one began.
+    older: Vec<DrainLink>,
     calls: Arc<Calls>,
     driver: Mutex<Driver>,
     /// The triggers are free again, or a call has its answer.
@@ -688,9 +710,9 @@ struct Driver {
 
 /// What stays open until this process ends, because others wait for that.
 #[derive(Default)]
-struct Kept {
-    /// The pipes to the child that took over, and from it.
-    child: Option<(OwnedFd, OwnedFd)>,
+pub(crate) struct Kept {
+    /// The manifest pipe of the child that took over.
+    pub(crate) pipe: Option<OwnedFd>,
     /// Control connections that asked for a stop.
     stopping: Vec<UnixStream>,
 }
@@ -700,12 +722,8 @@ impl Core {
         self.driver.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn kept(&self) -> MutexGuard<'_, Kept> {
+    pub(crate) fn kept(&self) -> MutexGuard<'_, Kept> {
         self.kept.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    pub(crate) fn keep_until_the_end(&self, to: OwnedFd, from: OwnedFd) {
-        self.kept().child = Some((to, from));
     }
 
     /// Logs an event and tells the observer.
@@ -720,7 +738,7 @@ impl Core {
     }
 
     /// Whether the service manager listens to this process, as it does to a child once the parent has announced it.
-    fn is_main(&self) -> bool {
+    pub(crate) fn is_main(&self) -> bool {
         if !self.manager.is_there() || self.manager.is_main() {
             return self.manager.is_there();
         }
@@ -751,7 +769,7 @@ impl Core {
         if self.is_main() {
             self.manager.announce(upgraded);
         }
-        if let Some((to, _)) = &self.kept().child {
+        if let Some(to) = &self.kept().pipe {
             // It may have ended since, on purpose.
             let _ = send(to, Word::Main.line());
         }
@@ -779,12 +797,47 @@ impl Core {
     /// After a failed upgrade, whose child may have written its own PID.
     pub(crate) fn rewrite_pid_file(&self) {
         if let Err(e) = self.write_pid_file() {
-            log::error!("{}", crate::error::chain(&e));
+            log::error!("{}", chain(&e));
         }
     }
 
-    fn parent_drains(&self) -> bool {
-        self.parent.as_ref().is_some_and(|parent| !matches!(parent.wait_end(Duration::ZERO), Ok(true)))
+    /// The older generations that still live, oldest first, with the pipe on which each can be told something.
+    pub(crate) fn draining(&self) -> impl Iterator<Item = &DrainLink> {
+        let parent = self.parent.as_ref().map(Parent::drain_link);
+        self.older.iter().chain(parent).filter(|link| link.lives())
+    }
+
+    /// The answer to `status`.
+    pub(crate) fn status(&self, phase: &str) -> String {
+        let draining: Vec<_> = self.draining().map(|link| link.generation.to_string()).collect();
+        let mut line = format!(
+            "pid={} generation={} uptime_ms={} phase={phase} connections={} draining={}",
+            std::process::id(),
+            self.generation,
+            self.began.elapsed().as_millis(),
+            self.shutdown.guarded(),
+            draining.join(","),
+        );
+        for entry in self.sockets.snapshot().0 {
+            line.push_str(" socket=");
+            escape(entry.key.to_string().as_bytes(), &mut line);
+        }
+        line.push('\n');
+        line
+    }
+
+    /// After a successful upgrade: ends the drains that are too many.
+    fn bound_overlap(&self) {
+        let Overlap::AtMost(most) = self.config.overlap else { return };
+        let draining: Vec<_> = self.draining().collect();
+        let too_many = (draining.len() + 1).saturating_sub(most);
+        for link in draining.iter().take(too_many) {
+            log::info!("tells generation {} to end its drain", link.generation);
+            link.end_drain();
+        }
+        if too_many > draining.len() {
+            self.shutdown.end_drain();
+        }
     }
 }
 
@@ -836,14 +889,19 @@ impl Turn<'_> {
                 core.kept().stopping.extend(reply.stopping());
                 ExitMode::PartiallyStopped
             }
+            Action::Status => {
+                reply.status(&core.status("serving"));
+                return Ok(false);
+            }
             Action::Upgrade => {
-                let refused = core.config.overlap == Overlap::Refuse && core.parent_drains();
+                let refused = core.config.overlap == Overlap::Refuse && core.draining().next().is_some();
                 let outcome = if refused { Err(Error::ParentDrains) } else { upgrade::upgrade(core, triggers, since) };
                 let upgraded = outcome.as_ref().ok().cloned();
                 match &outcome {
                     Ok(upgraded) => {
                         core.announce(upgraded);
                         core.shutdown.set(State::HandedOver);
+                        core.bound_overlap();
                         core.emit(&Event::Upgraded(upgraded));
                     }
                     Err(error) => core.emit(&Event::UpgradeFailed { error, after: since.elapsed() }),

@@ -130,7 +130,7 @@ pub enum Error {
         /// How long it had.
         after: Duration,
     },
-    /// What the child said is not of the protocol. It was killed.
+    /// What the child said is not of the protocol. Before its `ready` it is killed for that.
     Garbage {
         /// The child.
         pid: u32,
@@ -180,7 +180,8 @@ impl fmt::Display for Error {
             Self::ServiceManager { what, .. } => write!(f, "cannot use what the service manager passed: {what}"),
             Self::NotPassed { key, name, passed } => {
                 let passed = if passed.is_empty() { "nothing that is unclaimed" } else { passed };
-                let why = "it passes sockets only when it starts the service, never to a generation that an upgrade started";
+                let why =
+                    "it passes sockets only when it starts the service, never to a generation that an upgrade started";
                 write!(f, "the service manager did not pass {key} as {name:?}, but {passed} ({why})")
             }
             Self::PidFile { path, .. } => write!(f, "cannot write PID file {}", path.display()),
@@ -206,7 +207,7 @@ impl fmt::Display for Error {
                 write!(f, "child {pid} was not ready within {after:?} and was killed")
             }
             Self::Garbage { pid, received } => {
-                write!(f, "child {pid} said what is not of the protocol and was killed: {received:?}")
+                write!(f, "child {pid} said what is not of the protocol: {received:?}")
             }
             Self::DiedAfterReady { pid, status: Some(status), after } => {
                 write!(f, "child {pid} died {after:?} after it was ready: {status}")

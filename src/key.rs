@@ -27,10 +27,12 @@ pub(crate) enum Kind {
     Udp,
     Unix,
     Fd,
+    /// The way to tell an older generation, named by its number, to end its drain.
+    Drain,
 }
 
 impl Kind {
-    const ALL: [Self; 4] = [Self::Tcp, Self::Udp, Self::Unix, Self::Fd];
+    const ALL: [Self; 5] = [Self::Tcp, Self::Udp, Self::Unix, Self::Fd, Self::Drain];
 
     pub(crate) fn word(self) -> &'static str {
         match self {
@@ -38,6 +40,7 @@ impl Kind {
             Self::Udp => "udp",
             Self::Unix => "unix",
             Self::Fd => "fd",
+            Self::Drain => "drain",
         }
     }
 
@@ -65,6 +68,17 @@ impl Key {
     /// Any descriptor, by a name of the program's choice.
     pub fn fd(name: impl AsRef<OsStr>) -> Self {
         Self::from_parts(Kind::Fd, name.as_ref().as_bytes().to_vec())
+    }
+
+    pub(crate) fn drain(generation: u64) -> Self {
+        Self::from_parts(Kind::Drain, generation.to_string().into_bytes())
+    }
+
+    pub(crate) fn drain_generation(&self) -> Option<u64> {
+        match self.kind {
+            Kind::Drain => std::str::from_utf8(&self.name).ok()?.parse().ok(),
+            _ => None,
+        }
     }
 
     pub(crate) fn from_parts(kind: Kind, name: Vec<u8>) -> Self {

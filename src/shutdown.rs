@@ -11,9 +11,10 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{epoll, eventfd, poll, EventfdFlags, PollFd, PollFlags, Timespec};
 use rustix::io::Errno;
-
-use crate::manager::Manager;
 use rustix::net::SocketFlags;
+
+use crate::handover::frames::{Lines, Next, Status};
+use crate::manager::Manager;
 
 /// Tells every thread whether this generation accepts, and when that is over.
 ///
@@ -78,6 +79,10 @@ struct Inner {
     draining: AtomicBool,
     /// Readable when a drain should look again.
     drained: OwnedFd,
+    /// Set when a drain is to end although connections are left.
+    end_drain: AtomicBool,
+    /// The status pipe of the child that took over, on which any later generation may say so.
+    successor: Mutex<Option<(OwnedFd, Lines)>>,
     /// Who is told that a stop makes progress.
     manager: OnceLock<Arc<Manager>>,
 }
@@ -133,6 +138,8 @@ impl Shutdown {
             loops: AtomicUsize::new(0),
             draining: AtomicBool::new(false),
             drained: event(0)?,
+            end_drain: AtomicBool::new(false),
+            successor: Mutex::new(None),
             manager: OnceLock::new(),
         })))
     }
@@ -208,26 +215,51 @@ impl Shutdown {
 
     /// Waits until every accept loop has ended and every guard is dropped, at most `deadline`; returns how many are
     /// left. To be called when accepting is over: before, the loops do not end.
+    ///
+    /// Also returns when a later generation, which was built with [`Overlap::AtMost`](crate::Overlap::AtMost), tells
+    /// this one to end.
     pub fn drain(&self, deadline: Duration) -> usize {
+        let inner = &*self.0;
         let started = Instant::now();
-        self.0.draining.store(true, Ordering::SeqCst);
+        inner.draining.store(true, Ordering::SeqCst);
+        let mut successor = inner.successor.lock().unwrap_or_else(PoisonError::into_inner);
         let mut least = None;
         loop {
             // The loops first: a guard that a loop's body has taken counts before that loop ends.
-            let left = self.0.loops.load(Ordering::SeqCst);
+            let left = inner.loops.load(Ordering::SeqCst);
             let left = left + self.guarded();
             let time = deadline.saturating_sub(started.elapsed());
-            if left == 0 || time.is_zero() {
+            if left == 0 || time.is_zero() || inner.end_drain.load(Ordering::SeqCst) {
                 return left;
             }
-            if let Some(manager) = self.0.manager.get().filter(|_| self.state() == State::Stopped) {
+            if let Some(manager) = inner.manager.get().filter(|_| self.state() == State::Stopped) {
                 if least.replace(left).is_some_and(|least| left < least) {
                     manager.progress(left);
                 }
             }
-            let _ = poll(&mut [PollFd::new(&self.0.drained, PollFlags::IN)], Some(&timespec(time)));
-            clear(&self.0.drained);
+            let mut fds = vec![PollFd::new(&inner.drained, PollFlags::IN)];
+            fds.extend(successor.iter().map(|(pipe, _)| PollFd::new(pipe, PollFlags::IN)));
+            let _ = poll(&mut fds, Some(&timespec(time)));
+            clear(&inner.drained);
+            if let Some((pipe, lines)) = &mut *successor {
+                match lines.next(pipe.as_fd()) {
+                    Ok(Next::Line(line)) if Status::parse(&line) == Some(Status::EndDrain) => self.end_drain(),
+                    Ok(Next::Line(_) | Next::Wait) => {}
+                    // All later generations have ended, or talk nonsense.
+                    _ => *successor = None,
+                }
+            }
         }
+    }
+
+    pub(crate) fn end_drain(&self) {
+        self.0.end_drain.store(true, Ordering::SeqCst);
+        self.look_again();
+    }
+
+    /// Keeps the status pipe of the child that took over.
+    pub(crate) fn keep_successor(&self, status: OwnedFd, lines: Lines) {
+        *self.0.successor.lock().unwrap_or_else(PoisonError::into_inner) = Some((status, lines));
     }
 
     /// From now on this manager is told when a stop makes progress.

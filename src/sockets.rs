@@ -68,7 +68,7 @@ impl Held {
         Self { fd: Arc::new(fd), inode, file, unit: None }
     }
 
-    pub(crate) fn from_unit(self, unit: Option<String>) -> Self {
+    pub(crate) fn of_unit(self, unit: Option<String>) -> Self {
         Self { unit, ..self }
     }
 
@@ -298,7 +298,11 @@ impl Sockets {
 
     /// Claims the first socket that a unit passed by this name and `wanted` picks.
     #[cfg(feature = "systemd_sockets")]
-    pub(crate) fn claim_from_unit(&self, name: &str, wanted: impl Fn(&Key) -> bool) -> io::Result<Option<(Key, OwnedFd)>> {
+    pub(crate) fn claim_from_unit(
+        &self,
+        name: &str,
+        wanted: impl Fn(&Key) -> bool,
+    ) -> io::Result<Option<(Key, OwnedFd)>> {
         let mut state = self.lock();
         let State { inherited, ours, .. } = &mut *state;
         let mut found: Vec<_> = inherited
@@ -473,7 +477,7 @@ fn check_kind(kind: Kind, fd: BorrowedFd<'_>) -> io::Result<()> {
         Kind::Tcp => (SocketType::STREAM, &[AddressFamily::INET, AddressFamily::INET6]),
         Kind::Udp => (SocketType::DGRAM, &[AddressFamily::INET, AddressFamily::INET6]),
         Kind::Unix => (SocketType::STREAM, &[AddressFamily::UNIX]),
-        Kind::Fd => return Ok(()),
+        Kind::Fd | Kind::Drain => return Ok(()),
     };
     let listening = socket_type != SocketType::DGRAM;
     if sockopt::socket_type(fd)? == socket_type

@@ -24,6 +24,14 @@ pub(crate) enum Action {
     Upgrade,
     Stop,
     PartialStop,
+    /// Tells how things are, and changes nothing.
+    Status,
+}
+
+impl Action {
+    fn stops(self) -> bool {
+        matches!(self, Self::Stop | Self::PartialStop)
+    }
 }
 
 /// What a connection to a control socket means.
@@ -74,6 +82,12 @@ impl Reply {
                 tell(&stream, &line);
                 Some(stream)
             }
+        }
+    }
+
+    pub(crate) fn status(self, line: &str) {
+        if let Self::Socket(stream) = self {
+            tell(&stream, line);
         }
     }
 
@@ -177,23 +191,26 @@ impl Triggers {
 
     /// The next request: stops before upgrades, because a stop wins.
     pub(crate) fn next_request(&mut self) -> Option<Request> {
-        let stop = self.requests.iter().position(|request| request.action != Action::Upgrade);
+        let stop = self.requests.iter().position(|request| request.action.stops());
         self.requests.remove(stop.unwrap_or(0))
     }
 
     pub(crate) fn stop_asked(&self) -> bool {
-        self.requests.iter().any(|request| request.action != Action::Upgrade)
+        self.requests.iter().any(|request| request.action.stops())
     }
 
     /// During an upgrade: whoever asks for another hears that it is busy.
-    pub(crate) fn answer_busy(&mut self, core: &Core) {
-        let (upgrades, others) =
-            std::mem::take(&mut self.requests).into_iter().partition(|request| request.action == Action::Upgrade);
-        self.requests = others;
-        for request in Vec::<Request>::from(upgrades) {
-            log::info!("upgrade asked for by {}: busy", request.reason);
-            core.manager.asked_again();
-            request.reply.upgrade(Err(Error::Busy));
+    pub(crate) fn answer_busy(&mut self, core: &Core, phase: &str) {
+        for request in std::mem::take(&mut self.requests) {
+            match request.action {
+                Action::Stop | Action::PartialStop => self.requests.push_back(request),
+                Action::Status => request.reply.status(&core.status(phase)),
+                Action::Upgrade => {
+                    log::info!("upgrade asked for by {}: busy", request.reason);
+                    core.manager.asked_again();
+                    request.reply.upgrade(Err(Error::Busy));
+                }
+            }
         }
     }
 
@@ -337,7 +354,8 @@ impl Triggers {
             b"upgrade" => Action::Upgrade,
             b"stop" => Action::Stop,
             b"partial-stop" => Action::PartialStop,
-            _ => return tell(&stream, "failed: unknown command; known are upgrade, stop, partial-stop\n"),
+            b"status" => Action::Status,
+            _ => return tell(&stream, "failed: unknown command; known are upgrade, stop, partial-stop, status\n"),
         };
         self.requests.push_back(Request {
             action,

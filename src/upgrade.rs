@@ -5,7 +5,7 @@
 use std::collections::VecDeque;
 use std::env;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::process::ExitStatusExt;
 use std::process::ExitStatus;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use rustix::buffer::spare_capacity;
 use rustix::event::{poll, PollFd, PollFlags};
-use rustix::fs::{fcntl_getfl, fcntl_setfl, fstat, FileType, OFlags};
+use rustix::fs::{fstat, FileType};
 use rustix::io::Errno;
 use rustix::pipe::{fcntl_setpipe_size, pipe_with, PipeFlags};
 use rustix::process::{kill_process, pidfd_send_signal, waitid, waitpid, Signal, WaitId, WaitIdOptions, WaitOptions};
@@ -23,14 +23,14 @@ use crate::ecdysis::{Core, Upgraded};
 use crate::error::Error;
 use crate::event::Event;
 use crate::handover::frames::{preview, send, Lines, Next, Status, Word};
-use crate::handover::manifest::{Entry, Manifest};
+use crate::handover::manifest::{Entry, Manifest, Slot};
 use crate::handover::pipe::{Named, Pipes, VARIABLE};
 use crate::key::Key;
 use crate::shutdown::{timespec, State};
 use crate::sockets::Held;
 use crate::sys::adopt::Adopter;
 use crate::sys::signal::without_sigpipe;
-use crate::sys::spawn::{spawn, Plan, Spawned};
+use crate::sys::spawn::{exit_status, spawn, ParentIs, Plan, Spawned};
 use crate::trigger::{Sockets, Triggers, Woken};
 
 /// How long a child that has closed its status pipe may take to end by itself.
@@ -60,15 +60,15 @@ pub(crate) fn upgrade(core: &Core, triggers: &mut Triggers, since: Instant) -> R
 /// needs nothing more from us to decide by itself, should we die.
 fn start(core: &Core) -> Result<Child<'_>, Error> {
     let prepare = |what| move |source| Error::Prepare { what, source };
-    let pipe = || pipe_with(PipeFlags::CLOEXEC).map_err(io::Error::from).map_err(prepare("pipe"));
-    let (manifest_read, manifest_write) = pipe()?;
-    let (status_read, status_write) = pipe()?;
-    for ours in [&manifest_write, &status_read] {
-        nonblocking(ours).map_err(prepare("pipe"))?;
-    }
+    // Nonblocking at both ends: neither process ever waits in a read or write, only in a poll with a deadline.
+    let pipe = || pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK).map_err(io::Error::from);
+    let (manifest_read, manifest_write) = pipe().map_err(prepare("manifest pipe"))?;
+    let (status_read, status_write) = pipe().map_err(prepare("status pipe"))?;
 
     // `held` keeps the descriptors' numbers theirs until the child has its own copies of them.
-    let (entries, held) = core.sockets.snapshot();
+    let (mut entries, held) = core.sockets.snapshot();
+    entries.extend(core.draining().map(DrainLink::entry));
+    let mut keep: Vec<_> = entries.iter().map(|entry| entry.slot.number as RawFd).collect();
     let manifest = Manifest { generation: core.generation, entries, ..Manifest::default() };
     let mut unsent = manifest.encode().into_bytes();
     // A larger pipe only saves the child a wait; without it the rest goes while we wait for `ready`.
@@ -82,7 +82,6 @@ fn start(core: &Core) -> Result<Child<'_>, Error> {
         status: named(&status_write).map_err(prepare("pipe"))?,
     };
     let program = &core.program;
-    let mut keep: Vec<_> = held.iter().map(|fd| fd.as_raw_fd()).collect();
     keep.extend([manifest_read.as_raw_fd(), status_write.as_raw_fd()]);
     let plan = Plan {
         program: program.path_c().map_err(prepare("program"))?,
@@ -92,9 +91,12 @@ fn start(core: &Core) -> Result<Child<'_>, Error> {
         keep,
         status: status_write.as_raw_fd(),
         mask: core.mask,
+        // systemd waits at a stop for its own children only; the others it kills at once (`unit_kill_context`).
+        parent: if core.is_main() { ParentIs::OurParent } else { ParentIs::Us },
     };
     let spawned =
         spawn(plan, core.config.spawn).map_err(|source| Error::Spawn { program: program.path.clone(), source })?;
+    drop(held);
     // Here the child's ends are closed: else the status pipe would not end with the child.
     let process = Process { core, spawned, armed: true };
     Ok(Child { process, to: manifest_write, from: status_read, lines: Lines::default(), unsent })
@@ -117,7 +119,7 @@ fn wait_ready(child: &mut Child<'_>, core: &Core, triggers: &mut Triggers, since
             Some(other) => return Err(Error::Garbage { pid, received: other.line() }),
             None => {}
         }
-        triggers.answer_busy(core);
+        triggers.answer_busy(core, "upgrading");
         if triggers.stop_asked() {
             return Err(Error::StopAsked { pid });
         }
@@ -140,15 +142,15 @@ fn wait_ready(child: &mut Child<'_>, core: &Core, triggers: &mut Triggers, since
 fn commit(mut child: Child<'_>, core: &Core, triggers: &mut Triggers, since: Instant) -> Result<Upgraded, Error> {
     core.shutdown.set(State::Paused);
     let committed = Instant::now();
-    let resume = |error| {
+    let died = |pid, status, after| {
         core.shutdown.set(State::Accepting);
         core.rewrite_pid_file();
-        Err(error)
+        Err(Error::DiedAfterReady { pid, status, after })
     };
     let pid = child.process.pid();
     if send(&child.to, Word::Commit.line()).is_err() {
         let status = child.process.end();
-        return resume(Error::DiedAfterReady { pid, status, after: Duration::ZERO });
+        return died(pid, status, Duration::ZERO);
     }
     // Whoever watches us must not take our end for a death from here on.
     core.tell_parent(&Status::HandedOver);
@@ -161,13 +163,17 @@ fn commit(mut child: Child<'_>, core: &Core, triggers: &mut Triggers, since: Ins
             Ok(Some(Status::Stopping | Status::HandedOver)) => break,
             Ok(Some(_)) => continue,
             Ok(None) => {}
+            // It serves, and that is more than its manners count for.
+            Err(error @ Error::Garbage { .. }) => {
+                log::warn!("{error}");
+                break;
+            }
             Err(error) => {
-                let status = child.process.end();
-                let status = status.or(if let Error::ChildEnded { status, .. } = error { status } else { None });
-                return resume(Error::DiedAfterReady { pid, status, after: committed.elapsed() });
+                let status = if let Error::ChildEnded { status, .. } = error { status } else { None };
+                return died(pid, status, committed.elapsed());
             }
         }
-        triggers.answer_busy(core);
+        triggers.answer_busy(core, "probation");
         if triggers.stop_asked() {
             // The stop is for the service, and that is the child now.
             let _ = send(&child.to, Word::Stop.line());
@@ -185,7 +191,8 @@ fn commit(mut child: Child<'_>, core: &Core, triggers: &mut Triggers, since: Ins
         }
     }
     child.process.armed = false;
-    core.keep_until_the_end(child.to, child.from);
+    core.kept().pipe = Some(child.to);
+    core.shutdown.keep_successor(child.from, child.lines);
     Ok(upgraded)
 }
 
@@ -279,6 +286,11 @@ impl Process<'_> {
                 let _ = kill_process(pid, Signal::KILL);
             }
         }
+        if let (Some(pidfd), ParentIs::OurParent) = (&self.spawned.pidfd, self.spawned.parent) {
+            // Our parent reaps it, and only then does the kernel say how it ended.
+            wait_for(pidfd, PollFlags::empty(), ENDING);
+            return exit_status(pidfd);
+        }
         loop {
             match waitpid(Some(pid), WaitOptions::empty()) {
                 Err(Errno::INTR) => {}
@@ -297,18 +309,19 @@ impl Drop for Process<'_> {
 }
 
 fn wait_readable(fd: &OwnedFd, time: Duration) -> bool {
+    wait_for(fd, PollFlags::IN, time)
+}
+
+/// Waits for these events, or the hangup that always counts.
+fn wait_for(fd: &OwnedFd, events: PollFlags, time: Duration) -> bool {
     let deadline = Instant::now() + time;
     loop {
         let left = timespec(deadline.saturating_duration_since(Instant::now()));
-        match poll(&mut [PollFd::new(fd, PollFlags::IN)], Some(&left)) {
+        match poll(&mut [PollFd::new(fd, events)], Some(&left)) {
             Err(Errno::INTR) => {}
             result => return result.is_ok_and(|ready| ready > 0),
         }
     }
-}
-
-fn nonblocking(fd: &OwnedFd) -> io::Result<()> {
-    Ok(fcntl_setfl(fd, fcntl_getfl(fd)? | OFlags::NONBLOCK)?)
 }
 
 fn named(fd: &OwnedFd) -> io::Result<Named> {
@@ -336,6 +349,8 @@ pub(crate) struct Inherited {
     pub(crate) generation: u64,
     pub(crate) sockets: Vec<(Key, Held)>,
     pub(crate) parent: Parent,
+    /// The generations before the parent that still drain, oldest first.
+    pub(crate) older: Vec<DrainLink>,
 }
 
 /// Step 5: proves that the environment means this process, reads the manifest, adopts the descriptors. `None` means
@@ -351,22 +366,27 @@ pub(crate) fn inherit() -> Result<Option<Inherited>, Error> {
     };
 
     let failed = |what| move |source| Error::Handover { what, source };
-    nonblocking(&reader).map_err(failed("manifest pipe"))?;
     let (manifest, rest) = read_manifest(&reader).map_err(failed("manifest"))?;
     let mut sockets = Vec::with_capacity(manifest.entries.len());
+    let mut older = Vec::new();
     for Entry { slot, key, file, unit } in manifest.entries {
         let adopted = adopter.adopt(slot.number as i32, None, slot.inode);
         let fd = adopted.map_err(|source| Error::Socket { key: key.clone(), source })?;
-        sockets.push((key, Held::new(fd, slot.inode, file).from_unit(unit)));
+        match key.drain_generation() {
+            Some(generation) => older.push(DrainLink { generation, inode: slot.inode, pipe: fd }),
+            None => sockets.push((key, Held::new(fd, slot.inode, file).of_unit(unit))),
+        }
     }
     for slot in manifest.unknown {
         // Adopted to be closed: this version has no use for it.
         drop(adopter.adopt(slot.number as i32, None, slot.inode));
         log::info!("closed a descriptor of a kind not known here");
     }
+    let generation = manifest.generation;
+    let writer = DrainLink { generation, inode: pipes.status.inode, pipe: writer };
     let heard = Heard { lines: Lines::with(rest), ..Heard::default() };
     let parent = Parent { reader, writer, heard: Mutex::new(heard), ended: AtomicBool::new(false) };
-    Ok(Some(Inherited { generation: manifest.generation, sockets, parent }))
+    Ok(Some(Inherited { generation, sockets, parent, older }))
 }
 
 /// Reads up to the end of the manifest; also gives what came after it.
@@ -396,7 +416,7 @@ pub(crate) fn ready(core: &Core) -> Result<(), Error> {
     core.sockets.close_unclaimed();
     core.write_pid_file()?;
     let Some(parent) = &core.parent else { return Ok(()) };
-    match send(&parent.writer, &Status::Ready.line()) {
+    match parent.tell(&Status::Ready) {
         // The parent is dead. It has not taken the listeners with it: we have them.
         Err(e) if e.kind() == io::ErrorKind::BrokenPipe => parent.ended.store(true, Ordering::Relaxed),
         other => other.map_err(|source| Error::Ready { source })?,
@@ -426,7 +446,7 @@ pub(crate) fn ready(core: &Core) -> Result<(), Error> {
 #[derive(Debug)]
 pub(crate) struct Parent {
     pub(crate) reader: OwnedFd,
-    writer: OwnedFd,
+    writer: DrainLink,
     heard: Mutex<Heard>,
     ended: AtomicBool,
 }
@@ -505,7 +525,12 @@ impl Parent {
 
     /// Says something that the parent may well be dead to hear.
     pub(crate) fn tell(&self, status: &Status) -> io::Result<()> {
-        send(&self.writer, &status.line())
+        send(&self.writer.pipe, &status.line())
+    }
+
+    /// The status pipe, on which the parent hears that it should end its drain.
+    pub(crate) fn drain_link(&self) -> &DrainLink {
+        &self.writer
     }
 
     /// Waits for the end of the parent, which closes the pipe; whatever it still says is left to be read.
@@ -519,5 +544,31 @@ impl Parent {
                 result => return Ok(result? > 0),
             }
         }
+    }
+}
+
+/// The status pipe to an older generation, handed on from child to child.
+#[derive(Debug)]
+pub(crate) struct DrainLink {
+    pub(crate) generation: u64,
+    inode: u64,
+    pipe: OwnedFd,
+}
+
+impl DrainLink {
+    /// A pipe whose reader is gone has an error (poll(2)).
+    pub(crate) fn lives(&self) -> bool {
+        let now = timespec(Duration::ZERO);
+        matches!(poll(&mut [PollFd::new(&self.pipe, PollFlags::empty())], Some(&now)), Ok(0))
+    }
+
+    pub(crate) fn end_drain(&self) {
+        // If it has ended meanwhile, so has its drain.
+        let _ = send(&self.pipe, &Status::EndDrain.line());
+    }
+
+    fn entry(&self) -> Entry {
+        let slot = Slot { number: self.pipe.as_raw_fd() as u32, inode: self.inode };
+        Entry { slot, key: Key::drain(self.generation), file: None, unit: None }
     }
 }

@@ -25,6 +25,8 @@ pub(crate) enum Status {
     Stopping,
     /// After the commit: its own child has taken over.
     HandedOver,
+    /// From any later generation: too many drain, and this one is the oldest.
+    EndDrain,
 }
 
 impl Status {
@@ -42,6 +44,7 @@ impl Status {
             Self::Serving => "serving\n".into(),
             Self::Stopping => "stopping\n".into(),
             Self::HandedOver => "handed-over\n".into(),
+            Self::EndDrain => "end-drain\n".into(),
         }
     }
 
@@ -57,6 +60,7 @@ impl Status {
             "serving" => Self::Serving,
             "stopping" => Self::Stopping,
             "handed-over" => Self::HandedOver,
+            "end-drain" => Self::EndDrain,
             _ => return None,
         };
         words.next().is_none().then_some(status)
@@ -193,6 +197,7 @@ mod tests {
             Status::Serving,
             Status::Stopping,
             Status::HandedOver,
+            Status::EndDrain,
         ] {
             let line = status.line();
             assert_eq!(Status::parse(line.strip_suffix('\n').unwrap()), Some(status));

@@ -9,10 +9,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use crate::systemd::{watchdog_interval, Notifier, NotifyError};
 use crate::error::chain;
 use crate::event::Event;
 use crate::listen::FileId;
+use crate::systemd::{watchdog_interval, Notifier, NotifyError};
 use crate::{Error, Exit, ExitMode, Key, Upgraded};
 
 /// How long the manager may take to make a child the main process. It does that at once, unless it hangs.

@@ -129,11 +129,8 @@ impl Notifier {
     /// `WATCHDOG=1` of the new process in one datagram. From then on the manager listens to that process, and no
     /// longer to this one. It is done when a [`barrier`](Self::barrier) has passed.
     pub fn new_main(&self, pid: u32, status: &str) -> Result<(), NotifyError> {
-        let message = Message::new()
-            .with("MAINPID", &pid.to_string())
-            .with("READY", "1")
-            .with("WATCHDOG", "1")
-            .status(status);
+        let message =
+            Message::new().with("MAINPID", &pid.to_string()).with("READY", "1").with("WATCHDOG", "1").status(status);
         self.send("MAINPID", message, &[])
     }
 
@@ -359,13 +356,9 @@ mod tests {
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(4))];
         let mut control = RecvAncillaryBuffer::new(&mut space);
         let mut text = vec![0; 8192];
-        let message = rustix::net::recvmsg(
-            manager,
-            &mut [IoSliceMut::new(&mut text)],
-            &mut control,
-            RecvFlags::CMSG_CLOEXEC,
-        )
-        .unwrap();
+        let message =
+            rustix::net::recvmsg(manager, &mut [IoSliceMut::new(&mut text)], &mut control, RecvFlags::CMSG_CLOEXEC)
+                .unwrap();
         text.truncate(message.bytes);
         let fds = control
             .drain()

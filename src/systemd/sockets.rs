@@ -136,7 +136,7 @@ pub(crate) fn inherit() -> Result<Inherited, Error> {
             }
             None => Key::fd(&name),
         };
-        from_units.push((key, Held::new(fd, inode, None).from_unit(Some(name))));
+        from_units.push((key, Held::new(fd, inode, None).of_unit(Some(name))));
     }
     inherited.sockets.append(&mut from_units);
     Ok(inherited)
@@ -199,8 +199,8 @@ fn take() -> Result<Vec<Passed>, Unusable> {
     let Some(names) = announced(|name| env::var_os(name), std::process::id(), own_pidfd_id)? else {
         return Ok(Vec::new());
     };
-    let fds = listen_fds::take(names.len())
-        .map_err(|(fd, source)| Unusable { what: format!("descriptor {fd}"), source })?;
+    let fds =
+        listen_fds::take(names.len()).map_err(|(fd, source)| Unusable { what: format!("descriptor {fd}"), source })?;
     Ok(names.into_iter().zip(fds).map(|(name, fd)| Passed { name, fd }).collect())
 }
 

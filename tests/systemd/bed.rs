@@ -89,7 +89,11 @@ impl Machine {
         let fifo = PathBuf::from(format!("/run/{name}.stderr"));
         rustix::fs::mknodat(rustix::fs::CWD, &fifo, rustix::fs::FileType::Fifo, 0o666.into(), 0).unwrap();
         let service = Service { name, machine: self, log: Log::of(&fifo) };
-        self.set(&format!("{name}.service"), "test", &format!("[Service]\nStandardError=file:{}\n{settings}\n", fifo.display()));
+        self.set(
+            &format!("{name}.service"),
+            "test",
+            &format!("[Service]\nStandardError=file:{}\n{settings}\n", fifo.display()),
+        );
         service
     }
 
@@ -102,17 +106,16 @@ impl Machine {
         assert!(output.status.success(), "{output:?}");
     }
 
-    /// What systemd complained about; a notification from somebody who is not the main process above all.
+    /// What systemd complained about: words from a process that is not main, a main process that is not its child (which
+    /// it would kill without waiting), a timeout, a process killed.
     pub fn complaints(&self) -> Vec<String> {
         let log = String::from_utf8_lossy(&fs::read(&self.journal).unwrap()).into_owned();
-        let ours = |line: &&str| line.contains(".service: ") || line.contains(".socket: ");
-        // There is no journal here, and a unit without a parent says so at each start.
-        let usual = |line: &&str| {
-            line.contains("journal socket")
-                || line.contains("which is not our child")
-                || line.contains("Scheduled restart job")
+        let bad = |line: &&str| {
+            ["Got notification", "Supervising", "Killing", "timed out", "Watchdog", "refusing", "left-over"]
+                .iter()
+                .any(|words| line.contains(words))
         };
-        log.lines().filter(ours).filter(|line| !usual(line)).map(str::to_owned).collect()
+        log.lines().filter(bad).map(str::to_owned).collect()
     }
 }
 
@@ -130,15 +133,7 @@ impl Service<'_> {
     /// A command that has to succeed.
     pub fn succeed(&self, command: &str) {
         let output = self.try_to(command);
-        assert!(
-            output.status.success(),
-            "systemctl {command} {}: {}\n{}\n{}\nlog: {:#?}",
-            self.name,
-            text(&output),
-            text(&systemctl(&["status", "--no-pager", &self.unit()])),
-            String::from_utf8_lossy(&fs::read(&self.machine.journal).unwrap()),
-            self.log.seen()
-        );
+        assert!(output.status.success(), "systemctl {command} {}: {}", self.name, text(&output));
     }
 
     pub fn try_to(&self, command: &str) -> Output {
@@ -162,11 +157,24 @@ impl Service<'_> {
         text(&systemctl(&["status", "--no-pager", "--full", &self.unit()]))
     }
 
-    /// How many processes there are.
+    /// All processes of the service.
     pub fn processes(&self) -> Vec<u32> {
         let group = self.get("ControlGroup");
+        if group.is_empty() {
+            return Vec::new();
+        }
         let list = fs::read_to_string(format!("/sys/fs/cgroup{group}/cgroup.procs")).unwrap_or_default();
         list.lines().map(|pid| pid.parse().unwrap()).collect()
+    }
+}
+
+/// After a failure: what there is to know.
+impl Drop for Service<'_> {
+    fn drop(&mut self) {
+        if thread::panicking() {
+            let log = String::from_utf8_lossy(&fs::read(&self.machine.journal).unwrap_or_default()).into_owned();
+            println!("--- status\n{}--- systemd\n{log}\n--- stderr\n{}", self.status(), self.log.seen().join("\n"));
+        }
     }
 }
 

@@ -49,7 +49,8 @@ fn a_failed_reload_comes_back_and_the_status_tells() {
         let service = machine.service("notify-reload", "");
         service.start();
         let pid = service.main_pid();
-        for (program, cause) in [(&b"\x7fELF no program"[..], "Exec format error"), (b"#!/bin/false\n", "exit status: 1")]
+        for (program, cause) in
+            [(&b"\x7fELF no program"[..], "Exec format error"), (b"#!/bin/false\n", "exit status: 1")]
         {
             machine.install_file("whoami", program);
             let load = Load::on(&["127.0.0.1:8001"]);
@@ -134,7 +135,8 @@ fn a_restart_keeps_the_stored_listeners_and_their_queues() {
 
         // What a new version no longer wants is not kept for ever.
         machine.install_file("whoami.real", &fs::read("/usr/local/bin/whoami").unwrap());
-        machine.install_file("whoami", b"#!/bin/sh\nexec /usr/local/bin/whoami.real --systemd --listen 127.0.0.1:8004\n");
+        machine
+            .install_file("whoami", b"#!/bin/sh\nexec /usr/local/bin/whoami.real --systemd --listen 127.0.0.1:8004\n");
         service.succeed("reload");
         assert_eq!(service.get("NFileDescriptorStore"), "1");
         assert!(ask(addresses[1]).is_err());
