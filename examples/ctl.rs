@@ -4,7 +4,7 @@
 //!
 //! Exits with 0 if the server has done it, 1 if it says otherwise, 2 if it cannot be asked.
 
-use std::io::{BufRead, BufReader, Write};
+use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::process::ExitCode;
 
@@ -30,11 +30,12 @@ fn main() -> ExitCode {
     }
 }
 
-/// One command, one line back. The server answers when it is over, which may take as long as its deadlines allow.
+/// One command, one line back. The server answers, and closes, when it is over, which may take as long as its deadlines
+/// allow: after `stop` that is its end.
 fn ask(socket: &std::ffi::OsStr, command: &str) -> std::io::Result<String> {
     let mut stream = UnixStream::connect(socket)?;
     writeln!(stream, "{command}")?;
     let mut answer = String::new();
-    BufReader::new(stream).read_line(&mut answer)?;
+    stream.read_to_string(&mut answer)?;
     Ok(answer.trim_end().to_owned())
 }

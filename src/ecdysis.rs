@@ -261,7 +261,7 @@ impl Builder {
     }
 
     /// Takes the sockets that the service manager passes to this process (`LISTEN_FDS`): those of its socket units, and,
-    /// together with [`systemd_notify`](Self::systemd_notify), those that an earlier run left in its store
+    /// together with `systemd_notify`, those that an earlier run left in its store
     /// (`FileDescriptorStoreMax=`). Off by default. `listen_tcp` and its like then find them by their addresses, as they
     /// find those of a parent.
     ///

@@ -30,6 +30,8 @@ pub(crate) struct Manager(Option<Link>);
 struct Link {
     notifier: Notifier,
     generation: u64,
+    /// The manager has started this process itself.
+    started_by_it: bool,
     /// The manager listens to us.
     main: AtomicBool,
     /// What an upgrade may take at most, so that the manager does not give up before us.
@@ -63,6 +65,7 @@ impl Manager {
         Ok(Self(notifier.map(|notifier| Link {
             notifier,
             generation,
+            started_by_it,
             main: AtomicBool::new(started_by_it),
             upgrade_time: upgrade_time.saturating_add(ANNOUNCE),
             reloading: AtomicBool::new(false),
@@ -98,6 +101,8 @@ impl Manager {
         let Some(link) = &self.0 else { return };
         let Link { notifier, generation, .. } = link;
         told(match event {
+            // Whoever announced us has said so already.
+            Event::Serving { .. } if !link.started_by_it => Ok(()),
             Event::Serving { .. } => notifier.ready(&format!("generation {generation}")),
             Event::Upgrading => link.begin_reload(),
             Event::Spawned { pid } => notifier.status(&format!("generation {generation}, upgrading to pid {pid}")),

@@ -1,7 +1,7 @@
 //! systemd without its library: notifications (feature `systemd_notify`), sockets (feature `systemd_sockets`).
 //!
-//! What an upgrade needs of both is done by [`Builder::systemd_notify`](crate::Builder::systemd_notify) and
-//! [`Builder::systemd_sockets`](crate::Builder::systemd_sockets); see the [guide](crate::guide::systemd).
+//! What an upgrade needs of both is done when [`Builder`](crate::Builder) is told `systemd_notify` and
+//! `systemd_sockets`; see the [guide](crate::guide::systemd).
 
 #[cfg(feature = "systemd_notify")]
 mod notify;

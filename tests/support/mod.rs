@@ -133,7 +133,10 @@ impl Server {
     pub fn addrs(&self) -> Vec<String> {
         let lines = self.said.lines.lock().unwrap();
         let listening = lines.0.iter().filter_map(|line| line.strip_prefix("listening "));
-        listening.filter(|line| line.contains("gen=1 ")).map(|line| line.split(' ').next().unwrap().to_owned()).collect()
+        listening
+            .filter(|line| line.contains("gen=1 "))
+            .map(|line| line.split(' ').next().unwrap().to_owned())
+            .collect()
     }
 
     pub fn signal(&self, signal: Signal) {

@@ -1,25 +1,20 @@
 //! What the tests stand on: a real systemd that was booted for one test, its units, their log, and a load.
 
-use std::collections::BTreeMap;
 use std::fs::{self, File};
-use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
-use std::net::TcpStream;
+use std::io::{BufRead, BufReader, Write};
 use std::os::unix::fs::OpenOptionsExt;
-use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{channel, Receiver, RecvTimeoutError};
 use std::sync::{Arc, Mutex};
-use std::thread::{self, JoinHandle};
+use std::thread;
 use std::time::{Duration, Instant};
+
+use crate::support::{example, DEADLINE};
 
 /// Set in the process that runs inside.
 const INSIDE: &str = "ECDYSIS_TEST_UNDER_SYSTEMD";
-
-/// For everything that is expected to happen.
-const DEADLINE: Duration = Duration::from_secs(20);
 
 /// A whole test, the fetching of systemd included.
 const TEST_DEADLINE: &str = "300";
@@ -45,14 +40,6 @@ pub fn under_systemd(name: &str, test: impl FnOnce(Machine)) {
     print!("{}", String::from_utf8_lossy(&output.stdout));
     eprint!("{}", String::from_utf8_lossy(&output.stderr));
     assert!(output.status.success(), "under systemd: {}", output.status);
-}
-
-/// The programs that cargo built along with this test.
-fn example(name: &str) -> PathBuf {
-    let target = std::env::current_exe().unwrap().ancestors().nth(2).unwrap().to_owned();
-    let path = target.join("examples").join(name);
-    assert!(path.exists(), "{} is not built: run this test through cargo", path.display());
-    path
 }
 
 pub struct Machine {
@@ -84,6 +71,14 @@ impl Machine {
         fs::rename(new, path).unwrap();
     }
 
+    /// Installs a version of the server that runs with these arguments, whatever its unit says.
+    pub fn install_version(&self, arguments: &str) {
+        self.install_file("whoami.real", &fs::read(example("whoami")).unwrap());
+        let script =
+            format!("#!/bin/bash\nexec -a /usr/local/bin/whoami /usr/local/bin/whoami.real --systemd {arguments}\n");
+        self.install_file("whoami", script.as_bytes());
+    }
+
     /// A service whose stderr, and whose unit's every other setting that a test wants, goes our way.
     pub fn service(&self, name: &'static str, settings: &str) -> Service<'_> {
         let fifo = PathBuf::from(format!("/run/{name}.stderr"));
@@ -95,6 +90,13 @@ impl Machine {
             &format!("[Service]\nStandardError=file:{}\n{settings}\n", fifo.display()),
         );
         service
+    }
+
+    /// Adds a unit.
+    pub fn unit(&self, name: &str, text: &str) {
+        fs::write(self.units.join(name), text).unwrap();
+        let output = systemctl(&["daemon-reload"]);
+        assert!(output.status.success(), "{output:?}");
     }
 
     /// Adds a drop-in to a unit.
@@ -237,89 +239,5 @@ impl Log {
                 Err(RecvTimeoutError::Disconnected) => panic!("the log has ended: {:#?}", self.seen()),
             }
         }
-    }
-}
-
-/// The value of `name=` in a line.
-pub fn field(line: &str, name: &str) -> u32 {
-    let value = line.split_whitespace().find_map(|word| word.strip_prefix(name)?.strip_prefix('='));
-    value.and_then(|value| value.parse().ok()).unwrap_or_else(|| panic!("no {name}= in {line:?}"))
-}
-
-/// One request over a new connection: the answer, or what kind of failure it was.
-pub fn ask(address: &str) -> Result<String, ErrorKind> {
-    finish(connect(address).map_err(|e| e.kind())?)
-}
-
-pub trait Stream: Read + Write + Send {}
-impl<S: Read + Write + Send> Stream for S {}
-
-/// `ip:port`, `unix:PATH`.
-pub fn connect(address: &str) -> std::io::Result<Box<dyn Stream>> {
-    Ok(match address.strip_prefix("unix:") {
-        Some(path) => {
-            let stream = UnixStream::connect(path)?;
-            stream.set_read_timeout(Some(DEADLINE))?;
-            Box::new(stream)
-        }
-        None => {
-            let stream = TcpStream::connect_timeout(&address.parse().unwrap(), DEADLINE)?;
-            stream.set_read_timeout(Some(DEADLINE))?;
-            Box::new(stream)
-        }
-    })
-}
-
-/// Sends the request's line and reads the answer.
-pub fn finish(mut stream: impl Stream) -> Result<String, ErrorKind> {
-    let mut answer = String::new();
-    stream.write_all(b"?\n").map_err(|e| e.kind())?;
-    BufReader::new(stream).read_line(&mut answer).map_err(|e| e.kind())?;
-    if answer.ends_with('\n') {
-        Ok(answer.trim_end().to_owned())
-    } else {
-        Err(ErrorKind::UnexpectedEof)
-    }
-}
-
-/// Clients that ask as fast as they can, each request over a new connection, until told to stop.
-pub struct Load {
-    stop: Arc<AtomicBool>,
-    clients: Vec<JoinHandle<(usize, BTreeMap<String, usize>)>>,
-}
-
-impl Load {
-    pub fn on(addresses: &[&'static str]) -> Self {
-        let stop = Arc::new(AtomicBool::new(false));
-        let client = |address: &'static str| {
-            let stop = stop.clone();
-            thread::spawn(move || {
-                let (mut answered, mut failed) = (0, BTreeMap::new());
-                while !stop.load(Ordering::Relaxed) {
-                    match ask(address) {
-                        Ok(_) => answered += 1,
-                        Err(kind) => *failed.entry(format!("{address} {kind:?}")).or_default() += 1,
-                    }
-                }
-                (answered, failed)
-            })
-        };
-        let clients = addresses.iter().map(|&address| client(address)).collect();
-        Self { stop, clients }
-    }
-
-    /// How many requests were answered; none may have failed.
-    pub fn all_answered(self) -> usize {
-        self.stop.store(true, Ordering::Relaxed);
-        let (mut answered, mut failed) = (0, BTreeMap::new());
-        for client in self.clients {
-            let (n, kinds) = client.join().unwrap();
-            answered += n;
-            failed.extend(kinds);
-        }
-        assert!(failed.is_empty(), "{failed:?} of {answered}");
-        assert!(answered > 0);
-        println!("{answered} requests, 0 failed");
-        answered
     }
 }
