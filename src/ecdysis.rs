@@ -752,7 +752,7 @@ impl Core {
     }
 
     fn store_sockets(&self) {
-        if self.manager.has_room() {
+        if self.manager.room() > 0 {
             self.sockets.store_in(self.manager.clone());
         }
     }

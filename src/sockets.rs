@@ -411,7 +411,11 @@ impl Sockets {
         for (key, file) in std::mem::take(&mut state.closed) {
             store.forget(&key, file);
         }
-        for (key, held) in state.ours.iter().filter(|(_, held)| held.to_be_stored()) {
+        let to_be_stored: Vec<_> = state.ours.iter().filter(|(_, held)| held.to_be_stored()).collect();
+        if to_be_stored.len() > store.room() {
+            log::warn!("{} sockets, but FileDescriptorStoreMax= is {}", to_be_stored.len(), store.room());
+        }
+        for (key, held) in to_be_stored {
             store.keep(key, held.fd.as_fd(), held.file);
         }
         state.store = Some(store);
@@ -427,7 +431,7 @@ impl Sockets {
     /// At a final stop: removes the files of our Unix sockets, unless the sockets outlive us in a store.
     pub(crate) fn unlink_all(&self) {
         let state = self.lock();
-        if state.store.as_ref().is_some_and(|store| store.has_room()) {
+        if state.store.is_some() {
             return;
         }
         for (key, held) in &state.ours {

@@ -41,8 +41,8 @@ struct Link {
     watchdog: Option<Duration>,
     next_beat: Mutex<Instant>,
     last_progress: Mutex<Option<Instant>>,
-    /// The manager stores descriptors, and this program takes them back.
-    store: bool,
+    /// How many descriptors the manager stores, if this program takes them back.
+    room: usize,
 }
 
 impl Manager {
@@ -72,7 +72,7 @@ impl Manager {
             watchdog: watchdog_interval(),
             next_beat: Mutex::new(Instant::now()),
             last_progress: Mutex::default(),
-            store: takes_sockets && number("FDSTORE").is_some_and(|max| max > 0),
+            room: number("FDSTORE").filter(|_| takes_sockets).unwrap_or(0) as usize,
         })))
     }
 
@@ -164,15 +164,15 @@ impl Manager {
         told(link.notifier.status(&format!("generation {}, stopping, {left} connections left", link.generation)));
     }
 
-    /// Whether sockets given to `keep` outlive this process.
-    pub(crate) fn has_room(&self) -> bool {
-        self.0.as_ref().is_some_and(|link| link.store)
+    /// How many sockets given to `keep` outlive this process.
+    pub(crate) fn room(&self) -> usize {
+        self.0.as_ref().map_or(0, |link| link.room)
     }
 
     /// Stores a copy of a socket with the manager.
     #[cfg(feature = "systemd_sockets")]
     pub(crate) fn keep(&self, key: &Key, fd: BorrowedFd<'_>, file: Option<FileId>) {
-        let Some(Link { notifier, store: true, .. }) = &self.0 else { return };
+        let Some(Link { notifier, room: 1.., .. }) = &self.0 else { return };
         match crate::systemd::stored::name(key, file) {
             Some(name) => told(notifier.store(&name, fd)),
             None => log::debug!("{key} cannot be stored with the service manager"),
@@ -182,7 +182,7 @@ impl Manager {
     /// Has the manager close its copies.
     #[cfg(feature = "systemd_sockets")]
     pub(crate) fn forget(&self, key: &Key, file: Option<FileId>) {
-        let Some(Link { notifier, store: true, .. }) = &self.0 else { return };
+        let Some(Link { notifier, room: 1.., .. }) = &self.0 else { return };
         if let Some(name) = crate::systemd::stored::name(key, file) {
             told(notifier.forget(&name));
         }

@@ -265,6 +265,7 @@ fn own_pidfd_id() -> Option<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::handover::manifest::Manifest;
 
     fn names(variables: &[(&str, &str)]) -> Result<Option<Vec<String>>, String> {
         let variable = |name: &str| variables.iter().find(|(n, _)| *n == name).map(|(_, value)| value.into());
@@ -313,6 +314,76 @@ mod tests {
             let error = names(&[("LISTEN_PID", "7"), (variable, value)].into_iter().rev().collect::<Vec<_>>());
             assert!(error.as_ref().is_err_and(|e| e.contains(variable) && e.contains(value)), "{error:?}");
         }
+    }
+
+    fn held(socket: impl Into<OwnedFd>, unit: Option<&str>) -> Held {
+        let fd = socket.into();
+        let inode = fstat(&fd).unwrap().st_ino;
+        Held::new(fd, inode, None).of_unit(unit.map(str::to_owned))
+    }
+
+    fn inode(fd: impl AsFd) -> u64 {
+        fstat(fd).unwrap().st_ino
+    }
+
+    #[test]
+    fn sources_are_merged_in_order_and_the_same_socket_counts_once() {
+        let (first, second) = (TcpListener::bind("127.0.0.1:0").unwrap(), TcpListener::bind("127.0.0.1:0").unwrap());
+        let key = Key::tcp("127.0.0.1:80".parse().unwrap());
+        let (first_inode, second_inode) = (inode(&first), inode(&second));
+        let sockets = Sockets::new(vec![
+            (key.clone(), held(first.try_clone().unwrap(), None)),
+            (key.clone(), held(first, Some("http"))),
+            (key.clone(), held(second, Some("http"))),
+        ]);
+        assert_eq!(inode(sockets.claim(&key).unwrap()), first_inode);
+        assert_eq!(inode(sockets.claim(&key).unwrap()), second_inode);
+        assert!(sockets.claim(&key).is_none());
+    }
+
+    #[test]
+    fn what_a_unit_passed_is_claimed_by_name_and_kept_for_the_next_generation() {
+        let listeners = [(); 3].map(|()| TcpListener::bind("127.0.0.1:0").unwrap());
+        let inodes = listeners.each_ref().map(inode);
+        let key = |port: u16| Key::tcp(([127, 0, 0, 1], port).into());
+        let [a, b, c] = listeners;
+        let sockets = Sockets::new(vec![
+            (key(1), held(a, None)),
+            (key(2), held(b, Some("http"))),
+            (key(3), held(c, Some("admin"))),
+        ]);
+        let error = sockets.systemd_listen_tcp("http", "127.0.0.1:3".parse().unwrap()).unwrap_err().to_string();
+        for part in ["tcp 127.0.0.1:3", "\"http\"", "tcp 127.0.0.1:2 as \"http\"", "tcp 127.0.0.1:3 as \"admin\""] {
+            assert!(error.contains(part), "{error}");
+        }
+        let listener = sockets.systemd_listen_tcp("http", "127.0.0.1:2".parse().unwrap()).unwrap();
+        assert_eq!(inode(listener), inodes[1]);
+        sockets.close_unclaimed();
+        let (entries, _fds) = sockets.snapshot();
+        let handed_on: Vec<_> = entries.iter().map(|entry| (&entry.key, entry.unit.as_deref())).collect();
+        assert_eq!(handed_on, [(&key(2), Some("http")), (&key(3), Some("admin"))]);
+        let manifest = Manifest { generation: 1, entries, ..Manifest::default() };
+        assert_eq!(Manifest::decode(manifest.encode().as_bytes()).unwrap(), manifest, "the names go along");
+        // A later version asks for the group.
+        let group = sockets.systemd_group("admin").unwrap();
+        assert_eq!(group.iter().map(|(key, fd)| (key.clone(), inode(fd))).collect::<Vec<_>>(), [(key(3), inodes[2])]);
+        assert!(sockets.systemd_group("admin").unwrap().is_empty());
+    }
+
+    #[test]
+    fn sockets_are_known_by_what_they_are() {
+        let tcp = TcpListener::bind("127.0.0.1:0").unwrap();
+        let udp = UdpSocket::bind("[::1]:0").unwrap();
+        let path = env::temp_dir().join(format!("ecdysis-key-of-{}", std::process::id()));
+        let unix = UnixListener::bind(&path).unwrap();
+        std::fs::remove_file(&path).unwrap();
+        let key = |fd: BorrowedFd<'_>| key_of(fd).unwrap();
+        assert_eq!(key(tcp.as_fd()), Some(Key::tcp(tcp.local_addr().unwrap())));
+        assert_eq!(key(udp.as_fd()), Some(Key::udp(udp.local_addr().unwrap())));
+        assert_eq!(key(unix.as_fd()), Some(Key::unix(path)));
+        let connected = std::net::TcpStream::connect(tcp.local_addr().unwrap()).unwrap();
+        assert_eq!(key(connected.as_fd()), None);
+        assert_eq!(key(std::fs::File::open("/dev/null").unwrap().as_fd()), None);
     }
 
     #[test]

@@ -7,7 +7,7 @@ use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::sync::mpsc::{channel, Receiver, RecvTimeoutError};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -25,6 +25,9 @@ pub fn under_systemd(name: &str, test: impl FnOnce(Machine)) {
     if std::env::var_os(INSIDE).is_some() {
         return test(Machine::new());
     }
+    // One at a time: what they measure must not be each other.
+    static TURN: Mutex<()> = Mutex::new(());
+    let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
     let directory = Path::new(env!("CARGO_MANIFEST_DIR"));
     let output = Command::new("timeout")
         .arg(TEST_DEADLINE)

@@ -335,7 +335,7 @@ fn a_stop_may_take_as_long_as_it_makes_progress() {
         assert!(output.status.success(), "{}", text(&output));
         for stream in open {
             // Slower than one a second would be too slow for TimeoutStopSec; all together are.
-            assert_eq!(service.log.within(Duration::from_millis(500), "ended"), None);
+            assert_eq!(service.log.within(Duration::from_millis(500), "ended gen=2"), None);
             assert!(finish(stream).starts_with("gen=2 "));
         }
         let ended = service.log.expect("ended gen=2");
