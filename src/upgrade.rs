@@ -250,9 +250,26 @@ impl Process<'_> {
         self.spawned.pidfd.as_ref().map(|pidfd| (pidfd.as_fd(), PollFlags::IN))
     }
 
-    /// Whether the child's end is known within that time. Without a pidfd it is not: only the status pipe tells.
+    /// Whether the child ends within that time.
     fn ends_within(&self, time: Duration) -> bool {
-        self.spawned.pidfd.as_ref().is_some_and(|pidfd| wait_readable(pidfd, time))
+        if let Some(pidfd) = &self.spawned.pidfd {
+            return wait_readable(pidfd, time);
+        }
+        // Without a pidfd there is no event for it, and this is asked with a time only when its pipe has ended.
+        let deadline = Instant::now() + time;
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() || self.is_unreaped() != Ok(false) {
+                return !left.is_zero();
+            }
+            let _ = poll(&mut [], Some(&timespec(left.min(Duration::from_millis(2)))));
+        }
+    }
+
+    /// Whether the child has ended and waits to be reaped; ECHILD if it is not ours to reap (any more).
+    fn is_unreaped(&self) -> rustix::io::Result<bool> {
+        let options = WaitIdOptions::EXITED | WaitIdOptions::NOHANG | WaitIdOptions::NOWAIT;
+        waitid(WaitId::Pid(self.spawned.pid), options).map(|status| status.is_some())
     }
 
     /// Kills and reaps. Gives how it ended, unless somebody else has reaped it or it was ended before.
@@ -279,8 +296,7 @@ impl Process<'_> {
             }
             None => {
                 // If somebody else has reaped it, its number may be another process's by now.
-                let unreaped = WaitIdOptions::EXITED | WaitIdOptions::NOHANG | WaitIdOptions::NOWAIT;
-                if matches!(waitid(WaitId::Pid(pid), unreaped), Err(Errno::CHILD)) {
+                if self.is_unreaped() == Err(Errno::CHILD) {
                     return None;
                 }
                 let _ = kill_process(pid, Signal::KILL);
