@@ -188,7 +188,7 @@ pub fn systemctl(arguments: &[&str]) -> Output {
 }
 
 /// Runs a command with a deadline.
-pub fn run(program: &str, arguments: &[&str]) -> Output {
+fn run(program: &str, arguments: &[&str]) -> Output {
     Command::new("timeout").arg("60").arg(program).args(arguments).stdin(Stdio::null()).output().unwrap()
 }
 

@@ -8,11 +8,11 @@ mod bed;
 #[path = "../support/mod.rs"]
 mod support;
 
-use bed::{run, systemctl, text, under_systemd};
+use bed::{systemctl, text, under_systemd};
 use std::fs;
 use std::io::Read;
 use std::time::Duration;
-use support::{connect, eventually, field, Conn, Load};
+use support::{connect, eventually, field, threads, Conn, Load};
 
 fn ask(address: &str) -> String {
     support::ask(address).unwrap().trim_end().to_owned()
@@ -152,9 +152,10 @@ fn a_restart_keeps_the_stored_listeners_and_their_queues() {
 
         // A crash loses what was being served, but nothing that waits.
         let pid = service.main_pid();
-        run("systemctl", &["kill", "--signal=STOP", "fdstore.service"]);
+        systemctl(&["kill", "--signal=STOP", "fdstore.service"]);
+        eventually("stopped", || threads(pid).values().all(|state| *state == 'T'));
         let waiting = addresses.map(|address| connect(address).unwrap());
-        run("systemctl", &["kill", "--signal=KILL", "fdstore.service"]);
+        systemctl(&["kill", "--signal=KILL", "fdstore.service"]);
         for stream in waiting {
             assert_eq!(finish(stream), format!("gen=1 pid={}", service.main_pid()));
         }
