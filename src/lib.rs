@@ -12,6 +12,9 @@ mod event;
 mod handover;
 mod key;
 mod listen;
+#[cfg_attr(feature = "systemd_notify", path = "systemd/manager.rs")]
+#[cfg_attr(not(feature = "systemd_notify"), path = "systemd/no_manager.rs")]
+mod manager;
 mod pass;
 mod pid_file;
 mod program;
@@ -19,9 +22,17 @@ mod seqpacket;
 mod shutdown;
 mod sockets;
 mod sys;
+#[cfg(any(feature = "systemd_notify", feature = "systemd_sockets"))]
+pub mod systemd;
 mod takeover;
 mod trigger;
 mod upgrade;
+
+/// Chapters of the guide.
+pub mod guide {
+    #[doc = include_str!("guide/systemd.md")]
+    pub mod systemd {}
+}
 
 pub use crate::ecdysis::{Builder, Ecdysis, Exit, ExitMode, ExitReason, Overlap, Starting, Upgraded};
 pub use error::Error;
