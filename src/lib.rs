@@ -15,13 +15,16 @@ mod listen;
 #[cfg_attr(feature = "systemd_notify", path = "systemd/manager.rs")]
 #[cfg_attr(not(feature = "systemd_notify"), path = "systemd/no_manager.rs")]
 mod manager;
+mod pass;
 mod pid_file;
 mod program;
+mod seqpacket;
 mod shutdown;
 mod sockets;
 mod sys;
 #[cfg(any(feature = "systemd_notify", feature = "systemd_sockets"))]
 pub mod systemd;
+mod takeover;
 mod trigger;
 mod upgrade;
 
@@ -34,8 +37,13 @@ pub mod guide {
 pub use crate::ecdysis::{Builder, Ecdysis, Exit, ExitMode, ExitReason, Overlap, Starting, Upgraded};
 pub use error::Error;
 pub use event::Event;
+pub use handover::link::Transport;
 pub use key::Key;
 pub use listen::Socket;
-pub use shutdown::{Accept, Guard, Incoming, Readable, Shutdown};
+pub use pass::Stream;
+pub use seqpacket::{UnixSeqpacketConn, UnixSeqpacketListener};
+pub use shutdown::{Accept, Datagram, Guard, Incoming, Readable, Shutdown};
 pub use sockets::Sockets;
+pub use sys::peer::PeerCred;
 pub use sys::spawn::Spawn;
+pub use takeover::TakeoverSocket;

@@ -9,7 +9,7 @@ use std::io;
 use std::net::{SocketAddr, TcpListener, UdpSocket};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::net::UnixListener;
+use std::os::unix::net::{UnixDatagram, UnixListener};
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -22,6 +22,9 @@ use crate::handover::manifest::{Entry, Slot};
 use crate::key::{Key, Kind};
 use crate::listen::{self, FileId, Socket};
 use crate::manager::Manager;
+use crate::pass::Producer;
+use crate::seqpacket::UnixSeqpacketListener;
+use crate::takeover::TakeoverSocket;
 
 /// The sockets of this generation: makes them, or claims what the parent handed over.
 ///
@@ -42,12 +45,16 @@ pub struct Sockets(Arc<Mutex<State>>);
 struct State {
     /// Handed to the next generation, in the order asked for.
     ours: Vec<(Key, Held)>,
+    /// Made for the next generation when an upgrade begins.
+    producers: Vec<(Key, Producer)>,
     /// From the parent or the service manager, until claimed.
     inherited: HashMap<Key, VecDeque<Held>>,
     /// Keys of what was inherited and closed, for the service manager to forget.
     closed: Vec<(Key, Option<FileId>)>,
     /// Keeps copies of what is ours.
     store: Option<Arc<Manager>>,
+    /// The first claim that failed for want of descriptors.
+    failed: Option<(Key, io::Error)>,
 }
 
 /// A descriptor in the registry.
@@ -72,11 +79,6 @@ impl Held {
         Self { unit, ..self }
     }
 
-    /// For the service manager's store, which need not keep what a unit keeps.
-    fn to_be_stored(&self) -> bool {
-        self.unit.is_none()
-    }
-
     fn duplicate(fd: BorrowedFd<'_>, file: Option<FileId>) -> io::Result<Self> {
         Ok(Self::new(duplicate(fd)?, fstat(fd)?.st_ino, file))
     }
@@ -85,6 +87,7 @@ impl Held {
 impl Sockets {
     pub(crate) fn new(inherited: Vec<(Key, Held)>) -> Self {
         let mut state = State::default();
+        state.inherited.reserve(inherited.len());
         for (key, held) in inherited {
             let same_key = state.inherited.entry(key).or_default();
             // Two sources may know the very same socket.
@@ -194,6 +197,73 @@ impl Sockets {
         .map(UnixListener::from)
     }
 
+    /// A Unix seqpacket listener at `path`, under the rules of [`listen_unix`](Self::listen_unix).
+    ///
+    /// ```
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # let starting = ecdysis::Ecdysis::builder().start()?;
+    /// let listener = starting.listen_unix_seqpacket(format!("@records-{}", std::process::id()))?;
+    /// let shutdown = starting.shutdown();
+    /// std::thread::spawn(move || {
+    ///     for connection in shutdown.incoming(&listener) {
+    ///         let (connection, mut record) = (connection?, [0; 1024]);
+    ///         let length = connection.recv(&mut record)?;
+    ///         connection.send(&record[..length])?;
+    ///     }
+    ///     std::io::Result::Ok(())
+    /// });
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Socket`], with what bind(2) or listen(2) said.
+    pub fn listen_unix_seqpacket(&self, path: impl AsRef<Path>) -> Result<UnixSeqpacketListener, Error> {
+        let path = path.as_ref();
+        self.claim_or(Key::unix_seqpacket(path), |_| {
+            let (socket, file) = listen::bind_unix(path, SocketType::SEQPACKET, None)?;
+            rustix::net::listen(&socket, listen::MAX_BACKLOG)?;
+            Ok((socket, file))
+        })
+        .map(UnixSeqpacketListener::from)
+    }
+
+    /// A Unix datagram socket at `path`, under the rules of [`listen_unix`](Self::listen_unix).
+    ///
+    /// During an upgrade both generations hold it. Receive through
+    /// [`Shutdown::recv_from`](crate::Shutdown::recv_from), which leaves datagrams to the generation that serves.
+    ///
+    /// ```
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # let starting = ecdysis::Ecdysis::builder().start()?;
+    /// let socket = starting.listen_unix_datagram(format!("@log-{}", std::process::id()))?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Socket`], with what bind(2) said.
+    pub fn listen_unix_datagram(&self, path: impl AsRef<Path>) -> Result<UnixDatagram, Error> {
+        let path = path.as_ref();
+        self.claim_or(Key::unix_datagram(path), |_| listen::bind_unix(path, SocketType::DGRAM, None))
+            .map(UnixDatagram::from)
+    }
+
+    /// A takeover socket at `path` for a program with a loop of its own, which calls
+    /// [`Ecdysis::hand_over`](crate::Ecdysis::hand_over) when it is readable. Others use
+    /// [`Builder::takeover_on_socket`](crate::Builder::takeover_on_socket). Its mode is 0600 from the first moment.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Socket`], with what bind(2) or listen(2) said.
+    pub fn listen_takeover(&self, path: impl AsRef<Path>) -> Result<TakeoverSocket, Error> {
+        let path = path.as_ref();
+        let listener = self.listen_unix_with_mode(path, Some(Mode::RUSR | Mode::WUSR))?;
+        Ok(TakeoverSocket { path: path.to_owned(), listener })
+    }
+
     /// Hands a socket to the next generation that came from elsewhere, under a key of the program's choice. There
     /// [`claim`](Self::claim) gives it back; so does `listen_tcp` and its like if the key is theirs.
     ///
@@ -224,20 +294,32 @@ impl Sockets {
     }
 
     /// Takes what the parent handed over under this key. It stays in the registry for the next generation. `None` if
-    /// there is none (left).
+    /// there is none (left); or if there is no free descriptor for it, in which case `ready` fails.
     pub fn claim(&self, key: &Key) -> Option<OwnedFd> {
+        self.try_claim(key).unwrap_or_else(|e| {
+            log::error!("cannot duplicate the descriptor of {key}: {e}");
+            // A program that now binds anew would lose the clients of the one it did not get.
+            self.lock().failed.get_or_insert((key.clone(), e));
+            None
+        })
+    }
+
+    fn try_claim(&self, key: &Key) -> io::Result<Option<OwnedFd>> {
         let mut state = self.lock();
-        let held = state.take_inherited(key)?;
-        match duplicate(held.fd.as_fd()) {
-            Ok(fd) => {
-                state.ours.push((key.clone(), held));
-                Some(fd)
-            }
-            Err(e) => {
-                log::warn!("cannot duplicate the descriptor of {key}: {e}");
-                state.inherited.entry(key.clone()).or_default().push_front(held);
-                None
-            }
+        let Some(held) = state.take_inherited(key) else { return Ok(None) };
+        let fd = duplicate(held.fd.as_fd());
+        match fd {
+            Ok(_) => state.ours.push((key.clone(), held)),
+            Err(_) => state.inherited.entry(key.clone()).or_default().push_front(held),
+        }
+        fd.map(Some)
+    }
+
+    /// What a claim failed of, if one did and could not say so: then this generation must not serve.
+    pub(crate) fn failed_claim(&self) -> Result<(), Error> {
+        match self.lock().failed.take() {
+            Some((key, source)) => Err(Error::Socket { key, source }),
+            None => Ok(()),
         }
     }
 
@@ -246,16 +328,17 @@ impl Sockets {
     /// many there were.
     pub fn retire(&self, key: &Key) -> usize {
         let mut state = self.lock();
-        let before = state.ours.len();
-        let State { ours, inherited, store, .. } = &mut *state;
+        let State { ours, producers, inherited, store, .. } = &mut *state;
+        let before = ours.len() + producers.len();
         ours.retain(|(ours, held)| {
             if let (true, Some(store)) = (ours == key, &store) {
                 store.forget(key, held.file);
             }
             ours != key
         });
+        producers.retain(|(held, _)| held != key);
         inherited.remove(key);
-        before - ours.len()
+        before - ours.len() - producers.len()
     }
 
     /// Hands any descriptor to the next generation, by name: a lock file, a timer, a shared memory. The registry keeps
@@ -277,21 +360,37 @@ impl Sockets {
     ///
     /// [`Error::Socket`] if no descriptor is left, or the name is longer than 255 bytes.
     pub fn pass_fd(&self, name: impl AsRef<OsStr>, fd: impl AsFd) -> Result<(), Error> {
-        let key = Key::fd(name);
-        if key.name().len() > MAX_NAME {
-            return Err(Error::Socket { key, source: io::ErrorKind::InvalidInput.into() });
-        }
-        let held = Held::duplicate(fd.as_fd(), None).map_err(|source| Error::Socket { key: key.clone(), source })?;
+        self.pass(Key::fd(name), fd.as_fd())
+    }
+
+    /// Takes the descriptor that the parent passed by this name. It is the program's alone then: the next generation
+    /// gets it only if it is passed again.
+    pub fn take_fd(&self, name: impl AsRef<OsStr>) -> Option<OwnedFd> {
+        self.take(&Key::fd(name))
+    }
+
+    /// Hands a duplicate of `fd` to the next generation, in the place of what had the same key.
+    pub(crate) fn pass(&self, key: Key, fd: BorrowedFd<'_>) -> Result<(), Error> {
+        let held = check_name(&key).and_then(|()| Held::duplicate(fd, None));
+        let held = held.map_err(|source| Error::Socket { key: key.clone(), source })?;
         let mut state = self.lock();
         state.ours.retain(|(held, _)| held != &key);
         state.ours.push((key, held));
         Ok(())
     }
 
-    /// Takes the descriptor that the parent passed by this name. It is the program's alone then: the next generation
-    /// gets it only if it is passed again.
-    pub fn take_fd(&self, name: impl AsRef<OsStr>) -> Option<OwnedFd> {
-        let held = self.lock().take_inherited(&Key::fd(name))?;
+    /// Has `producer` make a descriptor for the next generation at every upgrade, in the place of what had the same key.
+    pub(crate) fn pass_produced(&self, key: Key, producer: Producer) -> Result<(), Error> {
+        check_name(&key).map_err(|source| Error::Socket { key: key.clone(), source })?;
+        let mut state = self.lock();
+        state.producers.retain(|(held, _)| held != &key);
+        state.producers.push((key, producer));
+        Ok(())
+    }
+
+    /// Takes what the parent handed over under this key, for good.
+    pub(crate) fn take(&self, key: &Key) -> Option<OwnedFd> {
+        let held = self.lock().take_inherited(key)?;
         // Shared only if an upgrade is handing it on just now.
         Arc::try_unwrap(held.fd).or_else(|shared| duplicate(shared.as_fd())).ok()
     }
@@ -328,8 +427,9 @@ impl Sockets {
         make: impl FnOnce(&Key) -> io::Result<(OwnedFd, Option<FileId>)>,
     ) -> Result<OwnedFd, Error> {
         let claimed = (|| {
-            if let Some(fd) = self.claim(&key) {
-                check_kind(key.kind(), fd.as_fd())?;
+            // Its inode says that it is what the parent held under this key, and `hold` checked it when it got there. A
+            // failed claim must not become a bind: on port 0 that succeeds, elsewhere.
+            if let Some(fd) = self.try_claim(&key)? {
                 log::debug!("claimed {key} from the parent");
                 return Ok(fd);
             }
@@ -404,18 +504,20 @@ impl Sockets {
         self.lock().closed.extend(stale);
     }
 
-    /// From now on `store` keeps a copy of every socket that is made here, and forgets what is retired.
+    /// From now on `store` keeps a copy of every socket that is made here, and forgets what is retired. It need not keep
+    /// what a unit keeps.
     pub(crate) fn store_in(&self, store: Arc<Manager>) {
         let mut state = self.lock();
         // By name all of a name are forgotten, also those that we have; so that comes first.
         for (key, file) in std::mem::take(&mut state.closed) {
             store.forget(&key, file);
         }
-        let to_be_stored: Vec<_> = state.ours.iter().filter(|(_, held)| held.to_be_stored()).collect();
-        if to_be_stored.len() > store.room() {
-            log::warn!("{} sockets, but FileDescriptorStoreMax= is {}", to_be_stored.len(), store.room());
+        let ours = state.ours.iter();
+        let own: Vec<_> = ours.filter(|(key, held)| held.unit.is_none() && key.kind().has_address()).collect();
+        if own.len() > store.room() {
+            log::warn!("{} sockets, but FileDescriptorStoreMax= is {}", own.len(), store.room());
         }
-        for (key, held) in to_be_stored {
+        for (key, held) in own {
             store.keep(key, held.fd.as_fd(), held.file);
         }
         state.store = Some(store);
@@ -425,6 +527,7 @@ impl Sockets {
     pub(crate) fn close_all(&self) {
         let mut state = self.lock();
         state.ours.clear();
+        state.producers.clear();
         state.inherited.clear();
     }
 
@@ -444,16 +547,33 @@ impl Sockets {
         }
     }
 
-    /// What an upgrade hands over: the manifest's entries, and the descriptors they name.
-    pub(crate) fn snapshot(&self) -> (Vec<Entry>, Vec<Arc<OwnedFd>>) {
-        let entry = |(key, held): (&Key, &Held)| {
+    /// What an upgrade would hand over, without producing it.
+    pub(crate) fn keys(&self) -> Vec<Key> {
+        let state = self.lock();
+        let producers = state.producers.iter().map(|(key, _)| key);
+        state.ours.iter().map(|(key, _)| key).chain(producers).cloned().collect()
+    }
+
+    /// What an upgrade hands over: the manifest's entries, and the descriptors they name, in the same order. State is
+    /// produced now, so that it is fresh.
+    pub(crate) fn snapshot(&self) -> Result<(Vec<Entry>, Vec<Arc<OwnedFd>>), Error> {
+        let entry = |key: &Key, held: &Held| {
             let slot = Slot { number: held.fd.as_raw_fd() as u32, inode: held.inode };
             (Entry { slot, key: key.clone(), file: held.file, unit: held.unit.clone() }, held.fd.clone())
         };
-        let state = self.lock();
-        // Inherited and still here is what a unit passed and nobody has asked for yet.
-        let unclaimed = state.inherited.iter().flat_map(|(key, list)| list.iter().map(move |held| (key, held)));
-        state.ours.iter().map(|(key, held)| (key, held)).chain(unclaimed).map(entry).unzip()
+        let (mut all, producers): (Vec<_>, _) = {
+            let state = self.lock();
+            let ours = state.ours.iter().map(|(key, held)| (key, held));
+            // Inherited and still here is what a unit passed and nobody has asked for yet.
+            let unclaimed = state.inherited.iter().flat_map(|(key, list)| list.iter().map(move |held| (key, held)));
+            (ours.chain(unclaimed).map(|(key, held)| entry(key, held)).collect(), state.producers.clone())
+        };
+        for (key, producer) in producers {
+            let fd = producer.produce(&key)?;
+            let inode = fstat(&fd).map_err(|e| Error::Socket { key: key.clone(), source: e.into() })?.st_ino;
+            all.push(entry(&key, &Held::new(fd, inode, None)));
+        }
+        Ok(all.into_iter().unzip())
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -462,7 +582,16 @@ impl Sockets {
     }
 }
 
+/// The longest name of a program's choice, in bytes.
 const MAX_NAME: usize = 255;
+
+fn check_name(key: &Key) -> io::Result<()> {
+    if key.name().len() > MAX_NAME {
+        let reason = format!("the name is longer than {MAX_NAME} bytes");
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, reason));
+    }
+    Ok(())
+}
 
 impl State {
     fn take_inherited(&mut self, key: &Key) -> Option<Held> {
@@ -476,20 +605,26 @@ fn duplicate(fd: BorrowedFd<'_>) -> io::Result<OwnedFd> {
 }
 
 /// A socket of the wrong kind would only fail much later, in the accept loop.
-fn check_kind(kind: Kind, fd: BorrowedFd<'_>) -> io::Result<()> {
-    let (socket_type, families): (_, &[AddressFamily]) = match kind {
-        Kind::Tcp => (SocketType::STREAM, &[AddressFamily::INET, AddressFamily::INET6]),
-        Kind::Udp => (SocketType::DGRAM, &[AddressFamily::INET, AddressFamily::INET6]),
-        Kind::Unix => (SocketType::STREAM, &[AddressFamily::UNIX]),
-        Kind::Fd | Kind::Drain => return Ok(()),
+pub(crate) fn check_kind(kind: Kind, fd: BorrowedFd<'_>) -> io::Result<()> {
+    const IP: &[AddressFamily] = &[AddressFamily::INET, AddressFamily::INET6];
+    const UNIX: &[AddressFamily] = &[AddressFamily::UNIX];
+    const ANY: &[AddressFamily] = &[AddressFamily::INET, AddressFamily::INET6, AddressFamily::UNIX];
+    let (families, socket_type, listening) = match kind {
+        Kind::Tcp => (IP, SocketType::STREAM, true),
+        Kind::Udp => (IP, SocketType::DGRAM, false),
+        Kind::Unix => (UNIX, SocketType::STREAM, true),
+        Kind::Seqpacket => (UNIX, SocketType::SEQPACKET, true),
+        Kind::UnixDatagram | Kind::DatagramPair => (UNIX, SocketType::DGRAM, false),
+        Kind::Stream => (ANY, SocketType::STREAM, false),
+        // No socket; bytes prove themselves when they are read.
+        Kind::Bytes | Kind::Fd | Kind::Drain => return Ok(()),
     };
-    let listening = socket_type != SocketType::DGRAM;
     if sockopt::socket_type(fd)? == socket_type
         && families.contains(&sockopt::socket_domain(fd)?)
         && sockopt::socket_acceptconn(fd)? == listening
     {
         return Ok(());
     }
-    let wanted = if listening { "a listening socket" } else { "a datagram socket" };
+    let wanted = if listening { "a listening socket" } else { "a socket" };
     Err(io::Error::new(io::ErrorKind::InvalidInput, format!("not {wanted} of kind {}", kind.word())))
 }

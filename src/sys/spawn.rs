@@ -95,7 +95,10 @@ pub(crate) fn spawn(plan: Plan, how: Spawn) -> io::Result<Spawned> {
         },
         _ => fork(&shared.0),
     };
-    signal::set_mask(mask)?;
+    // A filter may refuse it; then there is a child all the same, and the caller must have it.
+    if let Err(e) = signal::set_mask(mask) {
+        log::error!("cannot unblock signals after a spawn: {e}");
+    }
     let (pid, pidfd, parent) = spawned?;
     let pid = rustix::process::Pid::from_raw(pid).ok_or(io::ErrorKind::Other)?;
     Ok(Spawned { pid, pidfd, parent, _shared: shared })
@@ -122,7 +125,7 @@ fn clone_with(memory: &Memory, flags: c_int) -> io::Result<(c_int, Option<OwnedF
     // SAFETY: the stack's top is aligned and belongs to this child alone; `child` touches no thread-local storage and
     // never returns; `memory` outlives the child's use of it, see `SharedMemory::drop` (clone(2)).
     let pid = unsafe {
-        let top = memory.stack.as_ptr().add(memory.stack.len());
+        let top = memory.stack.as_ptr().add(STACK);
         let top = (top as usize & !15) as *mut c_void;
         libc::clone(
             child,
@@ -249,6 +252,7 @@ struct Memory {
     /// The pointers that execve takes, into `plan`, null at the end.
     argv: Vec<*const c_char>,
     envp: Vec<*const c_char>,
+    /// Room of [`STACK`] bytes, not touched before the child does: to zero it would be 16 page faults.
     stack: Vec<u8>,
     /// Not 0 while a child may read this memory; the kernel clears it at execve or exit (CLONE_CHILD_CLEARTID).
     in_use: AtomicU32,
@@ -273,7 +277,7 @@ impl SharedMemory {
             argv: pointers(&plan.argv),
             envp: pointers(&plan.envp),
             plan,
-            stack: vec![0; STACK],
+            stack: Vec::with_capacity(STACK),
             in_use: AtomicU32::new(0),
         })))
     }
