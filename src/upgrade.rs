@@ -22,7 +22,7 @@ use crate::ecdysis::{Config, Core, Upgraded};
 use crate::error::Error;
 use crate::event::Event;
 use crate::handover::frames::{preview, send, Lines, Next, Status, Word};
-use crate::handover::link::{self, wait_for, wait_readable, Arrived, Link, Parcel, Transport};
+use crate::handover::link::{self, wait_readable, Arrived, Link, Parcel, Transport};
 use crate::handover::manifest::{Entry, Manifest, Slot};
 use crate::handover::pipe::{Named, Way, VARIABLE};
 use crate::key::Key;
@@ -215,7 +215,9 @@ fn commit(mut child: Child<'_>, core: &Core, triggers: &mut Triggers, since: Ins
         }
     }
     child.process.armed = false;
+    let is_child = matches!(child.process.who, Who::Child(_));
     let Link { to, from, lines, .. } = child.link;
+    core.announce(&upgraded, is_child, &to);
     core.kept().link = Some(to);
     core.shutdown.keep_successor(from, lines);
     Ok(upgraded)
@@ -364,7 +366,7 @@ fn kill_and_reap(child: &Spawned) -> Option<ExitStatus> {
     }
     if let (Some(pidfd), ParentIs::OurParent) = (&child.pidfd, child.parent) {
         // Our parent reaps it, and only then does the kernel say how it ended.
-        wait_for(pidfd, PollFlags::empty(), ENDING);
+        link::wait_for(pidfd, PollFlags::empty(), ENDING);
         return exit_status(pidfd);
     }
     loop {
@@ -502,7 +504,7 @@ pub(crate) fn ready(core: &Core) -> Result<(), Error> {
             }
             // A child would have been killed; this process belongs to somebody else.
             Some(Word::Stop) => return Err(Error::GivenUp),
-            // Never before the commit.
+            // Not before the verdict.
             Some(Word::Main) => {}
             None if parent.has_ended() => {
                 log::warn!("the parent ended before it could commit: serving without it");
