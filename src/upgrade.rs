@@ -74,7 +74,8 @@ fn start(core: &Core) -> Result<Child<'_>, Error> {
     if unsent.len() > 64 * 1024 {
         let _ = fcntl_setpipe_size(&manifest_write, unsent.len());
     }
-    write_some(&manifest_write, &mut unsent).map_err(prepare("manifest"))?;
+    // We hold the other end too, so this cannot find it closed.
+    write_some(&manifest_write, &mut unsent).map_err(|e| prepare("manifest")(e.into()))?;
 
     let names = Pipes {
         manifest: named(&manifest_read).map_err(prepare("pipe"))?,
@@ -103,10 +104,10 @@ fn start(core: &Core) -> Result<Child<'_>, Error> {
 fn wait_ready(child: &mut Child<'_>, core: &Core, triggers: &mut Triggers, since: Instant) -> Result<(), Error> {
     let pid = child.process.pid();
     let deadline = since.checked_add(core.config.ready_timeout);
-    let mut timed_out = false;
+    let (mut waited, mut timed_out) = (false, false);
     loop {
         // What the child said comes before everything else: after `ready` it may be serving without us.
-        match child.next_status()? {
+        match if waited { child.next_status()? } else { None } {
             Some(Status::Ready) => return Ok(()),
             Some(Status::Refused(reason)) => return Err(Error::Refused { pid, reason }),
             Some(Status::Failed { step, errno }) => {
@@ -130,7 +131,11 @@ fn wait_ready(child: &mut Child<'_>, core: &Core, triggers: &mut Triggers, since
             fds.push((child.to.as_fd(), PollFlags::OUT));
         }
         timed_out = triggers.wait(&fds, deadline, Sockets::Answer)? == Woken::Deadline;
-        write_some(&child.to, &mut child.unsent).map_err(|source| Error::Send { pid, source })?;
+        waited = true;
+        if !child.unsent.is_empty() {
+            let written = without_sigpipe(|| write_some(&child.to, &mut child.unsent));
+            written.map_err(|e| Error::Send { pid, source: e.into() })?;
+        }
     }
 }
 
@@ -155,8 +160,9 @@ fn commit(mut child: Child<'_>, core: &Core, triggers: &mut Triggers, since: Ins
     core.emit(&Event::Committed(&upgraded));
 
     let verdict_at = committed + core.config.probation;
+    let mut waited = false;
     loop {
-        match child.next_status() {
+        match if waited { child.next_status() } else { Ok(None) } {
             Ok(Some(Status::Stopping | Status::HandedOver)) => break,
             Ok(Some(_)) => continue,
             Ok(None) => {}
@@ -186,6 +192,7 @@ fn commit(mut child: Child<'_>, core: &Core, triggers: &mut Triggers, since: Ins
             log::warn!("{}", crate::error::chain(&e));
             break;
         }
+        waited = true;
     }
     child.process.armed = false;
     core.kept().pipe = Some(child.to);
@@ -332,13 +339,13 @@ fn named(fd: &OwnedFd) -> io::Result<Named> {
 }
 
 /// Writes as much as goes in without waiting, and removes it from `unsent`.
-fn write_some(fd: &OwnedFd, unsent: &mut Vec<u8>) -> io::Result<()> {
+fn write_some(fd: &OwnedFd, unsent: &mut Vec<u8>) -> rustix::io::Result<()> {
     while !unsent.is_empty() {
-        match without_sigpipe(|| rustix::io::write(fd, unsent)) {
+        match rustix::io::write(fd, unsent) {
             Ok(n) => drop(unsent.drain(..n)),
             Err(Errno::INTR) => {}
             Err(Errno::AGAIN) => break,
-            Err(e) => return Err(e.into()),
+            Err(e) => return Err(e),
         }
     }
     Ok(())
