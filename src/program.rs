@@ -110,9 +110,12 @@ fn c_string(text: &OsStr) -> io::Result<CString> {
 /// The directory as the shell names it, if that is right: `getcwd` follows links, so below /srv/current it would pin
 /// the release that the link points to now.
 fn start_directory() -> Option<PathBuf> {
-    let named =
-        env::var_os("PWD").map(PathBuf::from).filter(|path| path.is_absolute() && same_file(path, Path::new(".")));
-    named.or_else(|| env::current_dir().ok())
+    let physical = env::current_dir().ok();
+    let named = env::var_os("PWD").map(PathBuf::from).filter(|path| path.is_absolute());
+    match named {
+        Some(named) if physical.as_ref() == Some(&named) || same_file(&named, Path::new(".")) => Some(named),
+        _ => physical,
+    }
 }
 
 /// The path under which this program would be found again.
