@@ -9,6 +9,10 @@ compile_error!("ecdysis works on Linux only: it is made of fork, execve and desc
 mod ecdysis;
 mod error;
 mod event;
+#[cfg(any(test, fuzzing))]
+#[doc(hidden)]
+#[allow(missing_docs, clippy::missing_panics_doc)]
+pub mod fuzzing;
 mod handover;
 mod key;
 mod listen;
