@@ -4,7 +4,8 @@ use std::os::fd::AsFd;
 
 use crate::handover::frames::{Lines, Next, Status, Word};
 use crate::handover::manifest::{Entry, Manifest, Slot};
-use crate::handover::pipe::Pipes;
+use crate::handover::pipe::Way;
+use crate::handover::scm::{Limits, Receiver};
 use crate::key::{Key, Kind};
 
 /// Any bytes are a manifest or an error; what was understood is said again in the same words.
@@ -38,11 +39,40 @@ pub fn frames(data: &[u8]) {
     }
 }
 
-/// Any value of the variable names two pipes or nothing.
+/// Any value of the variable names two pipes, a socket or nothing.
 pub fn variable(data: &[u8]) {
-    let Some(pipes) = std::str::from_utf8(data).ok().and_then(Pipes::parse) else { return };
-    assert!(pipes.manifest.fd > 2 && pipes.status.fd > 2);
-    assert_eq!(Pipes::parse(&pipes.value()), Some(pipes));
+    let Some(way) = std::str::from_utf8(data).ok().and_then(Way::parse) else { return };
+    let lowest = match way {
+        Way::Pipes { manifest, status } => manifest.fd.min(status.fd),
+        Way::Socket(socket) => socket.fd,
+    };
+    assert!(lowest > 2);
+    assert_eq!(Way::parse(&way.value()), Some(way));
+}
+
+/// Any bytes over a takeover socket are a text with an end, or an error within the limits.
+pub fn receive(data: &[u8]) {
+    use std::io::Write;
+    let Ok((mut sender, receiver)) = std::os::unix::net::UnixStream::pair() else { return };
+    let limits = Limits { bytes: 20_000, descriptors: 3 };
+    let mut arrived = Receiver::new(limits);
+    for piece in data.chunks(1 + usize::from(data.first().copied().unwrap_or(0)) * 16) {
+        if sender.write_all(piece).is_err() {
+            return;
+        }
+        match arrived.step(&receiver) {
+            Ok(true) => {
+                let (text, rest, descriptors) = arrived.into_parts();
+                assert!(text.ends_with(b"\nend\n") && descriptors.is_empty());
+                assert!(data.starts_with(&[text.as_slice(), rest.as_slice()].concat()));
+                return manifest(&text);
+            }
+            Ok(false) => {}
+            Err(_) => return,
+        }
+    }
+    drop(sender);
+    assert!(arrived.step(&receiver).is_err(), "the end of the peer");
 }
 
 /// Any first line of a control connection.
@@ -54,8 +84,7 @@ pub fn command(data: &[u8]) {
 pub fn round_trip(data: &[u8]) {
     let mut manifest = Manifest { generation: 1 + data.len() as u64, ..Manifest::default() };
     for (number, chunk) in data.chunks(24).enumerate() {
-        let kinds = [Kind::Tcp, Kind::Udp, Kind::Unix, Kind::Fd, Kind::Drain];
-        let kind = kinds[usize::from(chunk[0]) % kinds.len()];
+        let kind = Kind::ALL[usize::from(chunk[0]) % Kind::ALL.len()];
         let inode = chunk.iter().fold(0_u64, |all, byte| all.wrapping_mul(251).wrapping_add(u64::from(*byte)));
         manifest.entries.push(Entry {
             slot: Slot { number: number as u32, inode },
@@ -81,12 +110,13 @@ mod tests {
     #[test]
     fn the_corpus_holds() {
         type Target = (&'static str, fn(&[u8]));
-        let targets: [Target; 5] = [
+        let targets: [Target; 6] = [
             ("manifest", manifest),
             ("frames", frames),
             ("variable", variable),
             ("command", command),
             ("round_trip", round_trip),
+            ("receive", receive),
         ];
         for (name, target) in targets {
             let corpus = Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/corpus").join(name);

@@ -2,15 +2,17 @@
 
 use std::io;
 use std::iter::FusedIterator;
-use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::net::{TcpListener, TcpStream, UdpSocket};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicUsize, Ordering};
-use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use rustix::event::{epoll, eventfd, poll, EventfdFlags, PollFd, PollFlags, Timespec};
 use rustix::io::Errno;
+
+use crate::seqpacket::{UnixSeqpacketConn, UnixSeqpacketListener};
 use rustix::net::SocketFlags;
 
 use crate::handover::frames::{Lines, Next, Status};
@@ -72,7 +74,8 @@ struct Inner {
     gate: OwnedFd,
     /// Readable once over.
     over: OwnedFd,
-    stopped_at: OnceLock<Instant>,
+    /// How often something was taken out of a queue since the stop.
+    emptied: AtomicUsize,
     guards: AtomicUsize,
     loops: AtomicUsize,
     draining: AtomicBool,
@@ -81,7 +84,7 @@ struct Inner {
     /// Set when a drain is to end although connections are left.
     end_drain: AtomicBool,
     /// The status pipe of the child that took over, on which any later generation may say so.
-    successor: Mutex<Option<(OwnedFd, Lines)>>,
+    successor: Mutex<Option<(Arc<OwnedFd>, Lines)>>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -104,8 +107,12 @@ impl State {
     }
 }
 
-/// At a stop, how long new arrivals may keep the accept loops from finding the queue empty.
-const EMPTYING: Duration = Duration::from_secs(1);
+/// At a stop, how many connections are accepted at most before the queue counts as empty: new ones may keep coming,
+/// and no queue is usually longer than the system's default limit of 4096.
+const EMPTYING: usize = 1 << 14;
+
+/// At a stop, how long a handshake under way may take to get into the queue.
+const HANDSHAKE: Duration = Duration::from_millis(20);
 
 /// How long to leave a listener alone when there is no descriptor or memory for a connection.
 const EXHAUSTED: Duration = Duration::from_millis(50);
@@ -130,7 +137,7 @@ impl Shutdown {
             changed: Condvar::new(),
             gate: event(1)?,
             over: event(0)?,
-            stopped_at: OnceLock::new(),
+            emptied: AtomicUsize::new(0),
             guards: AtomicUsize::new(0),
             loops: AtomicUsize::new(0),
             draining: AtomicBool::new(false),
@@ -160,9 +167,10 @@ impl Shutdown {
         Incoming { listener, shutdown: self.clone(), waiter: Waiter::New, counted: false, done: false }
     }
 
-    /// The next datagram, or `None` when it is over: [`UdpSocket::recv_from`] with the states of this handle.
-    pub fn recv_from(&self, socket: &UdpSocket, buffer: &mut [u8]) -> Option<io::Result<(usize, SocketAddr)>> {
-        self.gated(&mut Waiter::Poll, socket.as_fd(), || socket.recv_from(buffer))
+    /// The next datagram, or `None` when it is over: [`UdpSocket::recv_from`] with the states of this handle; also for
+    /// [`UnixDatagram`].
+    pub fn recv_from<D: Datagram>(&self, socket: &D, buffer: &mut [u8]) -> Option<io::Result<(usize, D::Address)>> {
+        self.gated(&mut Waiter::Poll, socket.as_fd(), || socket.try_recv_from(buffer))
     }
 
     /// Waits until `fd` is readable or accepting is over, whichever comes first, at most `timeout` (poll(2)).
@@ -248,7 +256,7 @@ impl Shutdown {
     }
 
     /// Keeps the status pipe of the child that took over.
-    pub(crate) fn keep_successor(&self, status: OwnedFd, lines: Lines) {
+    pub(crate) fn keep_successor(&self, status: Arc<OwnedFd>, lines: Lines) {
         *self.0.successor.lock().unwrap_or_else(PoisonError::into_inner) = Some((status, lines));
     }
 
@@ -258,9 +266,6 @@ impl Shutdown {
         let _change = inner.change.lock().unwrap_or_else(PoisonError::into_inner);
         if self.is_over() {
             return;
-        }
-        if state == State::Stopped {
-            let _ = inner.stopped_at.set(Instant::now());
         }
         inner.state.store(state as u8, Ordering::SeqCst);
         match state {
@@ -289,7 +294,7 @@ impl Shutdown {
         fd: BorrowedFd<'_>,
         mut attempt: impl FnMut() -> io::Result<T>,
     ) -> Option<io::Result<T>> {
-        let (mut told, mut yielded) = (false, false);
+        let (mut told, mut yielded, mut lingered) = (false, false, false);
         loop {
             let state = self.state();
             match state {
@@ -299,7 +304,7 @@ impl Shutdown {
                     continue;
                 }
                 State::HandedOver => return None,
-                State::Stopped if self.0.stopped_at.get()?.elapsed() > EMPTYING => return None,
+                State::Stopped if self.0.emptied.fetch_add(1, Ordering::Relaxed) > EMPTYING => return None,
                 State::Stopped => {}
             }
             let error = match attempt() {
@@ -307,7 +312,12 @@ impl Shutdown {
                 Err(error) => error,
             };
             match Errno::from_io_error(&error) {
-                Some(Errno::AGAIN) if state == State::Stopped => return None,
+                Some(Errno::AGAIN) if state == State::Stopped && lingered => return None,
+                Some(Errno::AGAIN) if state == State::Stopped => {
+                    // A client may think it is connected before its last packet has got it into the queue.
+                    let _ = poll(&mut [PollFd::from_borrowed_fd(fd, PollFlags::IN)], Some(&timespec(HANDSHAKE)));
+                    lingered = true;
+                }
                 // One turn for the clients makes batches of what would be a wakeup a connection: measured with 16
                 // threads, half the CPU time, and no worse latency.
                 Some(Errno::AGAIN) if !std::mem::replace(&mut yielded, true) => std::thread::yield_now(),
@@ -434,10 +444,24 @@ pub trait Accept: AsFd + sealed::Sealed {
     fn try_accept(&self) -> io::Result<Self::Stream>;
 }
 
+/// A datagram socket that [`Shutdown::recv_from`] takes: [`UdpSocket`] or [`UnixDatagram`]. It must be nonblocking, as
+/// every socket of [`Sockets`](crate::Sockets) is.
+pub trait Datagram: AsFd + sealed::Sealed {
+    /// Where a datagram came from.
+    type Address;
+
+    /// Receives one datagram, without waiting.
+    #[doc(hidden)]
+    fn try_recv_from(&self, buffer: &mut [u8]) -> io::Result<(usize, Self::Address)>;
+}
+
 mod sealed {
     pub trait Sealed {}
     impl Sealed for std::net::TcpListener {}
+    impl Sealed for std::net::UdpSocket {}
+    impl Sealed for std::os::unix::net::UnixDatagram {}
     impl Sealed for std::os::unix::net::UnixListener {}
+    impl Sealed for crate::UnixSeqpacketListener {}
 }
 
 impl Accept for TcpListener {
@@ -459,6 +483,30 @@ impl Accept for UnixListener {
 /// accept4(2) without the peer's address, which std's would ask for.
 fn accept(listener: impl AsFd) -> io::Result<OwnedFd> {
     Ok(rustix::net::accept_with(listener, SocketFlags::CLOEXEC)?)
+}
+
+impl Accept for UnixSeqpacketListener {
+    type Stream = UnixSeqpacketConn;
+
+    fn try_accept(&self) -> io::Result<UnixSeqpacketConn> {
+        self.accept()
+    }
+}
+
+impl Datagram for UdpSocket {
+    type Address = std::net::SocketAddr;
+
+    fn try_recv_from(&self, buffer: &mut [u8]) -> io::Result<(usize, Self::Address)> {
+        self.recv_from(buffer)
+    }
+}
+
+impl Datagram for UnixDatagram {
+    type Address = std::os::unix::net::SocketAddr;
+
+    fn try_recv_from(&self, buffer: &mut [u8]) -> io::Result<(usize, Self::Address)> {
+        self.recv_from(buffer)
+    }
 }
 
 /// How an accept loop waits for the listener or the gate.

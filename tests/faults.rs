@@ -41,16 +41,19 @@ const SERVER: [&str; 12] = [
 #[derive(Clone, Copy)]
 struct Setup {
     fork: bool,
+    transport: &'static str,
     ready_timeout: &'static str,
 }
 
-const CLONE: Setup = Setup { fork: false, ready_timeout: "20000" };
-const FORK: Setup = Setup { fork: true, ready_timeout: "20000" };
+const CLONE: Setup = Setup { fork: false, transport: "pipes", ready_timeout: "20000" };
+const FORK: Setup = Setup { fork: true, transport: "pipes", ready_timeout: "20000" };
+
+const SOCKET: Setup = Setup { fork: false, transport: "socket", ready_timeout: "20000" };
 
 impl Setup {
     fn server(self) -> Server {
         let mut args = SERVER.to_vec();
-        args.extend(["--ready-timeout", self.ready_timeout]);
+        args.extend(["--ready-timeout", self.ready_timeout, "--transport", self.transport]);
         if self.fork {
             args.push("--fork");
         }
@@ -282,22 +285,23 @@ fn sweep<T: Copy + Send + Sync>(
     let began = Instant::now();
     thread::scope(|scope| {
         for _ in 0..at_a_time {
-            scope.spawn(|| loop {
-                let Some(point) = points.get(next.fetch_add(1, Ordering::Relaxed)) else { break };
-                // What depends on timing may not come at the first try.
-                let mut result = run(*point);
-                for _ in 0..2 {
-                    if result == Ok(Survival::Missed) {
-                        result = run(*point);
+            scope.spawn(|| {
+                while let Some(point) = points.get(next.fetch_add(1, Ordering::Relaxed)) {
+                    // What depends on timing may not come at the first try.
+                    let mut result = run(*point);
+                    for _ in 0..2 {
+                        if result == Ok(Survival::Missed) {
+                            result = run(*point);
+                        }
                     }
-                }
-                match result {
-                    Ok(Survival::Survived) => drop(survived.fetch_add(1, Ordering::Relaxed)),
-                    Ok(Survival::Missed) => drop(missed.fetch_add(1, Ordering::Relaxed)),
-                    Err(why) => {
-                        let line = format!("{}: {why}", describe(point));
-                        println!("  not survived: {line}");
-                        lost.lock().unwrap().push(line);
+                    match result {
+                        Ok(Survival::Survived) => drop(survived.fetch_add(1, Ordering::Relaxed)),
+                        Ok(Survival::Missed) => drop(missed.fetch_add(1, Ordering::Relaxed)),
+                        Err(why) => {
+                            let line = format!("{}: {why}", describe(point));
+                            println!("  not survived: {line}");
+                            lost.lock().unwrap().push(line);
+                        }
                     }
                 }
             });
@@ -327,7 +331,7 @@ fn fault_sweep(title: &str, setup: Setup, points: &[(Call, i32)]) {
 }
 
 /// What is stopped is waited for until its deadline: many at a time, because they only wait.
-const STOPPED: Setup = Setup { fork: false, ready_timeout: "3000" };
+const STOPPED: Setup = Setup { fork: false, transport: "pipes", ready_timeout: "3000" };
 
 fn all_deaths(signal: i32) -> Vec<(Call, i32)> {
     let calls = deaths(&record(CLONE)).into_iter().filter(|call| !spoken(call, signal));
@@ -362,4 +366,10 @@ fn every_fault_is_survived() {
 fn every_fault_is_survived_with_fork() {
     let calls: Vec<_> = record(FORK).into_iter().filter(|call| call.role != Role::Child).collect();
     fault_sweep("all faults, fork", FORK, &all_errors(&calls));
+}
+
+#[test]
+fn every_fault_is_survived_with_a_socket() {
+    let calls: Vec<_> = record(SOCKET).into_iter().filter(|call| call.role != Role::Child).collect();
+    fault_sweep("all faults, socket", SOCKET, &all_errors(&calls));
 }

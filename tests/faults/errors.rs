@@ -91,7 +91,7 @@ pub fn errnos(call: &Call) -> &'static [i32] {
         return &[EMFILE, EPERM];
     }
     match call.number {
-        // Nobody fills the pipes, and no disk is in them.
+        // Nobody fills the pipes and sockets, and no disk is in them.
         // With a parent that lives a late answer reaches it.
         SYS_write if call.pipe && call.role == Role::Child && call.late => return &[EINTR],
         SYS_write if call.pipe => return &[EINTR, EPIPE],

@@ -28,7 +28,7 @@ pub struct Call {
     pub nth: usize,
     /// What tells fcntl's commands apart.
     pub argument: u64,
-    /// The descriptor is a pipe.
+    /// The descriptor is a pipe or a socket.
     pub pipe: bool,
     /// The new program has said `ready`; in the parent: it has said `commit`.
     pub late: bool,
@@ -239,7 +239,7 @@ impl Tracer {
             // Fails only when its count is at its end. In a signal handler, which may run in any thread.
             return None;
         }
-        let pipe = to.to_string_lossy().starts_with("pipe:");
+        let pipe = ["pipe:", "socket:"].iter().any(|kind| to.to_string_lossy().starts_with(kind));
         let nth = self.counts.entry((role, number)).or_default();
         *nth += 1;
         let late = if role == Role::Parent { self.committed } else { self.said_ready };

@@ -86,8 +86,8 @@ pub const TABLE: &[Row] = &[
     row(
         "openat",
         SYS_openat,
-        &[Parent, Child, Failed, Program],
-        "PID file; `/proc/self/fd` for the sweep without close_range; the loader",
+        &[Parent, Before, Child, Failed, Program],
+        "`/proc/self/status`, which signals to reset, may be refused with an error; PID file; `/proc/self/fd` for the sweep without close_range; the loader",
     ),
     row(
         "pidfd_send_signal",
@@ -101,7 +101,7 @@ pub const TABLE: &[Row] = &[
     row("prctl", SYS_prctl, &[Program], "names of memory"),
     row("pread64", SYS_pread64, &[Program], "the loader"),
     row("prlimit64", SYS_prlimit64, &[Failed, Program], "the sweep without close_range and `/proc`; stacks"),
-    row("read", SYS_read, &[Serving, Parent, Child, Program], ""),
+    row("read", SYS_read, &[Serving, Parent, Before, Child, Program], ""),
     row("readlink", SYS_readlink, &[Child], "`/proc/self/exe`, where `argv[0]` leads nowhere"),
     row("recvfrom", SYS_recvfrom, &[Serving, Program], "control sockets, UDP; reading from sockets"),
     row("rename", SYS_rename, &[Child, Parent], "PID file"),

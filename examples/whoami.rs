@@ -1,0 +1,405 @@
+//! The test bed: a server that says which generation of itself you reached.
+//!
+//!     cargo run --example whoami -- --listen 127.0.0.1:7000
+//!     echo | nc 127.0.0.1 7000            # in a second terminal: gen=1 pid=4711
+//!     kill -HUP 4711                      # whoami says: committed …, upgrade ok …, ended gen=1 …
+//!     echo | nc 127.0.0.1 7000            # gen=2 pid=4720
+//!
+//! SIGHUP upgrades, SIGTERM and SIGINT stop, SIGUSR2 stops partially. Each of these also by a connection to a socket:
+//!
+//!     whoami --listen ADDR...             ip:port, unix:PATH, unix:@name, udp:ip:port; a connection (or a datagram)
+//!                                         sends one line and gets one back
+//!       --hold                            keep each connection, answer its lines until it ends or the shutdown comes
+//!       --threads N                       accepting threads per listener (1)
+//!       --drain SECONDS                   how long to wait for open connections at the end (10)
+//!       --takeover-socket P               hand over to whoever connects there, as another whoami with --take-over P does
+//!       --transport pipes|socket          what carries the handover to a child (pipes)
+//!       --upgrade-socket P  --stop-socket P  --partial-stop-socket P  --control-socket P  --pid-file P  --exec P
+//!       --ready-timeout MS  --probation MS  --overlap allow|refuse|N  --fork
+//!       --misbehave FILE                  what the next generation does wrong, read when it starts; see `Misbehaviour`
+//!
+//! Several generations share stderr, so each line is one write:
+//!
+//!     listening ADDR gen= pid=            per listener, with the port that it really has
+//!     serving gen= pid=                   ready has been said and the upgrade committed
+//!     committed pid= gen= ms= at=         the parent's word, with CLOCK_MONOTONIC in ns
+//!     upgrade ok pid= gen= ms=            the verdict, after the probation; ms is the time to the commit
+//!     upgrade failed: WHY
+//!     ended gen= pid= left= HOW           the last line; left is how many connections were cut
+
+use ecdysis::{Ecdysis, Event, Overlap, Shutdown, Spawn, Starting, Transport};
+use std::error::Error;
+use std::io::{self, BufRead, BufReader, Read, Write};
+use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::os::fd::AsFd;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::PathBuf;
+use std::process::{self, ExitCode};
+use std::thread;
+use std::time::Duration;
+
+type Result<T> = std::result::Result<T, Box<dyn Error + Send + Sync>>;
+
+fn main() -> ExitCode {
+    match serve() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            say(format!("whoami: {}", chain(&*error)));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn serve() -> Result<()> {
+    let mut builder = Ecdysis::builder();
+    let options = Options::parse(&mut builder)?;
+    builder
+        .upgrade_on_signal(libc::SIGHUP)
+        .stop_on_signal(libc::SIGTERM)
+        .stop_on_signal(libc::SIGINT)
+        .partial_stop_on_signal(libc::SIGUSR2)
+        .on_event(report);
+
+    let starting = builder.start()?;
+    let (gen, pid) = (starting.generation(), process::id());
+    if let Some(dir) = &options.chdir {
+        std::env::set_current_dir(dir)?;
+    }
+    let misbehaviour = Misbehaviour::of(&starting, &options)?;
+    let shutdown = starting.shutdown();
+
+    for address in &options.listen {
+        misbehaviour.before_listen();
+        let (listener, real) = Listener::new(&starting, address)?;
+        say(format!("listening {real} gen={gen} pid={pid}"));
+        for _ in 0..options.threads {
+            let (listener, shutdown, hold) = (listener.try_clone()?, shutdown.clone(), options.hold);
+            // These accept nothing before `ready`, although they run already.
+            thread::spawn(move || listener.serve(&shutdown, hold, &format!("gen={gen} pid={pid}")));
+        }
+    }
+    let starting = misbehaviour.before_ready(starting)?;
+    let ecdysis = starting.ready()?;
+    say(format!("serving gen={gen} pid={pid}"));
+    misbehaviour.after_ready(&ecdysis);
+    if options.wait_for_parent && ecdysis.is_child() {
+        let ecdysis = ecdysis.clone();
+        thread::spawn(move || {
+            if ecdysis.wait_for_parent(Duration::from_secs(60)).is_ok() {
+                say(format!("parent ended gen={gen} pid={pid}"));
+            }
+        });
+    }
+
+    let exit = ecdysis.run()?;
+    let left = shutdown.drain(options.drain);
+    say(format!("ended gen={gen} pid={pid} left={left} {} ({})", exit.mode, exit.reason));
+    Ok(())
+}
+
+/// One write, so that the lines of several generations never mix; nobody to tell when it fails.
+fn say(line: String) {
+    let _ = io::stderr().write_all(format!("{line}\n").as_bytes());
+}
+
+fn chain(error: &dyn Error) -> String {
+    let (mut all, mut next) = (error.to_string(), error.source());
+    while let Some(error) = next {
+        all += &format!(": {error}");
+        next = error.source();
+    }
+    all
+}
+
+fn report(event: &Event) {
+    match event {
+        Event::Committed(u) => {
+            let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
+            let (at, ms) = (now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64, u.commit.as_secs_f64() * 1e3);
+            say(format!("committed pid={} gen={} ms={ms:.3} at={at}", u.pid, u.generation));
+        }
+        Event::Upgraded(u) => {
+            let ms = u.commit.as_secs_f64() * 1e3;
+            say(format!("upgrade ok pid={} gen={} ms={ms:.3}", u.pid, u.generation));
+        }
+        Event::UpgradeFailed { error, .. } => say(format!("upgrade failed: {}", chain(error))),
+        _ => {}
+    }
+}
+
+// ---- options ----
+
+struct Options {
+    listen: Vec<String>,
+    threads: usize,
+    hold: bool,
+    chdir: Option<PathBuf>,
+    wait_for_parent: bool,
+    drain: Duration,
+    misbehave: Option<PathBuf>,
+}
+
+impl Options {
+    /// What concerns the library goes straight into its builder.
+    fn parse(builder: &mut ecdysis::Builder) -> Result<Options> {
+        use lexopt::prelude::*;
+        let mut options = Options {
+            listen: vec![],
+            threads: 1,
+            hold: false,
+            chdir: None,
+            wait_for_parent: false,
+            drain: Duration::from_secs(10),
+            misbehave: None,
+        };
+        let mut args = lexopt::Parser::from_env();
+        let ms = |value: std::ffi::OsString| value.parse().map(Duration::from_millis);
+        while let Some(arg) = args.next()? {
+            match arg {
+                Long("listen") => options.listen.push(args.value()?.string()?),
+                Long("threads") => options.threads = args.value()?.parse()?,
+                Long("hold") => options.hold = true,
+                Long("chdir") => options.chdir = Some(args.value()?.into()),
+                Long("wait-for-parent") => options.wait_for_parent = true,
+                Long("drain") => {
+                    options.drain = args.value()?.parse_with(|s| s.parse().map(Duration::from_secs_f64))?
+                }
+                Long("misbehave") => options.misbehave = Some(args.value()?.into()),
+                Long("upgrade-socket") => drop(builder.upgrade_on_socket(args.value()?)),
+                Long("stop-socket") => drop(builder.stop_on_socket(args.value()?)),
+                Long("partial-stop-socket") => drop(builder.partial_stop_on_socket(args.value()?)),
+                Long("control-socket") => drop(builder.control_on_socket(args.value()?)),
+                Long("takeover-socket") => drop(builder.takeover_on_socket(args.value()?)),
+                Long("take-over") => drop(builder.take_over(args.value()?)),
+                Long("transport") => drop(builder.transport(match args.value()?.string()?.as_str() {
+                    "pipes" => Transport::Pipes,
+                    "socket" => Transport::Socket,
+                    other => return Err(format!("--transport: what is {other}?").into()),
+                })),
+                Long("pid-file") => drop(builder.pid_file(args.value()?)),
+                Long("exec") => drop(builder.exec(args.value()?)),
+                Long("ready-timeout") => drop(builder.ready_timeout(ms(args.value()?)?)),
+                Long("probation") => drop(builder.probation(ms(args.value()?)?)),
+                Long("fork") => drop(builder.spawn(Spawn::Fork)),
+                Long("overlap") => drop(builder.overlap(match args.value()?.string()?.as_str() {
+                    "allow" => Overlap::Allow,
+                    "refuse" => Overlap::Refuse,
+                    most => Overlap::AtMost(most.parse()?),
+                })),
+                other => return Err(other.unexpected().into()),
+            }
+        }
+        if options.listen.is_empty() {
+            return Err("nothing to do: give --listen ADDR at least once".into());
+        }
+        Ok(options)
+    }
+}
+
+// ---- serving ----
+
+enum Listener {
+    Tcp(TcpListener),
+    Unix(UnixListener),
+    Udp(UdpSocket),
+}
+
+impl Listener {
+    /// The listener, and the address in the form of `--listen` with the port that it really has.
+    fn new(starting: &Starting, address: &str) -> Result<(Listener, String)> {
+        if let Some(path) = address.strip_prefix("unix:") {
+            Ok((Listener::Unix(starting.listen_unix(path)?), address.into()))
+        } else if let Some(address) = address.strip_prefix("udp:") {
+            let bind = |socket: ecdysis::Socket, address| socket.bind(address).map(|()| socket.into());
+            let socket = starting.build_socket_udp(address.parse()?, bind)?;
+            let real = socket.local_addr()?;
+            Ok((Listener::Udp(socket), format!("udp:{real}")))
+        } else {
+            let listener = starting.listen_tcp(address.parse::<SocketAddr>()?)?;
+            let real = listener.local_addr()?;
+            Ok((Listener::Tcp(listener), real.to_string()))
+        }
+    }
+
+    fn try_clone(&self) -> io::Result<Listener> {
+        Ok(match self {
+            Listener::Tcp(l) => Listener::Tcp(l.try_clone()?),
+            Listener::Unix(l) => Listener::Unix(l.try_clone()?),
+            Listener::Udp(s) => Listener::Udp(s.try_clone()?),
+        })
+    }
+
+    fn serve(&self, shutdown: &Shutdown, hold: bool, answer: &str) {
+        match self {
+            Listener::Tcp(l) => each(shutdown.incoming(l), shutdown, hold, answer),
+            Listener::Unix(l) => each(shutdown.incoming(l), shutdown, hold, answer),
+            Listener::Udp(socket) => {
+                let _guard = shutdown.guard(); // the drain waits for the last answer, too
+                let mut datagram = [0; 65536];
+                while let Some(received) = shutdown.recv_from(socket, &mut datagram) {
+                    let Ok((length, peer)) = received else {
+                        continue;
+                    };
+                    let _ = socket.send_to(&[answer.as_bytes(), b" ", &datagram[..length]].concat(), peer);
+                }
+            }
+        }
+    }
+}
+
+trait Stream: Read + Write + AsFd + Send + 'static {}
+impl Stream for TcpStream {}
+impl Stream for UnixStream {}
+
+/// A thread per connection, and a guard in each, so that the drain counts it.
+fn each<S: Stream>(streams: impl Iterator<Item = io::Result<S>>, shutdown: &Shutdown, hold: bool, answer: &str) {
+    for stream in streams.flatten() {
+        let (guard, shutdown, answer) = (shutdown.guard(), shutdown.clone(), format!("{answer}\n"));
+        thread::spawn(move || {
+            let _ = connection(stream, &shutdown, hold, &answer);
+            drop(guard);
+        });
+    }
+}
+
+fn connection(stream: impl Stream, shutdown: &Shutdown, hold: bool, answer: &str) -> io::Result<()> {
+    let mut stream = BufReader::new(stream);
+    loop {
+        // An idle connection that is kept open ends with the shutdown; any other waits for its line, however long.
+        if hold && stream.buffer().is_empty() && shutdown.readable(stream.get_ref(), None)? != ecdysis::Readable::Ready
+        {
+            return Ok(());
+        }
+        let more = stream.read_until(b'\n', &mut Vec::new())? > 0;
+        if more {
+            stream.get_mut().write_all(answer.as_bytes())?;
+        }
+        if !more || !hold {
+            return Ok(());
+        }
+    }
+}
+
+// ---- misbehaving on purpose ----
+
+/// What this generation does wrong. The file holds these words, one or more a line; the first generation never reads it.
+///
+///     slow-listen           waits 300 ms before each listener
+///     sleep=MS              waits before ready; the words below come after it
+///     exit=CODE signal=N panic hang stop-self refuse=REASON (to the end of the line)
+///     close-status          closes its pipes and lives (it executes `sleep`, and the pipes are close-on-exec)
+///     garbage               writes nonsense into the status pipe, then waits
+///     die-after-ready=MS    SIGKILLs itself so long after ready
+///     stop-after-ready=MS   ends on purpose so long after ready
+#[derive(Default)]
+struct Misbehaviour(Vec<(String, String)>);
+
+impl Misbehaviour {
+    fn of(starting: &Starting, options: &Options) -> Result<Misbehaviour> {
+        let (true, Some(file)) = (starting.is_child(), &options.misbehave) else {
+            return Ok(Self::default());
+        };
+        let text = match std::fs::read_to_string(file) {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => String::new(),
+            text => text?,
+        };
+        let mut words = vec![];
+        for line in text.lines() {
+            let line_words = if line.starts_with("refuse=") { vec![line] } else { line.split_whitespace().collect() };
+            for word in line_words {
+                let (name, value) = word.split_once('=').unwrap_or((word, ""));
+                words.push((name.to_string(), value.to_string()));
+            }
+        }
+        Ok(Misbehaviour(words))
+    }
+
+    fn get(&self, name: &str) -> Option<&str> {
+        self.0.iter().find(|(n, _)| n == name).map(|(_, value)| value.as_str())
+    }
+
+    fn before_listen(&self) {
+        if self.get("slow-listen").is_some() {
+            thread::sleep(Duration::from_millis(300));
+        }
+    }
+
+    fn before_ready(&self, starting: Starting) -> Result<Starting> {
+        if let Some(ms) = self.get("sleep") {
+            thread::sleep(Duration::from_millis(ms.parse()?));
+        }
+        for (name, value) in &self.0 {
+            match name.as_str() {
+                "slow-listen" | "sleep" | "die-after-ready" | "stop-after-ready" => {}
+                "exit" => process::exit(value.parse()?),
+                "signal" => kill_self(value.parse()?)?,
+                "stop-self" => kill_self(libc::SIGSTOP)?,
+                "panic" => panic!("as --misbehave asked"),
+                "hang" => hang(),
+                "refuse" => return Err(starting.refuse(value).into()),
+                "close-status" => {
+                    use std::os::unix::process::CommandExt;
+                    return Err(process::Command::new("sleep").arg("3600").exec().into());
+                }
+                "garbage" => {
+                    write_to_own_pipes(b"\x00\xffgarbage garbage garbage\n\n\n")?;
+                    hang();
+                }
+                _ => return Err(format!("--misbehave: what is {name}?").into()),
+            }
+        }
+        Ok(starting)
+    }
+
+    fn after_ready(&self, ecdysis: &Ecdysis) {
+        for (name, value) in &self.0 {
+            let after = Duration::from_millis(value.parse().unwrap_or(0));
+            let ecdysis = ecdysis.clone();
+            match name.as_str() {
+                "die-after-ready" => thread::spawn(move || {
+                    thread::sleep(after);
+                    kill_self(libc::SIGKILL)
+                }),
+                "stop-after-ready" => thread::spawn(move || {
+                    thread::sleep(after);
+                    ecdysis.stop();
+                    Ok(())
+                }),
+                _ => continue,
+            };
+        }
+    }
+}
+
+fn hang() {
+    loop {
+        thread::park();
+    }
+}
+
+fn kill_self(signal: i32) -> Result<()> {
+    let signal = rustix::process::Signal::from_named_raw(signal).ok_or("no such signal")?;
+    rustix::process::kill_process(rustix::process::getpid(), signal)?;
+    if signal != rustix::process::Signal::STOP {
+        // The handler that std has for SIGSEGV and SIGBUS only takes itself away the first time.
+        rustix::process::kill_process(rustix::process::getpid(), signal)?;
+    }
+    Ok(())
+}
+
+/// The status pipe is the library's, so it is found the way a stranger would: every pipe above stderr that is open
+/// for writing.
+fn write_to_own_pipes(bytes: &[u8]) -> Result<()> {
+    for entry in std::fs::read_dir("/proc/self/fd")? {
+        let path = entry?.path();
+        let number: i32 = path.file_name().and_then(|n| n.to_str()).ok_or("not a number")?.parse()?;
+        let is_pipe = std::fs::read_link(&path).is_ok_and(|to| to.to_string_lossy().starts_with("pipe:"));
+        let flags = std::fs::read_to_string(format!("/proc/self/fdinfo/{number}")).unwrap_or_default();
+        let flags = flags.lines().find_map(|l| l.strip_prefix("flags:")).unwrap_or("0").trim();
+        let writable = i32::from_str_radix(flags, 8)? & libc::O_ACCMODE == libc::O_WRONLY;
+        if number > 2 && is_pipe && writable {
+            std::fs::OpenOptions::new().write(true).open(path)?.write_all(bytes)?;
+        }
+    }
+    Ok(())
+}
