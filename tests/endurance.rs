@@ -89,8 +89,9 @@ fn endure(upgrades: usize, args: &[&str]) {
 
 /// Upgrades; returns the new process's PID when the old one has ended.
 fn upgrade(server: &Server, pid: i32) -> i32 {
+    let said = server.log.len();
     let verdict = server.upgrade(pid).unwrap();
-    assert!(verdict.starts_with("upgrade ok"), "{verdict}");
+    assert!(verdict.starts_with("upgrade ok"), "{:#?}", server.log.since(said));
     eventually("the old process ends", PATIENCE, || gone(pid)).unwrap();
     field(&verdict, "pid").unwrap()
 }

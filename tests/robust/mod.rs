@@ -9,29 +9,19 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Condvar, Mutex, Once};
+use std::sync::{Arc, Condvar, Mutex};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 /// Longer than anything may take on a busy machine.
 pub const PATIENCE: Duration = Duration::from_secs(30);
 
-/// The path of an example, built if this test binary was built alone.
+/// An example, which cargo has built beside this test.
 pub fn example(name: &str) -> PathBuf {
-    static BUILD: Once = Once::new();
-    BUILD.call_once(|| {
-        let mut build = Command::new(env!("CARGO"));
-        build.args(["build", "--quiet", "--examples"]).stdout(Stdio::null());
-        if !cfg!(debug_assertions) {
-            build.arg("--release");
-        }
-        // A second cargo finds everything fresh after `cargo test`; after `cargo test --test NAME` it builds.
-        if std::env::var_os("ECDYSIS_EXAMPLES_BUILT").is_none() {
-            assert!(build.status().expect("cargo").success(), "the examples do not build");
-        }
-    });
     let test = std::env::current_exe().expect("own path");
-    test.parent().and_then(Path::parent).expect("target directory").join("examples").join(name)
+    let path = test.parent().and_then(Path::parent).expect("target directory").join("examples").join(name);
+    assert!(path.exists(), "{} is missing: cargo test builds it, or cargo build --examples", path.display());
+    path
 }
 
 /// Looks again every few milliseconds until it holds: for what the kernel shows but sends no event for.
