@@ -78,6 +78,10 @@
 mod ecdysis;
 mod error;
 mod event;
+#[cfg(any(test, fuzzing))]
+#[doc(hidden)]
+#[allow(missing_docs, clippy::missing_panics_doc)]
+pub mod fuzzing;
 mod handover;
 mod key;
 mod listen;

@@ -171,7 +171,9 @@ fn commit(mut child: Child<'_>, core: &Core, triggers: &mut Triggers, since: Ins
     core.emit(&Event::Committed(&upgraded));
 
     let verdict_at = committed + core.config.probation;
-    let (mut waited, mut serving) = (false, false);
+    let mut waited = false;
+    // A stranger could not be ended for its silence, only asked to stop when it speaks again.
+    let mut serving = matches!(child.process.who, Who::Stranger { .. }) || core.config.probation.is_zero();
     loop {
         match if waited { child.next_status() } else { Ok(None) } {
             Ok(Some(Status::Stopping | Status::HandedOver)) => break,
@@ -198,7 +200,7 @@ fn commit(mut child: Child<'_>, core: &Core, triggers: &mut Triggers, since: Ins
             break;
         }
         let now = Instant::now();
-        let until = if serving || core.config.probation.is_zero() { verdict_at } else { committed + COMMIT };
+        let until = if serving { verdict_at } else { committed + COMMIT };
         if now >= until {
             if until == verdict_at {
                 break;
