@@ -279,9 +279,21 @@ impl Process<'_> {
         self.end_fd().map(|pidfd| (pidfd.as_fd(), PollFlags::IN))
     }
 
-    /// Whether the child's end is known within that time. Without a pidfd it is not: only the status pipe tells.
+    /// Whether the child ends within that time.
     fn ends_within(&self, time: Duration) -> bool {
-        self.end_fd().is_some_and(|pidfd| wait_readable(pidfd, time))
+        let child = match &self.who {
+            Who::Child(child) if child.pidfd.is_none() => child,
+            _ => return self.end_fd().is_some_and(|pidfd| wait_readable(pidfd, time)),
+        };
+        // Without a pidfd there is no event for it, and this is asked with a time only when its pipe has ended.
+        let deadline = Instant::now() + time;
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() || is_unreaped(child) != Ok(false) {
+                return !left.is_zero();
+            }
+            let _ = poll(&mut [], Some(&timespec(left.min(Duration::from_millis(2)))));
+        }
     }
 
     /// Kills and reaps a child, and turns a stranger away. Gives how a child ended, unless somebody else has reaped it or
@@ -310,6 +322,12 @@ impl Drop for Process<'_> {
     }
 }
 
+/// Whether the child has ended and waits to be reaped; ECHILD if it is not ours to reap (any more).
+fn is_unreaped(child: &Spawned) -> rustix::io::Result<bool> {
+    let options = WaitIdOptions::EXITED | WaitIdOptions::NOHANG | WaitIdOptions::NOWAIT;
+    waitid(WaitId::Pid(child.pid), options).map(|status| status.is_some())
+}
+
 fn kill_and_reap(child: &Spawned) -> Option<ExitStatus> {
     let pid = child.pid;
     match &child.pidfd {
@@ -323,8 +341,7 @@ fn kill_and_reap(child: &Spawned) -> Option<ExitStatus> {
         }
         None => {
             // If somebody else has reaped it, its number may be another process's by now.
-            let unreaped = WaitIdOptions::EXITED | WaitIdOptions::NOHANG | WaitIdOptions::NOWAIT;
-            if matches!(waitid(WaitId::Pid(pid), unreaped), Err(Errno::CHILD)) {
+            if is_unreaped(child) == Err(Errno::CHILD) {
                 return None;
             }
             let _ = kill_process(pid, Signal::KILL);

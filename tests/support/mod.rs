@@ -10,7 +10,7 @@ use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
@@ -49,6 +49,21 @@ struct Said {
     more: Condvar,
 }
 
+impl Said {
+    /// A failed test has poisoned it, and still wants to print what was said.
+    fn lock(&self) -> MutexGuard<'_, (Vec<String>, bool)> {
+        self.lines.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn wait<'a>(
+        &self,
+        lines: MutexGuard<'a, (Vec<String>, bool)>,
+        time: Duration,
+    ) -> MutexGuard<'a, (Vec<String>, bool)> {
+        self.more.wait_timeout(lines, time).unwrap_or_else(PoisonError::into_inner).0
+    }
+}
+
 impl Server {
     /// Starts `whoami` and waits until it serves.
     pub fn whoami<S: AsRef<std::ffi::OsStr>>(args: impl IntoIterator<Item = S>) -> Self {
@@ -75,14 +90,10 @@ impl Server {
             let said = said.clone();
             move || {
                 for line in stderr.split(b'\n').map_while(Result::ok) {
-                    said.lines
-                        .lock()
-                        .unwrap_or_else(PoisonError::into_inner)
-                        .0
-                        .push(String::from_utf8_lossy(&line).into_owned());
+                    said.lock().0.push(String::from_utf8_lossy(&line).into_owned());
                     said.more.notify_all();
                 }
-                said.lines.lock().unwrap_or_else(PoisonError::into_inner).1 = true;
+                said.lock().1 = true;
                 said.more.notify_all();
             }
         });
@@ -97,7 +108,7 @@ impl Server {
 
     /// The PID of the generation that said `serving` last.
     pub fn pid(&self) -> u32 {
-        let lines = self.said.lines.lock().unwrap_or_else(PoisonError::into_inner);
+        let lines = self.said.lock();
         let serving = lines.0.iter().rev().find(|line| line.starts_with("serving "));
         serving.map_or(self.child.id(), |line| field(line, "pid"))
     }
@@ -107,9 +118,17 @@ impl Server {
         self.wait_at(self.seen, needle)
     }
 
+    /// A line that contains `needle`, said at any time.
+    pub fn wait_any(&mut self, needle: &str) -> String {
+        let seen = self.seen;
+        let line = self.wait_at(0, needle);
+        self.seen = seen;
+        line
+    }
+
     fn wait_at(&mut self, from: usize, needle: &str) -> String {
         let deadline = Instant::now() + DEADLINE;
-        let mut lines = self.said.lines.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut lines = self.said.lock();
         loop {
             if let Some(at) = lines.0[from..].iter().position(|line| line.contains(needle)) {
                 self.seen = from + at + 1;
@@ -117,25 +136,25 @@ impl Server {
             }
             let left = deadline.saturating_duration_since(Instant::now());
             assert!(!left.is_zero() && !lines.1, "no line with {needle:?} in:\n{}", lines.0[from..].join("\n"));
-            lines = self.said.more.wait_timeout(lines, left).unwrap_or_else(PoisonError::into_inner).0;
+            lines = self.said.wait(lines, left);
         }
     }
 
     /// Everything said so far.
     pub fn said(&self) -> Vec<String> {
-        self.said.lines.lock().unwrap_or_else(PoisonError::into_inner).0.clone()
+        self.said.lock().0.clone()
     }
 
     /// The address of the first listener that was announced, or of the one on this host part.
     pub fn addr(&self) -> String {
-        let lines = self.said.lines.lock().unwrap_or_else(PoisonError::into_inner);
+        let lines = self.said.lock();
         let line = lines.0.iter().find_map(|line| line.strip_prefix("listening ")).expect("a listener");
         line.split(' ').next().unwrap().to_owned()
     }
 
     /// Every announced listener of the first generation, in order.
     pub fn addrs(&self) -> Vec<String> {
-        let lines = self.said.lines.lock().unwrap_or_else(PoisonError::into_inner);
+        let lines = self.said.lock();
         let listening = lines.0.iter().filter_map(|line| line.strip_prefix("listening "));
         listening
             .filter(|line| line.contains("gen=1 "))
@@ -168,11 +187,11 @@ impl Server {
         let deadline = Instant::now() + DEADLINE;
         let upgrades = |lines: &[String]| lines.iter().filter(|line| line.starts_with("committed ")).count();
         let serving = |lines: &[String]| lines.iter().filter(|line| line.starts_with("serving ")).count();
-        let mut lines = self.said.lines.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut lines = self.said.lock();
         while serving(&lines.0) <= upgrades(&lines.0) {
             let left = deadline.saturating_duration_since(Instant::now());
             assert!(!left.is_zero(), "the new one does not serve:\n{}", lines.0.join("\n"));
-            lines = self.said.more.wait_timeout(lines, left).unwrap_or_else(PoisonError::into_inner).0;
+            lines = self.said.wait(lines, left);
         }
     }
 
@@ -188,6 +207,10 @@ impl Server {
         pids.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).filter(of_group).collect()
     }
 
+    pub fn signal_first(&self, signal: Signal) {
+        send_signal(self.first_pid(), signal);
+    }
+
     pub fn signal_all(&self, signal: Signal) {
         let _ = kill_process_group(self.group, signal);
     }
@@ -201,11 +224,11 @@ impl Server {
     /// Waits for the end of every generation: nobody has the other end of stderr open.
     pub fn wait_all_ended(&mut self) {
         let deadline = Instant::now() + DEADLINE;
-        let mut lines = self.said.lines.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut lines = self.said.lock();
         while !lines.1 {
             let left = deadline.saturating_duration_since(Instant::now());
             assert!(!left.is_zero(), "still running after:\n{}", lines.0.join("\n"));
-            lines = self.said.more.wait_timeout(lines, left).unwrap_or_else(PoisonError::into_inner).0;
+            lines = self.said.wait(lines, left);
         }
     }
 }
@@ -395,6 +418,17 @@ pub fn children(process: u32) -> BTreeMap<u32, char> {
         }));
     }
     found
+}
+
+/// The threads of a process, with their state.
+pub fn threads(process: u32) -> BTreeMap<u32, char> {
+    let tasks = fs::read_dir(format!("/proc/{process}/task")).unwrap().flatten();
+    tasks
+        .filter_map(|task| {
+            let tid = task.file_name().to_string_lossy().parse().ok()?;
+            Some((tid, state(tid)?))
+        })
+        .collect()
 }
 
 /// The state letter in /proc/PID/stat.

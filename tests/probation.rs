@@ -1,0 +1,181 @@
+//! The probation: the time after the commit in which the parent can still take back. And the overlap of generations.
+
+mod support;
+
+use std::fs;
+use std::io::{Read, Write};
+use std::path::Path;
+
+use rustix::process::Signal;
+use support::*;
+
+fn server(dir: &TempDir, more: &[&str]) -> (Server, impl Fn(&str)) {
+    let how = dir.path().join("how");
+    let args = ["--listen", "127.0.0.1:0", "--misbehave", how.to_str().unwrap()];
+    (Server::whoami(args.iter().chain(more)), move |words: &str| fs::write(&how, words).unwrap())
+}
+
+/// In every peer nobody serves then.
+#[test]
+fn a_child_that_dies_after_ready_gives_the_service_back() {
+    for way in [&["--probation", "5000"][..], &["--probation", "5000", "--fork"]] {
+        let dir = tempdir();
+        let pid_file = dir.path().join("pid");
+        let up = dir.path().join("up");
+        let more = ["--pid-file", pid_file.to_str().unwrap(), "--upgrade-socket", up.to_str().unwrap()];
+        let (server, misbehave) = server(&dir, &[way, &more].concat());
+        let (addr, pid) = (server.addr(), server.first_pid());
+        for after in [0, 50, 500] {
+            misbehave(&format!("die-after-ready={after}"));
+            let line = control(&up, "").unwrap();
+            assert!(line.starts_with("failed: child ") && line.contains("signal: 9"), "{line}");
+            let answer = ask(&addr).unwrap();
+            assert_eq!(field::<u32>(&answer, "pid"), pid, "the first serves again");
+            assert_eq!(fs::read_to_string(&pid_file).unwrap().trim(), pid.to_string());
+            assert_eq!(children(pid), Default::default());
+        }
+        misbehave("");
+        server.signal_first(Signal::HUP);
+        eventually("the new one serves", || generation(&addr) == 2);
+    }
+}
+
+/// Connections of that time wait in the queue: none is refused, none reset but those that the dead child had taken.
+#[test]
+fn nobody_is_refused_when_a_child_dies() {
+    let dir = tempdir();
+    let (mut server, misbehave) = server(&dir, &["--probation", "5000", "--hold"]);
+    let addr = server.addr();
+    misbehave("die-after-ready=100");
+    server.signal(Signal::HUP);
+    server.wait("committed ");
+    let mut refused = 0;
+    let deadline = std::time::Instant::now() + DEADLINE;
+    // Connections only, without a request: the kernel has somebody's queue for each of them.
+    while !server.said().iter().any(|line| line.starts_with("upgrade failed")) {
+        refused += usize::from(connect(&addr).is_err());
+        assert!(std::time::Instant::now() < deadline);
+    }
+    assert_eq!(refused, 0);
+    let mut stream = connect(&addr).unwrap();
+    stream.write_all(b"who\n").unwrap();
+    let mut answer = [0; 6];
+    stream.read_exact(&mut answer).unwrap();
+    assert_eq!(&answer, b"gen=1 ");
+}
+
+#[test]
+fn a_child_that_stops_on_purpose_is_not_taken_for_dead() {
+    let dir = tempdir();
+    let (mut server, misbehave) = server(&dir, &["--probation", "20000"]);
+    let addr = server.addr();
+    misbehave("stop-after-ready=50");
+    server.signal(Signal::HUP);
+    server.wait("upgrade ok");
+    server.wait_all_ended();
+    assert_eq!(connect(&addr).map(drop).unwrap_err().kind(), std::io::ErrorKind::ConnectionRefused);
+}
+
+#[test]
+fn a_child_that_hands_over_itself_is_not_taken_for_dead() {
+    let (mut server, addr) = {
+        let server = Server::whoami(["--listen", "127.0.0.1:0", "--probation", "2000"]);
+        let addr = server.addr();
+        (server, addr)
+    };
+    let load = Load::on(&addr, 1);
+    for generation in 2..6 {
+        server.signal(Signal::HUP);
+        server.wait(&format!("serving gen={generation}"));
+    }
+    // Each but the last hears that its child has handed over, long before its own probation would be over.
+    for generation in 1..4 {
+        server.wait_any(&format!("ended gen={generation} "));
+    }
+    load.stop().assert_none_failed();
+    assert_eq!(generation(&addr), 5);
+    assert!(!server.said().iter().any(|line| line.contains("upgrade failed")));
+}
+
+#[test]
+fn a_stop_during_the_probation_stops_the_service() {
+    let mut server = Server::whoami(["--listen", "127.0.0.1:0", "--probation", "20000"]);
+    let addr = server.addr();
+    server.signal(Signal::HUP);
+    server.wait("serving gen=2");
+    server.signal_first(Signal::TERM);
+    server.wait_all_ended();
+    assert_eq!(connect(&addr).map(drop).unwrap_err().kind(), std::io::ErrorKind::ConnectionRefused);
+}
+
+#[test]
+fn nobody_accepts_for_the_paused_parent() {
+    let mut server = Server::whoami(["--listen", "127.0.0.1:0", "--probation", "1000", "--threads", "8"]);
+    let addr = server.addr();
+    server.signal(Signal::HUP);
+    server.wait("committed ");
+    for _ in 0..200 {
+        assert_eq!(generation(&addr), 2);
+    }
+    server.wait("upgrade ok");
+}
+
+#[test]
+fn overlap_refused_while_the_grandparent_drains() {
+    let dir = tempdir();
+    let ctl = dir.path().join("ctl");
+    let args = ["--probation", "20", "--overlap", "refuse", "--control-socket", ctl.to_str().unwrap()];
+    let (mut server, _) = server(&dir, &args);
+    let mut held = hold(&server.addr(), &ctl);
+    upgrade(&ctl);
+    server.wait_serving();
+    let line = control(&ctl, "upgrade\n").unwrap();
+    assert!(line.starts_with("failed: ") && line.contains("still drains"), "{line}");
+    assert_eq!(answer(&mut held), 1);
+    wait_exit(server.first_pid());
+    upgrade(&ctl);
+}
+
+#[test]
+fn overlap_bounded_the_oldest_ends_its_drain() {
+    let dir = tempdir();
+    let ctl = dir.path().join("ctl");
+    let args = ["--probation", "20", "--overlap", "2", "--drain", "60", "--control-socket", ctl.to_str().unwrap()];
+    let (mut server, _) = server(&dir, &args);
+    let addr = server.addr();
+    let mut held = Vec::new();
+    for _ in 0..4 {
+        held.push(hold(&addr, &ctl));
+        upgrade(&ctl);
+        server.wait_serving();
+    }
+    // Generations 1 and 2 were told to end, 3 and 4 may drain.
+    for generation in [1, 2] {
+        let line = server.wait_any(&format!("ended gen={generation} "));
+        assert_eq!(field::<u64>(&line, "left"), 1);
+    }
+    eventually("two generations drain", || control(&ctl, "status\n").unwrap().contains("draining=3,4 "));
+    for (stream, generation) in held[2..].iter_mut().zip(3..) {
+        assert_eq!(answer(stream), generation);
+    }
+}
+
+fn upgrade(ctl: &Path) {
+    let line = control(ctl, "upgrade\n").unwrap();
+    assert!(line.starts_with("upgraded "), "{line}");
+}
+
+/// A connection that the serving generation has accepted, and whose request is still to come.
+fn hold(addr: &str, ctl: &Path) -> Box<dyn Conn> {
+    let stream = connect(addr).unwrap();
+    eventually("it is accepted", || field::<u64>(&control(ctl, "status\n").unwrap(), "connections") == 1);
+    stream
+}
+
+/// The generation that answers the request of a held connection.
+fn answer(stream: &mut Box<dyn Conn>) -> u64 {
+    stream.write_all(b"who\n").unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).unwrap();
+    field(&answer, "gen")
+}

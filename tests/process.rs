@@ -1,0 +1,442 @@
+//! The traps about processes: each test fails without its cure.
+
+mod support;
+
+use std::ffi::OsString;
+use std::fs;
+use std::io::{Read, Write};
+use std::os::unix::ffi::OsStringExt;
+use std::os::unix::fs::{symlink, MetadataExt, PermissionsExt};
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use rustix::process::Signal;
+use support::*;
+
+const LISTEN: [&str; 2] = ["--listen", "127.0.0.1:0"];
+
+/// A server whose next generations misbehave as a file says.
+fn misbehaving(dir: &TempDir, more: &[&str]) -> (Server, impl Fn(&str)) {
+    let how = dir.path().join("how");
+    let server = Server::whoami(LISTEN.iter().chain(more).copied().chain(["--misbehave", how.to_str().unwrap()]));
+    (server, move |words: &str| fs::write(&how, words).unwrap())
+}
+
+#[test]
+fn every_failure_is_told_apart_leaves_nothing_behind_and_the_next_upgrade_works() {
+    for way in [&[][..], &["--fork"]] {
+        let dir = tempdir();
+        let (mut server, misbehave) =
+            misbehaving(&dir, &[way, &["--ready-timeout", "2000", "--probation", "20"]].concat());
+        let (addr, pid) = (server.addr(), server.pid());
+        eventually("the accept loop waits", || fds(pid).values().any(|target| target.contains("eventpoll")));
+        let before = fds(pid);
+        let load = Load::on(&addr, 1);
+        for (words, error) in [
+            ("exit=3", "ended before it was ready: exit status: 3"),
+            ("exit=0", "ended before it was ready: exit status: 0"),
+            ("signal=11", "ended before it was ready: signal: 11"),
+            ("panic", "ended before it was ready: exit status: 101"),
+            ("refuse=config: line 3 is bad", "refused: config: line 3 is bad"),
+            ("garbage", "not of the protocol"),
+            ("close-status", "without a word"),
+            ("hang", "not ready within 2s"),
+            ("stop-self", "not ready within 2s"),
+        ] {
+            misbehave(words);
+            let line = server.fail_to_upgrade();
+            assert!(line.contains(error), "{way:?} {words}: {line}");
+            assert!(line.contains("child "), "no pid in: {line}");
+            assert_eq!(children(pid), Default::default(), "{words}");
+        }
+        load.stop().assert_none_failed();
+        eventually("the descriptors are as before", || fds(pid).keys().eq(before.keys()));
+        misbehave("");
+        server.upgrade();
+        assert_eq!(generation(&addr), 2);
+    }
+}
+
+#[test]
+fn a_missing_program_a_text_and_a_deleted_directory_fail_and_the_next_upgrade_works() {
+    let dir = tempdir();
+    let program = dir.path().join("server");
+    fs::copy(example("whoami"), &program).unwrap();
+    let start = dir.path().join("start");
+    fs::create_dir(&start).unwrap();
+    let mut command = Command::new(&program);
+    command.args(LISTEN).args(["--probation", "20"]).current_dir(&start);
+    let mut server = Server::serving(command);
+
+    fs::remove_file(&program).unwrap();
+    let line = server.fail_to_upgrade();
+    assert!(line.contains("execve") && line.contains("No such file") && line.contains("server"), "{line}");
+
+    // execvp would run this as a shell script.
+    fs::write(&program, "echo hello\n").unwrap();
+    fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).unwrap();
+    let line = server.fail_to_upgrade();
+    assert!(line.contains("Exec format error"), "{line}");
+
+    fs::set_permissions(&program, fs::Permissions::from_mode(0o644)).unwrap();
+    let line = server.fail_to_upgrade();
+    assert!(line.contains("ermission denied"), "{line}");
+
+    fs::remove_file(&program).unwrap();
+    fs::copy(example("whoami"), &program).unwrap();
+    fs::remove_dir(&start).unwrap();
+    server.upgrade();
+}
+
+/// Exactly stdin, stdout, stderr, and what was handed over; every signal at its default; the mask of the first start.
+#[test]
+fn nothing_leaks_into_the_new_version() {
+    let dir = tempdir();
+    let stray = fs::File::create(dir.path().join("stray")).unwrap();
+    for way in ["--probation=20", "--fork"] {
+        let mut command = Command::new(example("whoami"));
+        command.args(LISTEN).args([way, "--probation", "20"]);
+        let stray = rustix::io::dup(&stray).unwrap();
+        // SAFETY: only calls that are async-signal-safe.
+        unsafe {
+            command.pre_exec(move || {
+                rustix::io::fcntl_setfd(&stray, rustix::io::FdFlags::empty())?;
+                libc::signal(libc::SIGUSR1, libc::SIG_IGN);
+                let mut set = std::mem::zeroed();
+                libc::sigemptyset(&mut set);
+                libc::sigaddset(&mut set, libc::SIGWINCH);
+                libc::sigprocmask(libc::SIG_BLOCK, &set, std::ptr::null_mut());
+                Ok(())
+            });
+        }
+        let mut server = Server::serving(command);
+        let first = server.pid();
+        let is_stray = |target: &String| target.ends_with("/stray");
+        assert!(fds(first).values().any(is_stray), "the first has it");
+        let mask = status_field(first, "SigBlk");
+        assert_eq!(mask, format!("{:016x}", 1_u64 << (libc::SIGWINCH - 1)));
+        assert_ne!(u64::from_str_radix(&status_field(first, "SigIgn"), 16).unwrap() & (1 << (libc::SIGUSR1 - 1)), 0);
+        server.upgrade();
+        server.wait("ended gen=1");
+        let second = server.pid();
+        assert_ne!(first, second);
+        assert!(!fds(second).values().any(is_stray), "{:?}", fds(second));
+        assert_eq!(status_field(second, "SigBlk"), mask);
+        // Only what std itself ignores.
+        assert_eq!(status_field(second, "SigIgn"), format!("{:016x}", 1_u64 << (libc::SIGPIPE - 1)));
+        let sockets = |pid| fds(pid).values().filter(|target| target.starts_with("socket:")).count();
+        assert_eq!(sockets(first.min(second).max(second)), 2, "one listener, held twice: {:?}", fds(second));
+    }
+}
+
+/// F_DUPFD with the old number as minimum would climb: dead after some 20 generations.
+#[test]
+fn descriptor_numbers_do_not_climb() {
+    let mut command = Command::new("sh");
+    let script = "ulimit -n 32; exec \"$0\" --listen 127.0.0.1:0 --listen 127.0.0.1:0 --probation 0 --drain 5";
+    command.args(["-c", script]).arg(example("whoami"));
+    let mut server = Server::serving(command);
+    let addr = server.addr();
+    let mut highest = Vec::new();
+    for _ in 0..40 {
+        server.upgrade();
+        server.wait("ended ");
+        server.wait_serving();
+        let pid = server.pid();
+        let sockets = || fds(pid).values().filter(|target| target.starts_with("socket:")).count();
+        // Both accept loops wait, and no connection is open.
+        let waiting = || fds(pid).values().filter(|target| target.contains("eventpoll")).count();
+        eventually("quiet", || waiting() == 2 && sockets() == 4);
+        highest.push(*fds(pid).keys().last().unwrap());
+    }
+    assert_eq!(generation(&addr), 41);
+    assert!(highest[39] <= highest[1], "{highest:?}");
+}
+
+#[test]
+fn a_replaced_file_and_a_flipped_link_start_the_new_version() {
+    let dir = tempdir();
+    let inode = |path: &Path| fs::metadata(path).unwrap().ino();
+    let exe = |pid: u32| fs::metadata(format!("/proc/{pid}/exe")).unwrap().ino();
+    for release in ["1", "2"] {
+        fs::create_dir(dir.path().join(release)).unwrap();
+        fs::copy(example("whoami"), dir.path().join(release).join("server")).unwrap();
+    }
+    let link = dir.path().join("current");
+    symlink("1", &link).unwrap();
+    // As a shell does it: the directory's name goes through the link, and argv[0] is relative.
+    let mut command = Command::new("sh");
+    let script = format!("cd {} && exec ./server --listen 127.0.0.1:0 --probation 20", link.display());
+    command.args(["-c", &script]);
+    let mut server = Server::serving(command);
+    assert_eq!(exe(server.pid()), inode(&dir.path().join("1/server")));
+
+    symlink("2", dir.path().join("new")).unwrap();
+    fs::rename(dir.path().join("new"), &link).unwrap();
+    server.upgrade();
+    server.wait_serving();
+    assert_eq!(exe(server.pid()), inode(&dir.path().join("2/server")));
+
+    fs::copy(example("whoami"), dir.path().join("replacement")).unwrap();
+    fs::rename(dir.path().join("replacement"), dir.path().join("2/server")).unwrap();
+    server.upgrade();
+    server.wait_serving();
+    assert_eq!(exe(server.pid()), inode(&dir.path().join("2/server")));
+}
+
+#[test]
+fn a_relative_program_is_found_after_a_chdir_and_arguments_need_not_be_utf8() {
+    let dir = tempdir();
+    fs::copy(example("whoami"), dir.path().join("server")).unwrap();
+    let pid_file = OsString::from_vec(b"pid-\xff\xfe".to_vec());
+    let mut command = Command::new("./server");
+    command.args(LISTEN).args(["--probation", "20", "--chdir", "/"]).arg("--pid-file").arg(dir.path().join(&pid_file));
+    command.current_dir(dir.path()).env_remove("PWD").env("ODD", OsString::from_vec(b"\xff".to_vec()));
+    let mut server = Server::serving(command);
+    server.upgrade();
+    server.wait_serving();
+    let pid = server.pid();
+    assert_eq!(fs::read(dir.path().join(&pid_file)).unwrap(), format!("{pid}\n").as_bytes());
+    let environment = fs::read(format!("/proc/{pid}/environ")).unwrap();
+    assert!(environment.split(|b| *b == 0).any(|variable| variable == b"ODD=\xff"));
+    // It began where the first one began, and went where that went.
+    assert_eq!(fs::read_link(format!("/proc/{pid}/cwd")).unwrap(), Path::new("/"));
+}
+
+#[test]
+fn a_wrapper_script_does_no_harm_and_a_stale_variable_means_nothing() {
+    let dir = tempdir();
+    let wrapper = dir.path().join("wrapper");
+    fs::write(&wrapper, format!("#!/bin/sh\ntrue\nexec {} \"$@\"\n", example("whoami").display())).unwrap();
+    fs::set_permissions(&wrapper, fs::Permissions::from_mode(0o755)).unwrap();
+    let mut command = Command::new(example("whoami"));
+    command.args(LISTEN).args(["--probation", "20", "--exec"]).arg(&wrapper);
+    command.env("ECDYSIS_HANDOVER", "v1:manifest=3@1,status=4@2");
+    let mut server = Server::serving(command);
+    let addr = server.addr();
+    assert_eq!(generation(&addr), 1);
+    server.upgrade();
+    assert_eq!(generation(&addr), 2);
+}
+
+/// Then nobody can reap the child, and waiting for it gives ECHILD.
+#[test]
+fn an_ignored_sigchld_is_not_a_crash() {
+    for way in ["--probation=20", "--fork"] {
+        let dir = tempdir();
+        let how = dir.path().join("how");
+        let mut command = Command::new("sh");
+        command.args(["-c", "trap '' CHLD; exec \"$@\"", "sh"]).arg(example("whoami"));
+        command.args(LISTEN).args([way, "--probation", "20", "--misbehave"]).arg(&how);
+        let mut server = Server::serving(command);
+        fs::write(&how, "exit=3").unwrap();
+        assert!(server.fail_to_upgrade().contains("ended before it was ready"));
+        fs::write(&how, "").unwrap();
+        server.upgrade();
+    }
+}
+
+#[test]
+fn a_stop_during_an_upgrade_stops_the_service() {
+    let dir = tempdir();
+    let (mut server, misbehave) = misbehaving(&dir, &[]);
+    let addr = server.addr();
+    misbehave("hang");
+    server.signal(Signal::HUP);
+    eventually("there is a child", || !children(server.first_pid()).is_empty());
+    server.signal(Signal::TERM);
+    let line = server.wait("upgrade failed");
+    assert!(line.contains("stop was asked for"), "{line}");
+    server.wait_all_ended();
+    assert_eq!(connect(&addr).map(drop).unwrap_err().kind(), std::io::ErrorKind::ConnectionRefused);
+}
+
+#[test]
+fn a_burst_of_signals_upgrades_and_harms_nothing() {
+    let mut server = Server::whoami(LISTEN.iter().chain(&["--probation", "100"]));
+    let (addr, first) = (server.addr(), server.pid());
+    let load = Load::on(&addr, 2);
+    for _ in 0..100 {
+        send_signal(first, Signal::HUP);
+    }
+    server.wait("upgrade ok");
+    server.wait("ended gen=1");
+    load.stop().assert_none_failed();
+    assert!(generation(&addr) >= 2);
+}
+
+/// In a peer, a second of SIGHUPs to everyone leaves 202 generations that linger.
+#[test]
+fn signals_to_every_generation_leave_one() {
+    let server = Server::whoami(LISTEN.iter().chain(&["--probation", "50"]));
+    let addr = server.addr();
+    let load = Load::on(&addr, 1);
+    let begun = Instant::now();
+    while begun.elapsed() < Duration::from_secs(1) {
+        server.signal_all(Signal::HUP);
+        std::thread::yield_now();
+    }
+    load.stop().assert_none_failed();
+    eventually("one process is left", || server.processes().len() == 1);
+    let last = server.processes()[0];
+    assert_eq!(field::<u32>(&ask(&addr).unwrap(), "pid"), last);
+}
+
+/// In every peer `ready` then fails with EPIPE, and the service is gone.
+#[test]
+fn when_the_parent_is_killed_the_child_serves() {
+    let dir = tempdir();
+    let (mut server, misbehave) = misbehaving(&dir, &[]);
+    let addr = server.addr();
+    misbehave("sleep=300");
+    server.signal(Signal::HUP);
+    eventually("there is a child", || !children(server.first_pid()).is_empty());
+    send_signal(server.first_pid(), Signal::KILL);
+    // Its connections wait in the queue meanwhile.
+    assert_eq!(generation(&addr), 2);
+    server.wait("serving gen=2");
+}
+
+#[test]
+fn when_the_parent_is_stopped_the_child_serves_and_the_parent_then_believes_it() {
+    let dir = tempdir();
+    let (mut server, misbehave) = misbehaving(&dir, &["--probation", "50", "--ready-timeout", "4000"]);
+    let addr = server.addr();
+    misbehave("sleep=300");
+    server.signal(Signal::HUP);
+    eventually("there is a child", || !children(server.first_pid()).is_empty());
+    send_signal(server.first_pid(), Signal::STOP);
+    eventually("every thread is stopped", || threads(server.first_pid()).values().all(|state| *state == 'T'));
+    assert_eq!(generation(&addr), 2);
+    // Past its deadline, and still the child's word counts.
+    send_signal(server.first_pid(), Signal::CONT);
+    server.wait("upgrade ok");
+    server.wait("ended gen=1");
+    assert_eq!(generation(&addr), 2);
+}
+
+#[test]
+fn the_pid_file_names_who_serves() {
+    let dir = tempdir();
+    let path = dir.path().join("pid");
+    let (mut server, misbehave) = misbehaving(&dir, &["--pid-file", path.to_str().unwrap(), "--probation", "20"]);
+    let named = || fs::read_to_string(&path).unwrap().trim().parse::<u32>().unwrap();
+    assert_eq!(named(), server.pid());
+    misbehave("exit=1");
+    server.fail_to_upgrade();
+    assert_eq!(named(), server.pid());
+    misbehave("");
+    server.upgrade();
+    server.wait_serving();
+    assert_eq!(named(), server.pid());
+    assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o644);
+    server.signal(Signal::TERM);
+    server.wait_all_ended();
+    assert!(!path.exists());
+}
+
+/// A file that cannot be written is the child's to report, and no reason for the parent to end.
+#[test]
+fn a_pid_file_that_cannot_be_written_fails_the_upgrade() {
+    let dir = tempdir();
+    let sub = dir.path().join("sub");
+    fs::create_dir(&sub).unwrap();
+    let path = sub.join("pid");
+    let mut server = Server::whoami(LISTEN.iter().copied().chain(["--pid-file", path.to_str().unwrap()]));
+    fs::remove_dir_all(&sub).unwrap();
+    let line = server.fail_to_upgrade();
+    assert!(line.contains("refused: cannot write PID file"), "{line}");
+    fs::create_dir(&sub).unwrap();
+    server.upgrade();
+}
+
+#[test]
+fn control_sockets_answer_with_the_outcome() {
+    let dir = tempdir();
+    let path = |name: &str| dir.path().join(name).to_str().unwrap().to_owned();
+    let (up, stop, ctl) = (path("up"), path("stop"), path("ctl"));
+    let args = ["--upgrade-socket", &up, "--stop-socket", &stop, "--control-socket", &ctl, "--probation", "20"];
+    let (mut server, misbehave) = misbehaving(&dir, &args);
+    for socket in [&up, &stop, &ctl] {
+        assert_eq!(fs::metadata(socket).unwrap().permissions().mode() & 0o777, 0o600);
+    }
+    let line = control(Path::new(&up), "").unwrap();
+    assert!(line.starts_with("upgraded pid="), "{line}");
+    assert_eq!((field::<u64>(&line, "generation"), field::<f64>(&line, "ms") > 0.0), (2, true));
+    server.wait_serving();
+
+    misbehave("refuse=not today");
+    let line = control(Path::new(&up), "").unwrap();
+    assert!(line.starts_with("failed: ") && line.contains("not today"), "{line}");
+
+    let line = control(Path::new(&ctl), "status\n").unwrap();
+    assert_eq!(field::<u64>(&line, "generation"), 2);
+    assert!(line.contains("phase=serving") && line.contains("socket=tcp%20127.0.0.1:0"), "{line}");
+    assert!(control(Path::new(&ctl), "dance\n").unwrap().starts_with("failed: unknown command"));
+
+    misbehave("hang");
+    let mut first = std::os::unix::net::UnixStream::connect(&up).unwrap();
+    eventually("there is a child", || !children(server.pid()).is_empty());
+    assert_eq!(control(Path::new(&up), "").unwrap(), "busy\n");
+    assert_eq!(control(Path::new(&ctl), "upgrade\n").unwrap(), "busy\n");
+    assert!(control(Path::new(&ctl), "status\n").unwrap().contains("phase=upgrading"));
+    assert_eq!(control(Path::new(&stop), "").unwrap(), "stopping\n");
+    let mut answer = String::new();
+    first.read_to_string(&mut answer).unwrap();
+    assert_eq!(answer, "stopping\n");
+    server.wait_all_ended();
+    for socket in [up, stop, ctl] {
+        assert!(!Path::new(&socket).exists(), "{socket}");
+    }
+}
+
+#[test]
+fn a_foreign_user_triggers_nothing() {
+    if !rustix::process::geteuid().is_root() {
+        eprintln!("not run: needs root to become another user");
+        return;
+    }
+    let dir = tempdir();
+    let stop = dir.path().join("stop");
+    let server = Server::whoami(LISTEN.iter().copied().chain(["--stop-socket", stop.to_str().unwrap()]));
+    // As if an administrator had opened it to everybody.
+    fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o777)).unwrap();
+    fs::set_permissions(&stop, fs::Permissions::from_mode(0o777)).unwrap();
+    let script = "import socket,sys; s=socket.socket(socket.AF_UNIX); s.connect(sys.argv[1]); print(s.recv(99))";
+    let output = Command::new("python3").args(["-c", script]).arg(&stop).uid(65534).output().unwrap();
+    assert_eq!(String::from_utf8_lossy(&output.stdout), "b''\n", "{output:?}");
+    assert_eq!(generation(&server.addr()), 1);
+}
+
+/// Mute and chatty peers of the control socket block nobody.
+#[test]
+fn a_peer_that_says_nothing_blocks_nobody() {
+    let dir = tempdir();
+    let ctl = dir.path().join("ctl");
+    let mut server =
+        Server::whoami(LISTEN.iter().copied().chain(["--probation", "20", "--control-socket", ctl.to_str().unwrap()]));
+    let _mute: Vec<_> = (0..10).map(|_| std::os::unix::net::UnixStream::connect(&ctl).unwrap()).collect();
+    let mut chatty = std::os::unix::net::UnixStream::connect(&ctl).unwrap();
+    chatty.write_all(&[b'x'; 4000]).unwrap();
+    let mut answer = String::new();
+    chatty.set_read_timeout(Some(DEADLINE)).unwrap();
+    let _ = chatty.read_to_string(&mut answer);
+    assert!(answer.is_empty() || answer.starts_with("failed: "), "{answer}");
+    assert!(control(&ctl, "upgrade\n").unwrap().starts_with("upgraded "));
+    server.wait("ended gen=1");
+}
+
+#[test]
+fn exclusive_state_waits_for_the_end_of_the_parent() {
+    let mut server = Server::whoami(LISTEN.iter().copied().chain(["--hold", "--probation", "20", "--wait-for-parent"]));
+    let addr = server.addr();
+    let mut held = connect(&addr).unwrap();
+    held.write_all(b"who\n").unwrap();
+    held.read_exact(&mut [0; 6]).unwrap();
+    server.upgrade();
+    assert!(!server.said().iter().any(|line| line.starts_with("parent ended")), "it drains");
+    drop(held);
+    server.wait("parent ended gen=2");
+}
