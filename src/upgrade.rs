@@ -281,10 +281,10 @@ impl Process<'_> {
 
     /// Whether the child ends within that time.
     fn ends_within(&self, time: Duration) -> bool {
-        let child = match &self.who {
-            Who::Child(child) if child.pidfd.is_none() => child,
-            _ => return self.end_fd().is_some_and(|pidfd| wait_readable(pidfd, time)),
-        };
+        if let Some(pidfd) = self.end_fd() {
+            return wait_readable(pidfd, time);
+        }
+        let Who::Child(child) = &self.who else { return false };
         // Without a pidfd there is no event for it, and this is asked with a time only when its pipe has ended.
         let deadline = Instant::now() + time;
         loop {
