@@ -134,3 +134,9 @@ pub use sockets::Sockets;
 pub use sys::peer::PeerCred;
 pub use sys::spawn::Spawn;
 pub use takeover::TakeoverSocket;
+
+/// Chapters of the guide.
+pub mod guide {
+    #[doc = include_str!("guide/takeover.md")]
+    pub mod takeover {}
+}

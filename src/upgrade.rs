@@ -195,8 +195,11 @@ fn commit(mut child: Child<'_>, core: &Core, triggers: &mut Triggers, since: Ins
         }
         triggers.answer_busy(core, "probation");
         if triggers.stop_asked() {
-            // The stop is for the service, and that is the child now.
-            let _ = child.link.say(Word::Stop);
+            // The stop is for the service, and that is the child now. A process that took over has a master of its own,
+            // whose doing this may be: a new container is ready, and the old one goes.
+            if matches!(child.process.who, Who::Child(_)) {
+                let _ = child.link.say(Word::Stop);
+            }
             break;
         }
         let now = Instant::now();
