@@ -17,6 +17,8 @@ mod program;
 mod shutdown;
 mod sockets;
 mod sys;
+#[cfg(feature = "tokio_ecdysis")]
+pub mod tokio_ecdysis;
 mod trigger;
 mod upgrade;
 

@@ -295,6 +295,14 @@ impl Sockets {
         Ok(())
     }
 
+    /// Leaves the files of the Unix sockets with this key alone at a final stop: they go on to be listened on.
+    #[cfg(feature = "tokio_ecdysis")]
+    pub(crate) fn keep_files(&self, key: &Key) {
+        for (_, held) in self.lock().ours.iter_mut().filter(|(held, _)| held == key) {
+            held.file = None;
+        }
+    }
+
     /// Closes what nobody claimed: else the kernel would go on to complete handshakes that nobody serves.
     pub(crate) fn close_unclaimed(&self) {
         for (key, left) in self.lock().inherited.drain() {

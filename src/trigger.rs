@@ -146,8 +146,8 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 #[derive(Debug)]
 pub(crate) struct Triggers {
     signals: Vec<(i32, Action)>,
-    /// Keeps the handlers installed: also when all is over, or a late SIGHUP would end the drain.
-    _handlers: Handlers,
+    /// Installed as long as this lives: also when all is over, or a late SIGHUP would end the drain.
+    handlers: Handlers,
     sockets: Vec<ControlSocket>,
     talks: Vec<Talk>,
     accept_again: Option<Instant>,
@@ -178,15 +178,19 @@ impl Triggers {
         sockets: Vec<ControlSocket>,
         calls: Arc<Calls>,
     ) -> Self {
-        Self {
-            signals,
-            _handlers: handlers,
-            sockets,
-            talks: Vec::new(),
-            accept_again: None,
-            calls,
-            requests: VecDeque::new(),
-        }
+        Self { signals, handlers, sockets, talks: Vec::new(), accept_again: None, calls, requests: VecDeque::new() }
+    }
+
+    #[cfg(feature = "tokio_ecdysis")]
+    pub(crate) fn add_signal(&mut self, signal: i32, action: Action) -> io::Result<()> {
+        self.handlers.install(signal)?;
+        self.signals.push((signal, action));
+        Ok(())
+    }
+
+    #[cfg(feature = "tokio_ecdysis")]
+    pub(crate) fn add_socket(&mut self, socket: ControlSocket) {
+        self.sockets.push(socket);
     }
 
     /// The next request: stops before upgrades, because a stop wins.
