@@ -12,6 +12,8 @@
 //!       --hold                            keep each connection, answer its lines until it ends or the shutdown comes
 //!       --threads N                       accepting threads per listener (1)
 //!       --drain SECONDS                   how long to wait for open connections at the end (10)
+//!       --takeover-socket P               hand over to whoever connects there, as another whoami with --take-over P does
+//!       --transport pipes|socket          what carries the handover to a child (pipes)
 //!       --upgrade-socket P  --stop-socket P  --partial-stop-socket P  --control-socket P  --pid-file P  --exec P
 //!       --ready-timeout MS  --probation MS  --overlap allow|refuse|N  --fork
 //!       --misbehave FILE                  what the next generation does wrong, read when it starts; see `Misbehaviour`
@@ -25,7 +27,7 @@
 //!     upgrade failed: WHY
 //!     ended gen= pid= left= HOW           the last line; left is how many connections were cut
 
-use ecdysis::{Ecdysis, Event, Overlap, Shutdown, Spawn, Starting};
+use ecdysis::{Ecdysis, Event, Overlap, Shutdown, Spawn, Starting, Transport};
 use std::error::Error;
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
@@ -167,6 +169,13 @@ impl Options {
                 Long("stop-socket") => drop(builder.stop_on_socket(args.value()?)),
                 Long("partial-stop-socket") => drop(builder.partial_stop_on_socket(args.value()?)),
                 Long("control-socket") => drop(builder.control_on_socket(args.value()?)),
+                Long("takeover-socket") => drop(builder.takeover_on_socket(args.value()?)),
+                Long("take-over") => drop(builder.take_over(args.value()?)),
+                Long("transport") => drop(builder.transport(match args.value()?.string()?.as_str() {
+                    "pipes" => Transport::Pipes,
+                    "socket" => Transport::Socket,
+                    other => return Err(format!("--transport: what is {other}?").into()),
+                })),
                 Long("pid-file") => drop(builder.pid_file(args.value()?)),
                 Long("exec") => drop(builder.exec(args.value()?)),
                 Long("ready-timeout") => drop(builder.ready_timeout(ms(args.value()?)?)),

@@ -18,13 +18,16 @@ use crate::error::{chain, Error};
 use crate::event::Event;
 use crate::handover::escape::escape;
 use crate::handover::frames::{Status, Word};
+use crate::handover::link::Transport;
 use crate::pid_file;
 use crate::program::{Changes, Program};
 use crate::shutdown::{Shutdown, State};
 use crate::sockets::Sockets;
+use crate::sys::peer::PeerCred;
 use crate::sys::signal::{self, Handlers, Mask};
 use crate::sys::spawn::Spawn;
-use crate::trigger::{self, Action, Calls, ControlSocket, Meaning, Reply, Request, Triggers};
+use crate::takeover::{TakeoverSocket, Trust};
+use crate::trigger::{self, Action, Calls, ControlSocket, Meaning, Outcome, Reply, Request, Triggers};
 use crate::upgrade::{self, DrainLink, Inherited, Parent};
 
 /// Chooses triggers, deadlines, and what the next generation runs. Nothing happens before [`start`](Self::start).
@@ -58,6 +61,10 @@ pub(crate) struct Config {
     pub(crate) ready_timeout: Duration,
     pub(crate) probation: Duration,
     pub(crate) spawn: Spawn,
+    pub(crate) transport: Transport,
+    /// Where the running process listens that this one is to take over from.
+    pub(crate) take_over: Option<PathBuf>,
+    pub(crate) trust: Trust,
     overlap: Overlap,
     observer: Option<Observer>,
 }
@@ -96,6 +103,9 @@ impl Builder {
                 ready_timeout: Duration::from_secs(60),
                 probation: Duration::from_secs(1),
                 spawn: Spawn::default(),
+                transport: Transport::default(),
+                take_over: None,
+                trust: Arc::new(PeerCred::is_same_user_or_root),
                 overlap: Overlap::default(),
                 observer: None,
             },
@@ -150,6 +160,20 @@ impl Builder {
     /// `socket` for each in the registry, percent-escaped.
     pub fn control_on_socket(&mut self, path: impl AsRef<Path>) -> &mut Self {
         self.on_socket(path.as_ref(), Meaning::Command)
+    }
+
+    /// Hands everything over to a process that connects to this Unix socket and asks, as a process built with
+    /// [`take_over`](Self::take_over) does. It need not be a child of this one, nor run in the same container.
+    ///
+    /// The socket is made with mode 0600 and takes only the same user and root, unless
+    /// [`trust_peers`](Self::trust_peers) says otherwise. All that holds for an upgrade holds for this one: `ready`
+    /// commits it, the deadline, the probation, the events and the errors are the same. One thing differs: a process that
+    /// fails is not killed, since it is somebody else's, but told that this one goes on serving.
+    ///
+    /// The socket itself goes over too, so the next takeover finds the next generation at the same path. Programs that do
+    /// not call [`run`](Ecdysis::run) use [`Sockets::listen_takeover`] instead.
+    pub fn takeover_on_socket(&mut self, path: impl AsRef<Path>) -> &mut Self {
+        self.on_socket(path.as_ref(), Meaning::Takeover)
     }
 
     fn on_socket(&mut self, path: &Path, meaning: Meaning) -> &mut Self {
@@ -220,6 +244,43 @@ impl Builder {
         self
     }
 
+    /// What carries a handover to a child.
+    pub fn transport(&mut self, transport: Transport) -> &mut Self {
+        self.config.transport = transport;
+        self
+    }
+
+    /// Takes over from the process that listens at this Unix socket, see
+    /// [`takeover_on_socket`](Self::takeover_on_socket). If nobody listens there, this process is a first generation. A
+    /// process that an upgrade started ignores this: it has a parent.
+    ///
+    /// ```
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # let dir = std::env::temp_dir().join(format!("take-over-{}", std::process::id()));
+    /// # std::fs::create_dir_all(&dir)?;
+    /// # let path = dir.join("socket");
+    /// // The same two lines in every version: whoever comes second takes over from the first.
+    /// let starting = ecdysis::Ecdysis::builder().take_over(&path).takeover_on_socket(&path).start()?;
+    /// let listener = starting.listen_tcp("127.0.0.1:0".parse()?)?;
+    /// let server = starting.ready()?;
+    /// # server.stop();
+    /// # std::fs::remove_dir(&dir)?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn take_over(&mut self, path: impl AsRef<Path>) -> &mut Self {
+        self.config.take_over = Some(path.as_ref().to_owned());
+        self
+    }
+
+    /// Who may be at the other end of a takeover socket, on either side. Default:
+    /// [`PeerCred::is_same_user_or_root`]. For another user to get as far as being asked about, the socket file must let
+    /// it in; its mode is 0600 until the program changes it.
+    pub fn trust_peers(&mut self, trust: impl Fn(&PeerCred) -> bool + Send + Sync + 'static) -> &mut Self {
+        self.config.trust = Arc::new(trust);
+        self
+    }
+
     /// What happens when an upgrade is asked for while an older generation still drains.
     pub fn overlap(&mut self, overlap: Overlap) -> &mut Self {
         self.config.overlap = overlap;
@@ -246,7 +307,7 @@ impl Builder {
         // First of all, because these are as the parent made them only now.
         let mask = signal::mask().map_err(prepare("signal mask"))?;
         let program = Program::resolve(&self.changes);
-        let inherited = upgrade::inherit()?;
+        let inherited = upgrade::inherit(&self.config)?;
         let (generation, sockets, parent, older) = match inherited {
             Some(Inherited { generation, sockets, parent, older }) => (generation + 1, sockets, Some(parent), older),
             None => (1, Vec::new(), None, Vec::new()),
@@ -264,7 +325,7 @@ impl Builder {
             control.push(ControlSocket { path: path.clone(), listener, meaning: *meaning });
         }
         let calls = Arc::new(Calls::default());
-        let triggers = Triggers::new(self.signals.clone(), handlers, control, calls.clone());
+        let triggers = Triggers::new(self.signals.clone(), handlers, control, self.config.trust.clone(), calls.clone());
         Ok(Starting(Arc::new(Core {
             config: self.config.clone(),
             program,
@@ -309,7 +370,7 @@ impl Drop for Started {
 pub struct Starting(Arc<Core>);
 
 impl Starting {
-    /// Whether this process was started by an upgrade.
+    /// Whether another generation handed over to this one: it was started by an upgrade, or took over.
     pub fn is_child(&self) -> bool {
         self.0.parent.is_some()
     }
@@ -496,7 +557,7 @@ impl Ecdysis {
         Builder::new()
     }
 
-    /// Whether this process was started by an upgrade.
+    /// Whether another generation handed over to this one: it was started by an upgrade, or took over.
     pub fn is_child(&self) -> bool {
         self.0.parent.is_some()
     }
@@ -563,12 +624,47 @@ impl Ecdysis {
     /// Whatever failed, this process serves on as before; [`Error::Busy`] during another upgrade, [`Error::NotReady`]
     /// before `ready`, [`Error::Over`] when this process's service has ended.
     pub fn upgrade(&self) -> Result<Upgraded, Error> {
+        self.wait_upgraded(Reply::Call)
+    }
+
+    /// Hands over to the process that has connected to `socket` and asks to take over; for programs with a loop of their
+    /// own. Otherwise as [`upgrade`](Self::upgrade), which does the same with a child. `None` if nobody has connected, or
+    /// nobody who may take over and asks within 5 seconds.
+    ///
+    /// ```no_run
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// use ecdysis::Readable;
+    /// let path = "/run/app/takeover";
+    /// let starting = ecdysis::Ecdysis::builder().take_over(path).start()?;
+    /// let socket = starting.listen_takeover(path)?;
+    /// let server = starting.ready()?;
+    /// // Any poll, select or epoll does; this is the one at hand.
+    /// while server.shutdown().readable(&socket, None)? == Readable::Ready {
+    ///     match server.hand_over(&socket) {
+    ///         Ok(Some(new)) => println!("pid {} serves", new.pid),
+    ///         Ok(None) => {}
+    ///         Err(e) => println!("{e}; this process serves on"),
+    ///     }
+    /// }
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// As [`upgrade`](Self::upgrade), and [`Error::Connect`] if accept(2) fails.
+    pub fn hand_over(&self, socket: &TakeoverSocket) -> Result<Option<Upgraded>, Error> {
+        let Some(taker) = socket.accept(&self.0.config.trust)? else { return Ok(None) };
+        self.wait_upgraded(|outcome| Reply::Taker(taker, Some(outcome))).map(Some)
+    }
+
+    fn wait_upgraded(&self, reply: impl FnOnce(Outcome) -> Reply) -> Result<Upgraded, Error> {
         let core = &*self.0;
         if core.shutdown.state() == State::Starting {
             return Err(Error::NotReady);
         }
-        let outcome = Arc::new(Mutex::new(None));
-        self.post(Action::Upgrade, Reply::Call(outcome.clone()));
+        let outcome = Outcome::default();
+        self.post(Action::Upgrade, reply(outcome.clone()));
         let mut driver = core.lock();
         loop {
             if let Some(outcome) = outcome.lock().unwrap_or_else(PoisonError::into_inner).take() {
@@ -668,8 +764,8 @@ struct Driver {
 /// What stays open until this process ends, because others wait for that.
 #[derive(Default)]
 pub(crate) struct Kept {
-    /// The manifest pipe of the child that took over.
-    pub(crate) pipe: Option<OwnedFd>,
+    /// The link to the child that took over.
+    pub(crate) link: Option<Arc<OwnedFd>>,
     /// Control connections that asked for a stop.
     stopping: Vec<UnixStream>,
 }
@@ -733,9 +829,9 @@ impl Core {
             self.shutdown.guarded(),
             draining.join(","),
         );
-        for entry in self.sockets.snapshot().0 {
+        for key in self.sockets.keys() {
             line.push_str(" socket=");
-            escape(entry.key.to_string().as_bytes(), &mut line);
+            escape(key.to_string().as_bytes(), &mut line);
         }
         line.push('\n');
         line
@@ -806,7 +902,11 @@ impl Turn<'_> {
             }
             Action::Upgrade => {
                 let refused = core.config.overlap == Overlap::Refuse && core.draining().next().is_some();
-                let outcome = if refused { Err(Error::ParentDrains) } else { upgrade::upgrade(core, triggers, since) };
+                let outcome = if refused {
+                    Err(Error::ParentDrains)
+                } else {
+                    upgrade::upgrade(core, reply.taker(), triggers, since)
+                };
                 let upgraded = outcome.as_ref().ok().cloned();
                 match &outcome {
                     Ok(upgraded) => {

@@ -12,7 +12,9 @@ use crate::Key;
 /// Why an operation failed. Whatever it was, everything is as it was before: after a failed upgrade the process serves
 /// on, and the next upgrade may be asked for at once.
 ///
-/// The message names the operation and its object; [`source`](StdError::source) gives the cause.
+/// The message names the operation and its object; [`source`](StdError::source) gives the cause. "The child" is the new
+/// process of an upgrade, also where it is not a child of this one but took over: that one is never killed but told, and
+/// its `pid` is 0 if it lives in another PID namespace.
 #[derive(Debug)]
 #[non_exhaustive]
 pub enum Error {
@@ -32,12 +34,42 @@ pub enum Error {
         /// What was wrong.
         source: io::Error,
     },
+    /// Somebody else than a trusted user listens at the takeover socket.
+    Untrusted {
+        /// The socket.
+        path: PathBuf,
+        /// That user.
+        uid: u32,
+    },
+    /// The process at the takeover socket could not be reached.
+    Connect {
+        /// The socket.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// The process at the takeover socket does not hand over now. It serves on.
+    NotHandedOver {
+        /// The socket.
+        path: PathBuf,
+        /// Its answer: `busy`, `stopping`, `denied`, or `failed: …`.
+        answer: String,
+    },
+    /// The parent gave the upgrade up before the commit: its deadline had passed, or it was asked to stop.
+    GivenUp,
     /// A socket could not be bound, or an inherited one not used.
     Socket {
         /// The socket, by kind and the address asked for.
         key: Key,
         /// What the system said.
         source: io::Error,
+    },
+    /// The program's own callback could not produce the state for the next generation. The upgrade has failed.
+    State {
+        /// The name given to [`Sockets::pass_bytes`](crate::Sockets::pass_bytes).
+        name: String,
+        /// What the callback returned.
+        source: Box<dyn StdError + Send + Sync>,
     },
     /// The PID file could not be written.
     PidFile {
@@ -161,43 +193,62 @@ impl fmt::Display for Error {
             Self::AlreadyStarted => write!(f, "this process has started ecdysis already"),
             Self::Signal { signal, .. } => write!(f, "cannot handle signal {signal}"),
             Self::Handover { what, .. } => write!(f, "cannot read the handover from the parent: {what}"),
+            Self::Untrusted { path, uid } => write!(f, "user {uid} listens at {} and is not trusted", path.display()),
+            Self::Connect { path, .. } => write!(f, "cannot connect to takeover socket {}", path.display()),
+            Self::NotHandedOver { path, answer } => {
+                write!(f, "the process at {} does not hand over: {answer}", path.display())
+            }
+            Self::GivenUp => write!(f, "the parent gave this upgrade up"),
             Self::Socket { key, .. } => write!(f, "cannot open socket {key}"),
+            Self::State { name, .. } => write!(f, "cannot produce state {name:?} for the next generation"),
             Self::PidFile { path, .. } => write!(f, "cannot write PID file {}", path.display()),
             Self::Ready { .. } => write!(f, "cannot tell the parent that this process is ready"),
             Self::Busy => write!(f, "busy: an upgrade is under way"),
             Self::NotReady => write!(f, "this process is not ready yet"),
             Self::Over => write!(f, "this process has stopped or was replaced"),
-            Self::StopAsked { pid } => write!(f, "a stop was asked for during the upgrade; child {pid} was ended"),
+            Self::StopAsked { pid } => write!(f, "a stop was asked for during the upgrade; {} was ended", Child(*pid)),
             Self::ParentDrains => write!(f, "an older generation still drains"),
             Self::Prepare { what, .. } => write!(f, "cannot prepare the upgrade: {what}"),
             Self::Spawn { program, .. } => write!(f, "cannot make a process for {}", program.display()),
             Self::Exec { program, pid, step, .. } => {
-                write!(f, "child {pid} cannot run {}: {step}", program.display())
+                write!(f, "{} cannot run {}: {step}", Child(*pid), program.display())
             }
             Self::ChildEnded { pid, status: Some(status) } => {
-                write!(f, "child {pid} ended before it was ready: {status}")
+                write!(f, "{} ended before it was ready: {status}", Child(*pid))
             }
-            Self::ChildEnded { pid, status: None } => write!(f, "child {pid} ended before it was ready"),
+            Self::ChildEnded { pid, status: None } => write!(f, "{} ended before it was ready", Child(*pid)),
             Self::ChildSilent { pid } => {
-                write!(f, "child {pid} closed its status pipe without a word and was killed")
+                write!(f, "{} closed its status pipe without a word and was killed", Child(*pid))
             }
-            Self::Refused { pid, reason } => write!(f, "child {pid} refused: {reason}"),
+            Self::Refused { pid, reason } => write!(f, "{} refused: {reason}", Child(*pid)),
             Self::Timeout { pid, after } => {
-                write!(f, "child {pid} was not ready within {after:?} and was killed")
+                write!(f, "{} was not ready within {after:?}", Child(*pid))
             }
             Self::Garbage { pid, received } => {
-                write!(f, "child {pid} said what is not of the protocol: {received:?}")
+                write!(f, "{} said what is not of the protocol: {received:?}", Child(*pid))
             }
             Self::DiedAfterReady { pid, status: Some(status), after } => {
-                write!(f, "child {pid} died {after:?} after it was ready: {status}")
+                write!(f, "{} died {after:?} after it was ready: {status}", Child(*pid))
             }
             Self::DiedAfterReady { pid, status: None, after } => {
-                write!(f, "child {pid} died {after:?} after it was ready")
+                write!(f, "{} died {after:?} after it was ready", Child(*pid))
             }
-            Self::Send { pid, .. } => write!(f, "cannot send the manifest to child {pid}"),
+            Self::Send { pid, .. } => write!(f, "cannot send the manifest to {}", Child(*pid)),
             Self::ParentLives { after } => write!(f, "the parent still lives after {after:?}"),
             Self::Wait { .. } => write!(f, "cannot wait for triggers"),
             Self::RefusedHere { reason } => write!(f, "refused to serve: {reason}"),
+        }
+    }
+}
+
+/// The new process of an upgrade, in a message.
+struct Child(u32);
+
+impl fmt::Display for Child {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0 {
+            0 => f.write_str("child of another PID namespace"),
+            pid => write!(f, "child {pid}"),
         }
     }
 }
@@ -207,6 +258,7 @@ impl StdError for Error {
         match self {
             Self::Signal { source, .. }
             | Self::Handover { source, .. }
+            | Self::Connect { source, .. }
             | Self::Socket { source, .. }
             | Self::PidFile { source, .. }
             | Self::Ready { source }
@@ -215,6 +267,7 @@ impl StdError for Error {
             | Self::Exec { source, .. }
             | Self::Send { source, .. }
             | Self::Wait { source } => Some(source),
+            Self::State { source, .. } => Some(&**source),
             _ => None,
         }
     }

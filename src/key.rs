@@ -26,19 +26,40 @@ pub(crate) enum Kind {
     Tcp,
     Udp,
     Unix,
+    Seqpacket,
+    UnixDatagram,
+    DatagramPair,
+    Stream,
+    Bytes,
     Fd,
     /// The way to tell an older generation, named by its number, to end its drain.
     Drain,
 }
 
 impl Kind {
-    const ALL: [Self; 5] = [Self::Tcp, Self::Udp, Self::Unix, Self::Fd, Self::Drain];
+    const ALL: [Self; 10] = [
+        Self::Tcp,
+        Self::Udp,
+        Self::Unix,
+        Self::Seqpacket,
+        Self::UnixDatagram,
+        Self::DatagramPair,
+        Self::Stream,
+        Self::Bytes,
+        Self::Fd,
+        Self::Drain,
+    ];
 
     pub(crate) fn word(self) -> &'static str {
         match self {
             Self::Tcp => "tcp",
             Self::Udp => "udp",
             Self::Unix => "unix",
+            Self::Seqpacket => "unix-seqpacket",
+            Self::UnixDatagram => "unix-datagram",
+            Self::DatagramPair => "unix-datagram-pair",
+            Self::Stream => "stream",
+            Self::Bytes => "bytes",
             Self::Fd => "fd",
             Self::Drain => "drain",
         }
@@ -63,6 +84,26 @@ impl Key {
     /// A Unix stream listener. A path that starts with `@` is an abstract name.
     pub fn unix(path: impl AsRef<Path>) -> Self {
         Self::from_parts(Kind::Unix, path.as_ref().as_os_str().as_bytes().to_vec())
+    }
+
+    /// A Unix seqpacket listener. A path that starts with `@` is an abstract name.
+    pub fn unix_seqpacket(path: impl AsRef<Path>) -> Self {
+        Self::from_parts(Kind::Seqpacket, path.as_ref().as_os_str().as_bytes().to_vec())
+    }
+
+    /// A bound Unix datagram socket. A path that starts with `@` is an abstract name.
+    pub fn unix_datagram(path: impl AsRef<Path>) -> Self {
+        Self::from_parts(Kind::UnixDatagram, path.as_ref().as_os_str().as_bytes().to_vec())
+    }
+
+    /// A connection that goes over, by a name of the program's choice.
+    pub fn stream(name: impl AsRef<OsStr>) -> Self {
+        Self::from_parts(Kind::Stream, name.as_ref().as_bytes().to_vec())
+    }
+
+    /// State in bytes, by a name of the program's choice.
+    pub fn bytes(name: impl AsRef<OsStr>) -> Self {
+        Self::from_parts(Kind::Bytes, name.as_ref().as_bytes().to_vec())
     }
 
     /// Any descriptor, by a name of the program's choice.

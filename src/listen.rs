@@ -9,6 +9,7 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::Path;
 
 use rustix::fs::{fchmod, Mode};
+use rustix::io::Errno;
 use rustix::net::{self, sockopt, AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
 /// A socket before bind, for [`Sockets::build_listen_tcp`](crate::Sockets::build_listen_tcp) and
@@ -137,19 +138,41 @@ pub(crate) fn bind_unix(path: &Path, kind: SocketType, mode: Option<Mode>) -> io
         // Before bind, which gives the socket's mode to the file it makes: there is no moment in which others may connect.
         fchmod(&socket, mode)?;
     }
-    if let Some(name) = path.as_os_str().as_bytes().strip_prefix(b"@") {
-        net::bind(&socket, &SocketAddrUnix::new_abstract_name(name)?)?;
+    let address = unix_address(path)?;
+    if is_abstract(path) {
+        net::bind(&socket, &address)?;
         return Ok((socket, None));
     }
-    let address = SocketAddrUnix::new(path)?;
     match net::bind(&socket, &address) {
-        Err(rustix::io::Errno::ADDRINUSE) => {
+        Err(Errno::ADDRINUSE) => {
             let _replacing = remove_stale(path, kind)?;
             net::bind(&socket, &address)?;
         }
         other => other?,
     }
     Ok((socket, Some(file_id(path)?)))
+}
+
+/// Connects to a Unix stream socket; `None` if nobody listens there. The result is nonblocking.
+pub(crate) fn connect_unix(path: &Path) -> io::Result<Option<OwnedFd>> {
+    let socket = open(AddressFamily::UNIX, SocketType::STREAM)?;
+    match net::connect(&socket, &unix_address(path)?) {
+        Ok(()) => Ok(Some(socket)),
+        Err(Errno::NOENT | Errno::CONNREFUSED) => Ok(None),
+        Err(e) => Err(e.into()),
+    }
+}
+
+/// The kernel's form of a path, or of an abstract name that follows an `@`.
+pub(crate) fn unix_address(path: &Path) -> rustix::io::Result<SocketAddrUnix> {
+    match path.as_os_str().as_bytes().strip_prefix(b"@") {
+        Some(name) => SocketAddrUnix::new_abstract_name(name),
+        None => SocketAddrUnix::new(path),
+    }
+}
+
+fn is_abstract(path: &Path) -> bool {
+    path.as_os_str().as_bytes().starts_with(b"@")
 }
 
 pub(crate) fn file_id(path: &Path) -> io::Result<FileId> {
@@ -173,10 +196,12 @@ fn remove_stale(path: &Path, kind: SocketType) -> io::Result<OwnedFd> {
     if (file.dev(), file.ino()) != found || !file.file_type().is_socket() {
         return Err(in_use());
     }
-    let probe = open(AddressFamily::UNIX, kind)?;
+    // With a socket of another type, because a connection to a control socket would stop the server that it belongs to,
+    // and a socket that is bound and does not listen yet would pass for stale. So the answer for a live one is EPROTOTYPE.
+    let other = if kind == SocketType::DGRAM { SocketType::STREAM } else { SocketType::DGRAM };
+    let probe = open(AddressFamily::UNIX, other)?;
     match net::connect(&probe, &SocketAddrUnix::new(path)?) {
-        Err(rustix::io::Errno::CONNREFUSED) => fs::remove_file(path)?,
-        // EAGAIN is a full queue: somebody listens.
+        Err(Errno::CONNREFUSED) => fs::remove_file(path)?,
         _ => return Err(in_use()),
     }
     Ok(lock)

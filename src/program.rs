@@ -75,20 +75,16 @@ impl Program {
     /// This process's environment with the builder's changes and the handover variable. Ours is never changed: other
     /// threads may read it.
     pub(crate) fn envp(&self, handover: &str) -> io::Result<Vec<CString>> {
-        let mut env: BTreeMap<OsString, OsString> = env::vars_os().collect();
-        for (name, value) in &self.env {
-            match value {
-                Some(value) => env.insert(name.clone(), value.clone()),
-                None => env.remove(name),
-            };
-        }
-        env.insert(VARIABLE.into(), handover.into());
-        let pair = |(mut name, value): (OsString, OsString)| {
-            name.push("=");
-            name.push(value);
-            c_string(&name)
+        let kept = env::vars_os().filter(|(name, _)| name != VARIABLE && !self.env.contains_key(name));
+        let set = self.env.iter().filter_map(|(name, value)| Some((name.clone(), value.clone()?)));
+        let pair = |(name, value): (OsString, OsString)| {
+            let mut pair = Vec::with_capacity(name.len() + value.len() + 2);
+            pair.extend(name.into_vec());
+            pair.push(b'=');
+            pair.extend(value.into_vec());
+            Ok(CString::new(pair)?)
         };
-        env.into_iter().map(pair).collect()
+        kept.chain(set).chain([(VARIABLE.into(), handover.into())]).map(pair).collect()
     }
 
     /// The chosen directory; or the one this process started in, so that relative paths in the arguments mean what

@@ -2,15 +2,17 @@
 
 use std::io;
 use std::iter::FusedIterator;
-use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::net::{TcpListener, TcpStream, UdpSocket};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use rustix::event::{epoll, eventfd, poll, EventfdFlags, PollFd, PollFlags, Timespec};
 use rustix::io::Errno;
+
+use crate::seqpacket::{UnixSeqpacketConn, UnixSeqpacketListener};
 use rustix::net::SocketFlags;
 
 use crate::handover::frames::{Lines, Next, Status};
@@ -82,7 +84,7 @@ struct Inner {
     /// Set when a drain is to end although connections are left.
     end_drain: AtomicBool,
     /// The status pipe of the child that took over, on which any later generation may say so.
-    successor: Mutex<Option<(OwnedFd, Lines)>>,
+    successor: Mutex<Option<(Arc<OwnedFd>, Lines)>>,
     /// Tasks that hear of every change.
     #[cfg(feature = "tokio_ecdysis")]
     watchers: watch::Watchers,
@@ -180,9 +182,10 @@ impl Shutdown {
         Incoming { listener, shutdown: self.clone(), waiter: Waiter::New, counted: false, done: false }
     }
 
-    /// The next datagram, or `None` when it is over: [`UdpSocket::recv_from`] with the states of this handle.
-    pub fn recv_from(&self, socket: &UdpSocket, buffer: &mut [u8]) -> Option<io::Result<(usize, SocketAddr)>> {
-        self.gated(&mut Waiter::Poll, socket.as_fd(), || socket.recv_from(buffer))
+    /// The next datagram, or `None` when it is over: [`UdpSocket::recv_from`] with the states of this handle; also for
+    /// [`UnixDatagram`].
+    pub fn recv_from<D: Datagram>(&self, socket: &D, buffer: &mut [u8]) -> Option<io::Result<(usize, D::Address)>> {
+        self.gated(&mut Waiter::Poll, socket.as_fd(), || socket.try_recv_from(buffer))
     }
 
     /// Waits until `fd` is readable or accepting is over, whichever comes first, at most `timeout` (poll(2)).
@@ -268,7 +271,7 @@ impl Shutdown {
     }
 
     /// Keeps the status pipe of the child that took over.
-    pub(crate) fn keep_successor(&self, status: OwnedFd, lines: Lines) {
+    pub(crate) fn keep_successor(&self, status: Arc<OwnedFd>, lines: Lines) {
         *self.0.successor.lock().unwrap_or_else(PoisonError::into_inner) = Some((status, lines));
     }
 
@@ -605,10 +608,24 @@ pub(crate) mod watch {
     }
 }
 
+/// A datagram socket that [`Shutdown::recv_from`] takes: [`UdpSocket`] or [`UnixDatagram`]. It must be nonblocking, as
+/// every socket of [`Sockets`](crate::Sockets) is.
+pub trait Datagram: AsFd + sealed::Sealed {
+    /// Where a datagram came from.
+    type Address;
+
+    /// Receives one datagram, without waiting.
+    #[doc(hidden)]
+    fn try_recv_from(&self, buffer: &mut [u8]) -> io::Result<(usize, Self::Address)>;
+}
+
 mod sealed {
     pub trait Sealed {}
     impl Sealed for std::net::TcpListener {}
+    impl Sealed for std::net::UdpSocket {}
+    impl Sealed for std::os::unix::net::UnixDatagram {}
     impl Sealed for std::os::unix::net::UnixListener {}
+    impl Sealed for crate::UnixSeqpacketListener {}
 }
 
 impl Accept for TcpListener {
@@ -630,6 +647,30 @@ impl Accept for UnixListener {
 /// accept4(2) without the peer's address, which std's would ask for.
 fn accept(listener: impl AsFd) -> io::Result<OwnedFd> {
     Ok(rustix::net::accept_with(listener, SocketFlags::CLOEXEC)?)
+}
+
+impl Accept for UnixSeqpacketListener {
+    type Stream = UnixSeqpacketConn;
+
+    fn try_accept(&self) -> io::Result<UnixSeqpacketConn> {
+        self.accept()
+    }
+}
+
+impl Datagram for UdpSocket {
+    type Address = std::net::SocketAddr;
+
+    fn try_recv_from(&self, buffer: &mut [u8]) -> io::Result<(usize, Self::Address)> {
+        self.recv_from(buffer)
+    }
+}
+
+impl Datagram for UnixDatagram {
+    type Address = std::os::unix::net::SocketAddr;
+
+    fn try_recv_from(&self, buffer: &mut [u8]) -> io::Result<(usize, Self::Address)> {
+        self.recv_from(buffer)
+    }
 }
 
 /// How an accept loop waits for the listener or the gate.

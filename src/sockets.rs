@@ -9,7 +9,7 @@ use std::io;
 use std::net::{SocketAddr, TcpListener, UdpSocket};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::net::UnixListener;
+use std::os::unix::net::{UnixDatagram, UnixListener};
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -21,6 +21,9 @@ use crate::error::Error;
 use crate::handover::manifest::{Entry, Slot};
 use crate::key::{Key, Kind};
 use crate::listen::{self, FileId, Socket};
+use crate::pass::Producer;
+use crate::seqpacket::UnixSeqpacketListener;
+use crate::takeover::TakeoverSocket;
 
 /// The sockets of this generation: makes them, or claims what the parent handed over.
 ///
@@ -41,6 +44,8 @@ pub struct Sockets(Arc<Mutex<State>>);
 struct State {
     /// Handed to the next generation, in the order asked for.
     ours: Vec<(Key, Held)>,
+    /// Made for the next generation when an upgrade begins.
+    producers: Vec<(Key, Producer)>,
     /// From the parent, until claimed.
     inherited: HashMap<Key, VecDeque<Held>>,
 }
@@ -68,6 +73,7 @@ impl Held {
 impl Sockets {
     pub(crate) fn new(inherited: Vec<(Key, Held)>) -> Self {
         let mut state = State::default();
+        state.inherited.reserve(inherited.len());
         for (key, held) in inherited {
             state.inherited.entry(key).or_default().push_back(held);
         }
@@ -173,6 +179,73 @@ impl Sockets {
         .map(UnixListener::from)
     }
 
+    /// A Unix seqpacket listener at `path`, under the rules of [`listen_unix`](Self::listen_unix).
+    ///
+    /// ```
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # let starting = ecdysis::Ecdysis::builder().start()?;
+    /// let listener = starting.listen_unix_seqpacket(format!("@records-{}", std::process::id()))?;
+    /// let shutdown = starting.shutdown();
+    /// std::thread::spawn(move || {
+    ///     for connection in shutdown.incoming(&listener) {
+    ///         let (connection, mut record) = (connection?, [0; 1024]);
+    ///         let length = connection.recv(&mut record)?;
+    ///         connection.send(&record[..length])?;
+    ///     }
+    ///     std::io::Result::Ok(())
+    /// });
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Socket`], with what bind(2) or listen(2) said.
+    pub fn listen_unix_seqpacket(&self, path: impl AsRef<Path>) -> Result<UnixSeqpacketListener, Error> {
+        let path = path.as_ref();
+        self.claim_or(Key::unix_seqpacket(path), |_| {
+            let (socket, file) = listen::bind_unix(path, SocketType::SEQPACKET, None)?;
+            rustix::net::listen(&socket, listen::MAX_BACKLOG)?;
+            Ok((socket, file))
+        })
+        .map(UnixSeqpacketListener::from)
+    }
+
+    /// A Unix datagram socket at `path`, under the rules of [`listen_unix`](Self::listen_unix).
+    ///
+    /// During an upgrade both generations hold it. Receive through
+    /// [`Shutdown::recv_from`](crate::Shutdown::recv_from), which leaves datagrams to the generation that serves.
+    ///
+    /// ```
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # let starting = ecdysis::Ecdysis::builder().start()?;
+    /// let socket = starting.listen_unix_datagram(format!("@log-{}", std::process::id()))?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Socket`], with what bind(2) said.
+    pub fn listen_unix_datagram(&self, path: impl AsRef<Path>) -> Result<UnixDatagram, Error> {
+        let path = path.as_ref();
+        self.claim_or(Key::unix_datagram(path), |_| listen::bind_unix(path, SocketType::DGRAM, None))
+            .map(UnixDatagram::from)
+    }
+
+    /// A takeover socket at `path` for a program with a loop of its own, which calls
+    /// [`Ecdysis::hand_over`](crate::Ecdysis::hand_over) when it is readable. Others use
+    /// [`Builder::takeover_on_socket`](crate::Builder::takeover_on_socket). Its mode is 0600 from the first moment.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Socket`], with what bind(2) or listen(2) said.
+    pub fn listen_takeover(&self, path: impl AsRef<Path>) -> Result<TakeoverSocket, Error> {
+        let path = path.as_ref();
+        let listener = self.listen_unix_with_mode(path, Some(Mode::RUSR | Mode::WUSR))?;
+        Ok(TakeoverSocket { path: path.to_owned(), listener })
+    }
+
     /// Hands a socket to the next generation that came from elsewhere, under a key of the program's choice. There
     /// [`claim`](Self::claim) gives it back; so does `listen_tcp` and its like if the key is theirs.
     ///
@@ -225,9 +298,10 @@ impl Sockets {
     /// many there were.
     pub fn retire(&self, key: &Key) -> usize {
         let mut state = self.lock();
-        let before = state.ours.len();
+        let before = state.ours.len() + state.producers.len();
         state.ours.retain(|(held, _)| held != key);
-        before - state.ours.len()
+        state.producers.retain(|(held, _)| held != key);
+        before - state.ours.len() - state.producers.len()
     }
 
     /// Hands any descriptor to the next generation, by name: a lock file, a timer, a shared memory. The registry keeps
@@ -249,22 +323,38 @@ impl Sockets {
     ///
     /// [`Error::Socket`] if no descriptor is left, or the name is longer than 255 bytes.
     pub fn pass_fd(&self, name: impl AsRef<OsStr>, fd: impl AsFd) -> Result<(), Error> {
-        let key = Key::fd(name);
-        if key.name().len() > MAX_NAME {
-            return Err(Error::Socket { key, source: io::ErrorKind::InvalidInput.into() });
-        }
-        let held = Held::duplicate(fd.as_fd(), None).map_err(|source| Error::Socket { key: key.clone(), source })?;
+        self.pass(Key::fd(name), fd.as_fd())
+    }
+
+    /// Takes the descriptor that the parent passed by this name. It is the program's alone then: the next generation
+    /// gets it only if it is passed again.
+    pub fn take_fd(&self, name: impl AsRef<OsStr>) -> Option<OwnedFd> {
+        self.take(&Key::fd(name))
+    }
+
+    /// Hands a duplicate of `fd` to the next generation, in the place of what had the same key.
+    pub(crate) fn pass(&self, key: Key, fd: BorrowedFd<'_>) -> Result<(), Error> {
+        let held = check_name(&key).and_then(|()| Held::duplicate(fd, None));
+        let held = held.map_err(|source| Error::Socket { key: key.clone(), source })?;
         let mut state = self.lock();
         state.ours.retain(|(held, _)| held != &key);
         state.ours.push((key, held));
         Ok(())
     }
 
-    /// Takes the descriptor that the parent passed by this name. It is the program's alone then: the next generation
-    /// gets it only if it is passed again.
-    pub fn take_fd(&self, name: impl AsRef<OsStr>) -> Option<OwnedFd> {
+    /// Has `producer` make a descriptor for the next generation at every upgrade, in the place of what had the same key.
+    pub(crate) fn pass_produced(&self, key: Key, producer: Producer) -> Result<(), Error> {
+        check_name(&key).map_err(|source| Error::Socket { key: key.clone(), source })?;
+        let mut state = self.lock();
+        state.producers.retain(|(held, _)| held != &key);
+        state.producers.push((key, producer));
+        Ok(())
+    }
+
+    /// Takes what the parent handed over under this key, for good.
+    pub(crate) fn take(&self, key: &Key) -> Option<OwnedFd> {
         // Nothing shares an inherited descriptor: only an upgrade does, and only those that are ours.
-        Arc::into_inner(self.lock().take_inherited(&Key::fd(name))?.fd)
+        Arc::into_inner(self.lock().take_inherited(key)?.fd)
     }
 
     /// The inherited socket with this key, else what `make` makes: the fork in a listener's life.
@@ -274,8 +364,8 @@ impl Sockets {
         make: impl FnOnce(&Key) -> io::Result<(OwnedFd, Option<FileId>)>,
     ) -> Result<OwnedFd, Error> {
         let claimed = (|| {
+            // Its inode says that it is what the parent held under this key, and `hold` checked it when it got there.
             if let Some(fd) = self.claim(&key) {
-                check_kind(key.kind(), fd.as_fd())?;
                 log::debug!("claimed {key} from the parent");
                 return Ok(fd);
             }
@@ -314,6 +404,7 @@ impl Sockets {
     pub(crate) fn close_all(&self) {
         let mut state = self.lock();
         state.ours.clear();
+        state.producers.clear();
         state.inherited.clear();
     }
 
@@ -329,13 +420,30 @@ impl Sockets {
         }
     }
 
-    /// What an upgrade hands over: the manifest's entries, and the descriptors they name.
-    pub(crate) fn snapshot(&self) -> (Vec<Entry>, Vec<Arc<OwnedFd>>) {
-        let entry = |(key, held): &(Key, Held)| {
+    /// What an upgrade would hand over, without producing it.
+    pub(crate) fn keys(&self) -> Vec<Key> {
+        let state = self.lock();
+        let producers = state.producers.iter().map(|(key, _)| key);
+        state.ours.iter().map(|(key, _)| key).chain(producers).cloned().collect()
+    }
+
+    /// What an upgrade hands over: the manifest's entries, and the descriptors they name, in the same order. State is
+    /// produced now, so that it is fresh.
+    pub(crate) fn snapshot(&self) -> Result<(Vec<Entry>, Vec<Arc<OwnedFd>>), Error> {
+        let entry = |key: &Key, held: &Held| {
             let slot = Slot { number: held.fd.as_raw_fd() as u32, inode: held.inode };
             (Entry { slot, key: key.clone(), file: held.file }, held.fd.clone())
         };
-        self.lock().ours.iter().map(entry).unzip()
+        let (mut all, producers): (Vec<_>, _) = {
+            let state = self.lock();
+            (state.ours.iter().map(|(key, held)| entry(key, held)).collect(), state.producers.clone())
+        };
+        for (key, producer) in producers {
+            let fd = producer.produce(&key)?;
+            let inode = fstat(&fd).map_err(|e| Error::Socket { key: key.clone(), source: e.into() })?.st_ino;
+            all.push(entry(&key, &Held::new(fd, inode, None)));
+        }
+        Ok(all.into_iter().unzip())
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -344,7 +452,16 @@ impl Sockets {
     }
 }
 
+/// The longest name of a program's choice, in bytes.
 const MAX_NAME: usize = 255;
+
+fn check_name(key: &Key) -> io::Result<()> {
+    if key.name().len() > MAX_NAME {
+        let reason = format!("the name is longer than {MAX_NAME} bytes");
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, reason));
+    }
+    Ok(())
+}
 
 impl State {
     fn take_inherited(&mut self, key: &Key) -> Option<Held> {
@@ -358,20 +475,26 @@ fn duplicate(fd: BorrowedFd<'_>) -> io::Result<OwnedFd> {
 }
 
 /// A socket of the wrong kind would only fail much later, in the accept loop.
-fn check_kind(kind: Kind, fd: BorrowedFd<'_>) -> io::Result<()> {
-    let (socket_type, families): (_, &[AddressFamily]) = match kind {
-        Kind::Tcp => (SocketType::STREAM, &[AddressFamily::INET, AddressFamily::INET6]),
-        Kind::Udp => (SocketType::DGRAM, &[AddressFamily::INET, AddressFamily::INET6]),
-        Kind::Unix => (SocketType::STREAM, &[AddressFamily::UNIX]),
-        Kind::Fd | Kind::Drain => return Ok(()),
+pub(crate) fn check_kind(kind: Kind, fd: BorrowedFd<'_>) -> io::Result<()> {
+    const IP: &[AddressFamily] = &[AddressFamily::INET, AddressFamily::INET6];
+    const UNIX: &[AddressFamily] = &[AddressFamily::UNIX];
+    const ANY: &[AddressFamily] = &[AddressFamily::INET, AddressFamily::INET6, AddressFamily::UNIX];
+    let (families, socket_type, listening) = match kind {
+        Kind::Tcp => (IP, SocketType::STREAM, true),
+        Kind::Udp => (IP, SocketType::DGRAM, false),
+        Kind::Unix => (UNIX, SocketType::STREAM, true),
+        Kind::Seqpacket => (UNIX, SocketType::SEQPACKET, true),
+        Kind::UnixDatagram | Kind::DatagramPair => (UNIX, SocketType::DGRAM, false),
+        Kind::Stream => (ANY, SocketType::STREAM, false),
+        // No socket; bytes prove themselves when they are read.
+        Kind::Bytes | Kind::Fd | Kind::Drain => return Ok(()),
     };
-    let listening = socket_type != SocketType::DGRAM;
     if sockopt::socket_type(fd)? == socket_type
         && families.contains(&sockopt::socket_domain(fd)?)
         && sockopt::socket_acceptconn(fd)? == listening
     {
         return Ok(());
     }
-    let wanted = if listening { "a listening socket" } else { "a datagram socket" };
+    let wanted = if listening { "a listening socket" } else { "a socket" };
     Err(io::Error::new(io::ErrorKind::InvalidInput, format!("not {wanted} of kind {}", kind.word())))
 }

@@ -10,13 +10,13 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{poll, PollFd, PollFlags};
 use rustix::io::Errno;
-use rustix::net::sockopt::socket_peercred;
-use rustix::process::geteuid;
 
 use crate::ecdysis::{ExitReason, Upgraded};
 use crate::error::{chain, Error};
 use crate::shutdown::timespec;
+use crate::sys::peer::PeerCred;
 use crate::sys::signal::{self, Handlers};
+use crate::takeover::{self, Taker, Trust};
 
 /// What a trigger asks for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -41,6 +41,8 @@ pub(crate) enum Meaning {
     Connect(Action),
     /// The first line says what is asked for.
     Command,
+    /// The first line says that the peer wants to take over.
+    Takeover,
 }
 
 /// Somebody asked.
@@ -57,31 +59,43 @@ pub(crate) struct Request {
 pub(crate) enum Reply {
     Nobody,
     Socket(UnixStream),
-    Call(Arc<Mutex<Option<Result<Upgraded, Error>>>>),
+    Call(Outcome),
+    /// A process that takes over, and the call that let it in, if any.
+    Taker(Taker, Option<Outcome>),
 }
+
+/// Where a call finds what came of it.
+pub(crate) type Outcome = Arc<Mutex<Option<Result<Upgraded, Error>>>>;
 
 impl Reply {
     /// Tells the outcome. The connection is given back: it stays open until this process ends, where that matters.
     pub(crate) fn upgrade(self, outcome: Result<Upgraded, Error>) -> Option<UnixStream> {
+        let call = |cell: Outcome, outcome| *cell.lock().unwrap_or_else(PoisonError::into_inner) = Some(outcome);
         match self {
             Self::Nobody => None,
             Self::Call(cell) => {
-                *cell.lock().unwrap_or_else(PoisonError::into_inner) = Some(outcome);
+                call(cell, outcome);
                 None
             }
             Self::Socket(stream) => {
-                let line = match outcome {
-                    Ok(Upgraded { pid, generation, commit }) => {
-                        let ms = commit.as_secs_f64() * 1e3;
-                        format!("upgraded pid={pid} generation={generation} ms={ms:.1}\n")
-                    }
-                    Err(Error::Busy) => "busy\n".into(),
-                    Err(Error::Over | Error::StopAsked { .. }) => "stopping\n".into(),
-                    Err(e) => format!("failed: {}\n", chain(&e)),
-                };
-                tell(&stream, &line);
+                tell(&stream, &in_words(&outcome));
                 Some(stream)
             }
+            Self::Taker(taker, cell) => {
+                taker.refuse(&in_words(&outcome));
+                if let Some(cell) = cell {
+                    call(cell, outcome);
+                }
+                None
+            }
+        }
+    }
+
+    /// The process to hand over to, if it is not to be started first.
+    pub(crate) fn taker(&self) -> Option<&Taker> {
+        match self {
+            Self::Taker(taker, _) => Some(taker),
+            _ => None,
         }
     }
 
@@ -93,6 +107,19 @@ impl Reply {
 
     pub(crate) fn stopping(self) -> Option<UnixStream> {
         self.upgrade(Err(Error::Over))
+    }
+}
+
+/// The outcome in one line.
+fn in_words(outcome: &Result<Upgraded, Error>) -> String {
+    match outcome {
+        Ok(Upgraded { pid, generation, commit }) => {
+            let ms = commit.as_secs_f64() * 1e3;
+            format!("upgraded pid={pid} generation={generation} ms={ms:.1}\n")
+        }
+        Err(Error::Busy) => "busy\n".into(),
+        Err(Error::Over | Error::StopAsked { .. }) => "stopping\n".into(),
+        Err(e) => format!("failed: {}\n", chain(e)),
     }
 }
 
@@ -129,13 +156,15 @@ pub(crate) struct ControlSocket {
 #[derive(Debug)]
 struct Talk {
     stream: UnixStream,
+    peer: PeerCred,
     path: PathBuf,
+    meaning: Meaning,
     line: Vec<u8>,
     since: Instant,
 }
 
 /// How long a connection may take to say its command, and how many may be about to.
-const TALK_TIME: Duration = Duration::from_secs(5);
+const TALK_TIME: Duration = takeover::HELLO_TIME;
 const MAX_TALKS: usize = 16;
 const MAX_COMMAND: usize = 64;
 
@@ -143,12 +172,12 @@ const MAX_COMMAND: usize = 64;
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// All triggers of a process. One thread at a time has them and waits on them.
-#[derive(Debug)]
 pub(crate) struct Triggers {
     signals: Vec<(i32, Action)>,
     /// Installed as long as this lives: also when all is over, or a late SIGHUP would end the drain.
     handlers: Handlers,
     sockets: Vec<ControlSocket>,
+    trust: Trust,
     talks: Vec<Talk>,
     accept_again: Option<Instant>,
     calls: Arc<Calls>,
@@ -176,9 +205,19 @@ impl Triggers {
         signals: Vec<(i32, Action)>,
         handlers: Handlers,
         sockets: Vec<ControlSocket>,
+        trust: Trust,
         calls: Arc<Calls>,
     ) -> Self {
-        Self { signals, handlers, sockets, talks: Vec::new(), accept_again: None, calls, requests: VecDeque::new() }
+        Self {
+            signals,
+            handlers,
+            sockets,
+            trust,
+            talks: Vec::new(),
+            accept_again: None,
+            calls,
+            requests: VecDeque::new(),
+        }
     }
 
     #[cfg(feature = "tokio_ecdysis")]
@@ -309,17 +348,14 @@ impl Triggers {
                 return;
             }
         };
-        match socket_peercred(&stream) {
-            Ok(peer) if peer.uid == geteuid() || peer.uid.is_root() => {}
-            Ok(peer) => {
-                log::warn!("refused user {} on control socket {}", peer.uid.as_raw(), path.display());
-                return;
+        let takes_over = *meaning == Meaning::Takeover;
+        let trust = |peer: &PeerCred| if takes_over { (self.trust)(peer) } else { peer.is_same_user_or_root() };
+        let Some(peer) = takeover::trusted(&stream, path, trust) else {
+            if takes_over {
+                takeover::answer(&stream, "denied");
             }
-            Err(e) => {
-                log::warn!("refused a peer without credentials on control socket {}: {e}", path.display());
-                return;
-            }
-        }
+            return;
+        };
         match *meaning {
             Meaning::Connect(action) => self.requests.push_back(Request {
                 action,
@@ -327,9 +363,11 @@ impl Triggers {
                 since: Instant::now(),
                 reply: Reply::Socket(stream),
             }),
-            Meaning::Command if self.talks.len() < MAX_TALKS => {
-                self.talks.push(Talk { stream, path: path.clone(), line: Vec::new(), since: Instant::now() });
+            meaning if self.talks.len() < MAX_TALKS => {
+                let (path, since) = (path.clone(), Instant::now());
+                self.talks.push(Talk { stream, peer, path, meaning, line: Vec::new(), since });
             }
+            Meaning::Takeover => takeover::answer(&stream, "busy"),
             Meaning::Command => tell(&stream, "busy\n"),
         }
     }
@@ -349,7 +387,15 @@ impl Triggers {
         if !talk.line.contains(&b'\n') && talk.line.len() < MAX_COMMAND {
             return;
         }
-        let Talk { stream, path, line, .. } = self.talks.swap_remove(at);
+        let Talk { stream, peer, path, meaning, line, .. } = self.talks.swap_remove(at);
+        let (reason, since) = (ExitReason::Socket(path), Instant::now());
+        if meaning == Meaning::Takeover {
+            if let Some(taker) = Taker::new(stream.into(), peer, &line) {
+                let reply = Reply::Taker(taker, None);
+                self.requests.push_back(Request { action: Action::Upgrade, reason, since, reply });
+            }
+            return;
+        }
         let command = line.split(|byte| *byte == b'\n').next().unwrap_or_default();
         let action = match command.trim_ascii() {
             b"upgrade" => Action::Upgrade,
@@ -358,11 +404,6 @@ impl Triggers {
             b"status" => Action::Status,
             _ => return tell(&stream, "failed: unknown command; known are upgrade, stop, partial-stop, status\n"),
         };
-        self.requests.push_back(Request {
-            action,
-            reason: ExitReason::Socket(path),
-            since: Instant::now(),
-            reply: Reply::Socket(stream),
-        });
+        self.requests.push_back(Request { action, reason, since, reply: Reply::Socket(stream) });
     }
 }

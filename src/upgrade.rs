@@ -4,33 +4,34 @@
 
 use std::env;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::process::ExitStatusExt;
+use std::path::Path;
 use std::process::ExitStatus;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use rustix::buffer::spare_capacity;
 use rustix::event::{poll, PollFd, PollFlags};
 use rustix::fs::{fstat, FileType};
 use rustix::io::Errno;
-use rustix::pipe::{fcntl_setpipe_size, pipe_with, PipeFlags};
 use rustix::process::{kill_process, pidfd_send_signal, waitid, waitpid, Signal, WaitId, WaitIdOptions, WaitOptions};
 
-use crate::ecdysis::{Core, Upgraded};
+use crate::ecdysis::{Config, Core, Upgraded};
 use crate::error::Error;
 use crate::event::Event;
 use crate::handover::frames::{preview, send, Lines, Next, Status, Word};
+use crate::handover::link::{self, wait_readable, Arrived, Link, Parcel, Transport};
 use crate::handover::manifest::{Entry, Manifest, Slot};
-use crate::handover::pipe::{Named, Pipes, VARIABLE};
+use crate::handover::pipe::{Named, Way, VARIABLE};
 use crate::key::Key;
 use crate::shutdown::{timespec, State};
 use crate::sockets::Held;
 use crate::sys::adopt::Adopter;
-use crate::sys::signal::without_sigpipe;
+use crate::sys::peer::peer_pidfd;
 use crate::sys::spawn::{spawn, Plan, Spawned};
-use crate::trigger::{Sockets, Triggers, Woken};
+use crate::takeover::{self, Taker};
+use crate::trigger::{Sockets, Triggers};
 
 /// How long a child that has closed its status pipe may take to end by itself.
 const ENDING: Duration = Duration::from_millis(200);
@@ -46,60 +47,73 @@ const COMMIT: Duration = Duration::from_secs(5);
 
 // ---- the parent -------------------------------------------------------------------------------------------------
 
-/// Replaces this process: steps 2, 3, 4 and 7. On an error everything is as it was, and the child is gone.
-pub(crate) fn upgrade(core: &Core, triggers: &mut Triggers, since: Instant) -> Result<Upgraded, Error> {
+/// Replaces this process: steps 2, 3, 4 and 7. By a child of its own, or by the process that has asked to take over. On
+/// an error everything is as it was, and the child is gone.
+pub(crate) fn upgrade(
+    core: &Core,
+    taker: Option<&Taker>,
+    triggers: &mut Triggers,
+    since: Instant,
+) -> Result<Upgraded, Error> {
     core.emit(&Event::Upgrading);
-    let mut child = start(core)?;
-    core.emit(&Event::Spawned { pid: child.process.pid() });
+    let parcel = pack(core)?;
+    let mut child = match taker {
+        None => start(core, parcel)?,
+        Some(taker) => begin(core, taker, parcel)?,
+    };
     wait_ready(&mut child, core, triggers, since)?;
     commit(child, core, triggers, since)
 }
 
-/// Steps 2 and 3. What needs memory is built first; the manifest is in its pipe before the child exists, so the child
-/// needs nothing more from us to decide by itself, should we die.
-fn start(core: &Core) -> Result<Child<'_>, Error> {
-    let prepare = |what| move |source| Error::Prepare { what, source };
-    // Nonblocking at both ends: neither process ever waits in a read or write, only in a poll with a deadline.
-    let pipe = || pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK).map_err(io::Error::from);
-    let (manifest_read, manifest_write) = pipe().map_err(prepare("manifest pipe"))?;
-    let (status_read, status_write) = pipe().map_err(prepare("status pipe"))?;
-
-    // `held` keeps the descriptors' numbers theirs until the child has its own copies of them.
-    let (mut entries, held) = core.sockets.snapshot();
-    entries.extend(core.draining().map(DrainLink::entry));
-    let mut keep: Vec<_> = entries.iter().map(|entry| entry.slot.number as RawFd).collect();
-    let manifest = Manifest { generation: core.generation, entries, ..Manifest::default() };
-    let mut unsent = manifest.encode().into_bytes();
-    // A larger pipe only saves the child a wait; without it the rest goes while we wait for `ready`.
-    if unsent.len() > 64 * 1024 {
-        let _ = fcntl_setpipe_size(&manifest_write, unsent.len());
+/// Step 2: everything that is handed over, whatever carries it.
+fn pack(core: &Core) -> Result<Parcel, Error> {
+    let (mut entries, mut descriptors) = core.sockets.snapshot()?;
+    for link in core.draining() {
+        entries.push(link.entry());
+        descriptors.push(link.pipe.clone());
     }
-    write_some(&manifest_write, &mut unsent).map_err(prepare("manifest"))?;
+    Ok(Parcel { manifest: Manifest { generation: core.generation, entries, ..Manifest::default() }, descriptors })
+}
 
-    let names = Pipes {
-        manifest: named(&manifest_read).map_err(prepare("pipe"))?,
-        status: named(&status_write).map_err(prepare("pipe"))?,
+/// Step 3 with a child. What needs memory is built before it exists.
+fn start(core: &Core, parcel: Parcel) -> Result<Child<'_>, Error> {
+    let (link, childs) = match core.config.transport {
+        Transport::Pipes => Link::pipes(parcel)?,
+        Transport::Socket => Link::socketpair(parcel)?,
     };
+    let prepare = |what| move |source| Error::Prepare { what, source };
     let program = &core.program;
-    keep.extend([manifest_read.as_raw_fd(), status_write.as_raw_fd()]);
     let plan = Plan {
         program: program.path_c().map_err(prepare("program"))?,
         argv: program.argv().map_err(prepare("arguments"))?,
-        envp: program.envp(&names.value()).map_err(prepare("environment"))?,
+        envp: program.envp(&childs.way.value()).map_err(prepare("environment"))?,
         directory: program.directory_c().map_err(prepare("directory"))?,
-        keep,
-        status: status_write.as_raw_fd(),
+        keep: childs.keep(),
+        status: childs.status,
         mask: core.mask,
     };
     let spawned =
         spawn(plan, core.config.spawn).map_err(|source| Error::Spawn { program: program.path.clone(), source })?;
-    drop(held);
-    // Here the child's ends are closed: else the status pipe would not end with the child.
-    let process = Process { core, spawned, armed: true };
-    Ok(Child { process, to: manifest_write, from: status_read, lines: Lines::default(), unsent })
+    // Else the link would not end with the child.
+    drop(childs);
+    let child = Child { process: Process { core, who: Who::Child(spawned), armed: true }, link };
+    core.emit(&Event::Spawned { pid: child.process.pid() });
+    Ok(child)
 }
 
-/// Step 4: one poll over status pipe, manifest pipe, triggers and deadline.
+/// Step 3 with a process that runs already.
+fn begin<'a>(core: &'a Core, taker: &Taker, parcel: Parcel) -> Result<Child<'a>, Error> {
+    let socket = taker.begin();
+    let pid = taker.peer.pid.unwrap_or(0);
+    log::info!("takeover pid={pid} uid={}", taker.peer.uid);
+    let who = Who::Stranger { pid, pidfd: peer_pidfd(&socket), socket: socket.clone() };
+    let process = Process { core, who, armed: true };
+    let mut link = Link::socket(socket, parcel)?;
+    link.send_some().map_err(|source| Error::Send { pid, source })?;
+    Ok(Child { process, link })
+}
+
+/// Step 4: one poll over the link, triggers and deadline.
 fn wait_ready(child: &mut Child<'_>, core: &Core, triggers: &mut Triggers, since: Instant) -> Result<(), Error> {
     let pid = child.process.pid();
     let deadline = since.checked_add(core.config.ready_timeout);
@@ -107,7 +121,7 @@ fn wait_ready(child: &mut Child<'_>, core: &Core, triggers: &mut Triggers, since
     loop {
         // What the child said comes before everything else: after `ready` it may be serving without us.
         match child.next_status()? {
-            Some(Status::Ready) => return Ok(()),
+            Some(Status::Ready) if child.link.is_sent() => return Ok(()),
             Some(Status::Refused(reason)) => return Err(Error::Refused { pid, reason }),
             Some(Status::Failed { step, errno }) => {
                 let (program, source) = (core.program.path.clone(), io::Error::from_raw_os_error(errno));
@@ -123,14 +137,12 @@ fn wait_ready(child: &mut Child<'_>, core: &Core, triggers: &mut Triggers, since
         if timed_out {
             return Err(Error::Timeout { pid, after: core.config.ready_timeout });
         }
-        let mut fds = vec![(child.from.as_fd(), PollFlags::IN)];
-        // Its death is seen by the pipe's end as a rule; but a process of its own may hold the pipe open.
+        let (mut fds, again) = child.link.poll_for();
+        // Its death is seen by the link's end as a rule; but a process of its own may hold that open.
         fds.extend(child.process.pidfd());
-        if !child.unsent.is_empty() {
-            fds.push((child.to.as_fd(), PollFlags::OUT));
-        }
-        timed_out = triggers.wait(&fds, deadline, Sockets::Answer)? == Woken::Deadline;
-        write_some(&child.to, &mut child.unsent).map_err(|source| Error::Send { pid, source })?;
+        triggers.wait(&fds, [deadline, again].into_iter().flatten().min(), Sockets::Answer)?;
+        timed_out = deadline.is_some_and(|deadline| Instant::now() >= deadline);
+        child.link.send_some().map_err(|source| Error::Send { pid, source })?;
     }
 }
 
@@ -145,7 +157,7 @@ fn commit(mut child: Child<'_>, core: &Core, triggers: &mut Triggers, since: Ins
         Err(Error::DiedAfterReady { pid, status, after })
     };
     let pid = child.process.pid();
-    if send(&child.to, Word::Commit.line()).is_err() {
+    if child.link.say(Word::Commit).is_err() {
         let status = child.process.end();
         return died(pid, status, Duration::ZERO);
     }
@@ -173,13 +185,13 @@ fn commit(mut child: Child<'_>, core: &Core, triggers: &mut Triggers, since: Ins
         triggers.answer_busy(|| core.status("probation"));
         if triggers.stop_asked() {
             // The stop is for the service, and that is the child now.
-            let _ = send(&child.to, Word::Stop.line());
+            let _ = child.link.say(Word::Stop);
             break;
         }
         if Instant::now() >= verdict_at {
             break;
         }
-        let mut fds = vec![(child.from.as_fd(), PollFlags::IN)];
+        let (mut fds, _) = child.link.poll_for();
         fds.extend(child.process.pidfd());
         if let Err(e) = triggers.wait(&fds, Some(verdict_at), Sockets::Leave) {
             // The child serves; a failing poll of ours is no reason to end it.
@@ -188,21 +200,16 @@ fn commit(mut child: Child<'_>, core: &Core, triggers: &mut Triggers, since: Ins
         }
     }
     child.process.armed = false;
-    core.kept().pipe = Some(child.to);
-    core.shutdown.keep_successor(child.from, child.lines);
+    let Link { to, from, lines, .. } = child.link;
+    core.kept().link = Some(to);
+    core.shutdown.keep_successor(from, lines);
     Ok(upgraded)
 }
 
-/// The child, and both pipes to it.
+/// The new process, and the link to it.
 struct Child<'a> {
     process: Process<'a>,
-    /// The manifest pipe. It stays open until this process ends, which the child sees.
-    to: OwnedFd,
-    /// The status pipe.
-    from: OwnedFd,
-    lines: Lines,
-    /// What did not fit into the manifest pipe yet.
-    unsent: Vec<u8>,
+    link: Link,
 }
 
 impl Child<'_> {
@@ -210,7 +217,7 @@ impl Child<'_> {
     fn next_status(&mut self) -> Result<Option<Status>, Error> {
         let pid = self.process.pid();
         let garbage = |received| Err(Error::Garbage { pid, received });
-        match self.lines.next(self.from.as_fd()) {
+        match self.link.next() {
             Ok(Next::Line(line)) => match Status::parse(&line) {
                 Some(status) => Ok(Some(status)),
                 None => garbage(preview(line.as_bytes())),
@@ -231,82 +238,78 @@ impl Child<'_> {
     }
 }
 
-/// A child process that is ours to end while `armed`: dropping it ends it, so no early return leaves one behind.
+/// A process that is ours to end, or to turn away, while `armed`: dropping it does so, so no early return leaves one
+/// behind.
 struct Process<'a> {
     core: &'a Core,
-    spawned: Spawned,
+    who: Who,
     armed: bool,
+}
+
+/// The new process of an upgrade.
+enum Who {
+    Child(Spawned),
+    /// It took over, and belongs to somebody else. The pid is 0 where it cannot be seen from here.
+    Stranger {
+        pid: u32,
+        pidfd: Option<OwnedFd>,
+        socket: Arc<OwnedFd>,
+    },
 }
 
 impl Process<'_> {
     fn pid(&self) -> u32 {
-        self.spawned.pid.as_raw_nonzero().get() as u32
+        match &self.who {
+            Who::Child(spawned) => spawned.pid.as_raw_nonzero().get() as u32,
+            Who::Stranger { pid, .. } => *pid,
+        }
+    }
+
+    fn end_fd(&self) -> Option<&OwnedFd> {
+        match &self.who {
+            Who::Child(spawned) => spawned.pidfd.as_ref(),
+            Who::Stranger { pidfd, .. } => pidfd.as_ref(),
+        }
     }
 
     fn pidfd(&self) -> Option<(BorrowedFd<'_>, PollFlags)> {
-        self.spawned.pidfd.as_ref().map(|pidfd| (pidfd.as_fd(), PollFlags::IN))
+        self.end_fd().map(|pidfd| (pidfd.as_fd(), PollFlags::IN))
     }
 
     /// Whether the child ends within that time.
     fn ends_within(&self, time: Duration) -> bool {
-        if let Some(pidfd) = &self.spawned.pidfd {
+        if let Some(pidfd) = self.end_fd() {
             return wait_readable(pidfd, time);
         }
+        let Who::Child(child) = &self.who else { return false };
         // Without a pidfd there is no event for it, and this is asked with a time only when its pipe has ended.
         let deadline = Instant::now() + time;
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
-            if left.is_zero() || self.is_unreaped() != Ok(false) {
+            if left.is_zero() || is_unreaped(child) != Ok(false) {
                 return !left.is_zero();
             }
             let _ = poll(&mut [], Some(&timespec(left.min(Duration::from_millis(2)))));
         }
     }
 
-    /// Whether the child has ended and waits to be reaped; ECHILD if it is not ours to reap (any more).
-    fn is_unreaped(&self) -> rustix::io::Result<bool> {
-        let options = WaitIdOptions::EXITED | WaitIdOptions::NOHANG | WaitIdOptions::NOWAIT;
-        waitid(WaitId::Pid(self.spawned.pid), options).map(|status| status.is_some())
-    }
-
-    /// Kills and reaps. Gives how it ended, unless somebody else has reaped it or it was ended before.
+    /// Kills and reaps a child, and turns a stranger away. Gives how a child ended, unless somebody else has reaped it or
+    /// it was ended before.
     fn end(&mut self) -> Option<ExitStatus> {
         if !std::mem::replace(&mut self.armed, false) {
             return None;
         }
-        let status = self.kill_and_reap();
+        let status = match &self.who {
+            Who::Child(spawned) => kill_and_reap(spawned),
+            Who::Stranger { socket, .. } => {
+                // Without this word it would take our closing for our death, and serve.
+                let _ = send(socket, Word::Stop.line());
+                None
+            }
+        };
         // A child that had come as far as its PID file wrote itself into it.
         self.core.rewrite_pid_file();
         status
-    }
-
-    fn kill_and_reap(&self) -> Option<ExitStatus> {
-        let pid = self.spawned.pid;
-        match &self.spawned.pidfd {
-            Some(pidfd) => {
-                let _ = pidfd_send_signal(pidfd, Signal::KILL);
-                // SIGKILL ends a stopped process too, but not one that hangs in the kernel.
-                if !wait_readable(pidfd, KILLING) {
-                    log::error!("child {pid} survives SIGKILL: it hangs in the kernel");
-                    return None;
-                }
-            }
-            None => {
-                // If somebody else has reaped it, its number may be another process's by now.
-                if self.is_unreaped() == Err(Errno::CHILD) {
-                    return None;
-                }
-                let _ = kill_process(pid, Signal::KILL);
-            }
-        }
-        loop {
-            match waitpid(Some(pid), WaitOptions::empty()) {
-                Err(Errno::INTR) => {}
-                Ok(Some((_, status))) => return Some(ExitStatus::from_raw(status.as_raw())),
-                // SIGCHLD is ignored, or somebody waits for any child.
-                _ => return None,
-            }
-        }
     }
 }
 
@@ -316,32 +319,39 @@ impl Drop for Process<'_> {
     }
 }
 
-fn wait_readable(fd: &OwnedFd, time: Duration) -> bool {
-    let deadline = Instant::now() + time;
+/// Whether the child has ended and waits to be reaped; ECHILD if it is not ours to reap (any more).
+fn is_unreaped(child: &Spawned) -> rustix::io::Result<bool> {
+    let options = WaitIdOptions::EXITED | WaitIdOptions::NOHANG | WaitIdOptions::NOWAIT;
+    waitid(WaitId::Pid(child.pid), options).map(|status| status.is_some())
+}
+
+fn kill_and_reap(child: &Spawned) -> Option<ExitStatus> {
+    let pid = child.pid;
+    match &child.pidfd {
+        Some(pidfd) => {
+            let _ = pidfd_send_signal(pidfd, Signal::KILL);
+            // SIGKILL ends a stopped process too, but not one that hangs in the kernel.
+            if !wait_readable(pidfd, KILLING) {
+                log::error!("child {pid} survives SIGKILL: it hangs in the kernel");
+                return None;
+            }
+        }
+        None => {
+            // If somebody else has reaped it, its number may be another process's by now.
+            if is_unreaped(child) == Err(Errno::CHILD) {
+                return None;
+            }
+            let _ = kill_process(pid, Signal::KILL);
+        }
+    }
     loop {
-        let left = timespec(deadline.saturating_duration_since(Instant::now()));
-        match poll(&mut [PollFd::new(fd, PollFlags::IN)], Some(&left)) {
+        match waitpid(Some(pid), WaitOptions::empty()) {
             Err(Errno::INTR) => {}
-            result => return result.is_ok_and(|ready| ready > 0),
+            Ok(Some((_, status))) => return Some(ExitStatus::from_raw(status.as_raw())),
+            // SIGCHLD is ignored, or somebody waits for any child.
+            _ => return None,
         }
     }
-}
-
-fn named(fd: &OwnedFd) -> io::Result<Named> {
-    Ok(Named { fd: fd.as_raw_fd(), inode: fstat(fd)?.st_ino })
-}
-
-/// Writes as much as goes in without waiting, and removes it from `unsent`.
-fn write_some(fd: &OwnedFd, unsent: &mut Vec<u8>) -> io::Result<()> {
-    while !unsent.is_empty() {
-        match without_sigpipe(|| rustix::io::write(fd, unsent)) {
-            Ok(n) => drop(unsent.drain(..n)),
-            Err(Errno::INTR) => {}
-            Err(Errno::AGAIN) => break,
-            Err(e) => return Err(e.into()),
-        }
-    }
-    Ok(())
 }
 
 // ---- the child --------------------------------------------------------------------------------------------------
@@ -356,60 +366,94 @@ pub(crate) struct Inherited {
     pub(crate) older: Vec<DrainLink>,
 }
 
-/// Step 5: proves that the environment means this process, reads the manifest, adopts the descriptors. `None` means
-/// that this is a first generation.
-pub(crate) fn inherit() -> Result<Option<Inherited>, Error> {
-    let value = env::var_os(VARIABLE);
-    let Some(pipes) = value.as_ref().and_then(|value| Pipes::parse(value.to_str()?)) else { return Ok(None) };
-    let Some(mut adopter) = Adopter::take() else { return Ok(None) };
-    let mut adopt_pipe = |pipe: Named| adopter.adopt(pipe.fd, Some(FileType::Fifo), pipe.inode);
-    let (Ok(reader), Ok(writer)) = (adopt_pipe(pipes.manifest), adopt_pipe(pipes.status)) else {
-        log::debug!("the handover in the environment is another process's");
-        return Ok(None);
-    };
+/// Step 5: takes what a parent handed over to this process. `None` means that this is a first generation.
+pub(crate) fn inherit(config: &Config) -> Result<Option<Inherited>, Error> {
+    if let Some(inherited) = from_environment()? {
+        return Ok(Some(inherited));
+    }
+    match &config.take_over {
+        Some(path) => from_stranger(path, config),
+        None => Ok(None),
+    }
+}
 
+/// From the parent that started this process. Proves first that the environment means this process.
+fn from_environment() -> Result<Option<Inherited>, Error> {
+    let value = env::var_os(VARIABLE);
+    let Some(way) = value.as_ref().and_then(|value| Way::parse(value.to_str()?)) else { return Ok(None) };
+    let Some(mut adopter) = Adopter::take() else { return Ok(None) };
+    let mut adopt = |end: Named, file_type| adopter.adopt(end.fd, Some(file_type), end.inode).map(Arc::new);
     let failed = |what| move |source| Error::Handover { what, source };
-    let (manifest, rest) = read_manifest(&reader).map_err(failed("manifest"))?;
+    let (reader, writer, arrived) = match way {
+        Way::Pipes { manifest, status } => {
+            let (Ok(reader), Ok(writer)) = (adopt(manifest, FileType::Fifo), adopt(status, FileType::Fifo)) else {
+                return Ok(not_meant());
+            };
+            let arrived = link::read(&reader, adopter, MANIFEST).map_err(failed("manifest"))?;
+            (reader, writer, arrived)
+        }
+        Way::Socket(socket) => {
+            let Ok(socket) = adopt(socket, FileType::Socket) else { return Ok(not_meant()) };
+            let arrived = link::receive(&socket, MANIFEST).map_err(failed("manifest"))?;
+            let arrived =
+                arrived.map_err(|answer| failed("manifest")(io::Error::new(io::ErrorKind::InvalidData, answer)))?;
+            (socket.clone(), socket, arrived)
+        }
+    };
+    unpack(arrived, reader, writer).map(Some)
+}
+
+fn not_meant() -> Option<Inherited> {
+    log::debug!("the handover in the environment is another process's");
+    None
+}
+
+/// From the process that listens at `path`, if one does.
+fn from_stranger(path: &Path, config: &Config) -> Result<Option<Inherited>, Error> {
+    let mut again = true;
+    while let Some(socket) = takeover::connect(path, &config.trust)? {
+        match link::receive(&socket, config.ready_timeout) {
+            Ok(Ok(arrived)) => {
+                log::info!("takes over from the process at {}", path.display());
+                let socket = Arc::new(socket);
+                return unpack(arrived, socket.clone(), socket).map(Some);
+            }
+            Ok(Err(answer)) => {
+                let answer = answer.lines().next().unwrap_or_default().to_owned();
+                return Err(Error::NotHandedOver { path: path.to_owned(), answer });
+            }
+            // It has ended, or turned us away. If it has ended, perhaps nobody listens now, and this generation is the first.
+            Err(e) if again && matches!(e.kind(), io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset) => {
+                again = false;
+            }
+            Err(source) => return Err(Error::Handover { what: "manifest", source }),
+        }
+    }
+    Ok(None)
+}
+
+/// Adopts the descriptors that the manifest names; the same for every link.
+fn unpack(arrived: Arrived, reader: Arc<OwnedFd>, writer: Arc<OwnedFd>) -> Result<Inherited, Error> {
+    let Arrived { manifest, mut descriptors, rest } = arrived;
     let mut sockets = Vec::with_capacity(manifest.entries.len());
     let mut older = Vec::new();
     for Entry { slot, key, file } in manifest.entries {
-        let adopted = adopter.adopt(slot.number as i32, None, slot.inode);
-        let fd = adopted.map_err(|source| Error::Socket { key: key.clone(), source })?;
+        let fd = descriptors.take(slot).map_err(|source| Error::Socket { key: key.clone(), source })?;
         match key.drain_generation() {
-            Some(generation) => older.push(DrainLink { generation, inode: slot.inode, pipe: fd }),
+            Some(generation) => older.push(DrainLink { generation, inode: slot.inode, pipe: Arc::new(fd) }),
             None => sockets.push((key, Held::new(fd, slot.inode, file))),
         }
     }
     for slot in manifest.unknown {
-        // Adopted to be closed: this version has no use for it.
-        drop(adopter.adopt(slot.number as i32, None, slot.inode));
+        // Taken to be closed: this version has no use for it.
+        drop(descriptors.take(slot));
         log::info!("closed a descriptor of a kind not known here");
     }
     let generation = manifest.generation;
-    let writer = DrainLink { generation, inode: pipes.status.inode, pipe: writer };
+    let inode = fstat(&writer).map_err(|e| Error::Handover { what: "status link", source: e.into() })?.st_ino;
+    let writer = DrainLink { generation, inode, pipe: writer };
     let parent = Parent { reader, writer, lines: Mutex::new(Lines::with(rest)), ended: AtomicBool::new(false) };
-    Ok(Some(Inherited { generation, sockets, parent, older }))
-}
-
-/// Reads up to the end of the manifest; also gives what came after it.
-fn read_manifest(reader: &OwnedFd) -> io::Result<(Manifest, Vec<u8>)> {
-    let mut text = Vec::new();
-    let deadline = Instant::now() + MANIFEST;
-    let length = loop {
-        if let Some(length) = Manifest::length(&text)? {
-            break length;
-        }
-        text.reserve(1 << 16);
-        match rustix::io::read(reader, spare_capacity(&mut text)) {
-            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
-            Ok(_) | Err(Errno::INTR) => {}
-            Err(Errno::AGAIN) if wait_readable(reader, deadline.saturating_duration_since(Instant::now())) => {}
-            Err(Errno::AGAIN) => return Err(io::ErrorKind::TimedOut.into()),
-            Err(e) => return Err(e.into()),
-        }
-    };
-    let rest = text.split_off(length);
-    Ok((Manifest::decode(&text)?, rest))
+    Ok(Inherited { generation, sockets, parent, older })
 }
 
 /// Step 6, after the claims: nothing unclaimed stays open, the PID file names us, and the parent hears `ready`. We
@@ -419,16 +463,16 @@ pub(crate) fn ready(core: &Core) -> Result<(), Error> {
     core.write_pid_file()?;
     let Some(parent) = &core.parent else { return Ok(()) };
     match parent.tell(&Status::Ready) {
-        // The parent is dead. It has not taken the listeners with it: we have them.
-        Err(e) if e.kind() == io::ErrorKind::BrokenPipe => parent.ended.store(true, Ordering::Relaxed),
+        // The parent is dead: we have the listeners. Or it has turned us away, and then its last word says so.
+        Err(e) if matches!(e.kind(), io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset) => {}
         other => other.map_err(|source| Error::Ready { source })?,
     }
     let deadline = Instant::now() + COMMIT;
     loop {
         match parent.next_word() {
             Some(Word::Commit) => return Ok(()),
-            // Never before the commit; without it there is nothing to stop.
-            Some(Word::Stop) => {}
+            // A child would have been killed; this process belongs to somebody else.
+            Some(Word::Stop) => return Err(Error::GivenUp),
             None if parent.has_ended() => {
                 log::warn!("the parent ended before it could commit: serving without it");
                 return Ok(());
@@ -444,10 +488,10 @@ pub(crate) fn ready(core: &Core) -> Result<(), Error> {
     }
 }
 
-/// The child's end of the two pipes.
+/// The child's end of the link.
 #[derive(Debug)]
 pub(crate) struct Parent {
-    pub(crate) reader: OwnedFd,
+    pub(crate) reader: Arc<OwnedFd>,
     writer: DrainLink,
     lines: Mutex<Lines>,
     ended: AtomicBool,
@@ -505,16 +549,16 @@ impl Parent {
     }
 }
 
-/// The status pipe to an older generation, handed on from child to child.
+/// The status pipe, or socket, to an older generation, handed on from child to child.
 #[derive(Debug)]
 pub(crate) struct DrainLink {
     pub(crate) generation: u64,
     inode: u64,
-    pipe: OwnedFd,
+    pipe: Arc<OwnedFd>,
 }
 
 impl DrainLink {
-    /// A pipe whose reader is gone has an error (poll(2)).
+    /// A pipe whose reader is gone has an error, a socket whose peer is gone a hangup (poll(2)).
     pub(crate) fn lives(&self) -> bool {
         let now = timespec(Duration::ZERO);
         matches!(poll(&mut [PollFd::new(&self.pipe, PollFlags::empty())], Some(&now)), Ok(0))

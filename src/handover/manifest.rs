@@ -45,9 +45,9 @@ pub(crate) struct Slot {
 }
 
 /// What no manifest of ours exceeds.
-const MAX_SIZE: usize = 16 << 20;
+pub(crate) const MAX_SIZE: usize = 16 << 20;
 const MAX_LINE: usize = 4096;
-const MAX_ENTRIES: usize = 1 << 16;
+pub(crate) const MAX_ENTRIES: usize = 1 << 16;
 
 const FIRST_LINE: &str = "ecdysis 1";
 const LAST_LINE: &str = "end";
@@ -109,6 +109,11 @@ impl Manifest {
             }
         }
         Err(Malformed::new(0, "no end"))
+    }
+
+    /// Whether the text is meant to be a manifest, of whatever version, and not an answer in words.
+    pub(crate) fn is_meant(text: &[u8]) -> bool {
+        text.starts_with(b"ecdysis ")
     }
 
     /// How many bytes at the start of `text` are the manifest; `None` if there are more to come.

@@ -1,7 +1,7 @@
 //! The environment variable that tells a child where its handover is.
 //!
-//! `v1:manifest=5@48211,status=7@48212`: two pipes by descriptor number and inode. The inode is the proof that the
-//! variable means this process: in a grandchild that merely inherited the variable it names nothing.
+//! `v1:manifest=5@48211,status=7@48212`: two pipes by descriptor number and inode; or `v1:socket=5@48211`. The inode is
+//! the proof that the variable means this process: in a grandchild that merely inherited the variable it names nothing.
 
 use std::os::fd::RawFd;
 
@@ -15,34 +15,42 @@ pub(crate) struct Named {
     pub(crate) inode: u64,
 }
 
-/// The two pipes.
-#[derive(Debug, PartialEq, Eq)]
-pub(crate) struct Pipes {
-    pub(crate) manifest: Named,
-    pub(crate) status: Named,
+/// What a child talks to its parent through.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Way {
+    Pipes { manifest: Named, status: Named },
+    Socket(Named),
 }
 
-impl Pipes {
+impl Way {
     pub(crate) fn value(&self) -> String {
-        let Self { manifest, status } = self;
-        format!("v1:manifest={}@{},status={}@{}", manifest.fd, manifest.inode, status.fd, status.inode)
+        match self {
+            Self::Pipes { manifest, status } => {
+                format!("v1:manifest={}@{},status={}@{}", manifest.fd, manifest.inode, status.fd, status.inode)
+            }
+            Self::Socket(socket) => format!("v1:socket={}@{}", socket.fd, socket.inode),
+        }
     }
 
-    /// `None` for what is not a value of ours, or names no two pipes.
+    /// `None` for what is not a value of ours, or names neither two pipes nor a socket.
     pub(crate) fn parse(value: &str) -> Option<Self> {
-        let (mut manifest, mut status) = (None, None);
+        let (mut manifest, mut status, mut socket) = (None, None, None);
         for part in value.strip_prefix("v1:")?.split(',') {
             let (name, place) = part.split_once('=')?;
             // What a later version adds is skipped.
             let slot = match name {
                 "manifest" => &mut manifest,
                 "status" => &mut status,
+                "socket" => &mut socket,
                 _ => continue,
             };
             let (fd, inode) = place.split_once('@')?;
             *slot = Some(Named { fd: fd.parse().ok().filter(|fd| *fd > 2)?, inode: inode.parse().ok()? });
         }
-        Some(Self { manifest: manifest?, status: status? })
+        match socket {
+            Some(socket) => Some(Self::Socket(socket)),
+            None => Some(Self::Pipes { manifest: manifest?, status: status? }),
+        }
     }
 }
 
@@ -52,18 +60,31 @@ mod tests {
 
     #[test]
     fn the_value_is_the_contract() {
-        let pipes = Pipes { manifest: Named { fd: 5, inode: 48211 }, status: Named { fd: 7, inode: 48212 } };
-        assert_eq!(pipes.value(), "v1:manifest=5@48211,status=7@48212");
-        assert_eq!(Pipes::parse(&pipes.value()), Some(pipes));
+        let (manifest, status) = (Named { fd: 5, inode: 48211 }, Named { fd: 7, inode: 48212 });
+        for (way, value) in [
+            (Way::Pipes { manifest, status }, "v1:manifest=5@48211,status=7@48212"),
+            (Way::Socket(manifest), "v1:socket=5@48211"),
+        ] {
+            assert_eq!(way.value(), value);
+            assert_eq!(Way::parse(value), Some(way));
+        }
     }
 
     #[test]
     fn later_versions_may_add_and_nonsense_is_nothing() {
-        assert!(Pipes::parse("v1:color=blue,manifest=5@1,status=7@2").is_some());
-        for nonsense in
-            ["", "yes", "v1:", "v2:manifest=5@1,status=7@2", "v1:manifest=1@1,status=7@2", "v1:manifest=5,status=7@2"]
-        {
-            assert_eq!(Pipes::parse(nonsense), None, "{nonsense:?}");
+        assert!(Way::parse("v1:color=blue,manifest=5@1,status=7@2").is_some());
+        let nonsense = [
+            "",
+            "yes",
+            "v1:",
+            "v2:manifest=5@1,status=7@2",
+            "v1:manifest=1@1,status=7@2",
+            "v1:manifest=5,status=7@2",
+            "v1:status=7@2",
+            "v1:socket=2@2",
+        ];
+        for nonsense in nonsense {
+            assert_eq!(Way::parse(nonsense), None, "{nonsense:?}");
         }
     }
 }

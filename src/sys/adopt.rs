@@ -1,5 +1,6 @@
 //! Turning a descriptor number from the parent into an owned descriptor, after a proof that it is the one meant.
 
+use std::collections::HashSet;
 use std::io;
 use std::os::fd::{BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -9,7 +10,7 @@ use rustix::io::{fcntl_setfd, FdFlags};
 
 /// The right to adopt descriptors by number. There is one in a process, because a number may be adopted once.
 pub(crate) struct Adopter {
-    adopted: Vec<RawFd>,
+    adopted: HashSet<RawFd>,
 }
 
 impl Adopter {
@@ -20,7 +21,7 @@ impl Adopter {
         // SAFETY: getauxval(3) reads a table that the kernel made.
         let secure = unsafe { libc::getauxval(libc::AT_SECURE) } != 0;
         let free = !secure && !TAKEN.swap(true, Ordering::AcqRel);
-        free.then(|| Self { adopted: Vec::new() })
+        free.then(|| Self { adopted: HashSet::new() })
     }
 
     /// Owns descriptor `fd` if it is open, of that type and inode, and not adopted before; marks it close-on-exec.
@@ -36,7 +37,7 @@ impl Adopter {
             return Err(io::Error::new(io::ErrorKind::NotFound, "the descriptor is another file"));
         }
         fcntl_setfd(borrowed, FdFlags::CLOEXEC)?;
-        self.adopted.push(fd);
+        self.adopted.insert(fd);
         // SAFETY: the parent left this descriptor, known by its inode, open over the execve for us to own, so nobody
         // else in this process opened it; `adopted` and the single `Adopter` see to it that it is owned once.
         Ok(unsafe { OwnedFd::from_raw_fd(fd) })

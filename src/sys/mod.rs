@@ -3,6 +3,7 @@
 #![allow(unsafe_code)]
 
 pub(crate) mod adopt;
+pub(crate) mod peer;
 pub(crate) mod raw;
 pub(crate) mod signal;
 pub(crate) mod spawn;

@@ -90,7 +90,7 @@ fn clone(memory: &Memory) -> io::Result<(c_int, Option<OwnedFd>)> {
     // SAFETY: the stack's top is aligned and belongs to this child alone; `child` touches no thread-local storage and
     // never returns; `memory` outlives the child's use of it, see `SharedMemory::drop` (clone(2)).
     let pid = unsafe {
-        let top = memory.stack.as_ptr().add(memory.stack.len());
+        let top = memory.stack.as_ptr().add(STACK);
         let top = (top as usize & !15) as *mut c_void;
         libc::clone(
             child,
@@ -199,6 +199,7 @@ struct Memory {
     /// The pointers that execve takes, into `plan`, null at the end.
     argv: Vec<*const c_char>,
     envp: Vec<*const c_char>,
+    /// Room of [`STACK`] bytes, not touched before the child does: to zero it would be 16 page faults.
     stack: Vec<u8>,
     /// Not 0 while a child may read this memory; the kernel clears it at execve or exit (CLONE_CHILD_CLEARTID).
     in_use: AtomicU32,
@@ -223,7 +224,7 @@ impl SharedMemory {
             argv: pointers(&plan.argv),
             envp: pointers(&plan.envp),
             plan,
-            stack: vec![0; STACK],
+            stack: Vec::with_capacity(STACK),
             in_use: AtomicU32::new(0),
         })))
     }

@@ -211,6 +211,12 @@ impl Server {
         send_signal(self.first_pid(), signal);
     }
 
+    /// The signal that ended the first generation, which must have ended.
+    pub fn exit_signal(&mut self) -> Option<i32> {
+        use std::os::unix::process::ExitStatusExt;
+        self.child.wait().unwrap().signal()
+    }
+
     pub fn signal_all(&self, signal: Signal) {
         let _ = kill_process_group(self.group, signal);
     }

@@ -1,0 +1,468 @@
+//! The handover to a stranger, at its lowest level: a text and any number of descriptors over a connected
+//! Unix stream socket (SCM_RIGHTS), one step at a time.
+//!
+//! Nothing here waits. A [`Sender`] and a [`Receiver`] do in `step` what the socket allows at that moment and say
+//! whether they are through, so that a peer that stalls keeps nobody from serving triggers; the deadline is the caller's.
+//!
+//! The wire knows no header. The text ends with the line `end`, and the last byte of that line is never sent
+//! before the last descriptor: who has the whole text has everything. A message with descriptors carries one byte of
+//! the text, because the kernel gives descriptors to whoever reads the first byte that they came with; the rest of the
+//! text follows the last descriptor in pieces as large as the socket takes.
+
+use std::io::{self, IoSlice, IoSliceMut};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use rustix::io::Errno;
+use rustix::net::{
+    recvmsg, sendmsg, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags,
+};
+
+/// The kernel's limit (SCM_MAX_FD) on descriptors in one message.
+const DESCRIPTORS_PER_MESSAGE: usize = 253;
+
+/// The line that ends the text, and the end of the line before it.
+const END: &[u8] = b"\nend\n";
+
+/// What a step of the sender has come to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Sent {
+    /// Everything is in the socket.
+    All,
+    /// The socket is full: step again when it is writable.
+    Blocked,
+    /// The kernel takes no more descriptors for now (ETOOMANYREFS): too many of this user are in flight in all
+    /// sockets together. The socket may well be writable, so step again after a moment and not when it is.
+    Crowded,
+}
+
+/// The sending end of one handover.
+pub(crate) struct Sender<F> {
+    text: Vec<u8>,
+    text_sent: usize,
+    descriptors: Vec<F>,
+    descriptors_sent: usize,
+}
+
+impl<F: AsFd> Sender<F> {
+    /// Prepares to send `text`, which must end with the line `end`, and `descriptors`, in their order.
+    ///
+    /// # Errors
+    ///
+    /// `InvalidInput` for a text without that end, or one so short that it has no byte for every message.
+    pub(crate) fn new(text: Vec<u8>, descriptors: Vec<F>) -> io::Result<Self> {
+        let messages = descriptors.len().div_ceil(DESCRIPTORS_PER_MESSAGE);
+        if length(&text, 0) != Some(text.len()) || text.len() <= messages {
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidInput,
+                "the text of a handover must end with the line \"end\" and be longer than it has messages",
+            ));
+        }
+        Ok(Sender { text, text_sent: 0, descriptors, descriptors_sent: 0 })
+    }
+
+    /// Sends as much as `socket` takes now. The socket may be in either blocking mode.
+    ///
+    /// # Errors
+    ///
+    /// What sendmsg says, EPIPE for a peer that is gone among it (never SIGPIPE). Then nothing can be sent any more.
+    pub(crate) fn step(&mut self, socket: impl AsFd) -> io::Result<Sent> {
+        while self.text_sent < self.text.len() {
+            let batch: Vec<BorrowedFd<'_>> = self.descriptors[self.descriptors_sent..]
+                .iter()
+                .take(DESCRIPTORS_PER_MESSAGE)
+                .map(AsFd::as_fd)
+                .collect();
+            let unsent = &self.text[self.text_sent..];
+            let piece = if batch.is_empty() { unsent } else { &unsent[..1] };
+
+            let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(DESCRIPTORS_PER_MESSAGE))];
+            let mut control = SendAncillaryBuffer::new(&mut space);
+            if !batch.is_empty() {
+                control.push(SendAncillaryMessage::ScmRights(&batch));
+            }
+            match sendmsg(&socket, &[IoSlice::new(piece)], &mut control, SendFlags::NOSIGNAL | SendFlags::DONTWAIT) {
+                // The descriptors of a message travel with its first byte, so a message is sent as soon as one byte is.
+                Ok(count) => {
+                    self.text_sent += count;
+                    self.descriptors_sent += batch.len();
+                }
+                Err(Errno::INTR) => {}
+                Err(Errno::AGAIN) => return Ok(Sent::Blocked),
+                Err(Errno::TOOMANYREFS) => return Ok(Sent::Crowded),
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Ok(Sent::All)
+    }
+}
+
+/// How much a receiver takes before it gives up on its peer.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Limits {
+    /// Bytes of text.
+    pub(crate) bytes: usize,
+    /// Descriptors.
+    pub(crate) descriptors: usize,
+}
+
+/// The receiving end of one handover. Dropped before it is through, it closes whatever it has.
+pub(crate) struct Receiver {
+    limits: Limits,
+    text: Vec<u8>,
+    /// How much of what came is the text, once that is known.
+    length: Option<usize>,
+    descriptors: Vec<OwnedFd>,
+}
+
+impl Receiver {
+    pub(crate) fn new(limits: Limits) -> Self {
+        Receiver { limits, text: Vec::new(), length: None, descriptors: Vec::new() }
+    }
+
+    /// Takes what is there. True when the handover is complete, false when more must come.
+    ///
+    /// # Errors
+    ///
+    /// `UnexpectedEof` if the peer is gone, `InvalidData` for more than the limits allow, `Other` if the kernel
+    /// had to drop descriptors, and what recvmsg says. Then the receiver is good for nothing but being dropped.
+    pub(crate) fn step(&mut self, socket: impl AsFd) -> io::Result<bool> {
+        let mut bytes = [0; 16 * 1024];
+        while self.length.is_none() {
+            let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(DESCRIPTORS_PER_MESSAGE))];
+            let mut control = RecvAncillaryBuffer::new(&mut space);
+            let flags = RecvFlags::CMSG_CLOEXEC | RecvFlags::DONTWAIT;
+            let message = match recvmsg(&socket, &mut [IoSliceMut::new(&mut bytes)], &mut control, flags) {
+                Ok(message) => message,
+                Err(Errno::INTR) => continue,
+                Err(Errno::AGAIN) => return Ok(false),
+                Err(error) => return Err(error.into()),
+            };
+            for part in control.drain() {
+                if let RecvAncillaryMessage::ScmRights(descriptors) = part {
+                    self.descriptors.extend(descriptors);
+                }
+            }
+            // The kernel cuts off what it has no descriptor number for, and tells by this flag alone.
+            if message.flags.contains(ReturnFlags::CTRUNC) {
+                return Err(io::Error::other(
+                    "descriptors were cut off on the way (is the limit on open files too low here?)",
+                ));
+            }
+            if message.bytes == 0 {
+                return Err(io::Error::new(
+                    io::ErrorKind::UnexpectedEof,
+                    "the other process went away in the middle of the handover",
+                ));
+            }
+            // The end may have come in two pieces.
+            let looked_at = self.text.len().saturating_sub(END.len());
+            self.text.extend_from_slice(&bytes[..message.bytes]);
+            self.length = length(&self.text, looked_at);
+            if self.text.len() > self.limits.bytes {
+                return Err(too_much("bytes", self.limits.bytes));
+            }
+            if self.descriptors.len() > self.limits.descriptors {
+                return Err(too_much("descriptors", self.limits.descriptors));
+            }
+        }
+        Ok(true)
+    }
+
+    /// The text, what came after it, and the descriptors, in the order in which they were sent. Every descriptor is
+    /// close-on-exec.
+    pub(crate) fn into_parts(mut self) -> (Vec<u8>, Vec<u8>, Vec<OwnedFd>) {
+        let rest = self.text.split_off(self.length.unwrap_or(self.text.len()));
+        (self.text, rest, self.descriptors)
+    }
+}
+
+/// How long the text at the start of `bytes` is, looking for its end from `from` on.
+fn length(bytes: &[u8], from: usize) -> Option<usize> {
+    bytes[from..].windows(END.len()).position(|window| window == END).map(|at| from + at + END.len())
+}
+
+fn too_much(what: &str, limit: usize) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, format!("the other process sent more than {limit} {what}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rustix::event::{poll, PollFd, PollFlags, Timespec};
+    use rustix::io::{fcntl_getfd, FdFlags};
+    use std::fs::File;
+    use std::io::Write;
+    use std::os::unix::net::UnixStream;
+    use std::os::unix::process::CommandExt;
+    use std::process::Command;
+
+    const LIMITS: Limits = Limits { bytes: 1 << 20, descriptors: 2000 };
+
+    fn pair() -> (UnixStream, UnixStream) {
+        UnixStream::pair().unwrap()
+    }
+
+    fn text(lines: usize) -> Vec<u8> {
+        let mut text: Vec<u8> = (0..lines).flat_map(|n| format!("line {n}\n").into_bytes()).collect();
+        text.extend_from_slice(b"end\n");
+        text
+    }
+
+    /// `count` descriptors, and the inodes that tell them apart.
+    fn descriptors(count: usize) -> (Vec<OwnedFd>, Vec<u64>) {
+        let all: Vec<OwnedFd> = (0..count).map(|_| OwnedFd::from(UnixStream::pair().unwrap().0)).collect();
+        let inodes = all.iter().map(inode).collect();
+        (all, inodes)
+    }
+
+    fn inode(fd: impl AsFd) -> u64 {
+        rustix::fs::fstat(fd).unwrap().st_ino
+    }
+
+    fn wait_readable(socket: &UnixStream) {
+        let deadline = Timespec { tv_sec: 10, tv_nsec: 0 };
+        let ready = poll(&mut [PollFd::new(socket, PollFlags::IN)], Some(&deadline)).unwrap();
+        assert_eq!(ready, 1, "nothing came within 10 s");
+    }
+
+    /// Both ends in turn, as two event loops would.
+    fn transfer<F: AsFd>(mut sender: Sender<F>, limits: Limits) -> io::Result<(Vec<u8>, Vec<OwnedFd>)> {
+        let (left, right) = pair();
+        let mut receiver = Receiver::new(limits);
+        loop {
+            let sent = sender.step(&left)?;
+            let complete = receiver.step(&right)?;
+            assert_eq!(complete, sent == Sent::All);
+            if complete {
+                let (text, rest, descriptors) = receiver.into_parts();
+                assert!(rest.is_empty());
+                return Ok((text, descriptors));
+            }
+        }
+    }
+
+    /// A limit on open files that leaves room for a test with `count` descriptors and its copies.
+    fn room_for(count: u64) {
+        let mut limit = rustix::process::getrlimit(rustix::process::Resource::Nofile);
+        if limit.current.is_some_and(|now| now < count) {
+            limit.current = Some(limit.maximum.map_or(count, |maximum| maximum.min(count)));
+            rustix::process::setrlimit(rustix::process::Resource::Nofile, limit).unwrap();
+        }
+    }
+
+    #[test]
+    fn a_text_alone_arrives() {
+        let sender = Sender::new(text(3), Vec::<OwnedFd>::new()).unwrap();
+        let (bytes, received) = transfer(sender, LIMITS).unwrap();
+        assert_eq!(bytes, text(3));
+        assert!(received.is_empty());
+    }
+
+    #[test]
+    fn a_thousand_descriptors_arrive_in_order_and_close_on_exec() {
+        room_for(4096);
+        let (all, inodes) = descriptors(1000);
+        let sender = Sender::new(text(1000), all).unwrap();
+        let (bytes, received) = transfer(sender, LIMITS).unwrap();
+        assert_eq!(bytes, text(1000));
+        assert_eq!(received.iter().map(inode).collect::<Vec<_>>(), inodes);
+        for fd in &received {
+            assert!(fcntl_getfd(fd).unwrap().contains(FdFlags::CLOEXEC));
+        }
+    }
+
+    #[test]
+    fn a_text_larger_than_the_socket_goes_in_steps() {
+        let (left, right) = pair();
+        let long = text(50_000);
+        let (all, inodes) = descriptors(300);
+        let mut sender = Sender::new(long.clone(), all).unwrap();
+        let mut receiver = Receiver::new(LIMITS);
+        assert_eq!(sender.step(&left).unwrap(), Sent::Blocked, "a peer that does not read blocks nobody");
+        assert_eq!(sender.step(&left).unwrap(), Sent::Blocked);
+        assert!(!receiver.step(&right).unwrap());
+        while sender.step(&left).unwrap() != Sent::All {
+            assert!(!receiver.step(&right).unwrap());
+        }
+        assert!(receiver.step(&right).unwrap());
+        let (bytes, _, received) = receiver.into_parts();
+        assert!(bytes == long);
+        assert_eq!(received.iter().map(inode).collect::<Vec<_>>(), inodes);
+    }
+
+    #[test]
+    fn the_last_byte_comes_after_the_last_descriptor() {
+        let (all, _) = descriptors(254);
+        // Two messages and the text of five bytes: one byte with each, the rest last.
+        let sender = Sender::new(b"\nend\n".to_vec(), all).unwrap();
+        let (bytes, received) = transfer(sender, LIMITS).unwrap();
+        assert_eq!(bytes, b"\nend\n");
+        assert_eq!(received.len(), 254);
+    }
+
+    #[test]
+    fn a_text_without_an_end_or_too_short_is_refused() {
+        let none = Vec::<OwnedFd>::new;
+        for bad in [&b""[..], b"end\n", b"\nend", b"an end\n", b"\nend\nmore\n"] {
+            assert!(Sender::new(bad.to_vec(), none()).is_err(), "{bad:?}");
+        }
+        let one = File::open("/dev/null").unwrap();
+        let many: Vec<_> = (0..5 * DESCRIPTORS_PER_MESSAGE).map(|_| one.as_fd()).collect();
+        assert!(Sender::new(b"\nend\n".to_vec(), many).is_err());
+    }
+
+    #[test]
+    fn what_follows_the_text_is_kept_apart() {
+        let (mut left, right) = pair();
+        left.write_all(b"line\nen").unwrap();
+        let mut receiver = Receiver::new(LIMITS);
+        assert!(!receiver.step(&right).unwrap());
+        left.write_all(b"d\nstop\n").unwrap();
+        assert!(receiver.step(&right).unwrap());
+        let (text, rest, _) = receiver.into_parts();
+        assert_eq!((&text[..], &rest[..]), (&b"line\nend\n"[..], &b"stop\n"[..]));
+    }
+
+    #[test]
+    fn nothing_yet_is_not_an_error() {
+        let (_left, right) = pair();
+        assert!(!Receiver::new(LIMITS).step(&right).unwrap());
+    }
+
+    #[test]
+    fn an_empty_message_of_a_peer_that_leaves_is_an_end() {
+        let (left, right) = pair();
+        drop(left);
+        let error = Receiver::new(LIMITS).step(&right).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof);
+    }
+
+    #[test]
+    fn a_peer_that_dies_midway_leaves_no_descriptor_behind() {
+        let (left, right) = pair();
+        let (watch, far) = pair();
+        let mut sender = Sender::new(text(50_000), vec![far]).unwrap();
+        assert_eq!(sender.step(&left).unwrap(), Sent::Blocked);
+        drop(sender);
+        drop(left);
+        let mut receiver = Receiver::new(LIMITS);
+        let error = receiver.step(&right).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof);
+        assert_eq!(receiver.descriptors.len(), 1);
+        drop(receiver);
+        // The last copy of the far end is gone: its peer reads the end.
+        wait_readable(&watch);
+        assert_eq!(rustix::io::read(&watch, &mut [0; 1]).unwrap(), 0);
+    }
+
+    #[test]
+    fn a_receiver_that_is_gone_is_an_error_and_no_signal() {
+        let (left, right) = pair();
+        drop(right);
+        let mut sender = Sender::new(text(1), Vec::<OwnedFd>::new()).unwrap();
+        let error = sender.step(&left).unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(libc::EPIPE));
+    }
+
+    #[test]
+    fn garbage_without_an_end_stops_at_the_limit() {
+        let (mut left, right) = pair();
+        left.set_nonblocking(true).unwrap();
+        let mut receiver = Receiver::new(Limits { bytes: 10_000, descriptors: 1 });
+        let error = loop {
+            // A peer that never stops; the receiver gives up long before it does.
+            let _ = left.write(&[0xff; 3000]);
+            match receiver.step(&right) {
+                Ok(complete) => assert!(!complete),
+                Err(error) => break error,
+            }
+        };
+        assert_eq!(error.kind(), io::ErrorKind::InvalidData);
+        assert!(receiver.text.len() <= 10_000 + 16 * 1024);
+    }
+
+    #[test]
+    fn too_many_descriptors_stop_at_the_limit() {
+        let (all, _) = descriptors(300);
+        let sender = Sender::new(text(300), all).unwrap();
+        let error = transfer(sender, Limits { bytes: 1 << 20, descriptors: 299 }).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::InvalidData);
+        assert!(error.to_string().contains("299 descriptors"), "{error}");
+    }
+
+    /// Some tests need a process with limits of its own: they run themselves again.
+    fn in_a_process_of_its_own(name: &str, change: impl FnOnce(&mut Command)) -> bool {
+        if std::env::var_os("ECDYSIS_TEST_ALONE").is_some() {
+            return true;
+        }
+        let mut command = Command::new("/proc/self/exe");
+        command.args(["--exact", "--test-threads=1", name]).env("ECDYSIS_TEST_ALONE", "1");
+        change(&mut command);
+        let output = command.output().unwrap();
+        assert!(
+            output.status.success() && String::from_utf8_lossy(&output.stdout).contains("1 passed"),
+            "{}{}",
+            String::from_utf8_lossy(&output.stdout),
+            String::from_utf8_lossy(&output.stderr)
+        );
+        false
+    }
+
+    fn limit_open_files(limit: u64) {
+        let limit = rustix::process::Rlimit { current: Some(limit), maximum: Some(limit) };
+        rustix::process::setrlimit(rustix::process::Resource::Nofile, limit).unwrap();
+    }
+
+    #[test]
+    fn a_receiver_out_of_descriptor_numbers_says_so() {
+        if !in_a_process_of_its_own("handover::scm::tests::a_receiver_out_of_descriptor_numbers_says_so", |_| {}) {
+            return;
+        }
+        let (all, _) = descriptors(20);
+        let (left, right) = pair();
+        let mut sender = Sender::new(text(20), all).unwrap();
+        assert_eq!(sender.step(&left).unwrap(), Sent::All);
+        limit_open_files(32);
+        let error = Receiver::new(LIMITS).step(&right).unwrap_err();
+        assert!(error.to_string().contains("cut off"), "{error}");
+    }
+
+    #[test]
+    fn too_many_descriptors_in_flight_are_waited_for() {
+        // The kernel counts for each user, and not for root.
+        let name = "handover::scm::tests::too_many_descriptors_in_flight_are_waited_for";
+        let change = |command: &mut Command| {
+            if rustix::process::geteuid().is_root() {
+                command.uid(54_321).gid(54_321);
+            }
+        };
+        if !in_a_process_of_its_own(name, change) {
+            return;
+        }
+        let (left, right) = pair();
+        let (left_2, right_2) = pair();
+        let one = File::open("/dev/null").unwrap();
+        limit_open_files(100);
+        let mut first = Sender::new(text(1), vec![one.as_fd(); 200]).unwrap();
+        let mut second = Sender::new(text(1), vec![one.as_fd(); 10]).unwrap();
+        // Other tests of the same user may have descriptors in flight too, and the kernel collects what a closed socket
+        // held a moment later.
+        let until_sent = |sender: &mut Sender<BorrowedFd<'_>>, socket: &UnixStream| {
+            let begin = std::time::Instant::now();
+            while sender.step(socket).unwrap() == Sent::Crowded {
+                assert!(begin.elapsed().as_secs() < 10, "still crowded after 10 s");
+                std::thread::yield_now();
+            }
+        };
+        until_sent(&mut first, &left);
+        assert_eq!(second.step(&left_2).unwrap(), Sent::Crowded);
+        assert_eq!(second.step(&left_2).unwrap(), Sent::Crowded);
+        drop((left, right));
+        until_sent(&mut second, &left_2);
+        let mut receiver = Receiver::new(LIMITS);
+        assert!(receiver.step(&right_2).unwrap());
+        assert_eq!(receiver.into_parts().2.len(), 10);
+    }
+}

@@ -1,0 +1,203 @@
+//! What a program hands on besides what it listens on: connections, bytes, and a pair that links two generations.
+
+use std::error::Error as StdError;
+use std::ffi::OsStr;
+use std::fmt;
+use std::io;
+use std::net::TcpStream;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::{UnixDatagram, UnixStream};
+use std::sync::Arc;
+
+use rustix::net::{sockopt, AddressFamily};
+
+use crate::error::Error;
+use crate::handover::blob;
+use crate::key::{Key, Kind};
+use crate::sockets::{check_kind, Sockets};
+
+type Callback = dyn Fn() -> Result<Vec<u8>, Box<dyn StdError + Send + Sync>> + Send + Sync;
+
+/// The program's own code that makes state when an upgrade begins.
+#[derive(Clone)]
+pub(crate) struct Producer(Arc<Callback>);
+
+impl Producer {
+    pub(crate) fn produce(&self, key: &Key) -> Result<OwnedFd, Error> {
+        let failed = |source| Error::State { name: String::from_utf8_lossy(key.name()).into_owned(), source };
+        let bytes = (self.0)().map_err(failed)?;
+        blob::seal(&bytes, blob::LIMIT).map_err(|e| failed(e.into()))
+    }
+}
+
+impl fmt::Debug for Producer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Producer")
+    }
+}
+
+impl Sockets {
+    /// Hands bytes to the next generation, where [`take_bytes`](Self::take_bytes) gives them back: a cache worth
+    /// keeping, counters, the list of what else was passed. `produce` is called once in every upgrade, before the child
+    /// is started, in the thread that upgrades; what changes after that call is not in them. An earlier callback of the
+    /// same name is replaced.
+    ///
+    /// They travel in memory, sealed, at most 64 MiB. If `produce` fails, so does the upgrade, with [`Error::State`],
+    /// and this process serves on.
+    ///
+    /// ```
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// use std::sync::atomic::{AtomicU64, Ordering};
+    /// use std::sync::Arc;
+    /// # let starting = ecdysis::Ecdysis::builder().start()?;
+    /// let served = Arc::new(AtomicU64::new(0));
+    /// if let Some(bytes) = starting.take_bytes("served")? {
+    ///     served.store(std::str::from_utf8(&bytes)?.parse()?, Ordering::Relaxed);
+    /// }
+    /// starting.pass_bytes("served", move || {
+    ///     Ok::<_, std::io::Error>(served.load(Ordering::Relaxed).to_string().into_bytes())
+    /// })?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Socket`] if the name is longer than 255 bytes.
+    pub fn pass_bytes<E>(
+        &self,
+        name: impl AsRef<OsStr>,
+        produce: impl Fn() -> Result<Vec<u8>, E> + Send + Sync + 'static,
+    ) -> Result<(), Error>
+    where
+        E: Into<Box<dyn StdError + Send + Sync>>,
+    {
+        let produce = move || produce().map_err(Into::into);
+        self.pass_produced(Key::bytes(name), Producer(Arc::new(produce)))
+    }
+
+    /// Takes the bytes that the parent passed by this name; `None` if there are none. They are this process's alone:
+    /// the next generation gets what is passed here. To be called before `ready`, which lets go of what nobody took.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Socket`] if what came is not a sealed memory file of at most 64 MiB, or there is no memory for it.
+    pub fn take_bytes(&self, name: impl AsRef<OsStr>) -> Result<Option<Vec<u8>>, Error> {
+        let key = Key::bytes(name);
+        let bytes = self.take(&key).map(|fd| blob::open(fd, blob::LIMIT)).transpose();
+        bytes.map_err(|source| Error::Socket { key, source })
+    }
+
+    /// Hands a connection to the next generation, by name. The registry keeps a duplicate; an earlier one of the same
+    /// name is replaced.
+    ///
+    /// Three things are the program's to see to, since only it knows its protocol:
+    ///
+    /// - The duplicate keeps the connection open. When it ends, [`retire`](Self::retire) it by
+    ///   [`Key::stream`], or its peer never hears the end.
+    /// - From the commit on the connection is the child's. [`Event::Committed`](crate::Event::Committed) says when to
+    ///   stop reading and writing; an [`Event::UpgradeFailed`](crate::Event::UpgradeFailed) after it gives it back. The
+    ///   child for its part leaves it alone until `ready` has returned. What was read and not yet dealt with, and what
+    ///   waits in a buffer to be written, goes with [`pass_bytes`](Self::pass_bytes), or must not exist.
+    /// - Both processes hold one connection, with one blocking mode. Never call `shutdown` on one that was passed.
+    ///
+    /// ```
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// use std::os::unix::net::UnixStream;
+    /// # let starting = ecdysis::Ecdysis::builder().start()?;
+    /// let upstream = match starting.take_stream::<UnixStream>("upstream")? {
+    ///     Some(stream) => stream,
+    ///     None => UnixStream::pair()?.0, // connect
+    /// };
+    /// starting.pass_stream("upstream", &upstream)?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Socket`] if no descriptor is left, or the name is longer than 255 bytes.
+    pub fn pass_stream<S: Stream>(&self, name: impl AsRef<OsStr>, stream: &S) -> Result<(), Error> {
+        self.pass(Key::stream(name), stream.as_fd())
+    }
+
+    /// Takes the connection that the parent passed by this name; `None` if there is none. The next generation gets it
+    /// only if it is passed again. To be called before `ready`, which closes what nobody took.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Socket`] if it is not a connection of the type asked for.
+    pub fn take_stream<S: Stream>(&self, name: impl AsRef<OsStr>) -> Result<Option<S>, Error> {
+        let key = Key::stream(name);
+        let stream = self.take(&key).map(|fd| {
+            check_kind(Kind::Stream, fd.as_fd())?;
+            let is_unix = sockopt::socket_domain(&fd)? == AddressFamily::UNIX;
+            if is_unix != S::UNIX {
+                let reason = if is_unix { "a Unix connection, not TCP" } else { "a TCP connection, not Unix" };
+                return Err(io::Error::new(io::ErrorKind::InvalidInput, reason));
+            }
+            Ok(S::from(fd))
+        });
+        stream.transpose().map_err(|source| Error::Socket { key, source })
+    }
+
+    /// A chain of Unix datagram pairs through the generations. The first of the two talks to the parent, if that made a
+    /// pair of the same name; the second to the future child, if that asks for the pair of this name.
+    ///
+    /// After a failed upgrade the next child gets the same end, with whatever waits in it. Called again with the same
+    /// name, it makes a new pair in the place of the former one.
+    ///
+    /// ```
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # let starting = ecdysis::Ecdysis::builder().start()?;
+    /// let (to_parent, to_child) = starting.unix_datagram_pair("chain");
+    /// if let Some(parent) = to_parent {
+    ///     parent.send(b"hello from the next generation")?;
+    /// }
+    /// let to_child = to_child?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// The second is [`Error::Socket`] if there is no descriptor for a pair, or the name is longer than 255 bytes; the
+    /// first is well all the same.
+    pub fn unix_datagram_pair(&self, name: impl AsRef<OsStr>) -> (Option<UnixDatagram>, Result<UnixDatagram, Error>) {
+        let key = Key::from_parts(Kind::DatagramPair, name.as_ref().as_encoded_bytes().to_vec());
+        let to_parent = self.take(&key).and_then(|fd| match check_kind(Kind::DatagramPair, fd.as_fd()) {
+            Ok(()) => Some(UnixDatagram::from(fd)),
+            Err(e) => {
+                log::warn!("{key} from the parent: {e}");
+                None
+            }
+        });
+        let pair = UnixDatagram::pair().map_err(|source| Error::Socket { key: key.clone(), source });
+        let to_child = pair.and_then(|(ours, childs)| {
+            self.pass(key, childs.as_fd())?;
+            Ok(ours)
+        });
+        (to_parent, to_child)
+    }
+}
+
+/// A connection that [`Sockets::pass_stream`] takes: [`TcpStream`] or [`UnixStream`].
+pub trait Stream: AsFd + From<OwnedFd> + sealed::Sealed {
+    /// Whether it is a Unix socket.
+    #[doc(hidden)]
+    const UNIX: bool;
+}
+
+mod sealed {
+    pub trait Sealed {}
+    impl Sealed for std::net::TcpStream {}
+    impl Sealed for std::os::unix::net::UnixStream {}
+}
+
+impl Stream for TcpStream {
+    const UNIX: bool = false;
+}
+
+impl Stream for UnixStream {
+    const UNIX: bool = true;
+}

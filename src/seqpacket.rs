@@ -1,0 +1,199 @@
+//! Unix seqpacket sockets: connections that keep the bounds of records. std has no type for them.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::Path;
+
+use rustix::io::retry_on_intr;
+use rustix::net::{
+    accept_with, connect, recv, send, socket_with, socketpair, AddressFamily, RecvFlags, SendFlags, SocketFlags,
+    SocketType,
+};
+
+use crate::listen::unix_address;
+
+/// A Unix socket that listens for seqpacket connections.
+///
+/// It comes from [`Sockets::listen_unix_seqpacket`](crate::Sockets::listen_unix_seqpacket) and is nonblocking, as every
+/// listener of this library: accept through [`Shutdown::accept`](crate::Shutdown::accept) or
+/// [`Shutdown::incoming`](crate::Shutdown::incoming).
+#[derive(Debug)]
+pub struct UnixSeqpacketListener(OwnedFd);
+
+impl UnixSeqpacketListener {
+    /// Takes one connection from the queue. It is blocking, whatever the listener is.
+    ///
+    /// # Errors
+    ///
+    /// `WouldBlock` if nobody waits, and what accept says.
+    pub fn accept(&self) -> io::Result<UnixSeqpacketConn> {
+        Ok(UnixSeqpacketConn(retry_on_intr(|| accept_with(&self.0, SocketFlags::CLOEXEC))?))
+    }
+}
+
+/// One seqpacket connection. What one end sends in one call, the other end receives in one call.
+#[derive(Debug)]
+pub struct UnixSeqpacketConn(OwnedFd);
+
+impl UnixSeqpacketConn {
+    /// Connects to the socket file `path`, or to the abstract name behind the `@` of a path that begins with one.
+    ///
+    /// # Errors
+    ///
+    /// What connect says: `NotFound` without such a file, `ConnectionRefused` if nobody listens, EPROTOTYPE if the
+    /// socket is of another type.
+    ///
+    /// ```no_run
+    /// let connection = ecdysis::UnixSeqpacketConn::connect("/run/app/records")?;
+    /// connection.send(b"one record")?;
+    /// let mut buffer = [0; 4096];
+    /// let length = connection.recv(&mut buffer)?;
+    /// println!("{:?}", &buffer[..length]);
+    /// # Ok::<(), std::io::Error>(())
+    /// ```
+    pub fn connect(path: impl AsRef<Path>) -> io::Result<Self> {
+        let fd = socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?;
+        retry_on_intr(|| connect(&fd, &unix_address(path.as_ref())?))?;
+        Ok(UnixSeqpacketConn(fd))
+    }
+
+    /// Two connected ends.
+    ///
+    /// # Errors
+    ///
+    /// What socketpair says.
+    pub fn pair() -> io::Result<(Self, Self)> {
+        let (left, right) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?;
+        Ok((UnixSeqpacketConn(left), UnixSeqpacketConn(right)))
+    }
+
+    /// Sends `record` as a whole. A peer that is gone is an error (EPIPE), not a signal.
+    ///
+    /// # Errors
+    ///
+    /// `InvalidInput` for an empty record, which the other end could not tell from the end of the connection;
+    /// EMSGSIZE for one that is larger than the send buffer; and what send says.
+    pub fn send(&self, record: &[u8]) -> io::Result<()> {
+        if record.is_empty() {
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, "an empty record looks like the end"));
+        }
+        // A record goes whole or not at all, so there is no count to look at.
+        retry_on_intr(|| send(&self.0, record, SendFlags::NOSIGNAL))?;
+        Ok(())
+    }
+
+    /// Receives one record into `buffer` and returns its length; 0 is the end of the connection.
+    ///
+    /// # Errors
+    ///
+    /// `InvalidData` for a record that is longer than `buffer`: it is lost, and the next call returns the next
+    /// one. Otherwise what recv says.
+    pub fn recv(&self, buffer: &mut [u8]) -> io::Result<usize> {
+        let size = buffer.len();
+        let (_, length) = retry_on_intr(|| recv(&self.0, &mut buffer[..], RecvFlags::TRUNC))?;
+        if length > size {
+            let reason = format!("a record of {length} bytes for a buffer of {size}");
+            return Err(io::Error::new(io::ErrorKind::InvalidData, reason));
+        }
+        Ok(length)
+    }
+
+    /// Makes `send` and `recv` answer `WouldBlock` instead of waiting, or wait again.
+    ///
+    /// # Errors
+    ///
+    /// What ioctl says.
+    pub fn set_nonblocking(&self, nonblocking: bool) -> io::Result<()> {
+        Ok(rustix::io::ioctl_fionbio(&self.0, nonblocking)?)
+    }
+}
+
+macro_rules! is_a_descriptor {
+    ($($name:ident),*) => {$(
+        impl AsFd for $name {
+            fn as_fd(&self) -> BorrowedFd<'_> {
+                self.0.as_fd()
+            }
+        }
+        impl From<OwnedFd> for $name {
+            fn from(fd: OwnedFd) -> Self {
+                $name(fd)
+            }
+        }
+        impl From<$name> for OwnedFd {
+            fn from(socket: $name) -> Self {
+                socket.0
+            }
+        }
+    )*};
+}
+is_a_descriptor!(UnixSeqpacketListener, UnixSeqpacketConn);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rustix::net::{bind, listen};
+
+    fn listener(name: &str) -> UnixSeqpacketListener {
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+        let fd = socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None).unwrap();
+        bind(&fd, &unix_address(Path::new(name)).unwrap()).unwrap();
+        listen(&fd, 10).unwrap();
+        fd.into()
+    }
+
+    #[test]
+    fn records_keep_their_bounds() {
+        let (left, right) = UnixSeqpacketConn::pair().unwrap();
+        left.send(b"one").unwrap();
+        left.send(b"three").unwrap();
+        let mut buffer = [0; 100];
+        assert_eq!(right.recv(&mut buffer).unwrap(), 3);
+        assert_eq!(&buffer[..3], b"one");
+        assert_eq!(right.recv(&mut buffer).unwrap(), 5);
+        assert_eq!(&buffer[..5], b"three");
+        drop(left);
+        assert_eq!(right.recv(&mut buffer).unwrap(), 0);
+        assert_eq!(right.send(b"x").unwrap_err().kind(), io::ErrorKind::BrokenPipe);
+    }
+
+    #[test]
+    fn a_record_too_long_is_an_error_and_the_next_one_is_whole() {
+        let (left, right) = UnixSeqpacketConn::pair().unwrap();
+        left.send(&[1; 50]).unwrap();
+        left.send(&[2; 10]).unwrap();
+        let mut buffer = [0; 10];
+        let error = right.recv(&mut buffer).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::InvalidData);
+        assert_eq!(error.to_string(), "a record of 50 bytes for a buffer of 10");
+        assert_eq!(right.recv(&mut buffer).unwrap(), 10);
+        assert_eq!(buffer, [2; 10]);
+    }
+
+    #[test]
+    fn an_empty_record_is_refused() {
+        let (left, _right) = UnixSeqpacketConn::pair().unwrap();
+        assert_eq!(left.send(b"").unwrap_err().kind(), io::ErrorKind::InvalidInput);
+    }
+
+    #[test]
+    fn an_accepted_connection_blocks_though_the_listener_does_not() {
+        let name = format!("@ecdysis-seqpacket-{}", std::process::id());
+        let listener = listener(&name);
+        assert_eq!(listener.accept().unwrap_err().kind(), io::ErrorKind::WouldBlock);
+        let client = UnixSeqpacketConn::connect(&name).unwrap();
+        let server = listener.accept().unwrap();
+        assert!(!rustix::fs::fcntl_getfl(&server).unwrap().contains(rustix::fs::OFlags::NONBLOCK));
+        client.send(b"hello").unwrap();
+        let mut buffer = [0; 10];
+        assert_eq!(server.recv(&mut buffer).unwrap(), 5);
+        server.set_nonblocking(true).unwrap();
+        assert_eq!(server.recv(&mut buffer).unwrap_err().kind(), io::ErrorKind::WouldBlock);
+    }
+
+    #[test]
+    fn nobody_listens() {
+        let error = UnixSeqpacketConn::connect("/nonexistent/socket").unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::NotFound);
+    }
+}

@@ -1,0 +1,44 @@
+//! The same small server with `ecdysis` 1.1.1 and Tokio, in the shape of its own example.
+
+use std::io;
+
+use ecdysis_bench::{say_serving, say_upgraded, sys, Args};
+use old::tokio_ecdysis::{SignalKind, StopOnShutdown, TokioEcdysisBuilder};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+use tokio_stream::StreamExt;
+
+#[tokio::main(flavor = "current_thread")]
+async fn main() -> io::Result<()> {
+    sys::mark("main");
+    let args = Args::get();
+    let builder = TokioEcdysisBuilder::new(SignalKind::hangup())?;
+    let mut serving = Vec::new();
+    for address in args.addresses() {
+        let mut stream = builder.listen_tcp(StopOnShutdown::Yes, address)?;
+        serving.push(tokio::spawn(async move {
+            while let Some(Ok(stream)) = stream.next().await {
+                tokio::spawn(answer(stream));
+            }
+        }));
+    }
+    let (_ecdysis, upgraded) = builder.ready()?;
+    sys::mark("ready");
+    say_serving();
+    // Its upgrade is started by the signal, inside this future: the measuring program knows when it sent that.
+    let since = sys::now();
+    upgraded.await.map_err(|e| io::Error::other(format!("{e:?}")))?;
+    say_upgraded(since);
+    sys::mark("end");
+    for task in serving {
+        task.await?;
+    }
+    Ok(())
+}
+
+async fn answer(mut stream: TcpStream) {
+    let mut buffer = [0; 64];
+    if matches!(stream.read(&mut buffer).await, Ok(n) if n > 0) {
+        let _ = stream.write_all(b"served\n").await;
+    }
+}

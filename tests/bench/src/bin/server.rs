@@ -1,0 +1,206 @@
+//! A small threaded server, upgraded by this library (`way=auto`, `way=fork`) or by hand (`way=bare-fork`,
+//! `way=bare-vfork`, `way=bare-vm`): one binary, so that its size and start are the same for all.
+
+use std::ffi::CString;
+use std::io::{self, Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::ffi::OsStringExt;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::thread;
+use std::time::Duration;
+
+use ecdysis::{Ecdysis, Spawn};
+use ecdysis_bench::sys::{self, Heap, Way};
+use ecdysis_bench::{answer, hear, say, say_serving, say_upgraded, Args};
+
+fn main() -> Result<(), Box<dyn std::error::Error>> {
+    sys::mark("main");
+    let args = Args::get();
+    match args.text("way") {
+        Some("bare-fork") => Ok(bare(&args, Way::Fork)?),
+        Some("bare-vfork") => Ok(bare(&args, Way::Vfork)?),
+        Some("bare-vm") => Ok(bare(&args, Way::Vm)?),
+        Some("block") => Ok(count_blocking(&args)?),
+        Some("count") => count_incoming(&args),
+        Some("fork") => ours(&args, Spawn::Fork),
+        _ => ours(&args, Spawn::Auto),
+    }
+}
+
+fn ours(args: &Args, spawn: Spawn) -> Result<(), Box<dyn std::error::Error>> {
+    let mut builder = Ecdysis::builder();
+    builder.spawn(spawn).probation(Duration::ZERO);
+    if args.by_signal() {
+        builder.upgrade_on_signal(libc::SIGHUP);
+    }
+    let starting = builder.start()?;
+    let listeners = args.addresses().map(|a| starting.listen_tcp(a)).collect::<Result<Vec<_>, _>>()?;
+    if starting.is_child() && args.text("heap").is_some() {
+        // Measures what an upgrade does to the parent, several times over one heap: this generation never serves.
+        let _ = starting.refuse("as told");
+        return Ok(());
+    }
+    let shutdown = starting.shutdown();
+    let listeners = &*listeners.leak();
+    let server = starting.ready()?;
+    sys::mark("ready");
+    say_serving();
+    for _ in 0..args.number("threads", 1) {
+        let shutdown = shutdown.clone();
+        thread::spawn(move || shutdown.incoming(&listeners[0]).flatten().for_each(answer));
+    }
+    if args.text("heap").is_some() {
+        return measure_stall(args, &server);
+    }
+    if args.by_signal() {
+        let since = sys::now();
+        server.run()?;
+        say_upgraded(since);
+    } else if hear() == "upgrade" {
+        sys::mark("begin");
+        let since = sys::now();
+        server.upgrade()?;
+        say_upgraded(since);
+        sys::mark("end");
+    } else {
+        server.stop();
+    }
+    shutdown.drain(Duration::from_secs(5));
+    Ok(())
+}
+
+/// The handover without a library: fork, execve, and one byte in a pipe that says ready.
+fn bare(args: &Args, way: Way) -> io::Result<()> {
+    const VARIABLE: &str = "BARE";
+    if args.by_signal() {
+        sys::block_hangup();
+    }
+    let inherited = std::env::var(VARIABLE).ok();
+    let mut status = None;
+    let listeners: Vec<TcpListener> = match &inherited {
+        Some(fds) => {
+            let mut fds = fds.split(',').filter_map(|fd| fd.parse().ok());
+            status = fds.next().map(sys::adopt::<std::fs::File>);
+            fds.map(sys::adopt).collect()
+        }
+        None => args.addresses().map(TcpListener::bind).collect::<io::Result<_>>()?,
+    };
+    let listeners = &*listeners.leak();
+    if let Some(mut status) = status {
+        status.write_all(b"r")?;
+    }
+    sys::mark("ready");
+    say_serving();
+    for _ in 0..args.number("threads", 1) {
+        thread::spawn(move || listeners[0].incoming().flatten().for_each(answer));
+    }
+    if args.by_signal() {
+        sys::wait_hangup();
+    } else if hear() != "upgrade" {
+        return Ok(());
+    }
+
+    sys::mark("begin");
+    let since = sys::now();
+    let (from_child, to_parent) = sys::pipe()?;
+    let fds = [to_parent.as_raw_fd()].into_iter().chain(listeners.iter().map(AsRawFd::as_raw_fd)).collect::<Vec<_>>();
+    let list = fds.iter().map(i32::to_string).collect::<Vec<_>>().join(",");
+    let argv = std::env::args_os().map(|a| CString::new(a.into_vec())).collect::<Result<Vec<_>, _>>()?;
+    let envp = std::env::vars_os()
+        .filter(|(name, _)| name != VARIABLE)
+        .map(|(name, value)| [name.into_vec(), value.into_vec()].join(&b'='))
+        .chain([format!("{VARIABLE}={list}").into_bytes()])
+        .map(CString::new)
+        .collect::<Result<Vec<_>, _>>()?;
+    sys::bare_spawn(way, argv[0].clone(), &argv, &envp, fds)?;
+    drop::<OwnedFd>(to_parent);
+    let mut byte = [0];
+    std::fs::File::from(from_child).read_exact(&mut byte)?;
+    say_upgraded(since);
+    sys::mark("end");
+    // As the library does at the commit, no old code accepts from here on.
+    Ok(())
+}
+
+/// The longest time that a thread which works in memory stood still: in an upgrade, and in as long a time without one.
+fn measure_stall(args: &Args, server: &Ecdysis) -> Result<(), Box<dyn std::error::Error>> {
+    static LONGEST: AtomicU64 = AtomicU64::new(0);
+    static LAST: AtomicU64 = AtomicU64::new(0);
+    let mut heap = Heap::new(args.number("heap", 0) << 20)?;
+    thread::spawn(move || {
+        let (mut last, mut page) = (sys::now(), 0_usize);
+        loop {
+            heap.touch(page);
+            page = page.wrapping_add(7919);
+            let now = sys::now();
+            LONGEST.fetch_max(now - last, Ordering::Relaxed);
+            LAST.store(now, Ordering::Relaxed);
+            last = now;
+        }
+    });
+    say("touched");
+    // It may stand still at this moment.
+    let longest = || {
+        let still = sys::now().saturating_sub(LAST.load(Ordering::Relaxed));
+        LONGEST.swap(0, Ordering::Relaxed).max(still)
+    };
+    while hear() == "upgrade" {
+        longest();
+        let since = sys::now();
+        let refused = server.upgrade();
+        let took = sys::now() - since;
+        let stall = longest();
+        if !matches!(refused, Err(ecdysis::Error::Refused { .. })) {
+            return Err(format!("{refused:?}").into());
+        }
+        thread::sleep(Duration::from_nanos(took));
+        let quiet = longest();
+        say(&format!("stall ns={stall} quiet={quiet} took={took}"));
+    }
+    std::process::exit(0)
+}
+
+/// Accepts and closes, and counts: through `Shutdown::incoming`.
+fn count_incoming(args: &Args) -> Result<(), Box<dyn std::error::Error>> {
+    let starting = Ecdysis::builder().start()?;
+    let listener = &*Box::leak(Box::new(starting.listen_tcp(([127, 0, 0, 1], 0).into())?));
+    for _ in 0..args.number("threads", 1) {
+        let shutdown = starting.shutdown();
+        thread::spawn(move || shutdown.incoming(listener).flatten().for_each(count));
+    }
+    let _server = starting.ready()?;
+    Ok(report_rate(listener)?)
+}
+
+/// The same with plain blocking accept.
+fn count_blocking(args: &Args) -> io::Result<()> {
+    let listener = &*Box::leak(Box::new(TcpListener::bind(("127.0.0.1", 0))?));
+    for _ in 0..args.number("threads", 1) {
+        thread::spawn(move || listener.incoming().flatten().for_each(count));
+    }
+    report_rate(listener)
+}
+
+static ACCEPTED: AtomicU64 = AtomicU64::new(0);
+
+fn count(stream: TcpStream) {
+    drop(stream);
+    ACCEPTED.fetch_add(1, Ordering::Relaxed);
+}
+
+/// Answers each line `measure MS` with the connections accepted in that time.
+fn report_rate(listener: &TcpListener) -> io::Result<()> {
+    say(&format!("port {}", listener.local_addr()?.port()));
+    while let Some(ms) = hear().strip_prefix("measure ").and_then(|ms| ms.parse().ok()) {
+        let state = || (sys::now(), ACCEPTED.load(Ordering::Relaxed), sys::cpu_seconds(false));
+        let before = state();
+        thread::sleep(Duration::from_millis(ms));
+        let after = state();
+        let (time, accepted) = (after.0 - before.0, after.1 - before.1);
+        let rate = accepted as f64 / (time as f64 / 1e9);
+        let cpu = (after.2 - before.2) * 1e6 / accepted.max(1) as f64;
+        say(&format!("rate per_second={rate:.0} cpu_us={cpu:.3}"));
+    }
+    std::process::exit(0)
+}

@@ -1,0 +1,201 @@
+//! A server under measurement, and all its generations.
+
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::net::TcpListener;
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+use std::process::{Child, ChildStdin, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use ecdysis_bench::sys;
+
+/// Nothing that is measured here takes as long.
+pub const DEADLINE: Duration = Duration::from_secs(60);
+
+/// A server program and its arguments.
+#[derive(Clone)]
+pub struct Server {
+    pub program: &'static str,
+    pub args: Vec<String>,
+}
+
+impl Server {
+    pub fn new(program: &'static str, args: &[&str]) -> Self {
+        Self { program, args: args.iter().map(|&a| a.into()).collect() }
+    }
+
+    pub fn with(mut self, name: &str, value: impl ToString) -> Self {
+        self.args.push(format!("{name}={}", value.to_string()));
+        self
+    }
+
+    pub fn by_signal(&self) -> bool {
+        self.args.iter().any(|a| a == "trigger=signal")
+    }
+
+    pub fn path(&self) -> io::Result<PathBuf> {
+        Ok(std::env::current_exe()?.with_file_name(self.program))
+    }
+
+    pub fn command(&self) -> io::Result<Command> {
+        let mut command = Command::new(self.path()?);
+        command.args(&self.args);
+        Ok(command)
+    }
+}
+
+/// A port that was free a moment ago.
+pub fn free_port() -> io::Result<u16> {
+    Ok(TcpListener::bind(("127.0.0.1", 0))?.local_addr()?.port())
+}
+
+/// A process that is driven by lines. Dropping it ends it.
+pub struct Driven {
+    child: Child,
+    /// Not left in `child`, whose `wait` would close it: later generations read it too.
+    stdin: ChildStdin,
+    stdout: OwnedFd,
+    unread: Vec<u8>,
+}
+
+impl Driven {
+    pub fn spawn(mut command: Command) -> io::Result<Self> {
+        let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()?;
+        let (Some(stdin), Some(stdout)) = (child.stdin.take(), child.stdout.take()) else {
+            return Err(io::ErrorKind::BrokenPipe.into());
+        };
+        Ok(Self { child, stdin, stdout: stdout.into(), unread: Vec::new() })
+    }
+
+    pub fn pid(&self) -> i32 {
+        self.child.id() as i32
+    }
+
+    pub fn tell(&mut self, line: &str) -> io::Result<()> {
+        self.stdin.write_all(format!("{line}\n").as_bytes())
+    }
+
+    /// The next line, in words.
+    pub fn hear(&mut self) -> io::Result<Line> {
+        let deadline = Instant::now() + DEADLINE;
+        loop {
+            if let Some(end) = self.unread.iter().position(|&b| b == b'\n') {
+                let line = self.unread.drain(..=end).collect();
+                return Ok(Line(String::from_utf8(line).unwrap_or_default()));
+            }
+            if !sys::readable(&self.stdout, deadline.saturating_duration_since(Instant::now())) {
+                return Err(io::ErrorKind::TimedOut.into());
+            }
+            let mut buffer = [0; 4096];
+            let n = File::from(self.stdout.try_clone()?).read(&mut buffer)?;
+            if n == 0 {
+                return Err(io::Error::other("the server has ended"));
+            }
+            self.unread.extend(&buffer[..n]);
+        }
+    }
+
+    /// Waits until it has ended by itself.
+    pub fn finish(mut self) -> io::Result<()> {
+        self.tell("end")?;
+        if sys::reap(self.pid(), DEADLINE) {
+            Ok(())
+        } else {
+            Err(io::ErrorKind::TimedOut.into())
+        }
+    }
+
+    pub fn expect(&mut self, word: &str) -> io::Result<Line> {
+        let line = self.hear()?;
+        if line.0.starts_with(word) {
+            Ok(line)
+        } else {
+            Err(io::Error::other(format!("{word} expected: {}", line.0)))
+        }
+    }
+}
+
+impl Drop for Driven {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// A line of a server's: `word name=number …`.
+pub struct Line(pub String);
+
+impl Line {
+    pub fn number<T: std::str::FromStr>(&self, name: &str) -> io::Result<T> {
+        let value = self.0.split_whitespace().find_map(|word| word.strip_prefix(name)?.strip_prefix('=')?.parse().ok());
+        value.ok_or_else(|| io::Error::other(format!("no {name} in: {}", self.0)))
+    }
+}
+
+/// A server that is upgraded again and again.
+pub struct Chain {
+    first: Driven,
+    serving: i32,
+    by_signal: bool,
+    pub port: u16,
+}
+
+/// One upgrade, in nanoseconds of CLOCK_MONOTONIC.
+pub struct Upgrade {
+    /// When it was asked for, seen from outside.
+    pub asked: u64,
+    /// When the parent knew that it was committed.
+    pub committed: u64,
+    /// How long the call took, seen by the parent.
+    pub call: u64,
+    /// When the parent had ended.
+    pub ended: u64,
+}
+
+impl Chain {
+    pub fn start(server: &Server) -> io::Result<Self> {
+        let port = free_port()?;
+        let mut first = Driven::spawn(server.clone().with("port", port).command()?)?;
+        let serving = first.expect("serving")?.number("pid")?;
+        Ok(Self { first, serving, by_signal: server.by_signal(), port })
+    }
+
+    /// Upgrades, and waits for the parent's end.
+    pub fn upgrade(&mut self) -> io::Result<Upgrade> {
+        let parent = self.serving;
+        let asked = sys::now();
+        if self.by_signal {
+            sys::signal(parent, libc::SIGHUP);
+        } else {
+            self.first.tell("upgrade")?;
+        }
+        let mut upgraded = None;
+        let mut serving = None;
+        while upgraded.is_none() || serving.is_none() {
+            let line = self.first.hear()?;
+            match line.0.split_whitespace().next() {
+                Some("serving") => serving = Some(line.number("pid")?),
+                Some("upgraded") => upgraded = Some((line.number("ns")?, line.number("at")?)),
+                _ => return Err(io::Error::other(line.0)),
+            }
+        }
+        let (Some((call, committed)), Some(serving)) = (upgraded, serving) else {
+            return Err(io::ErrorKind::Other.into());
+        };
+        self.serving = serving;
+        if parent == self.first.pid() {
+            self.first.child.wait()?;
+        } else if !sys::reap(parent, DEADLINE) {
+            return Err(io::Error::other("the parent does not end"));
+        }
+        Ok(Upgrade { asked, committed, call, ended: sys::now() })
+    }
+}
+
+impl Drop for Chain {
+    fn drop(&mut self) {
+        sys::signal(self.serving, libc::SIGKILL);
+        sys::reap(self.serving, DEADLINE);
+    }
+}

@@ -1,0 +1,146 @@
+//! Measures this library against a bare handover and against `ecdysis` 1.1.1, each side by side in the same minute.
+//!
+//! `ecdysis-bench [--quick] [--only ROW]... [--list]`: without `--quick`, RESULTS.md and the pictures beside it are
+//! written anew for every row that was run.
+
+#![deny(unsafe_code)]
+
+mod chain;
+mod report;
+mod rows;
+mod stats;
+
+use std::error::Error;
+use std::path::Path;
+use std::process::{Command, ExitCode};
+use std::{fs, io};
+
+use ecdysis_bench::sys;
+
+/// What a row of the results gives.
+pub struct Outcome {
+    /// Markdown.
+    pub text: String,
+    /// File name and SVG.
+    pub picture: Option<(&'static str, String)>,
+}
+
+type Row = fn(quick: bool) -> Result<Outcome, Box<dyn Error>>;
+
+const ROWS: [(&str, &str, Row); 8] = [
+    ("upgrade", "One upgrade, one listener, from the call to the commit", rows::upgrade::against_bare),
+    ("old", "The same against `ecdysis` 1.1.1, from the signal to the commit", rows::upgrade::against_old),
+    ("listeners", "Many listeners", rows::upgrade::listeners),
+    ("stall", "How long a busy thread of the parent stands still", rows::stall::stall),
+    ("accept", "Connections accepted per second, one listener", rows::accept::accept),
+    ("latency", "Latency of requests during upgrades", rows::latency::latency),
+    ("syscalls", "System calls of one upgrade, one listener", rows::syscalls::syscalls),
+    ("build", "What it costs to build", rows::build::build),
+];
+
+const HERE: &str = env!("CARGO_MANIFEST_DIR");
+
+fn main() -> ExitCode {
+    match run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => {
+            eprintln!("{e}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run() -> Result<(), Box<dyn Error>> {
+    let mut quick = false;
+    let mut only = Vec::new();
+    let mut args = std::env::args().skip(1);
+    while let Some(arg) = args.next() {
+        match arg.as_str() {
+            "--quick" => quick = true,
+            "--only" => only.push(args.next().ok_or("--only needs a row")?),
+            "--list" => {
+                ROWS.iter().for_each(|(name, title, _)| println!("{name}: {title}"));
+                return Ok(());
+            }
+            // How this program starts itself as the clients of a server.
+            "--load" => return Ok(rows::accept::load(args)?),
+            other => return Err(format!("unknown argument {other}: see the first lines of main.rs").into()),
+        }
+    }
+    if let Some(unknown) = only.iter().find(|only| !ROWS.iter().any(|(name, ..)| name == only)) {
+        return Err(format!("no row {unknown}").into());
+    }
+    sys::adopt_orphans();
+    sys::raise_descriptor_limit();
+    build_servers()?;
+    for (name, title, row) in ROWS {
+        if !only.is_empty() && !only.iter().any(|only| only == name) {
+            continue;
+        }
+        eprintln!("measuring {name}, load {}", load());
+        let outcome = row(quick).map_err(|e| format!("{name}: {e}"))?;
+        println!("## {title}\n\n{}", outcome.text);
+        if !quick {
+            keep(name, title, outcome)?;
+        }
+    }
+    Ok(())
+}
+
+/// `cargo run` has built this program alone.
+fn build_servers() -> Result<(), Box<dyn Error>> {
+    let mut cargo = Command::new(env!("CARGO"));
+    cargo.args(["build", "--quiet", "--release", "--bins", "--manifest-path"]).arg(Path::new(HERE).join("Cargo.toml"));
+    if let Some(target) = std::env::current_exe()?.parent().and_then(Path::parent) {
+        cargo.arg("--target-dir").arg(target);
+    }
+    if cargo.status()?.success() {
+        Ok(())
+    } else {
+        Err("the servers do not build".into())
+    }
+}
+
+/// Writes one row's section of RESULTS.md and its picture; the others stay as they are.
+fn keep(name: &str, title: &str, outcome: Outcome) -> io::Result<()> {
+    let path = Path::new(HERE).join("RESULTS.md");
+    let before = fs::read_to_string(&path).unwrap_or_default();
+    let begin = |name: &str| format!("<!-- {name} -->\n");
+    let mut text = String::from(
+        "# Results\n\nWritten by `cargo run --release --manifest-path tests/bench/Cargo.toml`. What stands side by side \
+         in a table ran interleaved in the same minutes; a ratio is the median of the rounds' ratios, the quartiles in \
+         brackets.\n\n",
+    );
+    for (row, ..) in ROWS {
+        let section = if row == name {
+            let picture = outcome.picture.as_ref().map(|(file, _)| format!("\n![{title}]({file})\n"));
+            format!("## {title}\n\n{}{}\n{}\n\n", outcome.text, picture.unwrap_or_default(), facts()?)
+        } else {
+            let old = before.split_once(&begin(row)).map(|(_, rest)| rest.split("<!-- ").next().unwrap_or(rest));
+            old.unwrap_or_default().to_owned()
+        };
+        if !section.is_empty() {
+            text += &format!("{}{section}", begin(row));
+        }
+    }
+    if let Some((file, svg)) = outcome.picture {
+        fs::write(Path::new(HERE).join(file), svg)?;
+    }
+    fs::write(path, text.trim_end().to_owned() + "\n")
+}
+
+/// The machine, without its name.
+fn facts() -> io::Result<String> {
+    let cores = std::thread::available_parallelism()?;
+    let kernel = fs::read_to_string("/proc/sys/kernel/osrelease")?;
+    let kernel = kernel.split('-').next().unwrap_or_default().trim();
+    let memory = fs::read_to_string("/proc/meminfo")?;
+    let kib: f64 = memory.split_whitespace().nth(1).and_then(|kib| kib.parse().ok()).unwrap_or(f64::NAN);
+    let gib = kib / f64::from(1 << 20);
+    Ok(format!("*{cores} cores, {gib:.0} GiB, Linux {kernel}, load average {}.*", load()))
+}
+
+fn load() -> String {
+    let load = fs::read_to_string("/proc/loadavg").unwrap_or_default();
+    load.split_whitespace().next().unwrap_or("unknown").to_owned()
+}

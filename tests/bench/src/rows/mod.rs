@@ -1,0 +1,8 @@
+//! The rows of the results, one file a kind.
+
+pub mod accept;
+pub mod build;
+pub mod latency;
+pub mod stall;
+pub mod syscalls;
+pub mod upgrade;

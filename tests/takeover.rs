@@ -1,0 +1,604 @@
+//! A process that is not a child takes over: under load, in other namespaces, badly behaved, foreign, dying.
+
+mod support;
+
+use std::ffi::OsStr;
+use std::fs;
+use std::io::{Read, Write};
+use std::os::unix::fs::{FileTypeExt, PermissionsExt};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use rustix::process::Signal;
+use support::*;
+
+/// A directory with a takeover socket in it, and the servers that meet there.
+struct Meeting {
+    dir: TempDir,
+    socket: PathBuf,
+    args: Vec<String>,
+}
+
+impl Meeting {
+    fn new(args: &[&str]) -> Self {
+        let dir = tempdir();
+        let socket = dir.path().join("takeover");
+        Self { dir, socket, args: args.iter().map(|arg| arg.to_string()).collect() }
+    }
+
+    /// The same command line for every generation.
+    fn command(&self) -> Command {
+        let mut command = Command::new(example("whoami"));
+        self.arguments(&mut command);
+        command
+    }
+
+    fn arguments(&self, command: &mut Command) {
+        command.args(["--listen", "127.0.0.1:0", "--take-over"]).arg(&self.socket);
+        command.arg("--takeover-socket").arg(&self.socket).args(&self.args);
+    }
+
+    fn serving(&self) -> Server {
+        Server::serving(self.command())
+    }
+
+    /// One that does something wrong.
+    fn misbehaving(&self, words: &str) -> Server {
+        let file = self.dir.path().join("misbehave");
+        fs::write(&file, words).unwrap();
+        let mut command = self.command();
+        command.arg("--misbehave").arg(&file);
+        Server::start(command)
+    }
+
+    /// Connects, and says what a process says that wants to take over.
+    fn ask(&self) -> UnixStream {
+        let mut stream = self.connect();
+        stream.write_all(b"takeover 1\n").unwrap();
+        stream
+    }
+
+    /// The same, once it is let in.
+    fn begin(&self) -> UnixStream {
+        let mut stream = self.ask();
+        let mut first = [0; 10];
+        stream.read_exact(&mut first).unwrap();
+        assert_eq!(&first, b"ecdysis 1\n");
+        stream
+    }
+
+    fn connect(&self) -> UnixStream {
+        let stream = UnixStream::connect(&self.socket).unwrap();
+        stream.set_read_timeout(Some(DEADLINE)).unwrap();
+        stream
+    }
+}
+
+/// Everything until the other end closes; what a reset cuts off is lost.
+fn rest(mut stream: UnixStream) -> String {
+    let mut bytes = Vec::new();
+    let _ = stream.read_to_end(&mut bytes);
+    String::from_utf8_lossy(&bytes).into_owned()
+}
+
+#[test]
+fn who_comes_second_takes_over_from_the_first() {
+    let meeting = Meeting::new(&["--probation", "50"]);
+    let mut first = meeting.serving();
+    let (addr, mode) = (first.addr(), fs::metadata(&meeting.socket).unwrap().permissions().mode());
+    assert_eq!((generation(&addr), mode & 0o777), (1, 0o600));
+    let second = meeting.serving();
+    assert_eq!(second.addr(), addr);
+    let line = first.wait("committed ");
+    assert_eq!(field::<u32>(&line, "pid"), second.pid());
+    let line = first.wait("upgrade ");
+    assert!(line.starts_with("upgrade ok pid="), "{line}");
+    first.wait("ended gen=1 ");
+    first.wait_all_ended();
+    assert_eq!(generation(&addr), 2);
+    assert!(fs::metadata(&meeting.socket).unwrap().file_type().is_socket(), "the file is the second one's now");
+    second.signal(Signal::TERM);
+    wait_exit(second.pid());
+    assert!(!meeting.socket.exists());
+}
+
+#[test]
+fn a_stale_socket_means_a_first_generation() {
+    let meeting = Meeting::new(&[]);
+    drop(UnixListener::bind(&meeting.socket).unwrap());
+    let server = meeting.serving();
+    assert_eq!(generation(&server.addr()), 1);
+}
+
+#[test]
+fn a_hundred_takeovers_in_a_row_under_load_lose_nothing() {
+    let meeting = Meeting::new(&["--probation", "0"]);
+    let mut server = meeting.serving();
+    let addr = server.addr();
+    let load = Load::on(&addr, 3);
+    let mut times = Vec::new();
+    let mut highest = Vec::new();
+    for generation in 2..=101 {
+        let next = meeting.serving();
+        let line = server.wait("committed ");
+        assert_eq!(field::<u64>(&line, "gen"), generation);
+        times.push(field::<f64>(&line, "ms"));
+        server.wait("ended ");
+        server.wait_all_ended();
+        server = next;
+        highest.push(fds(server.pid()).len());
+    }
+    let counts = load.stop();
+    counts.assert_none_failed();
+    assert_eq!(generation(&addr), 101);
+    assert!(highest[99] <= highest[1] + 2, "descriptors pile up: {highest:?}");
+    times.sort_by(f64::total_cmp);
+    eprintln!(
+        "100 takeovers, {} requests, 0 failed; to the commit ms: median {} worst {}",
+        counts.requests, times[50], times[99]
+    );
+}
+
+/// Children and strangers in one chain, with both carriers.
+#[test]
+fn a_child_after_a_stranger_after_a_child() {
+    for transport in ["pipes", "socket"] {
+        let meeting = Meeting::new(&["--probation", "20", "--transport", transport]);
+        let mut first = meeting.serving();
+        let addr = first.addr();
+        let load = Load::on(&addr, 2);
+        first.upgrade();
+        first.wait_serving();
+        let mut second = meeting.serving();
+        assert_eq!(generation(&addr), 3);
+        for generation_now in 4..8 {
+            second.upgrade();
+            second.wait_serving();
+            assert_eq!(generation(&addr), generation_now, "{transport}");
+        }
+        first.wait_all_ended();
+        load.stop().assert_none_failed();
+    }
+}
+
+#[test]
+fn a_child_can_be_fed_through_a_socket() {
+    let dir = tempdir();
+    let how = dir.path().join("how");
+    let args = ["--listen", "127.0.0.1:0", "--transport", "socket", "--probation", "100", "--ready-timeout", "500"];
+    let mut server = Server::whoami(args.iter().copied().chain(["--misbehave", how.to_str().unwrap()]));
+    let addr = server.addr();
+    let load = Load::on(&addr, 2);
+    let before = fds(server.pid()).len();
+    let cases = [
+        ("exit=3", "ended before it was ready: exit status: 3"),
+        ("signal=9", "ended before it was ready: signal: 9"),
+        ("panic", "ended before it was ready"),
+        ("hang", "was not ready within 500ms"),
+        ("stop-self", "was not ready within 500ms"),
+        ("refuse=bad config", "refused: bad config"),
+        ("close-status", "without a word and was killed"),
+    ];
+    for (words, expected) in cases {
+        fs::write(&how, words).unwrap();
+        let line = server.fail_to_upgrade();
+        assert!(line.contains(expected), "{words}: {line}");
+        assert_eq!(generation(&addr), 1);
+        assert_eq!(children(server.pid()).len(), 0, "{words}: a child is left");
+    }
+    eventually("no descriptor is left behind", || fds(server.pid()).len() <= before + 4);
+    load.stop().assert_none_failed();
+    // What it had accepted dies with it; what waits in the queue does not.
+    fs::write(&how, "die-after-ready=20").unwrap();
+    let line = server.fail_to_upgrade();
+    assert!(line.contains("after it was ready: signal: 9"), "{line}");
+    let load = Load::on(&addr, 2);
+    assert_eq!(generation(&addr), 1);
+    fs::write(&how, "").unwrap();
+    send_signal(server.first_pid(), Signal::HUP);
+    server.wait("upgrade ok");
+    load.stop().assert_none_failed();
+    assert_eq!(generation(&addr), 2);
+}
+
+#[test]
+fn a_missing_program_is_told_over_the_socket_too() {
+    let dir = tempdir();
+    let program = dir.path().join("none");
+    let args = ["--listen", "127.0.0.1:0", "--transport", "socket", "--exec", program.to_str().unwrap()];
+    let mut server = Server::whoami(args);
+    let line = server.fail_to_upgrade();
+    assert!(line.contains("cannot run") && line.contains("execve: No such file"), "{line}");
+}
+
+/// Whatever the new process does wrong, the old one serves on, and the next one can take over.
+#[test]
+fn a_bad_successor_costs_nothing() {
+    let meeting = Meeting::new(&["--probation", "200", "--ready-timeout", "400"]);
+    let mut server = meeting.serving();
+    let addr = server.addr();
+    let load = Load::on(&addr, 2);
+    let before = fds(server.pid()).len();
+    let cases = [
+        ("exit=3", "ended before it was ready"),
+        ("signal=9", "ended before it was ready"),
+        ("panic", "ended before it was ready"),
+        ("hang", "was not ready within 400ms"),
+        ("stop-self", "was not ready within 400ms"),
+        ("refuse=bad config", "refused: bad config"),
+        ("close-status", "ended before it was ready"),
+    ];
+    for (words, expected) in cases {
+        let _bad = meeting.misbehaving(words);
+        let line = server.wait("upgrade ");
+        assert!(line.starts_with("upgrade failed") && line.contains(expected), "{words}: {line}");
+        assert_eq!(generation(&addr), 1, "{words}");
+    }
+    // One connection of the load may be open, and its epoll.
+    eventually("no descriptor is left behind", || fds(server.pid()).len() <= before + 4);
+    load.stop().assert_none_failed();
+
+    // What it had accepted dies with it; what waits in the queue does not.
+    let _bad = meeting.misbehaving("die-after-ready=20");
+    let line = server.wait("upgrade ");
+    assert!(line.starts_with("upgrade failed") && line.contains("after it was ready"), "{line}");
+    let load = Load::on(&addr, 2);
+    assert_eq!(generation(&addr), 1);
+    let next = meeting.serving();
+    server.wait("upgrade ok");
+    load.stop().assert_none_failed();
+    assert_eq!(field::<u32>(&ask(&addr).unwrap(), "pid"), next.pid());
+}
+
+/// It is not ours to kill; so it must hear that it is not wanted any more, or it would serve beside us.
+#[test]
+fn a_successor_that_is_too_late_is_told() {
+    let meeting = Meeting::new(&["--ready-timeout", "200"]);
+    let mut server = meeting.serving();
+    for (words, wake) in [("sleep=600", false), ("stop-self", true)] {
+        let mut late = meeting.misbehaving(words);
+        server.wait("upgrade failed");
+        if wake {
+            send_signal(late.first_pid(), Signal::CONT);
+        }
+        let line = late.wait("whoami: ");
+        assert!(line.contains("the parent gave this upgrade up"), "{line}");
+        late.wait_all_ended();
+        assert_eq!(generation(&server.addr()), 1);
+    }
+}
+
+#[test]
+fn when_the_old_process_is_killed_the_new_one_serves() {
+    let meeting = Meeting::new(&[]);
+    let first = meeting.serving();
+    let addr = first.addr();
+    // It has everything, and is about to be ready.
+    let mut second = meeting.misbehaving("sleep=300");
+    second.wait("listening ");
+    send_signal(first.pid(), Signal::KILL);
+    assert_eq!(generation(&addr), 2);
+    second.wait("serving gen=2");
+}
+
+#[test]
+fn when_the_old_process_is_stopped_the_new_one_serves_and_the_old_then_believes_it() {
+    let meeting = Meeting::new(&["--probation", "50", "--ready-timeout", "3000"]);
+    let mut first = meeting.serving();
+    let addr = first.addr();
+    let mut second = meeting.misbehaving("sleep=300");
+    second.wait("listening ");
+    send_signal(first.pid(), Signal::STOP);
+    second.wait("serving gen=2");
+    send_signal(first.pid(), Signal::CONT);
+    first.wait("upgrade ok");
+    first.wait("ended gen=1");
+    assert_eq!(generation(&addr), 2);
+}
+
+/// Killed while the new one waits for its answer: nobody listens any more, so that one is a first generation.
+#[test]
+fn when_the_old_process_dies_before_it_hands_over_the_new_one_begins() {
+    let meeting = Meeting::new(&[]);
+    let first = meeting.serving();
+    send_signal(first.pid(), Signal::STOP);
+    let mut second = Server::start(meeting.command());
+    eventually("it has connected", || fds(second.first_pid()).values().any(|what| what.starts_with("socket:")));
+    send_signal(first.pid(), Signal::KILL);
+    second.wait("serving gen=1");
+    assert_eq!(generation(&second.addr()), 1);
+}
+
+#[test]
+fn a_stop_during_a_takeover_stops_the_old_and_tells_the_new() {
+    let meeting = Meeting::new(&[]);
+    let mut first = meeting.serving();
+    let mut second = meeting.misbehaving("sleep=500");
+    second.wait("listening ");
+    first.signal(Signal::TERM);
+    let line = first.wait("upgrade failed");
+    assert!(line.contains("stop was asked for"), "{line}");
+    first.wait("ended gen=1");
+    let line = second.wait("whoami: ");
+    assert!(line.contains("gave this upgrade up"), "{line}");
+}
+
+#[test]
+fn who_comes_third_hears_that_it_is_busy() {
+    let meeting = Meeting::new(&["--ready-timeout", "2000"]);
+    let mut server = meeting.serving();
+    let mut slow = meeting.misbehaving("sleep=1000");
+    slow.wait("listening ");
+    let mut third = Server::start(meeting.command());
+    let line = third.wait("whoami: ");
+    assert!(line.ends_with("does not hand over: busy"), "{line}");
+    // And so does who asks for a child.
+    server.signal(Signal::HUP);
+    slow.wait("serving gen=2");
+    server.wait("upgrade ok");
+}
+
+#[test]
+fn peers_that_stall_or_talk_garbage_change_nothing_and_block_nobody() {
+    // A manifest of this size does not fit into the socket.
+    let mut args = vec!["--probation".to_owned(), "20".into(), "--ready-timeout".into(), "1000".into()];
+    let dir = tempdir();
+    let long = "x".repeat(90);
+    for n in 0..50 {
+        args.extend(["--listen".into(), format!("unix:@{}{n}{long}", dir.path().display())]);
+    }
+    let mut meeting = Meeting::new(&[]);
+    meeting.args = args;
+    let mut server = meeting.serving();
+    let addr = server.addr();
+    let load = Load::on(&addr, 1);
+    let verdict = |server: &mut Server, expected: &str| {
+        let line = server.wait("upgrade ");
+        assert!(line.starts_with("upgrade failed") && line.contains(expected), "{expected}: {line}");
+        assert_eq!(generation(&addr), 1);
+    };
+
+    // Nothing is asked for by these.
+    let _mute: Vec<_> = (0..10).map(|_| meeting.connect()).collect();
+    let mut half = meeting.connect();
+    half.write_all(b"take").unwrap();
+    for hello in [&b"garbage\n"[..], b"takeover 2\n", b"\n", &[0xff; 4000]] {
+        let mut stream = meeting.connect();
+        let _ = stream.write_all(hello);
+        let answer = rest(stream);
+        assert!(answer.is_empty() || answer == "failed: this is a takeover socket\nend\n", "{answer:?}");
+    }
+    drop(meeting.connect());
+
+    // These are let in.
+    drop(meeting.ask());
+    verdict(&mut server, "child ");
+    drop(meeting.begin());
+    verdict(&mut server, "child ");
+    for garbage in [&b"garbage\n"[..], &[b'x'; 10_000], b"commit\n", b"serving\n", b"\xff\n"] {
+        let mut stream = meeting.begin();
+        stream.write_all(garbage).unwrap();
+        verdict(&mut server, "not of the protocol");
+    }
+    // One that is ready, and gone at the commit or soon after.
+    let mut stream = meeting.begin();
+    stream.write_all(b"ready\n").unwrap();
+    drop(stream);
+    verdict(&mut server, "child ");
+    // One that takes nothing.
+    let stalled = meeting.ask();
+    verdict(&mut server, "was not ready within 1s");
+    drop(stalled);
+
+    // A stop is served at once, though a peer stalls.
+    let _stalled = meeting.ask();
+    eventually("it is let in", || {
+        let mut stream = meeting.ask();
+        let mut answer = [0; 4];
+        stream.read_exact(&mut answer).unwrap();
+        answer == *b"busy"
+    });
+    load.stop().assert_none_failed();
+    let begun = Instant::now();
+    server.signal(Signal::TERM);
+    server.wait("ended gen=1");
+    assert!(begun.elapsed() < Duration::from_millis(900), "{:?}", begun.elapsed());
+}
+
+/// A peer that reads nothing while there is more than the socket holds.
+#[test]
+fn a_stalled_peer_and_a_manifest_larger_than_the_socket() {
+    let dir = tempdir();
+    let mut args: Vec<String> =
+        ["--probation", "20", "--ready-timeout", "500", "--threads", "0"].map(String::from).into();
+    // 3,000 characters a line when they are escaped, and a backlog of sockets in 253s.
+    for n in 0..900 {
+        args.extend(["--listen".into(), format!("unix:@{}-{n:04}{}", dir.path().display(), "\u{1}".repeat(60))]);
+    }
+    let mut meeting = Meeting::new(&[]);
+    meeting.args = args;
+    let mut server = meeting.serving();
+    let _stalled = meeting.ask();
+    let line = server.wait("upgrade ");
+    assert!(line.contains("was not ready within 500ms"), "{line}");
+    let next = meeting.serving();
+    server.wait("upgrade ok");
+    let sockets = fds(next.pid()).values().filter(|what| what.starts_with("socket:")).count();
+    assert!(sockets > 900, "{sockets}");
+}
+
+fn is_root() -> bool {
+    let root = rustix::process::geteuid().is_root();
+    if !root {
+        eprintln!("not run: needs root to become another user");
+    }
+    root
+}
+
+const NOBODY: u32 = 65534;
+
+/// Opens a directory and the socket in it to everybody, as an administrator might by mistake.
+fn open_to_all(meeting: &Meeting) {
+    fs::set_permissions(meeting.dir.path(), fs::Permissions::from_mode(0o777)).unwrap();
+    fs::set_permissions(&meeting.socket, fs::Permissions::from_mode(0o777)).unwrap();
+}
+
+/// A copy of the program in a place where other users can run it.
+fn public_whoami(dir: &Path) -> PathBuf {
+    let path = dir.join("whoami");
+    fs::copy(example("whoami"), &path).unwrap();
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+    path
+}
+
+#[test]
+fn a_foreign_user_is_refused() {
+    if !is_root() {
+        return;
+    }
+    let meeting = Meeting::new(&[]);
+    let server = meeting.serving();
+    let program = public_whoami(meeting.dir.path());
+    let foreign = || {
+        let mut command = Command::new(&program);
+        command.args(["--listen", "127.0.0.1:0", "--take-over"]).arg(&meeting.socket).uid(NOBODY);
+        Server::start(command).wait("whoami: ")
+    };
+    // The file's mode keeps it out.
+    fs::set_permissions(meeting.dir.path(), fs::Permissions::from_mode(0o777)).unwrap();
+    let line = foreign();
+    assert!(line.contains("cannot connect to takeover socket") && line.contains("Permission denied"), "{line}");
+    // And so does the kernel's word about who it is.
+    open_to_all(&meeting);
+    let line = foreign();
+    assert!(line.ends_with("does not hand over: denied"), "{line}");
+    assert_eq!(generation(&server.addr()), 1);
+}
+
+/// Descriptors and state are taken from nobody that could be anybody.
+#[test]
+fn a_foreign_user_is_not_taken_over_from() {
+    if !is_root() {
+        return;
+    }
+    let meeting = Meeting::new(&[]);
+    fs::set_permissions(meeting.dir.path(), fs::Permissions::from_mode(0o777)).unwrap();
+    let program = public_whoami(meeting.dir.path());
+    let mut command = Command::new(&program);
+    meeting.arguments(command.uid(NOBODY).gid(NOBODY));
+    let _theirs = Server::serving(command);
+    // Root would be trusted by them; but they are not by another user.
+    let mut command = Command::new(&program);
+    meeting.arguments(command.uid(54_321));
+    open_to_all(&meeting);
+    let line = Server::start(command).wait("whoami: ");
+    assert!(line.contains("user 65534 listens at") && line.contains("not trusted"), "{line}");
+}
+
+#[test]
+fn root_may_ask_a_user_but_does_not_believe_one() {
+    if !is_root() {
+        return;
+    }
+    let meeting = Meeting::new(&["--probation", "20"]);
+    fs::set_permissions(meeting.dir.path(), fs::Permissions::from_mode(0o777)).unwrap();
+    let program = public_whoami(meeting.dir.path());
+    let mut command = Command::new(&program);
+    meeting.arguments(command.uid(NOBODY).gid(NOBODY));
+    let mut theirs = Server::serving(command);
+    drop(meeting.ask());
+    theirs.wait("upgrade failed: ");
+    let line = Server::start(meeting.command()).wait("whoami: ");
+    assert!(line.contains("not trusted"), "{line}");
+}
+
+fn can_unshare(flags: &[&str]) -> bool {
+    let probe = Command::new("unshare").args(flags).arg("true").stderr(Stdio::null()).status();
+    let can = probe.is_ok_and(|status| status.success());
+    if !can {
+        eprintln!("not run: this machine does not allow unshare {flags:?}");
+    }
+    can
+}
+
+/// As containers on one host network are: PIDs of one mean nothing in the other, each has its own view of the files,
+/// and the user has another number.
+#[test]
+fn across_pid_mount_and_user_namespaces() {
+    let container =
+        ["--user", "--map-root-user", "--pid", "--fork", "--kill-child", "--mount", "--mount-proc", "--ipc", "--uts"];
+    if !can_unshare(&container) {
+        return;
+    }
+    let meeting = Meeting::new(&["--probation", "50"]);
+    let contained = || {
+        let mut command = Command::new("unshare");
+        command.args(container).arg(example("whoami"));
+        meeting.arguments(&mut command);
+        command
+    };
+    let mut first = meeting.serving();
+    let addr = first.addr();
+    let load = Load::on(&addr, 2);
+
+    // Into the container: there it is process 1, seen from outside it is another.
+    let mut second = Server::serving(contained());
+    let line = first.wait("upgrade ok");
+    assert_eq!(field::<u64>(&line, "gen"), 2);
+    assert_ne!(field::<u32>(&line, "pid"), 1);
+    assert_eq!(field::<u32>(&ask(&addr).unwrap(), "pid"), 1);
+
+    // From one container into another, neither of which sees the other's processes.
+    let mut third = Server::serving(contained());
+    let line = second.wait("upgrade ok");
+    assert_eq!((field::<u32>(&line, "pid"), field::<u64>(&line, "gen")), (0, 3));
+
+    // One that fails there has no PID to be named by.
+    let file = meeting.dir.path().join("misbehave");
+    fs::write(&file, "refuse=not here").unwrap();
+    let mut command = contained();
+    command.arg("--misbehave").arg(&file);
+    let _bad = Server::start(command);
+    let line = third.wait("upgrade failed");
+    assert!(line.contains("child of another PID namespace refused: not here"), "{line}");
+
+    // And out of it.
+    let fourth = meeting.serving();
+    let line = third.wait("upgrade ok");
+    assert_eq!(field::<u64>(&line, "gen"), 4);
+    assert_eq!(field::<u32>(&ask(&addr).unwrap(), "pid"), fourth.pid());
+    load.stop().assert_none_failed();
+}
+
+/// An ordinary user, too, whose containers map him to root inside.
+#[test]
+fn across_user_namespaces_of_an_ordinary_user() {
+    if !is_root() {
+        return;
+    }
+    let meeting = Meeting::new(&["--probation", "20"]);
+    fs::set_permissions(meeting.dir.path(), fs::Permissions::from_mode(0o777)).unwrap();
+    let program = public_whoami(meeting.dir.path());
+    let as_user = |program: &dyn AsRef<OsStr>| {
+        let mut command = Command::new(program.as_ref());
+        command.uid(54_321).gid(54_321).current_dir("/");
+        command
+    };
+    let probe = as_user(&"unshare").args(["--user", "--map-root-user", "true"]).status();
+    if !probe.is_ok_and(|status| status.success()) {
+        eprintln!("not run: this machine allows no user namespaces to users");
+        return;
+    }
+    let mut command = as_user(&program);
+    meeting.arguments(&mut command);
+    let mut first = Server::serving(command);
+    let mut command = as_user(&"unshare");
+    command.args(["--user", "--map-root-user", "--pid", "--fork", "--kill-child"]).arg(&program);
+    meeting.arguments(&mut command);
+    let _second = Server::serving(command);
+    first.wait("upgrade ok");
+    assert_eq!(generation(&first.addr()), 2);
+}
