@@ -5,15 +5,19 @@
 //!     echo | nc 127.0.0.1 7000            # in a second terminal: gen=1 pid=4711
 //!     kill -HUP 4711
 //!
-//!     tokio_whoami --listen ADDR...       ip:port, unix:PATH, unix:@name, udp:ip:port, stoppable-udp:ip:port
+//!     tokio_whoami --listen ADDR...       ip:port, unix:PATH, unix:@name, seqpacket:PATH, udp:ip:port,
+//!                                         stoppable-udp:ip:port
 //!       --workers N                       threads of the runtime; 0, the default, is a current-thread runtime
 //!       --gate PATH                       before ready, waits for a connection to this socket and tells it how many
 //!                                         connections it has accepted
 //!       --forget-exit                     drops the future of the exit, and waits for the shutdown handle instead
 //!       --keep                            StopOnShutdown::No
 //!       --hold --drain --misbehave --exec --probation --ready-timeout --control-socket --pid-file    as whoami
+//!       --takeover-socket PATH            lets a process that is not a child take over; --take-over PATH is that process
 
-use ecdysis::tokio_ecdysis::{SignalKind, StopOnShutdown, Stoppable, StoppableStream, TokioEcdysisBuilder};
+use ecdysis::tokio_ecdysis::{
+    SignalKind, StopOnShutdown, Stoppable, StoppableStream, TokioEcdysisBuilder, UnixSeqpacketListener,
+};
 use ecdysis::{Event, Shutdown};
 use futures::{Stream, StreamExt};
 use std::error::Error;
@@ -58,6 +62,9 @@ async fn serve(options: Options, mut choices: ecdysis::Builder) -> Result<()> {
     if let Some(path) = &options.pid_file {
         builder.set_pid_file(path);
     }
+    if let Some(path) = &options.takeover {
+        builder.takeover_on_socket(path)?;
+    }
     if let Some(path) = &options.control {
         builder.control_on_socket(path)?;
     }
@@ -67,6 +74,18 @@ async fn serve(options: Options, mut choices: ecdysis::Builder) -> Result<()> {
         let real = listen(&builder, address, &options)?;
         say(format!("listening {real} gen={gen} pid={pid}"));
     }
+    // Each generation greets the one before it, and reports what it hears.
+    let (to_parent, to_child) = builder.unix_datagram_pair("chain");
+    if let Some(parent) = to_parent {
+        parent?.send(format!("hello from gen={gen}").as_bytes()).await?;
+    }
+    let to_child = to_child?;
+    tokio::spawn(async move {
+        let mut greeting = [0; 100];
+        while let Ok(length) = to_child.recv(&mut greeting).await {
+            say(format!("heard {}", String::from_utf8_lossy(&greeting[..length])));
+        }
+    });
     if let Some(path) = &options.gate {
         let (mut stream, _) = UnixListener::bind(path)?.accept().await?;
         stream.write_all(format!("accepted={}\n", ACCEPTED.load(Ordering::SeqCst)).as_bytes()).await?;
@@ -126,6 +145,10 @@ fn listen(builder: &TokioEcdysisBuilder, address: &str, options: &Options) -> Re
         let stream = builder.listen_unix(stop, path)?;
         tokio::spawn(each(stream, shutdown, hold, answer));
         Ok(address.into())
+    } else if let Some(path) = address.strip_prefix("seqpacket:") {
+        let stream = builder.listen_unix_seqpacket(stop, path)?;
+        tokio::spawn(records(stream, shutdown, answer));
+        Ok(address.into())
     } else if let Some(address) = address.strip_prefix("udp:") {
         let stream = builder.build_stream_udp(stop, address.parse()?, |socket, address| {
             socket.bind(address)?;
@@ -177,6 +200,19 @@ async fn reply(connection: impl AsyncRead + AsyncWrite + Unpin, hold: bool, answ
     Ok(())
 }
 
+async fn records(mut connections: StoppableStream<UnixSeqpacketListener>, shutdown: Shutdown, answer: String) {
+    while let Some(Ok(connection)) = connections.next().await {
+        let (guard, answer) = (shutdown.guard(), answer.clone());
+        tokio::spawn(async move {
+            let mut record = [0; 1024];
+            while let Ok(length @ 1..) = connection.recv(&mut record).await {
+                let _ = connection.send(&[answer.as_bytes(), b" ", &record[..length]].concat()).await;
+            }
+            drop(guard);
+        });
+    }
+}
+
 async fn datagrams(mut datagrams: StoppableStream<UdpSocket>, answer: String) {
     while let Some(Ok((datagram, peer))) = datagrams.next().await {
         ACCEPTED.fetch_add(1, Ordering::SeqCst);
@@ -205,6 +241,7 @@ struct Options {
     drain: Duration,
     misbehave: Option<PathBuf>,
     control: Option<PathBuf>,
+    takeover: Option<PathBuf>,
     pid_file: Option<PathBuf>,
 }
 
@@ -227,6 +264,8 @@ impl Options {
                 }
                 Long("misbehave") => options.misbehave = Some(args.value()?.into()),
                 Long("control-socket") => options.control = Some(args.value()?.into()),
+                Long("takeover-socket") => options.takeover = Some(args.value()?.into()),
+                Long("take-over") => drop(choices.take_over(args.value()?)),
                 Long("pid-file") => options.pid_file = Some(args.value()?.into()),
                 Long("exec") => drop(choices.exec(args.value()?)),
                 Long("ready-timeout") => drop(choices.ready_timeout(ms(args.value()?)?)),

@@ -199,6 +199,51 @@ fn udp_as_stream_and_as_stoppable() {
     }
 }
 
+#[test]
+fn seqpacket_and_the_chain_of_datagram_pairs() {
+    let dir = tempdir();
+    let file = dir.path().join("records");
+    let mut server = server(["--listen", &format!("seqpacket:{}", path(&file)), "--probation", "20"]);
+    let ask = || {
+        let connection = ecdysis::UnixSeqpacketConn::connect(&file).unwrap();
+        let mut answers = Vec::new();
+        for record in ["one", "two"] {
+            connection.send(record.as_bytes()).unwrap();
+            let mut answer = [0; 100];
+            let length = connection.recv(&mut answer).unwrap();
+            answers.push(String::from_utf8_lossy(&answer[..length]).into_owned());
+        }
+        assert!(answers[0].ends_with(" one") && answers[1].ends_with(" two"), "{answers:?}");
+        field::<u64>(&answers[0], "gen")
+    };
+    assert_eq!(ask(), 1);
+    for gen in 2..=4 {
+        server.signal(Signal::HUP);
+        server.wait(&format!("heard hello from gen={gen}"));
+        server.wait(&format!("ended gen={}", gen - 1));
+        assert_eq!(ask(), gen);
+    }
+    server.signal(Signal::TERM);
+    server.wait("ended gen=4");
+    assert!(!file.exists());
+}
+
+#[test]
+fn a_stranger_takes_over() {
+    let dir = tempdir();
+    let socket = dir.path().join("takeover");
+    let args = ["--listen", LOCAL, "--takeover-socket", path(&socket), "--probation", "20"];
+    let mut old = server(args);
+    let load = Load::on(&old.addr(), 2);
+    let mut new = server(args.into_iter().chain(["--take-over", path(&socket)]));
+    old.wait("ended gen=1");
+    old.wait_all_ended();
+    load.stop().assert_none_failed();
+    assert_eq!(generation(&old.addr()), 2);
+    new.signal(Signal::TERM);
+    new.wait("ended gen=2");
+}
+
 /// What the kernel has queued would be reset when the listener closes.
 #[test]
 fn a_stop_takes_what_is_queued_first() {

@@ -3,8 +3,10 @@
 #![doc = include_str!("../guide/tokio.md")]
 
 mod gate;
+mod seqpacket;
 mod stream;
 
+use std::ffi::OsStr;
 use std::fmt;
 use std::future::{poll_fn, Future};
 use std::io;
@@ -17,7 +19,7 @@ use std::task::{ready, Context, Poll};
 use std::thread;
 use std::time::Duration;
 
-use tokio::net::{TcpListener, UdpSocket, UnixListener};
+use tokio::net::{TcpListener, UdpSocket, UnixDatagram, UnixListener};
 use tokio::runtime::Handle;
 use tokio::sync::oneshot;
 
@@ -26,6 +28,7 @@ use crate::trigger::{Action, Meaning};
 use crate::{Builder, Ecdysis, Error, Exit, Key, Socket, Starting, Upgraded};
 
 use self::gate::Gate;
+pub use self::seqpacket::{UnixSeqpacketConn, UnixSeqpacketListener};
 pub use self::stream::{Source, StopOnShutdown, Stoppable, StoppableStream, UdpStream};
 pub use tokio::signal::unix::SignalKind;
 
@@ -166,6 +169,17 @@ impl TokioEcdysisBuilder {
     /// [`Error::Socket`], with what bind(2) said.
     pub fn control_on_socket<P: AsRef<Path>>(&mut self, listen_path: P) -> io::Result<()> {
         self.on_socket(listen_path.as_ref(), Meaning::Command)
+    }
+
+    /// Hands everything over to a process that connects to this Unix socket and asks, see
+    /// [`Builder::takeover_on_socket`]. A program takes over with [`Builder::take_over`] and
+    /// [`from_builder`](Self::from_builder).
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Socket`], with what bind(2) said.
+    pub fn takeover_on_socket<P: AsRef<Path>>(&mut self, listen_path: P) -> io::Result<()> {
+        self.on_socket(listen_path.as_ref(), Meaning::Takeover)
     }
 
     fn on_socket(&self, path: &Path, meaning: Meaning) -> io::Result<()> {
@@ -402,6 +416,49 @@ impl TokioEcdysis {
             self.ecdysis.keep_files(&Key::unix(path));
         }
         Ok(stream)
+    }
+
+    /// The connections of a Unix seqpacket listener at `path`, or at an abstract name after an `@`, see
+    /// [`Sockets::listen_unix_seqpacket`](crate::Sockets::listen_unix_seqpacket).
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Socket`], with what bind(2) or listen(2) said, or that there is no runtime here.
+    pub fn listen_unix_seqpacket<P: AsRef<Path>>(
+        &self,
+        stop_on_shutdown: StopOnShutdown,
+        path: P,
+    ) -> io::Result<StoppableStream<UnixSeqpacketListener>> {
+        let (path, key) = (path.as_ref(), Key::unix_seqpacket(path.as_ref()));
+        let make = || self.ecdysis.listen_unix_seqpacket(path);
+        let stream = self.stream(stop_on_shutdown, key.clone(), make, UnixSeqpacketListener::from_std)?;
+        if stop_on_shutdown == StopOnShutdown::No {
+            self.ecdysis.keep_files(&key);
+        }
+        Ok(stream)
+    }
+
+    /// A chain of datagram sockets through the generations: the first end goes to the parent's pair of this name, if it
+    /// made one; the second to the future child, see
+    /// [`Sockets::unix_datagram_pair`](crate::Sockets::unix_datagram_pair).
+    ///
+    /// # Errors
+    ///
+    /// Of each end its own: [`Error::Socket`], or what epoll_ctl(2) says.
+    ///
+    /// # Panics
+    ///
+    /// Outside a runtime with I/O, as Tokio's own types do.
+    pub fn unix_datagram_pair(
+        &self,
+        name: impl AsRef<OsStr>,
+    ) -> (Option<io::Result<UnixDatagram>>, io::Result<UnixDatagram>) {
+        let (to_parent, to_child) = self.ecdysis.unix_datagram_pair(name);
+        let register = |socket: std::os::unix::net::UnixDatagram| {
+            socket.set_nonblocking(true)?;
+            UnixDatagram::from_std(socket)
+        };
+        (to_parent.map(register), to_child.map_err(io::Error::from).and_then(register))
     }
 
     /// The datagrams of a UDP socket on `addr`, made by `sock_build` unless the parent handed it over.

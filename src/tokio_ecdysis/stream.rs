@@ -105,7 +105,7 @@ impl<L: Source + fmt::Debug> fmt::Debug for StoppableStream<L> {
     }
 }
 
-/// What a [`StoppableStream`] may be of: Tokio's TCP and Unix listeners, and its UDP socket.
+/// What a [`StoppableStream`] may be of: Tokio's TCP and Unix listeners, its UDP socket, and [`UnixSeqpacketListener`](super::UnixSeqpacketListener).
 pub trait Source: sealed::Sealed + Unpin {
     /// What the stream yields: a connection, or a datagram with its sender.
     type Item;
@@ -132,6 +132,7 @@ mod sealed {
     impl Sealed for tokio::net::TcpListener {}
     impl Sealed for tokio::net::UnixListener {}
     impl Sealed for tokio::net::UdpSocket {}
+    impl Sealed for crate::tokio_ecdysis::UnixSeqpacketListener {}
 }
 
 fn accept(listener: impl AsFd) -> io::Result<OwnedFd> {
