@@ -205,7 +205,7 @@ impl Shutdown {
                 Ok(0) => return Ok(Readable::TimedOut),
                 Ok(_) if !fds[0].revents().is_empty() => return Ok(Readable::Ready),
                 Ok(_) => return Ok(Readable::Over),
-                Err(Errno::INTR) => {}
+                Err(e) if passes(e) => {}
                 Err(e) => return Err(e.into()),
             }
         }
@@ -717,6 +717,16 @@ fn raise(event: &OwnedFd) {
 
 fn clear(event: &OwnedFd) {
     let _ = rustix::io::read(event, &mut [0; 8]);
+}
+
+/// Whether a poll(2) that failed so should be tried again, after a pause if the kernel is short of memory: a server
+/// that ended for that would take the service with it.
+pub(crate) fn passes(e: Errno) -> bool {
+    let scarce = matches!(e, Errno::NOMEM | Errno::AGAIN);
+    if scarce {
+        std::thread::sleep(EXHAUSTED);
+    }
+    scarce || e == Errno::INTR
 }
 
 pub(crate) fn timespec(time: Duration) -> Timespec {

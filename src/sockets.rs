@@ -48,6 +48,8 @@ struct State {
     producers: Vec<(Key, Producer)>,
     /// From the parent, until claimed.
     inherited: HashMap<Key, VecDeque<Held>>,
+    /// The first claim that failed for want of descriptors.
+    failed: Option<(Key, io::Error)>,
 }
 
 /// A descriptor in the registry.
@@ -276,20 +278,32 @@ impl Sockets {
     }
 
     /// Takes what the parent handed over under this key. It stays in the registry for the next generation. `None` if
-    /// there is none (left).
+    /// there is none (left); or if there is no free descriptor for it, in which case `ready` fails.
     pub fn claim(&self, key: &Key) -> Option<OwnedFd> {
+        self.try_claim(key).unwrap_or_else(|e| {
+            log::error!("cannot duplicate the descriptor of {key}: {e}");
+            // A program that now binds anew would lose the clients of the one it did not get.
+            self.lock().failed.get_or_insert((key.clone(), e));
+            None
+        })
+    }
+
+    fn try_claim(&self, key: &Key) -> io::Result<Option<OwnedFd>> {
         let mut state = self.lock();
-        let held = state.take_inherited(key)?;
-        match duplicate(held.fd.as_fd()) {
-            Ok(fd) => {
-                state.ours.push((key.clone(), held));
-                Some(fd)
-            }
-            Err(e) => {
-                log::warn!("cannot duplicate the descriptor of {key}: {e}");
-                state.inherited.entry(key.clone()).or_default().push_front(held);
-                None
-            }
+        let Some(held) = state.take_inherited(key) else { return Ok(None) };
+        let fd = duplicate(held.fd.as_fd());
+        match fd {
+            Ok(_) => state.ours.push((key.clone(), held)),
+            Err(_) => state.inherited.entry(key.clone()).or_default().push_front(held),
+        }
+        fd.map(Some)
+    }
+
+    /// What a claim failed of, if one did and could not say so: then this generation must not serve.
+    pub(crate) fn failed_claim(&self) -> Result<(), Error> {
+        match self.lock().failed.take() {
+            Some((key, source)) => Err(Error::Socket { key, source }),
+            None => Ok(()),
         }
     }
 
@@ -364,8 +378,9 @@ impl Sockets {
         make: impl FnOnce(&Key) -> io::Result<(OwnedFd, Option<FileId>)>,
     ) -> Result<OwnedFd, Error> {
         let claimed = (|| {
-            // Its inode says that it is what the parent held under this key, and `hold` checked it when it got there.
-            if let Some(fd) = self.claim(&key) {
+            // Its inode says that it is what the parent held under this key, and `hold` checked it when it got there. A
+            // failed claim must not become a bind: on port 0 that succeeds, elsewhere.
+            if let Some(fd) = self.try_claim(&key)? {
                 log::debug!("claimed {key} from the parent");
                 return Ok(fd);
             }

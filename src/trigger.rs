@@ -13,7 +13,7 @@ use rustix::io::Errno;
 
 use crate::ecdysis::{ExitReason, Upgraded};
 use crate::error::{chain, Error};
-use crate::shutdown::timespec;
+use crate::shutdown::{passes, timespec};
 use crate::sys::peer::PeerCred;
 use crate::sys::signal::{self, Handlers};
 use crate::takeover::{self, Taker, Trust};
@@ -297,7 +297,10 @@ impl Triggers {
             let time = until.map(|until| timespec(until.saturating_duration_since(now)));
             match poll(&mut polled, time.as_ref()) {
                 Ok(_) => {}
-                Err(Errno::INTR) => continue,
+                Err(e) if passes(e) => match deadline {
+                    Some(deadline) if Instant::now() >= deadline => return Ok(Woken::Deadline),
+                    _ => continue,
+                },
                 Err(e) => return Err(Error::Wait { source: e.into() }),
             }
 
@@ -396,14 +399,20 @@ impl Triggers {
             }
             return;
         }
-        let command = line.split(|byte| *byte == b'\n').next().unwrap_or_default();
-        let action = match command.trim_ascii() {
-            b"upgrade" => Action::Upgrade,
-            b"stop" => Action::Stop,
-            b"partial-stop" => Action::PartialStop,
-            b"status" => Action::Status,
-            _ => return tell(&stream, "failed: unknown command; known are upgrade, stop, partial-stop, status\n"),
+        let Some(action) = command(&line) else {
+            return tell(&stream, "failed: unknown command; known are upgrade, stop, partial-stop, status\n");
         };
         self.requests.push_back(Request { action, reason, since, reply: Reply::Socket(stream) });
+    }
+}
+
+/// The command in the first line of what came.
+pub(crate) fn command(received: &[u8]) -> Option<Action> {
+    match received.split(|byte| *byte == b'\n').next()?.trim_ascii() {
+        b"upgrade" => Some(Action::Upgrade),
+        b"stop" => Some(Action::Stop),
+        b"partial-stop" => Some(Action::PartialStop),
+        b"status" => Some(Action::Status),
+        _ => None,
     }
 }

@@ -25,7 +25,7 @@ use crate::handover::link::{self, wait_readable, Arrived, Link, Parcel, Transpor
 use crate::handover::manifest::{Entry, Manifest, Slot};
 use crate::handover::pipe::{Named, Way, VARIABLE};
 use crate::key::Key;
-use crate::shutdown::{timespec, State};
+use crate::shutdown::{passes, timespec, State};
 use crate::sockets::Held;
 use crate::sys::adopt::Adopter;
 use crate::sys::peer::peer_pidfd;
@@ -151,15 +151,15 @@ fn wait_ready(child: &mut Child<'_>, core: &Core, triggers: &mut Triggers, since
 fn commit(mut child: Child<'_>, core: &Core, triggers: &mut Triggers, since: Instant) -> Result<Upgraded, Error> {
     core.shutdown.set(State::Paused);
     let committed = Instant::now();
-    let died = |pid, status, after| {
+    let resume = |error| {
         core.shutdown.set(State::Accepting);
         core.rewrite_pid_file();
-        Err(Error::DiedAfterReady { pid, status, after })
+        Err(error)
     };
     let pid = child.process.pid();
     if child.link.say(Word::Commit).is_err() {
         let status = child.process.end();
-        return died(pid, status, Duration::ZERO);
+        return resume(Error::DiedAfterReady { pid, status, after: Duration::ZERO });
     }
     // Whoever watches us must not take our end for a death from here on.
     core.tell_parent(&Status::HandedOver);
@@ -167,9 +167,14 @@ fn commit(mut child: Child<'_>, core: &Core, triggers: &mut Triggers, since: Ins
     core.emit(&Event::Committed(&upgraded));
 
     let verdict_at = committed + core.config.probation;
+    let mut serving = false;
     loop {
         match child.next_status() {
             Ok(Some(Status::Stopping | Status::HandedOver)) => break,
+            Ok(Some(Status::Serving)) => {
+                serving = true;
+                continue;
+            }
             Ok(Some(_)) => continue,
             Ok(None) => {}
             // It serves, and that is more than its manners count for.
@@ -179,7 +184,7 @@ fn commit(mut child: Child<'_>, core: &Core, triggers: &mut Triggers, since: Ins
             }
             Err(error) => {
                 let status = if let Error::ChildEnded { status, .. } = error { status } else { None };
-                return died(pid, status, committed.elapsed());
+                return resume(Error::DiedAfterReady { pid, status, after: committed.elapsed() });
             }
         }
         triggers.answer_busy(|| core.status("probation"));
@@ -188,12 +193,19 @@ fn commit(mut child: Child<'_>, core: &Core, triggers: &mut Triggers, since: Ins
             let _ = child.link.say(Word::Stop);
             break;
         }
-        if Instant::now() >= verdict_at {
-            break;
+        let now = Instant::now();
+        let until = if serving || core.config.probation.is_zero() { verdict_at } else { committed + COMMIT };
+        if now >= until {
+            if until == verdict_at {
+                break;
+            }
+            // It was stopped between the two words, say; nobody accepts.
+            child.process.end();
+            return resume(Error::Timeout { pid, after: COMMIT });
         }
         let (mut fds, _) = child.link.poll_for();
         fds.extend(child.process.pidfd());
-        if let Err(e) = triggers.wait(&fds, Some(verdict_at), Sockets::Leave) {
+        if let Err(e) = triggers.wait(&fds, Some(until), Sockets::Leave) {
             // The child serves; a failing poll of ours is no reason to end it.
             log::warn!("{}", crate::error::chain(&e));
             break;
@@ -329,7 +341,10 @@ fn kill_and_reap(child: &Spawned) -> Option<ExitStatus> {
     let pid = child.pid;
     match &child.pidfd {
         Some(pidfd) => {
-            let _ = pidfd_send_signal(pidfd, Signal::KILL);
+            // A filter may know only the older call. Nobody has reaped the child while its pidfd is silent.
+            if pidfd_send_signal(pidfd, Signal::KILL).is_err() && !wait_readable(pidfd, Duration::ZERO) {
+                let _ = kill_process(pid, Signal::KILL);
+            }
             // SIGKILL ends a stopped process too, but not one that hangs in the kernel.
             if !wait_readable(pidfd, KILLING) {
                 log::error!("child {pid} survives SIGKILL: it hangs in the kernel");
@@ -459,6 +474,7 @@ fn unpack(arrived: Arrived, reader: Arc<OwnedFd>, writer: Arc<OwnedFd>) -> Resul
 /// Step 6, after the claims: nothing unclaimed stays open, the PID file names us, and the parent hears `ready`. We
 /// serve when it answers `commit`, so that at no time both think they are the one; or when it can answer no more.
 pub(crate) fn ready(core: &Core) -> Result<(), Error> {
+    core.sockets.failed_claim()?;
     core.sockets.close_unclaimed();
     core.write_pid_file()?;
     let Some(parent) = &core.parent else { return Ok(()) };
@@ -470,7 +486,11 @@ pub(crate) fn ready(core: &Core) -> Result<(), Error> {
     let deadline = Instant::now() + COMMIT;
     loop {
         match parent.next_word() {
-            Some(Word::Commit) => return Ok(()),
+            Some(Word::Commit) => {
+                // Before the first accept: a parent that does not hear this ends us, and then nothing is lost.
+                core.tell_parent(&Status::Serving);
+                return Ok(());
+            }
             // A child would have been killed; this process belongs to somebody else.
             Some(Word::Stop) => return Err(Error::GivenUp),
             None if parent.has_ended() => {
@@ -542,7 +562,7 @@ impl Parent {
             let left = deadline.map(|deadline| timespec(deadline.saturating_duration_since(Instant::now())));
             // No event is asked for: POLLHUP comes all the same.
             match poll(&mut [PollFd::new(&self.reader, PollFlags::empty())], left.as_ref()) {
-                Err(Errno::INTR) => {}
+                Err(e) if passes(e) && deadline.is_none_or(|deadline| Instant::now() < deadline) => {}
                 result => return Ok(result? > 0),
             }
         }

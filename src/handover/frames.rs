@@ -19,7 +19,7 @@ pub(crate) enum Status {
     Refused(String),
     /// A step between fork and execve failed with this errno.
     Failed { step: String, errno: i32 },
-    /// It heard nothing after `ready` and serves by itself.
+    /// It serves from here on: it has heard [`Word::Commit`], or nothing for too long.
     Serving,
     /// After the commit: it stops on purpose.
     Stopping,

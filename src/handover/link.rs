@@ -22,7 +22,7 @@ use super::manifest::{Manifest, Slot, MAX_ENTRIES, MAX_SIZE};
 use super::pipe::{Named, Way};
 use super::scm::{Limits, Receiver, Sender, Sent};
 use crate::error::Error;
-use crate::shutdown::timespec;
+use crate::shutdown::{passes, timespec};
 use crate::sys::adopt::Adopter;
 use crate::sys::signal::without_sigpipe;
 
@@ -293,7 +293,7 @@ pub(crate) fn wait_readable(fd: impl AsFd, time: Duration) -> bool {
     loop {
         let left = timespec(deadline.saturating_duration_since(Instant::now()));
         match poll(&mut [PollFd::new(&fd, PollFlags::IN)], Some(&left)) {
-            Err(Errno::INTR) => {}
+            Err(e) if passes(e) && Instant::now() < deadline => {}
             result => return result.is_ok_and(|ready| ready > 0),
         }
     }

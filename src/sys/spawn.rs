@@ -77,7 +77,10 @@ pub(crate) fn spawn(plan: Plan, how: Spawn) -> io::Result<Spawned> {
         },
         _ => fork(&shared.0),
     };
-    signal::set_mask(mask)?;
+    // A filter may refuse it; then there is a child all the same, and the caller must have it.
+    if let Err(e) = signal::set_mask(mask) {
+        log::error!("cannot unblock signals after a spawn: {e}");
+    }
     let (pid, pidfd) = spawned?;
     let pid = rustix::process::Pid::from_raw(pid).ok_or(io::ErrorKind::Other)?;
     Ok(Spawned { pid, pidfd, _shared: shared })
