@@ -175,7 +175,8 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 pub(crate) struct Triggers {
     signals: Vec<(i32, Action)>,
     /// Installed as long as this lives: also when all is over, or a late SIGHUP would end the drain.
-    handlers: Handlers,
+    // The underscore: without `tokio_ecdysis` it is only held.
+    _handlers: Handlers,
     sockets: Vec<ControlSocket>,
     trust: Trust,
     talks: Vec<Talk>,
@@ -210,7 +211,7 @@ impl Triggers {
     ) -> Self {
         Self {
             signals,
-            handlers,
+            _handlers: handlers,
             sockets,
             trust,
             talks: Vec::new(),
@@ -222,7 +223,7 @@ impl Triggers {
 
     #[cfg(feature = "tokio_ecdysis")]
     pub(crate) fn add_signal(&mut self, signal: i32, action: Action) -> io::Result<()> {
-        self.handlers.install(signal)?;
+        self._handlers.install(signal)?;
         self.signals.push((signal, action));
         Ok(())
     }
