@@ -5,6 +5,7 @@
 //!     kill -HUP $(pgrep -n -x echo)                   # in a third: the upgrade
 //!
 //! The `nc` that was open stays with the old process, which ends when `nc` does. A new `nc` talks to the new one.
+//! (A protocol that may close an idle connection ends it at the upgrade with `shutdown.readable(&stream, None)`.)
 
 use ecdysis::Ecdysis;
 use std::{env, error::Error, io, net::SocketAddr, thread, time::Duration};
@@ -37,6 +38,6 @@ fn main() -> Result<(), Box<dyn Error>> {
 
     let exit = ecdysis.run()?; // until a successor serves, or a stop
     let left = shutdown.drain(Duration::from_secs(60));
-    eprintln!("generation {} ends: {} ({}), {left} connections cut", ecdysis.generation(), exit.mode, exit.reason);
+    eprintln!("generation {} ends: {exit}, {left} connections cut", ecdysis.generation());
     Ok(())
 }

@@ -168,7 +168,7 @@ fn ask_until_told(mut client: Client, shared: &Shared, keep_points: bool) -> See
             seen.failed_at.push(end);
             shared.failed.fetch_add(1, Relaxed);
         }
-        seen.first_error.get_or_insert_with(|| error.to_string());
+        seen.first_error.get_or_insert_with(|| format!("{kind:?}: {error}"));
         // A dead server would refuse a million requests a second; the count means more if each client tries again calmly.
         thread::sleep(Duration::from_millis(10));
     }

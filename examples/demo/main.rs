@@ -2,7 +2,7 @@
 //!
 //!     cargo run --release --example demo
 //!
-//! You see a progress line, and after some 12 seconds a table, in which no request has failed. Options:
+//! You see a progress line, and after some 11 seconds a table, in which no request has failed. Options:
 //!
 //!     --upgrades N     how often the server is replaced (40)
 //!     --every MS       time from one SIGHUP to the next (250)

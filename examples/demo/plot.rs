@@ -1,6 +1,6 @@
 //! Latency over time as an SVG picture, each upgrade marked. SVG is text, so this writes text.
 
-use crate::report::Report;
+use crate::report::{thousands, Report};
 use std::fmt::{self, Write};
 
 // The frame, in pixels.
@@ -46,7 +46,7 @@ fn draw(out: &mut String, report: &Report) -> fmt::Result {
     }
     let least = shown.iter().map(|c| c.1).fold(0.1, f64::min);
     let most = shown.iter().map(|c| c.3).fold(1.0, f64::max);
-    let (low, high) = (least.log10().floor(), most.log10().ceil());
+    let (low, high) = (least.log10() - 0.1, most.log10() + 0.1);
     let y = |ms: f64| BOTTOM - (BOTTOM - TOP) * (ms.log10() - low) / (high - low);
 
     writeln!(
@@ -56,16 +56,17 @@ fn draw(out: &mut String, report: &Report) -> fmt::Result {
 <text x="{LEFT}" y="32" font-size="20">Request latency while the server is replaced {} times</text>
 <text x="{LEFT}" y="55" fill="#444">{} requests by {} clients at full speed, {} failed</text>"##,
         upgrades.len(),
-        seen.requests(),
+        thousands(seen.requests()),
         report.options.clients,
         seen.failed(),
     )?;
 
+    writeln!(out, r##"<path d="M{LEFT} {BOTTOM}H{RIGHT}" stroke="#bbb"/>"##)?;
     // The grid: a line per decade, a faint one at 2 and 5; a label each second, or every so many seconds.
-    for decade in low as i32..=high as i32 {
+    for decade in low.floor() as i32..=high as i32 {
         for (digit, colour) in [(1.0, "#bbb"), (2.0, "#eee"), (5.0, "#eee")] {
             let ms = digit * 10f64.powi(decade);
-            if y(ms) > TOP - 1.0 {
+            if (TOP..BOTTOM).contains(&y(ms)) {
                 writeln!(out, r#"<path d="M{LEFT} {0:.1}H{RIGHT}" stroke="{colour}"/>"#, y(ms))?;
                 if digit == 1.0 {
                     text(out, LEFT - 8.0, y(ms) + 4.0, "end", "#444", &format!("{ms} ms"))?;

@@ -41,17 +41,21 @@ impl Report<'_> {
         let ok = self.operator.upgrades.iter().filter(|u| u.error.is_none());
         let mut ms: Vec<f64> = ok.map(|u| u.ms()).collect();
         ms.sort_by(f64::total_cmp);
-        Some((ms.get(ms.len() / 2).copied()?, ms.last().copied()?))
+        let median = (ms.get(ms.len() / 2)? + ms.get((ms.len() - 1) / 2)?) / 2.0;
+        Some((median, *ms.last()?))
     }
 
     pub fn table(&self) -> String {
         let (seen, mut out) = (&self.seen, String::new());
         let mut row = |name: &str, text: String| writeln!(out, "{name:<18}{text}").expect("a String takes everything");
         let rate = seen.requests() as f64 / seen.seconds;
-        row("requests", format!("{} in {:.1} s, {rate:.0} a second", seen.requests(), seen.seconds));
+        row(
+            "requests",
+            format!("{} in {:.1} s, {} a second", thousands(seen.requests()), seen.seconds, thousands(rate as u64)),
+        );
         row("failed", failures(seen));
         if let Some(baseline) = &self.baseline {
-            let text = format!("{} requests in {:.1} s", baseline.requests(), baseline.seconds);
+            let text = format!("{} requests in {:.1} s", thousands(baseline.requests()), baseline.seconds);
             row("without upgrades", format!("{text}, failed {}", failures(baseline)));
         }
         if seen.no_port > 0 {
@@ -72,8 +76,8 @@ impl Report<'_> {
         for (name, latency) in [("  during upgrades", &seen.during), ("  between them", &seen.between)] {
             let ms = |ns: u64| ns as f64 / 1e6;
             let p = |quantile| ms(latency.value_at_quantile(quantile));
-            let (max, n) = (ms(latency.max()), latency.len());
-            row(name, format!("{:7.2} {:7.2} {:7.2} {max:7.2} {n:11}", p(0.5), p(0.99), p(0.999)));
+            let (max, n) = (ms(latency.max()), thousands(latency.len()));
+            row(name, format!("{:7.2} {:7.2} {:7.2} {max:7.2} {n:>11}", p(0.5), p(0.99), p(0.999)));
         }
         row("", format!("(an upgrade lasts from the signal to {} ms after the commit)", MARGIN.as_millis()));
         if let Some(problem) = self.problem {
@@ -108,6 +112,13 @@ impl Report<'_> {
         }
         value
     }
+}
+
+/// 1234567 as 1,234,567.
+pub fn thousands(number: u64) -> String {
+    let digits = number.to_string();
+    let group = |(at, digit)| if at > 0 && (digits.len() - at) % 3 == 0 { vec![',', digit] } else { vec![digit] };
+    digits.chars().enumerate().flat_map(group).collect()
 }
 
 fn failures(seen: &Seen) -> String {

@@ -61,7 +61,7 @@ pub fn serve(options: &Options) -> Result<(), Box<dyn Error>> {
     });
     let exit = ecdysis.run()?;
     let left = shutdown.drain(options.timeout);
-    say(format!("ended gen={gen} pid={pid} left={left} {} ({})", exit.mode, exit.reason));
+    say(format!("ended gen={gen} pid={pid} left={left} {exit}"));
     Ok(())
 }
 
