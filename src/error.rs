@@ -102,6 +102,8 @@ pub enum Error {
     },
     /// An upgrade is under way already.
     Busy,
+    /// This process does not serve yet.
+    NotReady,
     /// This process has stopped, or has been replaced: it makes no more upgrades.
     Over,
     /// A stop was asked for during the upgrade; the child was ended.
@@ -226,6 +228,7 @@ impl fmt::Display for Error {
             Self::PidFile { path, .. } => write!(f, "cannot write PID file {}", path.display()),
             Self::Ready { .. } => write!(f, "cannot tell the parent that this process is ready"),
             Self::Busy => write!(f, "busy: an upgrade is under way"),
+            Self::NotReady => write!(f, "this process is not ready yet"),
             Self::Over => write!(f, "this process has stopped or was replaced"),
             Self::StopAsked { pid } => write!(f, "a stop was asked for during the upgrade; {} was ended", Child(*pid)),
             Self::ParentDrains => write!(f, "an older generation still drains"),

@@ -453,6 +453,14 @@ impl Sockets {
         Ok(())
     }
 
+    /// Leaves the files of the Unix sockets with this key alone at a final stop: they go on to be listened on.
+    #[cfg(feature = "tokio_ecdysis")]
+    pub(crate) fn keep_files(&self, key: &Key) {
+        for (_, held) in self.lock().ours.iter_mut().filter(|(held, _)| held == key) {
+            held.file = None;
+        }
+    }
+
     /// "Address in use" by the service manager, which passed a socket that is not quite what was asked for, is a riddle
     /// unless both are named.
     fn explain(&self, error: io::Error) -> io::Error {
