@@ -853,8 +853,9 @@ impl Core {
         }
     }
 
-    /// Makes the child that took over the main process of the service, before we may end.
-    fn announce(&self, upgraded: &Upgraded) {
+    /// Tells the service manager who serves now, before we may end. Our child becomes the main process of the service; a
+    /// process that took over belongs to another unit or to none, so for this one it is the end.
+    pub(crate) fn announce(&self, upgraded: &Upgraded, is_child: bool, link: &OwnedFd) {
         if !self.manager.is_there() {
             return;
         }
@@ -863,11 +864,11 @@ impl Core {
             parent.wait_announced(ANNOUNCE);
         }
         if self.is_main() {
-            self.manager.announce(upgraded);
+            self.manager.announce(upgraded, is_child);
         }
-        if let Some(to) = &self.kept().link {
+        if is_child {
             // It may have ended since, on purpose.
-            let _ = send(to, Word::Main.line());
+            let _ = send(link, Word::Main.line());
         }
     }
 
@@ -999,7 +1000,6 @@ impl Turn<'_> {
                 let upgraded = outcome.as_ref().ok().cloned();
                 match &outcome {
                     Ok(upgraded) => {
-                        core.announce(upgraded);
                         core.shutdown.set(State::HandedOver);
                         core.bound_overlap();
                         core.emit(&Event::Upgraded(upgraded));
