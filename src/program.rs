@@ -81,8 +81,7 @@ impl Program {
     /// threads may read it.
     pub(crate) fn envp(&self, handover: &str) -> io::Result<Vec<CString>> {
         let kept = env::vars_os().filter(|(name, _)| {
-            let ours = name == VARIABLE || FOR_THIS_PROCESS_ONLY.iter().any(|known| name == known);
-            !ours && !self.env.contains_key(name)
+            name != VARIABLE && !FOR_THIS_PROCESS_ONLY.iter().any(|drop| name == drop) && !self.env.contains_key(name)
         });
         let set = self.env.iter().filter_map(|(name, value)| Some((name.clone(), value.clone()?)));
         let pair = |(name, value): (OsString, OsString)| {

@@ -222,7 +222,8 @@ impl Shutdown {
     }
 
     /// Waits until every accept loop has ended and every guard is dropped, at most `deadline`; returns how many are
-    /// left. To be called when accepting is over: before, the loops do not end.
+    /// left. To be called when accepting is over: before, the loops do not end. A loop counts from its first `next` on;
+    /// a thread that was spawned and has not come so far does not.
     ///
     /// Also returns when a later generation, which was built with [`Overlap::AtMost`](crate::Overlap::AtMost), tells
     /// this one to end.

@@ -22,7 +22,7 @@ use crate::ecdysis::{Config, Core, Upgraded};
 use crate::error::Error;
 use crate::event::Event;
 use crate::handover::frames::{preview, send, Lines, Next, Status, Word};
-use crate::handover::link::{self, wait_readable, Arrived, Link, Parcel, Transport};
+use crate::handover::link::{self, wait_for, wait_readable, Arrived, Link, Parcel, Transport};
 use crate::handover::manifest::{Entry, Manifest, Slot};
 use crate::handover::pipe::{Named, Way, VARIABLE};
 use crate::key::Key;
@@ -366,7 +366,7 @@ fn kill_and_reap(child: &Spawned) -> Option<ExitStatus> {
     }
     if let (Some(pidfd), ParentIs::OurParent) = (&child.pidfd, child.parent) {
         // Our parent reaps it, and only then does the kernel say how it ended.
-        link::wait_for(pidfd, PollFlags::empty(), ENDING);
+        wait_for(pidfd, PollFlags::empty(), ENDING);
         return exit_status(pidfd);
     }
     loop {
@@ -504,7 +504,7 @@ pub(crate) fn ready(core: &Core) -> Result<(), Error> {
             }
             // A child would have been killed; this process belongs to somebody else.
             Some(Word::Stop) => return Err(Error::GivenUp),
-            // Not before the verdict.
+            // Never before the commit.
             Some(Word::Main) => {}
             None if parent.has_ended() => {
                 log::warn!("the parent ended before it could commit: serving without it");
