@@ -69,6 +69,7 @@
 //! # Features
 //!
 //! None is on by default. `systemd_notify` and `systemd_sockets` (together `systemd`): see [`guide::systemd`].
+//! `tokio_ecdysis` (or `tokio`): streams for Tokio, in the module `tokio_ecdysis`, which is a chapter too.
 //!
 //! The [`guide`] has chapters on each of these, on operations, and on moving from other libraries.
 

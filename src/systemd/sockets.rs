@@ -19,7 +19,7 @@ use super::stored;
 use crate::listen::FileId;
 use crate::sockets::Held;
 use crate::sys::listen_fds;
-use crate::{Error, Key, Sockets};
+use crate::{Error, Key, Sockets, UnixSeqpacketListener};
 
 /// Sockets that units of the service manager passed; feature `systemd_sockets`, and
 /// [`Builder::systemd_sockets`](crate::Builder::systemd_sockets).
@@ -53,6 +53,20 @@ impl Sockets {
     /// As for [`systemd_listen_tcp`](Self::systemd_listen_tcp).
     pub fn systemd_listen_unix(&self, name: &str, path: impl AsRef<Path>) -> Result<UnixListener, Error> {
         self.systemd(name, Key::unix(path)).map(UnixListener::from)
+    }
+
+    /// The Unix seqpacket listener at `path`, or at an abstract name after an `@`, that a unit passed by this name
+    /// (`ListenSequentialPacket=`). Its file is the unit's, and is never removed here.
+    ///
+    /// # Errors
+    ///
+    /// As for [`systemd_listen_tcp`](Self::systemd_listen_tcp).
+    pub fn systemd_listen_unix_seqpacket(
+        &self,
+        name: &str,
+        path: impl AsRef<Path>,
+    ) -> Result<UnixSeqpacketListener, Error> {
+        self.systemd(name, Key::unix_seqpacket(path)).map(UnixSeqpacketListener::from)
     }
 
     /// The UDP socket on `addr` that a unit passed by this name.
@@ -159,8 +173,9 @@ fn key_of(fd: BorrowedFd<'_>) -> io::Result<Option<Key>> {
         (AddressFamily::INET | AddressFamily::INET6, SocketType::DGRAM, _) => {
             SocketAddr::try_from(address).ok().map(Key::udp)
         }
-        (AddressFamily::UNIX, SocketType::STREAM, true) => {
-            SocketAddrUnix::try_from(address).ok().and_then(|address| unix_path(&address)).map(Key::unix)
+        (AddressFamily::UNIX, SocketType::STREAM | SocketType::SEQPACKET, true) => {
+            let key = if kind == SocketType::STREAM { Key::unix } else { Key::unix_seqpacket };
+            SocketAddrUnix::try_from(address).ok().and_then(|address| unix_path(&address)).map(key)
         }
         _ => None,
     })
