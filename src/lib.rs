@@ -79,6 +79,10 @@
 mod ecdysis;
 mod error;
 mod event;
+#[cfg(any(test, fuzzing))]
+#[doc(hidden)]
+#[allow(missing_docs, clippy::missing_panics_doc)]
+pub mod fuzzing;
 mod handover;
 mod key;
 mod listen;
@@ -110,6 +114,8 @@ pub mod guide {
     pub mod state {}
     #[doc = include_str!("guide/systemd.md")]
     pub mod systemd {}
+    #[doc = include_str!("guide/takeover.md")]
+    pub mod takeover {}
     #[doc = include_str!("guide/operations.md")]
     pub mod operations {}
     #[doc = include_str!("guide/protocol.md")]

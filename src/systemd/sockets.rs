@@ -6,7 +6,7 @@ use std::io;
 use std::net::{SocketAddr, TcpListener, UdpSocket};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::net::UnixListener;
+use std::os::unix::net::{UnixDatagram, UnixListener};
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{fstat, fstatfs};
@@ -55,8 +55,7 @@ impl Sockets {
         self.systemd(name, Key::unix(path)).map(UnixListener::from)
     }
 
-    /// The Unix seqpacket listener at `path`, or at an abstract name after an `@`, that a unit passed by this name
-    /// (`ListenSequentialPacket=`). Its file is the unit's, and is never removed here.
+    /// The Unix seqpacket listener at `path` that a unit passed by this name.
     ///
     /// # Errors
     ///
@@ -69,6 +68,15 @@ impl Sockets {
         self.systemd(name, Key::unix_seqpacket(path)).map(UnixSeqpacketListener::from)
     }
 
+    /// The Unix datagram socket at `path` that a unit passed by this name.
+    ///
+    /// # Errors
+    ///
+    /// As for [`systemd_listen_tcp`](Self::systemd_listen_tcp).
+    pub fn systemd_listen_unix_datagram(&self, name: &str, path: impl AsRef<Path>) -> Result<UnixDatagram, Error> {
+        self.systemd(name, Key::unix_datagram(path)).map(UnixDatagram::from)
+    }
+
     /// The UDP socket on `addr` that a unit passed by this name.
     ///
     /// # Errors
@@ -79,8 +87,8 @@ impl Sockets {
     }
 
     /// All descriptors that units passed by this name and nobody has claimed yet, each with what it is: for programs
-    /// that leave the addresses, and how many there are, to the unit. Sockets are nonblocking. What is no listener or
-    /// UDP socket has the key [`Key::fd`] of the name.
+    /// that leave the addresses, and how many there are, to the unit. Sockets are nonblocking. What has
+    /// no address has the key [`Key::fd`] of the name.
     ///
     /// ```no_run
     /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -173,9 +181,14 @@ fn key_of(fd: BorrowedFd<'_>) -> io::Result<Option<Key>> {
         (AddressFamily::INET | AddressFamily::INET6, SocketType::DGRAM, _) => {
             SocketAddr::try_from(address).ok().map(Key::udp)
         }
-        (AddressFamily::UNIX, SocketType::STREAM | SocketType::SEQPACKET, true) => {
-            let key = if kind == SocketType::STREAM { Key::unix } else { Key::unix_seqpacket };
-            SocketAddrUnix::try_from(address).ok().and_then(|address| unix_path(&address)).map(key)
+        (AddressFamily::UNIX, kind, listening) => {
+            let path = SocketAddrUnix::try_from(address).ok().and_then(|address| unix_path(&address));
+            match (path, kind, listening) {
+                (Some(path), SocketType::STREAM, true) => Some(Key::unix(path)),
+                (Some(path), SocketType::SEQPACKET, true) => Some(Key::unix_seqpacket(path)),
+                (Some(path), SocketType::DGRAM, _) => Some(Key::unix_datagram(path)),
+                _ => None,
+            }
         }
         _ => None,
     })
@@ -392,7 +405,10 @@ mod tests {
         let path = env::temp_dir().join(format!("ecdysis-key-of-{}", std::process::id()));
         let unix = UnixListener::bind(&path).unwrap();
         std::fs::remove_file(&path).unwrap();
+        let datagram = UnixDatagram::bind(&path).unwrap();
+        std::fs::remove_file(&path).unwrap();
         let key = |fd: BorrowedFd<'_>| key_of(fd).unwrap();
+        assert_eq!(key(datagram.as_fd()), Some(Key::unix_datagram(&path)));
         assert_eq!(key(tcp.as_fd()), Some(Key::tcp(tcp.local_addr().unwrap())));
         assert_eq!(key(udp.as_fd()), Some(Key::udp(udp.local_addr().unwrap())));
         assert_eq!(key(unix.as_fd()), Some(Key::unix(path)));

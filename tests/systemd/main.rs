@@ -346,6 +346,33 @@ fn a_stop_may_take_as_long_as_it_makes_progress() {
     });
 }
 
+/// With fork alone a generation is not systemd's child, and systemd kills such a main process right after the SIGTERM. An
+/// `ExecStop=` that waits is what helps.
+#[test]
+#[ignore = "needs root, cgroup2, overlayfs and apt"]
+fn with_fork_alone_exec_stop_waits() {
+    under_systemd("with_fork_alone_exec_stop_waits", |machine| {
+        let control = "/run/whoami-execreload/control";
+        let settings = format!(
+            "ExecStart=\nExecStart=/usr/local/bin/whoami --systemd --fork --listen 127.0.0.1:8002 --control-socket {control}\n\
+             ExecStop=/usr/local/bin/ctl {control} stop"
+        );
+        let service = machine.service("notify-execreload", &settings);
+        service.start();
+        service.succeed("reload");
+        service.log.expect("ended gen=1");
+        let open = connect("127.0.0.1:8002").unwrap();
+        systemctl(&["stop", "--no-block", "notify-execreload.service"]);
+        assert_eq!(service.log.within(Duration::from_millis(500), "ended gen=2"), None);
+        assert!(finish(open).starts_with("gen=2 "));
+        service.log.expect("ended gen=2");
+        service.succeed("stop");
+        assert_eq!(service.get("Result"), "success");
+        let not_our_child = |line: &String| line.contains("Supervising");
+        assert!(machine.complaints().iter().all(not_our_child), "{:?}", machine.complaints());
+    });
+}
+
 #[test]
 #[ignore = "needs root, cgroup2, overlayfs and apt"]
 fn few_rights_are_enough() {
