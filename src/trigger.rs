@@ -291,6 +291,16 @@ impl Triggers {
             match poll(&mut polled, time.as_ref()) {
                 Ok(_) => {}
                 Err(Errno::INTR) => continue,
+                // For want of memory, which there may be a moment later; a server should not end for that.
+                Err(Errno::NOMEM | Errno::AGAIN) => {
+                    drop(polled);
+                    log::warn!("cannot wait for triggers for want of memory, trying again");
+                    let _ = poll(&mut [], Some(&timespec(ACCEPT_PAUSE)));
+                    if deadline.is_some_and(|deadline| Instant::now() >= deadline) {
+                        return Ok(Woken::Deadline);
+                    }
+                    continue;
+                }
                 Err(e) => return Err(Error::Wait { source: e.into() }),
             }
 
