@@ -240,7 +240,16 @@ fn attempt(point: &Point, setting: &Setting) -> Result<bool, String> {
         serves(&new) || ended(&new) || (stops && !stopped_old && verdict(&old))
     });
     if stopped_old {
-        let _ = rustix::process::kill_process(pid(old_pid), Signal::CONT);
+        // The stop itself may come late.
+        let begun = Instant::now();
+        let stopped = || fs::read_to_string(&output).unwrap().contains("--- stopped by SIGSTOP");
+        while !stopped() && begun.elapsed().as_secs() < 2 {
+            thread::yield_now();
+        }
+        eventually("the old process goes on", || {
+            old.signal_all(Signal::CONT);
+            !matches!(state(old_pid), Some('T' | 't'))
+        });
     }
 
     if serves(&new) && point.call.role == Role::New && point.fault.contains("KILL") {
