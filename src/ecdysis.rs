@@ -17,18 +17,20 @@ use rustix::fs::Mode;
 use crate::error::{chain, Error};
 use crate::event::Event;
 use crate::handover::escape::escape;
-use crate::handover::frames::{Status, Word};
+use crate::handover::frames::{send, Status, Word};
 use crate::handover::link::Transport;
+use crate::key::Key;
+use crate::manager::{Manager, ANNOUNCE};
 use crate::pid_file;
 use crate::program::{Changes, Program};
 use crate::shutdown::{Shutdown, State};
-use crate::sockets::Sockets;
+use crate::sockets::{Held, Sockets};
 use crate::sys::peer::PeerCred;
 use crate::sys::signal::{self, Handlers, Mask};
 use crate::sys::spawn::Spawn;
 use crate::takeover::{TakeoverSocket, Trust};
 use crate::trigger::{self, Action, Calls, ControlSocket, Meaning, Outcome, Reply, Request, Triggers};
-use crate::upgrade::{self, DrainLink, Inherited, Parent};
+use crate::upgrade::{self, Announced, DrainLink, Inherited, Parent};
 
 /// Chooses triggers, deadlines, and what the next generation runs. Nothing happens before [`start`](Self::start).
 ///
@@ -67,6 +69,10 @@ pub(crate) struct Config {
     pub(crate) trust: Trust,
     overlap: Overlap,
     observer: Option<Observer>,
+    #[cfg(feature = "systemd_notify")]
+    systemd_notify: bool,
+    #[cfg(feature = "systemd_sockets")]
+    systemd_sockets: bool,
 }
 
 type Observer = Arc<dyn Fn(&Event<'_>) + Send + Sync>;
@@ -108,6 +114,10 @@ impl Builder {
                 trust: Arc::new(PeerCred::is_same_user_or_root),
                 overlap: Overlap::default(),
                 observer: None,
+                #[cfg(feature = "systemd_notify")]
+                systemd_notify: false,
+                #[cfg(feature = "systemd_sockets")]
+                systemd_sockets: false,
             },
         }
     }
@@ -294,6 +304,44 @@ impl Builder {
         self
     }
 
+    /// Tells the service manager that started this process (`NOTIFY_SOCKET`) when it serves, upgrades, whether that
+    /// succeeded and to which process, and when it stops; keeps its watchdog content; asks for more time while a stop
+    /// makes progress. Off by default. Without a service manager nothing happens.
+    ///
+    /// All of it works with the default `NotifyAccess=main`: each generation announces the next. The signs of life
+    /// come from [`Ecdysis::run`], so a process that does not get back to it for as long as `WatchdogSec=` is ended. See
+    /// the [guide](crate::guide::systemd).
+    ///
+    /// # Errors
+    ///
+    /// [`start`](Self::start) fails with [`Error::ServiceManager`] if the address in `NOTIFY_SOCKET` cannot be used.
+    #[cfg(feature = "systemd_notify")]
+    pub fn systemd_notify(&mut self, on: bool) -> &mut Self {
+        self.config.systemd_notify = on;
+        self
+    }
+
+    /// Takes the sockets that the service manager passes to this process (`LISTEN_FDS`): those of its socket units, and,
+    /// together with `systemd_notify`, those that an earlier run left in its store
+    /// (`FileDescriptorStoreMax=`). Off by default. `listen_tcp` and its like then find them by their addresses, as they
+    /// find those of a parent.
+    ///
+    /// Where several know the same address, the order is: the parent's sockets, those of the store, those of units. What
+    /// is in the store and not asked for before `ready` is closed and forgotten. What a unit passed and nobody asks for
+    /// stays, for the next generation to ask for.
+    ///
+    /// No other code of the program may take the descriptors passed.
+    ///
+    /// # Errors
+    ///
+    /// [`start`](Self::start) fails with [`Error::ServiceManager`] if the variables are malformed or name what is not
+    /// open.
+    #[cfg(feature = "systemd_sockets")]
+    pub fn systemd_sockets(&mut self, on: bool) -> &mut Self {
+        self.config.systemd_sockets = on;
+        self
+    }
+
     /// Starts: takes over what the parent handed over, if there is one, handles the chosen signals, opens the control
     /// sockets. Call it early, before other threads run and before descriptors are opened.
     ///
@@ -318,11 +366,16 @@ impl Builder {
         for &(signal, _) in &self.signals {
             handlers.install(signal).map_err(|source| Error::Signal { signal, source })?;
         }
-        let sockets = Sockets::new(sockets);
+        let manager = self.config.manager(generation, parent.is_some())?;
+        let sockets = self.config.sockets(sockets)?;
         let mut control = Vec::new();
         for (path, meaning) in &self.sockets {
             let listener = sockets.listen_unix_with_mode(path, Some(Mode::RUSR | Mode::WUSR))?;
             control.push(ControlSocket { path: path.clone(), listener, meaning: *meaning });
+        }
+        let shutdown = Shutdown::new().map_err(prepare("shutdown handle"))?;
+        if manager.is_there() {
+            shutdown.report_to(manager.clone());
         }
         let calls = Arc::new(Calls::default());
         let triggers = Triggers::new(self.signals.clone(), handlers, control, self.config.trust.clone(), calls.clone());
@@ -333,7 +386,8 @@ impl Builder {
             generation,
             began: Instant::now(),
             sockets,
-            shutdown: Shutdown::new().map_err(prepare("shutdown handle"))?,
+            shutdown,
+            manager,
             parent,
             older,
             calls,
@@ -342,6 +396,35 @@ impl Builder {
             kept: Mutex::default(),
             _started: started,
         })))
+    }
+}
+
+impl Config {
+    /// The service manager, if the program wants to know of it.
+    fn manager(&self, generation: u64, is_child: bool) -> Result<Arc<Manager>, Error> {
+        #[cfg(feature = "systemd_notify")]
+        if self.systemd_notify {
+            #[cfg(feature = "systemd_sockets")]
+            let takes_sockets = self.systemd_sockets;
+            #[cfg(not(feature = "systemd_sockets"))]
+            let takes_sockets = false;
+            let upgrade_time = self.ready_timeout.saturating_add(self.probation);
+            return Manager::from_env(generation, is_child, upgrade_time, takes_sockets).map(Arc::new);
+        }
+        let _ = (generation, is_child);
+        Ok(Arc::default())
+    }
+
+    /// What is inherited: from the parent, and then from the service manager.
+    fn sockets(&self, from_parent: Vec<(Key, Held)>) -> Result<Sockets, Error> {
+        #[cfg(feature = "systemd_sockets")]
+        if self.systemd_sockets {
+            let passed = crate::systemd::sockets::inherit()?;
+            let sockets = Sockets::new(from_parent.into_iter().chain(passed.sockets).collect());
+            sockets.forget_later(passed.stale);
+            return Ok(sockets);
+        }
+        Ok(Sockets::new(from_parent))
     }
 }
 
@@ -397,6 +480,9 @@ impl Starting {
             return Err(error);
         }
         self.0.shutdown.set(State::Accepting);
+        if self.0.is_main() {
+            self.0.store_sockets();
+        }
         self.0.emit(&Event::Serving { generation: self.0.generation });
         // From here `Starting` has nothing left to give up.
         Ok(Ecdysis(self.0.clone()))
@@ -698,6 +784,7 @@ pub(crate) struct Core {
     began: Instant,
     pub(crate) sockets: Sockets,
     pub(crate) shutdown: Shutdown,
+    pub(crate) manager: Arc<Manager>,
     pub(crate) parent: Option<Parent>,
     /// The generations before the parent that lived when this one began.
     older: Vec<DrainLink>,
@@ -738,9 +825,55 @@ impl Core {
     /// Logs an event and tells the observer.
     pub(crate) fn emit(&self, event: &Event<'_>) {
         event.log();
+        if self.is_main() {
+            self.manager.hear(event);
+        }
         if let Some(observer) = &self.config.observer {
             observer(event);
         }
+    }
+
+    /// Whether the service manager listens to this process, as it does to a child once the parent has announced it.
+    pub(crate) fn is_main(&self) -> bool {
+        if !self.manager.is_there() || self.manager.is_main() {
+            return self.manager.is_there();
+        }
+        match self.parent.as_ref().map(Parent::announced) {
+            Some(Announced::Yes) => self.manager.become_main(true),
+            Some(Announced::Never) => self.manager.become_main(false),
+            Some(Announced::NotYet) | None => return false,
+        }
+        self.store_sockets();
+        true
+    }
+
+    fn store_sockets(&self) {
+        if self.manager.room() > 0 {
+            self.sockets.store_in(self.manager.clone());
+        }
+    }
+
+    /// Makes the child that took over the main process of the service, before we may end.
+    fn announce(&self, upgraded: &Upgraded) {
+        if !self.manager.is_there() {
+            return;
+        }
+        // We may be a child whose own parent is about to announce it.
+        if let Some(parent) = self.parent.as_ref().filter(|_| !self.manager.is_main()) {
+            parent.wait_announced(ANNOUNCE);
+        }
+        if self.is_main() {
+            self.manager.announce(upgraded);
+        }
+        if let Some(to) = &self.kept().link {
+            // It may have ended since, on purpose.
+            let _ = send(to, Word::Main.line());
+        }
+    }
+
+    /// Keeps the service manager's watchdog content, and says when that has to be done again.
+    pub(crate) fn beat(&self) -> Option<Instant> {
+        self.manager.beat(|| self.is_main())
     }
 
     /// Says something to a parent that may be gone, which then does not matter.
@@ -825,7 +958,9 @@ impl Turn<'_> {
         let Some(Request { action, reason, since, reply }) = triggers.next_request() else {
             let parent = core.parent.as_ref().filter(|parent| !parent.has_ended());
             let fds: Vec<_> = parent.iter().map(|parent| (parent.reader.as_fd(), PollFlags::IN)).collect();
-            triggers.wait(&fds, None, trigger::Sockets::Answer)?;
+            triggers.wait(core, &fds, None, trigger::Sockets::Answer)?;
+            // The announcement is among what the parent may have said.
+            core.is_main();
             // In the probation the parent is still the one that is asked to stop.
             if parent.and_then(Parent::next_word) == Some(Word::Stop) {
                 let (reason, since) = (ExitReason::Parent, Instant::now());
@@ -864,6 +999,7 @@ impl Turn<'_> {
                 let upgraded = outcome.as_ref().ok().cloned();
                 match &outcome {
                     Ok(upgraded) => {
+                        core.announce(upgraded);
                         core.shutdown.set(State::HandedOver);
                         core.bound_overlap();
                         core.emit(&Event::Upgraded(upgraded));

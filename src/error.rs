@@ -71,6 +71,23 @@ pub enum Error {
         /// What the callback returned.
         source: Box<dyn StdError + Send + Sync>,
     },
+    /// What the service manager put into the environment, or passed, cannot be used.
+    ServiceManager {
+        /// The variable and its value, or the descriptor.
+        what: String,
+        /// What is wrong with it.
+        source: io::Error,
+    },
+    /// No unit of the service manager passed such a socket. It passes sockets only when it starts the service: after
+    /// a unit has gained one, restart the service.
+    NotPassed {
+        /// The socket asked for.
+        key: Key,
+        /// The name asked for.
+        name: String,
+        /// What was passed and not claimed, with the names.
+        passed: String,
+    },
     /// The PID file could not be written.
     PidFile {
         /// The file.
@@ -199,6 +216,13 @@ impl fmt::Display for Error {
             Self::GivenUp => write!(f, "the parent gave this upgrade up"),
             Self::Socket { key, .. } => write!(f, "cannot open socket {key}"),
             Self::State { name, .. } => write!(f, "cannot produce state {name:?} for the next generation"),
+            Self::ServiceManager { what, .. } => write!(f, "cannot use what the service manager passed: {what}"),
+            Self::NotPassed { key, name, passed } => {
+                let passed = if passed.is_empty() { "nothing that is unclaimed" } else { passed };
+                let why =
+                    "it passes sockets only when it starts the service, never to a generation that an upgrade started";
+                write!(f, "the service manager did not pass {key} as {name:?}, but {passed} ({why})")
+            }
             Self::PidFile { path, .. } => write!(f, "cannot write PID file {}", path.display()),
             Self::Ready { .. } => write!(f, "cannot tell the parent that this process is ready"),
             Self::Busy => write!(f, "busy: an upgrade is under way"),
@@ -257,6 +281,7 @@ impl StdError for Error {
             | Self::Handover { source, .. }
             | Self::Connect { source, .. }
             | Self::Socket { source, .. }
+            | Self::ServiceManager { source, .. }
             | Self::PidFile { source, .. }
             | Self::Ready { source }
             | Self::Prepare { source, .. }

@@ -90,6 +90,7 @@ pub fn round_trip(data: &[u8]) {
             slot: Slot { number: number as u32, inode },
             key: Key::from_parts(kind, chunk[1..].to_vec()),
             file: (chunk.len() % 2 == 0).then_some((inode, u64::MAX - inode)),
+            unit: (chunk.len() % 3 == 0).then(|| String::from_utf8_lossy(chunk).into_owned()),
         });
     }
     let mut text = manifest.encode().into_bytes();
@@ -145,7 +146,8 @@ mod tests {
     /// What this version sends is, byte for byte, what the golden file of this version says.
     #[test]
     fn the_manifest_of_this_version_is_golden() {
-        let entry = |number, inode, key, file| Entry { slot: Slot { number, inode }, key, file };
+        let entry = |number, inode, key, file| Entry { slot: Slot { number, inode }, key, file, unit: None };
+        let unit = Some("web server".to_owned());
         let manifest = Manifest {
             generation: 4,
             entries: vec![
@@ -156,6 +158,7 @@ mod tests {
                 entry(11, 48215, Key::unix("@abstract"), None),
                 entry(12, 48216, Key::from_parts(Kind::Fd, b"100% \xFF\n".to_vec()), None),
                 entry(13, u64::MAX, Key::drain(3), None),
+                Entry { unit, ..entry(14, 48217, Key::tcp("0.0.0.0:80".parse().unwrap()), None) },
             ],
             unknown: Vec::new(),
         };

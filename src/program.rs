@@ -14,6 +14,11 @@ use rustix::fs::{access, Access};
 use crate::handover::pipe::VARIABLE;
 use crate::sys::spawn::OrStay;
 
+/// By these a service manager speaks to the process that it has started itself, and to no other. NOTIFY_SOCKET and
+/// WATCHDOG_USEC, though, are for whoever is the main process.
+const FOR_THIS_PROCESS_ONLY: [&str; 5] =
+    ["LISTEN_PID", "LISTEN_PIDFDID", "LISTEN_FDS", "LISTEN_FDNAMES", "WATCHDOG_PID"];
+
 /// How to start the next generation.
 #[derive(Clone, Debug)]
 pub(crate) struct Program {
@@ -75,7 +80,9 @@ impl Program {
     /// This process's environment with the builder's changes and the handover variable. Ours is never changed: other
     /// threads may read it.
     pub(crate) fn envp(&self, handover: &str) -> io::Result<Vec<CString>> {
-        let kept = env::vars_os().filter(|(name, _)| name != VARIABLE && !self.env.contains_key(name));
+        let kept = env::vars_os().filter(|(name, _)| {
+            name != VARIABLE && !FOR_THIS_PROCESS_ONLY.iter().any(|drop| name == drop) && !self.env.contains_key(name)
+        });
         let set = self.env.iter().filter_map(|(name, value)| Some((name.clone(), value.clone()?)));
         let pair = |(name, value): (OsString, OsString)| {
             let mut pair = Vec::with_capacity(name.len() + value.len() + 2);

@@ -6,7 +6,7 @@ use std::net::{TcpListener, TcpStream, UdpSocket};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicUsize, Ordering};
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use rustix::event::{epoll, eventfd, poll, EventfdFlags, PollFd, PollFlags, Timespec};
@@ -16,6 +16,7 @@ use crate::seqpacket::{UnixSeqpacketConn, UnixSeqpacketListener};
 use rustix::net::SocketFlags;
 
 use crate::handover::frames::{Lines, Next, Status};
+use crate::manager::Manager;
 
 /// Tells every thread whether this generation accepts, and when that is over.
 ///
@@ -85,6 +86,8 @@ struct Inner {
     end_drain: AtomicBool,
     /// The status pipe of the child that took over, on which any later generation may say so.
     successor: Mutex<Option<(Arc<OwnedFd>, Lines)>>,
+    /// Who is told that a stop makes progress.
+    manager: OnceLock<Arc<Manager>>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -144,6 +147,7 @@ impl Shutdown {
             drained: event(0)?,
             end_drain: AtomicBool::new(false),
             successor: Mutex::new(None),
+            manager: OnceLock::new(),
         })))
     }
 
@@ -218,7 +222,8 @@ impl Shutdown {
     }
 
     /// Waits until every accept loop has ended and every guard is dropped, at most `deadline`; returns how many are
-    /// left. To be called when accepting is over: before, the loops do not end.
+    /// left. To be called when accepting is over: before, the loops do not end. A loop counts from its first `next` on;
+    /// a thread that was spawned and has not come so far does not.
     ///
     /// Also returns when a later generation, which was built with [`Overlap::AtMost`](crate::Overlap::AtMost), tells
     /// this one to end.
@@ -227,6 +232,7 @@ impl Shutdown {
         let started = Instant::now();
         inner.draining.store(true, Ordering::SeqCst);
         let mut successor = inner.successor.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut least = None;
         loop {
             // The loops first: a guard that a loop's body has taken counts before that loop ends.
             let left = inner.loops.load(Ordering::SeqCst);
@@ -234,6 +240,11 @@ impl Shutdown {
             let time = deadline.saturating_sub(started.elapsed());
             if left == 0 || time.is_zero() || inner.end_drain.load(Ordering::SeqCst) {
                 return left;
+            }
+            if let Some(manager) = inner.manager.get().filter(|_| self.state() == State::Stopped) {
+                if least.replace(left).is_some_and(|least| left < least) {
+                    manager.progress(left);
+                }
             }
             let mut fds = vec![PollFd::new(&inner.drained, PollFlags::IN)];
             fds.extend(successor.iter().map(|(pipe, _)| PollFd::new(pipe, PollFlags::IN)));
@@ -258,6 +269,11 @@ impl Shutdown {
     /// Keeps the status pipe of the child that took over.
     pub(crate) fn keep_successor(&self, status: Arc<OwnedFd>, lines: Lines) {
         *self.0.successor.lock().unwrap_or_else(PoisonError::into_inner) = Some((status, lines));
+    }
+
+    /// From now on this manager is told when a stop makes progress.
+    pub(crate) fn report_to(&self, manager: Arc<Manager>) {
+        let _ = self.0.manager.set(manager);
     }
 
     /// Changes the state. What is over stays over.
@@ -380,7 +396,8 @@ pub struct Guard(Shutdown);
 
 impl Drop for Guard {
     fn drop(&mut self) {
-        if self.0 .0.guards.fetch_sub(1, Ordering::SeqCst) == 1 {
+        let inner = &*self.0 .0;
+        if inner.guards.fetch_sub(1, Ordering::SeqCst) == 1 || inner.manager.get().is_some() {
             self.0.look_again();
         }
     }

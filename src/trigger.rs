@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use rustix::event::{poll, PollFd, PollFlags};
 use rustix::io::Errno;
 
-use crate::ecdysis::{ExitReason, Upgraded};
+use crate::ecdysis::{Core, ExitReason, Upgraded};
 use crate::error::{chain, Error};
 use crate::shutdown::{passes, timespec};
 use crate::sys::peer::PeerCred;
@@ -231,13 +231,14 @@ impl Triggers {
     }
 
     /// During an upgrade: whoever asks for another hears that it is busy.
-    pub(crate) fn answer_busy(&mut self, status: impl Fn() -> String) {
+    pub(crate) fn answer_busy(&mut self, core: &Core, phase: &str) {
         for request in std::mem::take(&mut self.requests) {
             match request.action {
                 Action::Stop | Action::PartialStop => self.requests.push_back(request),
-                Action::Status => request.reply.status(&status()),
+                Action::Status => request.reply.status(&core.status(phase)),
                 Action::Upgrade => {
                     log::info!("upgrade asked for by {}: busy", request.reason);
+                    core.manager.asked_again();
                     request.reply.upgrade(Err(Error::Busy));
                 }
             }
@@ -259,12 +260,14 @@ impl Triggers {
     /// The one poll: waits for requests, for one of `fds`, or for the deadline. Requests are put into the queue.
     pub(crate) fn wait(
         &mut self,
+        core: &Core,
         fds: &[(BorrowedFd<'_>, PollFlags)],
         deadline: Option<Instant>,
         sockets: Sockets,
     ) -> Result<Woken, Error> {
         let asked_before = self.requests.len();
         loop {
+            let beat = core.beat();
             let now = Instant::now();
             self.accept_again = self.accept_again.filter(|again| *again > now);
             self.talks.retain(|talk| talk.since + TALK_TIME > now);
@@ -281,7 +284,7 @@ impl Triggers {
             }
 
             let talk_ends = self.talks.iter().map(|talk| talk.since + TALK_TIME).min();
-            let until = [deadline, talk_ends, self.accept_again].into_iter().flatten().min();
+            let until = [deadline, talk_ends, self.accept_again, beat].into_iter().flatten().min();
             let time = until.map(|until| timespec(until.saturating_duration_since(now)));
             match poll(&mut polled, time.as_ref()) {
                 Ok(_) => {}

@@ -2,6 +2,7 @@
 //!
 //! Step 1, registering, is `sockets.rs`: by the time a trigger fires every socket is there.
 
+use std::collections::VecDeque;
 use std::env;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -9,7 +10,7 @@ use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 use std::process::ExitStatus;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use rustix::event::{poll, PollFd, PollFlags};
@@ -21,7 +22,7 @@ use crate::ecdysis::{Config, Core, Upgraded};
 use crate::error::Error;
 use crate::event::Event;
 use crate::handover::frames::{preview, send, Lines, Next, Status, Word};
-use crate::handover::link::{self, wait_readable, Arrived, Link, Parcel, Transport};
+use crate::handover::link::{self, wait_for, wait_readable, Arrived, Link, Parcel, Transport};
 use crate::handover::manifest::{Entry, Manifest, Slot};
 use crate::handover::pipe::{Named, Way, VARIABLE};
 use crate::key::Key;
@@ -29,7 +30,7 @@ use crate::shutdown::{passes, timespec, State};
 use crate::sockets::Held;
 use crate::sys::adopt::Adopter;
 use crate::sys::peer::peer_pidfd;
-use crate::sys::spawn::{spawn, Plan, Spawned};
+use crate::sys::spawn::{exit_status, spawn, ParentIs, Plan, Spawned};
 use crate::takeover::{self, Taker};
 use crate::trigger::{Sockets, Triggers};
 
@@ -91,6 +92,8 @@ fn start(core: &Core, parcel: Parcel) -> Result<Child<'_>, Error> {
         keep: childs.keep(),
         status: childs.status,
         mask: core.mask,
+        // systemd waits at a stop for its own children only; the others it kills at once (`unit_kill_context`).
+        parent: if core.is_main() { ParentIs::OurParent } else { ParentIs::Us },
     };
     let spawned =
         spawn(plan, core.config.spawn).map_err(|source| Error::Spawn { program: program.path.clone(), source })?;
@@ -130,7 +133,7 @@ fn wait_ready(child: &mut Child<'_>, core: &Core, triggers: &mut Triggers, since
             Some(other) => return Err(Error::Garbage { pid, received: other.line() }),
             None => {}
         }
-        triggers.answer_busy(|| core.status("upgrading"));
+        triggers.answer_busy(core, "upgrading");
         if triggers.stop_asked() {
             return Err(Error::StopAsked { pid });
         }
@@ -140,7 +143,7 @@ fn wait_ready(child: &mut Child<'_>, core: &Core, triggers: &mut Triggers, since
         let (mut fds, again) = child.link.poll_for();
         // Its death is seen by the link's end as a rule; but a process of its own may hold that open.
         fds.extend(child.process.pidfd());
-        triggers.wait(&fds, [deadline, again].into_iter().flatten().min(), Sockets::Answer)?;
+        triggers.wait(core, &fds, [deadline, again].into_iter().flatten().min(), Sockets::Answer)?;
         timed_out = deadline.is_some_and(|deadline| Instant::now() >= deadline);
         child.link.send_some().map_err(|source| Error::Send { pid, source })?;
     }
@@ -188,7 +191,7 @@ fn commit(mut child: Child<'_>, core: &Core, triggers: &mut Triggers, since: Ins
                 return resume(Error::DiedAfterReady { pid, status, after: committed.elapsed() });
             }
         }
-        triggers.answer_busy(|| core.status("probation"));
+        triggers.answer_busy(core, "probation");
         if triggers.stop_asked() {
             // The stop is for the service, and that is the child now.
             let _ = child.link.say(Word::Stop);
@@ -206,7 +209,7 @@ fn commit(mut child: Child<'_>, core: &Core, triggers: &mut Triggers, since: Ins
         }
         let (mut fds, _) = child.link.poll_for();
         fds.extend(child.process.pidfd());
-        if let Err(e) = triggers.wait(&fds, Some(until), Sockets::Leave) {
+        if let Err(e) = triggers.wait(core, &fds, Some(until), Sockets::Leave) {
             // The child serves; a failing poll of ours is no reason to end it.
             log::warn!("{}", crate::error::chain(&e));
             break;
@@ -360,6 +363,11 @@ fn kill_and_reap(child: &Spawned) -> Option<ExitStatus> {
             let _ = kill_process(pid, Signal::KILL);
         }
     }
+    if let (Some(pidfd), ParentIs::OurParent) = (&child.pidfd, child.parent) {
+        // Our parent reaps it, and only then does the kernel say how it ended.
+        wait_for(pidfd, PollFlags::empty(), ENDING);
+        return exit_status(pidfd);
+    }
     loop {
         match waitpid(Some(pid), WaitOptions::empty()) {
             Err(Errno::INTR) => {}
@@ -453,11 +461,11 @@ fn unpack(arrived: Arrived, reader: Arc<OwnedFd>, writer: Arc<OwnedFd>) -> Resul
     let Arrived { manifest, mut descriptors, rest } = arrived;
     let mut sockets = Vec::with_capacity(manifest.entries.len());
     let mut older = Vec::new();
-    for Entry { slot, key, file } in manifest.entries {
+    for Entry { slot, key, file, unit } in manifest.entries {
         let fd = descriptors.take(slot).map_err(|source| Error::Socket { key: key.clone(), source })?;
         match key.drain_generation() {
             Some(generation) => older.push(DrainLink { generation, inode: slot.inode, pipe: Arc::new(fd) }),
-            None => sockets.push((key, Held::new(fd, slot.inode, file))),
+            None => sockets.push((key, Held::new(fd, slot.inode, file).of_unit(unit))),
         }
     }
     for slot in manifest.unknown {
@@ -468,7 +476,8 @@ fn unpack(arrived: Arrived, reader: Arc<OwnedFd>, writer: Arc<OwnedFd>) -> Resul
     let generation = manifest.generation;
     let inode = fstat(&writer).map_err(|e| Error::Handover { what: "status link", source: e.into() })?.st_ino;
     let writer = DrainLink { generation, inode, pipe: writer };
-    let parent = Parent { reader, writer, lines: Mutex::new(Lines::with(rest)), ended: AtomicBool::new(false) };
+    let heard = Heard { lines: Lines::with(rest), ..Heard::default() };
+    let parent = Parent { reader, writer, heard: Mutex::new(heard), ended: AtomicBool::new(false) };
     Ok(Inherited { generation, sockets, parent, older })
 }
 
@@ -494,6 +503,8 @@ pub(crate) fn ready(core: &Core) -> Result<(), Error> {
             }
             // A child would have been killed; this process belongs to somebody else.
             Some(Word::Stop) => return Err(Error::GivenUp),
+            // Never before the commit.
+            Some(Word::Main) => {}
             None if parent.has_ended() => {
                 log::warn!("the parent ended before it could commit: serving without it");
                 return Ok(());
@@ -514,31 +525,75 @@ pub(crate) fn ready(core: &Core) -> Result<(), Error> {
 pub(crate) struct Parent {
     pub(crate) reader: Arc<OwnedFd>,
     writer: DrainLink,
-    lines: Mutex<Lines>,
+    heard: Mutex<Heard>,
     ended: AtomicBool,
+}
+
+/// What the parent has said.
+#[derive(Debug, Default)]
+struct Heard {
+    lines: Lines,
+    /// Not yet dealt with.
+    words: VecDeque<Word>,
+    /// It has announced us to the service manager.
+    main: bool,
+}
+
+/// Whether the service manager listens to this process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Announced {
+    Yes,
+    NotYet,
+    /// The parent has ended without a word of it.
+    Never,
 }
 
 impl Parent {
     /// What the parent has said since; nothing more once it has ended.
     pub(crate) fn next_word(&self) -> Option<Word> {
-        if self.has_ended() {
-            return None;
+        self.hear().words.pop_front()
+    }
+
+    /// Whether the parent has announced this process to the service manager.
+    pub(crate) fn announced(&self) -> Announced {
+        match self.hear().main {
+            true => Announced::Yes,
+            false if self.has_ended() => Announced::Never,
+            false => Announced::NotYet,
         }
-        let mut lines = self.lines.lock().unwrap_or_else(PoisonError::into_inner);
+    }
+
+    /// Waits for the parent's announcement, or its end. What else it says is left to be dealt with.
+    pub(crate) fn wait_announced(&self, time: Duration) -> Announced {
+        let deadline = Instant::now() + time;
         loop {
-            match lines.next(self.reader.as_fd()) {
-                // A word that only later versions know.
-                Ok(Next::Line(line)) => match Word::parse(&line) {
-                    Some(word) => return Some(word),
-                    None => log::debug!("the parent said {line:?}"),
-                },
-                Ok(Next::Wait) => return None,
-                Ok(Next::End | Next::Garbage(_)) | Err(_) => {
-                    self.ended.store(true, Ordering::Relaxed);
-                    return None;
-                }
+            match self.announced() {
+                Announced::NotYet => {}
+                known => return known,
+            }
+            if !wait_readable(&self.reader, deadline.saturating_duration_since(Instant::now())) {
+                return Announced::NotYet;
             }
         }
+    }
+
+    /// Reads what is there to be read.
+    fn hear(&self) -> MutexGuard<'_, Heard> {
+        let mut guard = self.heard.lock().unwrap_or_else(PoisonError::into_inner);
+        let heard = &mut *guard;
+        while !self.has_ended() {
+            match heard.lines.next(self.reader.as_fd()) {
+                Ok(Next::Line(line)) => match Word::parse(&line) {
+                    Some(Word::Main) => heard.main = true,
+                    Some(word) => heard.words.push_back(word),
+                    // A word that only later versions know.
+                    None => log::debug!("the parent said {line:?}"),
+                },
+                Ok(Next::Wait) => break,
+                Ok(Next::End | Next::Garbage(_)) | Err(_) => self.ended.store(true, Ordering::Relaxed),
+            }
+        }
+        guard
     }
 
     /// Whether the end of the parent has been read.
@@ -592,6 +647,6 @@ impl DrainLink {
 
     fn entry(&self) -> Entry {
         let slot = Slot { number: self.pipe.as_raw_fd() as u32, inode: self.inode };
-        Entry { slot, key: Key::drain(self.generation), file: None }
+        Entry { slot, key: Key::drain(self.generation), file: None, unit: None }
     }
 }

@@ -289,10 +289,15 @@ fn wait_until(fd: &OwnedFd, deadline: Instant) -> io::Result<()> {
 
 /// Whether `fd` is readable, or at its end, within that time.
 pub(crate) fn wait_readable(fd: impl AsFd, time: Duration) -> bool {
+    wait_for(fd, PollFlags::IN, time)
+}
+
+/// Waits for these events, or the hangup that always counts.
+pub(crate) fn wait_for(fd: impl AsFd, events: PollFlags, time: Duration) -> bool {
     let deadline = Instant::now() + time;
     loop {
         let left = timespec(deadline.saturating_duration_since(Instant::now()));
-        match poll(&mut [PollFd::new(&fd, PollFlags::IN)], Some(&left)) {
+        match poll(&mut [PollFd::new(&fd, events)], Some(&left)) {
             Err(e) if passes(e) && Instant::now() < deadline => {}
             result => return result.is_ok_and(|ready| ready > 0),
         }
