@@ -8,6 +8,8 @@
 //!     tokio_whoami --listen ADDR...       ip:port, unix:PATH, unix:@name, seqpacket:PATH, udp:ip:port,
 //!                                         stoppable-udp:ip:port
 //!       --workers N                       threads of the runtime; 0, the default, is a current-thread runtime
+//!       --systemd                         notifies the service manager, and takes its sockets: --listen unit:NAME=PATH;
+//!                                         needs feature systemd
 //!       --gate PATH                       before ready, waits for a connection to this socket and tells it how many
 //!                                         connections it has accepted
 //!       --forget-exit                     drops the future of the exit, and waits for the shutdown handle instead
@@ -59,6 +61,11 @@ async fn serve(options: Options, mut choices: ecdysis::Builder) -> Result<()> {
     builder.stop_on_signal(SignalKind::terminate())?;
     builder.stop_on_signal(SignalKind::interrupt())?;
     builder.partial_stop_on_signal(SignalKind::user_defined2())?;
+    #[cfg(feature = "systemd")]
+    if options.systemd {
+        builder.enable_systemd_notifications()?;
+        builder.read_systemd_sockets()?;
+    }
     if let Some(path) = &options.pid_file {
         builder.set_pid_file(path);
     }
@@ -71,7 +78,7 @@ async fn serve(options: Options, mut choices: ecdysis::Builder) -> Result<()> {
 
     let (gen, pid) = (builder.generation(), process::id());
     for address in &options.listen {
-        let real = listen(&builder, address, &options)?;
+        let real = listen(&builder, address, &options).await?;
         say(format!("listening {real} gen={gen} pid={pid}"));
     }
     // Each generation greets the one before it, and reports what it hears.
@@ -137,7 +144,7 @@ async fn serve(options: Options, mut choices: ecdysis::Builder) -> Result<()> {
 }
 
 /// Serves one address. The tasks run before `ready`, and accept nothing until then.
-fn listen(builder: &TokioEcdysisBuilder, address: &str, options: &Options) -> Result<String> {
+async fn listen(builder: &TokioEcdysisBuilder, address: &str, options: &Options) -> Result<String> {
     let stop = if options.keep { StopOnShutdown::No } else { StopOnShutdown::Yes };
     let (shutdown, hold) = (builder.shutdown(), options.hold);
     let answer = format!("gen={} pid={}", builder.generation(), process::id());
@@ -145,6 +152,14 @@ fn listen(builder: &TokioEcdysisBuilder, address: &str, options: &Options) -> Re
         let stream = builder.listen_unix(stop, path)?;
         tokio::spawn(each(stream, shutdown, hold, answer));
         Ok(address.into())
+    } else if let Some(unit) = address.strip_prefix("unit:") {
+        #[cfg(feature = "systemd")]
+        if let Some((name, path)) = unit.split_once('=') {
+            let stream = builder.systemd_listen_unix(stop, name.into(), path).await?;
+            tokio::spawn(each(stream, shutdown, hold, answer));
+            return Ok(format!("unix:{path}"));
+        }
+        Err(format!("cannot listen on unit {unit}").into())
     } else if let Some(path) = address.strip_prefix("seqpacket:") {
         let stream = builder.listen_unix_seqpacket(stop, path)?;
         tokio::spawn(records(stream, shutdown, answer));
@@ -238,6 +253,7 @@ struct Options {
     forget_exit: bool,
     keep: bool,
     hold: bool,
+    systemd: bool,
     drain: Duration,
     misbehave: Option<PathBuf>,
     control: Option<PathBuf>,
@@ -259,6 +275,7 @@ impl Options {
                 Long("forget-exit") => options.forget_exit = true,
                 Long("keep") => options.keep = true,
                 Long("hold") => options.hold = true,
+                Long("systemd") => options.systemd = cfg!(feature = "systemd"),
                 Long("drain") => {
                     options.drain = args.value()?.parse_with(|s| s.parse().map(Duration::from_secs_f64))?
                 }

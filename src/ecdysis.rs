@@ -8,7 +8,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use rustix::event::PollFlags;
@@ -366,7 +366,7 @@ impl Builder {
         for &(signal, _) in &self.signals {
             handlers.install(signal).map_err(|source| Error::Signal { signal, source })?;
         }
-        let manager = self.config.manager(generation, parent.is_some())?;
+        let manager = self.config.manager(generation, parent.is_some())?.map(Arc::new);
         let sockets = self.config.sockets(sockets)?;
         let mut control = Vec::new();
         for (path, meaning) in &self.sockets {
@@ -374,7 +374,7 @@ impl Builder {
             control.push(ControlSocket { path: path.clone(), listener, meaning: *meaning });
         }
         let shutdown = Shutdown::new().map_err(prepare("shutdown handle"))?;
-        if manager.is_there() {
+        if let Some(manager) = &manager {
             shutdown.report_to(manager.clone());
         }
         let calls = Arc::new(Calls::default());
@@ -387,7 +387,7 @@ impl Builder {
             began: Instant::now(),
             sockets,
             shutdown,
-            manager,
+            manager: manager.map(OnceLock::from).unwrap_or_default(),
             parent,
             older,
             calls,
@@ -402,7 +402,7 @@ impl Builder {
 
 impl Config {
     /// The service manager, if the program wants to know of it.
-    fn manager(&self, generation: u64, is_child: bool) -> Result<Arc<Manager>, Error> {
+    fn manager(&self, generation: u64, is_child: bool) -> Result<Option<Manager>, Error> {
         #[cfg(feature = "systemd_notify")]
         if self.systemd_notify {
             #[cfg(feature = "systemd_sockets")]
@@ -410,10 +410,11 @@ impl Config {
             #[cfg(not(feature = "systemd_sockets"))]
             let takes_sockets = false;
             let upgrade_time = self.ready_timeout.saturating_add(self.probation);
-            return Manager::from_env(generation, is_child, upgrade_time, takes_sockets).map(Arc::new);
+            let manager = Manager::from_env(generation, is_child, upgrade_time, takes_sockets)?;
+            return Ok(Some(manager).filter(Manager::is_there));
         }
         let _ = (generation, is_child);
-        Ok(Arc::default())
+        Ok(None)
     }
 
     /// What is inherited: from the parent, and then from the service manager.
@@ -530,6 +531,35 @@ impl Starting {
         match &mut self.0.lock().triggers {
             Some(triggers) => triggers.add_socket(ControlSocket { path: path.to_owned(), listener, meaning }),
             None => return Err(Error::Busy),
+        }
+        Ok(())
+    }
+
+    /// Has the service manager hear of this generation. False if there is none.
+    #[cfg(feature = "systemd_notify")]
+    pub(crate) fn enable_manager(&self) -> Result<bool, Error> {
+        let config = Config { systemd_notify: true, ..self.0.config.clone() };
+        if self.0.manager.get().is_none() {
+            if let Some(manager) = config.manager(self.0.generation, self.is_child())?.map(Arc::new) {
+                self.0.shutdown.report_to(manager.clone());
+                let _ = self.0.manager.set(manager);
+            }
+        }
+        Ok(self.0.manager.get().is_some())
+    }
+
+    #[cfg(feature = "systemd_notify")]
+    pub(crate) fn manager(&self) -> Arc<Manager> {
+        self.0.manager()
+    }
+
+    /// Takes what the service manager passed.
+    #[cfg(feature = "systemd_sockets")]
+    pub(crate) fn inherit_from_manager(&self) -> Result<(), Error> {
+        if !self.0.config.systemd_sockets {
+            let passed = crate::systemd::sockets::inherit()?;
+            self.0.sockets.inherit_more(passed.sockets);
+            self.0.sockets.forget_later(passed.stale);
         }
         Ok(())
     }
@@ -863,7 +893,8 @@ pub(crate) struct Core {
     began: Instant,
     pub(crate) sockets: Sockets,
     pub(crate) shutdown: Shutdown,
-    pub(crate) manager: Arc<Manager>,
+    /// Empty if there is none, or nobody asked for it.
+    manager: OnceLock<Arc<Manager>>,
     pub(crate) parent: Option<Parent>,
     /// The generations before the parent that lived when this one began.
     older: Vec<DrainLink>,
@@ -904,11 +935,15 @@ impl Core {
         self.kept.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    pub(crate) fn manager(&self) -> Arc<Manager> {
+        self.manager.get().cloned().unwrap_or_default()
+    }
+
     /// Logs an event and tells the observer.
     pub(crate) fn emit(&self, event: &Event<'_>) {
         event.log();
         if self.is_main() {
-            self.manager.hear(event);
+            self.manager().hear(event);
         }
         if let Some(observer) = &self.config.observer {
             observer(event);
@@ -917,12 +952,12 @@ impl Core {
 
     /// Whether the service manager listens to this process, as it does to a child once the parent has announced it.
     pub(crate) fn is_main(&self) -> bool {
-        if !self.manager.is_there() || self.manager.is_main() {
-            return self.manager.is_there();
+        if !self.manager().is_there() || self.manager().is_main() {
+            return self.manager().is_there();
         }
         match self.parent.as_ref().map(Parent::announced) {
-            Some(Announced::Yes) => self.manager.become_main(true),
-            Some(Announced::Never) => self.manager.become_main(false),
+            Some(Announced::Yes) => self.manager().become_main(true),
+            Some(Announced::Never) => self.manager().become_main(false),
             Some(Announced::NotYet) | None => return false,
         }
         self.store_sockets();
@@ -930,23 +965,23 @@ impl Core {
     }
 
     fn store_sockets(&self) {
-        if self.manager.room() > 0 {
-            self.sockets.store_in(self.manager.clone());
+        if self.manager().room() > 0 {
+            self.sockets.store_in(self.manager());
         }
     }
 
     /// Tells the service manager who serves now, before we may end. Our child becomes the main process of the service; a
     /// process that took over belongs to another unit or to none, so for this one it is the end.
     pub(crate) fn announce(&self, upgraded: &Upgraded, is_child: bool, link: &OwnedFd) {
-        if !self.manager.is_there() {
+        if !self.manager().is_there() {
             return;
         }
         // We may be a child whose own parent is about to announce it.
-        if let Some(parent) = self.parent.as_ref().filter(|_| !self.manager.is_main()) {
+        if let Some(parent) = self.parent.as_ref().filter(|_| !self.manager().is_main()) {
             parent.wait_announced(ANNOUNCE);
         }
         if self.is_main() {
-            self.manager.announce(upgraded, is_child);
+            self.manager().announce(upgraded, is_child);
         }
         if is_child {
             // It may have ended since, on purpose.
@@ -956,7 +991,7 @@ impl Core {
 
     /// Keeps the service manager's watchdog content, and says when that has to be done again.
     pub(crate) fn beat(&self) -> Option<Instant> {
-        self.manager.beat(|| self.is_main())
+        self.manager().beat(|| self.is_main())
     }
 
     /// Says something to a parent that may be gone, which then does not matter.

@@ -86,7 +86,13 @@ impl Held {
 
 impl Sockets {
     pub(crate) fn new(inherited: Vec<(Key, Held)>) -> Self {
-        let mut state = State::default();
+        let sockets = Self(Arc::default());
+        sockets.inherit_more(inherited);
+        sockets
+    }
+
+    pub(crate) fn inherit_more(&self, inherited: Vec<(Key, Held)>) {
+        let mut state = self.lock();
         state.inherited.reserve(inherited.len());
         for (key, held) in inherited {
             let same_key = state.inherited.entry(key).or_default();
@@ -95,7 +101,6 @@ impl Sockets {
                 same_key.push_back(held);
             }
         }
-        Self(Arc::new(Mutex::new(state)))
     }
 
     /// A TCP listener on `addr`, with SO_REUSEADDR and the system's largest backlog.

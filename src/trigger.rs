@@ -256,7 +256,7 @@ impl Triggers {
                 Action::Status => request.reply.status(&core.status(phase)),
                 Action::Upgrade => {
                     log::info!("upgrade asked for by {}: busy", request.reason);
-                    core.manager.asked_again();
+                    core.manager().asked_again();
                     request.reply.upgrade(Err(Error::Busy));
                 }
             }

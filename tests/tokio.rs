@@ -228,6 +228,50 @@ fn seqpacket_and_the_chain_of_datagram_pairs() {
     assert!(!file.exists());
 }
 
+/// Everything that a service manager does for a program that switches it on after the start, as the 1.1.1 crate's do.
+#[cfg(feature = "systemd")]
+#[test]
+fn under_a_service_manager() {
+    use std::os::unix::net::{UnixDatagram, UnixListener};
+    let dir = tempdir();
+    let (file, notify) = (dir.path().join("passed"), dir.path().join("notify"));
+    let manager = UnixDatagram::bind(&notify).unwrap();
+    manager.set_read_timeout(Some(support::DEADLINE)).unwrap();
+    let hear = |what: &str| {
+        let mut said = String::new();
+        while !said.contains(what) {
+            let mut message = [0; 4096];
+            let length = manager.recv(&mut message).unwrap_or_else(|e| panic!("{what}: {e}; said {said:?}"));
+            said = String::from_utf8_lossy(&message[..length]).into_owned();
+        }
+        said
+    };
+    // What a unit passes comes as descriptor 3.
+    let passed = UnixListener::bind(&file).unwrap();
+    let script = "exec 3>&1 1>/dev/null; LISTEN_PID=$$ LISTEN_FDS=1 LISTEN_FDNAMES=web exec \"$0\" \"$@\"";
+    let mut shell = Command::new("sh");
+    shell.args(["-c", script, path(&example("tokio_whoami")), "--systemd", "--probation", "20"]);
+    shell.args(["--listen", &format!("unit:web={}", path(&file))]);
+    shell.env("NOTIFY_SOCKET", &notify).stdout(std::os::fd::OwnedFd::from(passed));
+    let mut server = Server::serving(shell);
+    assert!(hear("READY=1").contains("generation 1"));
+    let addr = format!("unix:{}", path(&file));
+    assert_eq!(generation(&addr), 1);
+    for gen in 2..=3 {
+        server.signal(Signal::HUP);
+        hear("RELOADING=1");
+        assert!(hear("MAINPID=").contains("READY=1"));
+        hear("BARRIER=1");
+        server.wait(&format!("ended gen={}", gen - 1));
+        assert_eq!(generation(&addr), gen);
+    }
+    server.signal(Signal::USR2);
+    let over = server.wait("over gen=3");
+    assert!(over.contains("PartialStopWithSystemd"), "{over}");
+    server.wait_all_ended();
+    assert!(file.exists(), "it is the unit's");
+}
+
 #[test]
 fn a_stranger_takes_over() {
     let dir = tempdir();

@@ -80,6 +80,11 @@ impl Manager {
         self.0.is_some()
     }
 
+    #[cfg(feature = "tokio_ecdysis")]
+    pub(crate) fn notifier(&self) -> Option<&Notifier> {
+        self.0.as_ref().map(|link| &link.notifier)
+    }
+
     pub(crate) fn is_main(&self) -> bool {
         self.0.as_ref().is_some_and(|link| link.main.load(Ordering::Relaxed))
     }

@@ -41,6 +41,9 @@ pub enum ExitMode {
     FullStop,
     /// Accepting and triggers have ended; the rest is the program's.
     PartialStop,
+    /// The same, and the service manager is the program's too: it has not been told that this process stops.
+    #[cfg(feature = "systemd_notify")]
+    PartialStopWithSystemd(crate::systemd::Notifier),
 }
 
 /// What asked for the upgrade or the stop.
@@ -210,9 +213,55 @@ impl TokioEcdysisBuilder {
             Ok(ecdysis) => ecdysis.run(),
             Err(_) => Err(Error::NotReady),
         })?;
+        #[cfg(feature = "systemd_notify")]
+        let notified = self.starting.manager().notifier().is_some();
         let ecdysis = self.starting.ready()?;
         let _ = hand.send(ecdysis);
-        Ok((Arc::new(self.tokio_ecdysis), ExitFuture(exit)))
+        let future = ExitFuture {
+            exit,
+            #[cfg(feature = "systemd_notify")]
+            notified,
+        };
+        Ok((Arc::new(self.tokio_ecdysis), future))
+    }
+
+    /// Has the service manager hear of what this generation does, see [`Builder::systemd_notify`].
+    ///
+    /// # Errors
+    ///
+    /// [`Error::ServiceManager`] if there is none (`NOTIFY_SOCKET` is not set), or its address is unknown here. A program
+    /// that also runs without one goes on.
+    #[cfg(feature = "systemd_notify")]
+    pub fn enable_systemd_notifications(&mut self) -> Result<(), Error> {
+        if self.starting.enable_manager()? {
+            return Ok(());
+        }
+        Err(Error::ServiceManager { what: "NOTIFY_SOCKET".into(), source: io::ErrorKind::NotFound.into() })
+    }
+
+    /// Asks the service manager for so much more time to start, from now on. Without notifications nothing happens.
+    ///
+    /// # Errors
+    ///
+    /// That of the message, which may be lost.
+    #[cfg(feature = "systemd_notify")]
+    pub async fn extend_systemd_timeouts(&mut self, extension: Duration) -> io::Result<()> {
+        match self.starting.manager().notifier() {
+            Some(notifier) => notifier.extend_timeout(extension).map_err(io::Error::other),
+            None => Ok(()),
+        }
+    }
+
+    /// Takes the sockets that the service manager passed, before any of them is asked for. In a child there are none: it
+    /// has them from its parent. Sockets of the manager's store come only with [`Builder::systemd_sockets`] and
+    /// [`from_builder`](Self::from_builder), where this has been done already.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::ServiceManager`], for what cannot be used, and for a second call.
+    #[cfg(feature = "systemd_sockets")]
+    pub fn read_systemd_sockets(&mut self) -> Result<(), Error> {
+        self.starting.inherit_from_manager()
     }
 
     /// Refuses to serve, in words for an operator, see [`Starting::refuse`]. Return the error from `main`.
@@ -256,15 +305,26 @@ fn thread_ended(_: oneshot::error::RecvError) -> Error {
 
 /// The end of this generation's service, see [`TokioEcdysisBuilder::ready`].
 #[derive(Debug)]
-pub struct ExitFuture(oneshot::Receiver<Result<Exit, Error>>);
+pub struct ExitFuture {
+    exit: oneshot::Receiver<Result<Exit, Error>>,
+    #[cfg(feature = "systemd_notify")]
+    notified: bool,
+}
 
 impl Future for ExitFuture {
     /// The mode and the reason. An [`Error::Wait`] means that no trigger is heard any more; the service goes on.
     type Output = TokioEcdysisUpgradeResult;
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
-        let exit = ready!(Pin::new(&mut self.0).poll(cx)).map_err(thread_ended)?;
-        Poll::Ready(exit.map(|Exit { mode, reason }| (mode.into(), reason.into())))
+        let Exit { mode, reason } = ready!(Pin::new(&mut self.exit).poll(cx)).map_err(thread_ended)??;
+        #[cfg(feature = "systemd_notify")]
+        if self.notified && mode == crate::ExitMode::PartiallyStopped {
+            // It was well at the start; the program gets a notifier of its own.
+            if let Ok(Some(notifier)) = crate::systemd::Notifier::from_env() {
+                return Poll::Ready(Ok((ExitMode::PartialStopWithSystemd(notifier), reason.into())));
+            }
+        }
+        Poll::Ready(Ok((mode.into(), reason.into())))
     }
 }
 
@@ -497,6 +557,86 @@ impl TokioEcdysis {
         let make = || self.ecdysis.build_socket_udp(addr, sock_build);
         let socket = on_runtime(Key::udp(addr), make, UdpSocket::from_std)?;
         Ok(Stoppable::new(socket, self.shutdown(), stop_on_shutdown))
+    }
+
+    /// The connections of the TCP listener on `addr` that a unit passed by this name. It is never made here, see
+    /// [`Sockets::systemd_listen_tcp`](crate::Sockets::systemd_listen_tcp).
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NotPassed`], which says what was passed instead; [`Error::Socket`] without a runtime.
+    #[cfg(feature = "systemd_sockets")]
+    pub async fn systemd_listen_tcp(
+        &self,
+        stop_on_shutdown: StopOnShutdown,
+        name: String,
+        addr: SocketAddr,
+    ) -> Result<StoppableStream<TcpListener>, Error> {
+        let make = || self.ecdysis.systemd_listen_tcp(&name, addr);
+        let listener = on_runtime(Key::tcp(addr), make, TcpListener::from_std)?;
+        Ok(StoppableStream::new(listener, self.shutdown(), stop_on_shutdown))
+    }
+
+    /// The connections of the Unix stream listener at `path` that a unit passed by this name.
+    ///
+    /// # Errors
+    ///
+    /// As for [`systemd_listen_tcp`](Self::systemd_listen_tcp).
+    #[cfg(feature = "systemd_sockets")]
+    pub async fn systemd_listen_unix<P: AsRef<Path>>(
+        &self,
+        stop_on_shutdown: StopOnShutdown,
+        name: String,
+        path: P,
+    ) -> Result<StoppableStream<UnixListener>, Error> {
+        let path = path.as_ref();
+        let make = || self.ecdysis.systemd_listen_unix(&name, path);
+        let listener = on_runtime(Key::unix(path), make, UnixListener::from_std)?;
+        Ok(StoppableStream::new(listener, self.shutdown(), stop_on_shutdown))
+    }
+
+    /// The connections of the Unix seqpacket listener at `path` that a unit passed by this name.
+    ///
+    /// # Errors
+    ///
+    /// As for [`systemd_listen_tcp`](Self::systemd_listen_tcp).
+    #[cfg(feature = "systemd_sockets")]
+    pub async fn systemd_listen_unix_seqpacket<P: AsRef<Path>>(
+        &self,
+        stop_on_shutdown: StopOnShutdown,
+        name: String,
+        path: P,
+    ) -> Result<StoppableStream<UnixSeqpacketListener>, Error> {
+        let path = path.as_ref();
+        let make = || self.ecdysis.systemd_listen_unix_seqpacket(&name, path);
+        let listener = on_runtime(Key::unix_seqpacket(path), make, UnixSeqpacketListener::from_std)?;
+        Ok(StoppableStream::new(listener, self.shutdown(), stop_on_shutdown))
+    }
+
+    /// The UDP socket on `addr` that a unit passed by this name, without the states of the shutdown handle.
+    ///
+    /// # Errors
+    ///
+    /// As for [`systemd_listen_tcp`](Self::systemd_listen_tcp).
+    #[cfg(feature = "systemd_sockets")]
+    pub async fn systemd_socket_udp(&self, name: String, addr: SocketAddr) -> Result<UdpSocket, Error> {
+        on_runtime(Key::udp(addr), || self.ecdysis.systemd_socket_udp(&name, addr), UdpSocket::from_std)
+    }
+
+    /// The datagrams of the UDP socket on `addr` that a unit passed by this name.
+    ///
+    /// # Errors
+    ///
+    /// As for [`systemd_listen_tcp`](Self::systemd_listen_tcp).
+    #[cfg(feature = "systemd_sockets")]
+    pub async fn systemd_stream_udp(
+        &self,
+        stop_on_shutdown: StopOnShutdown,
+        name: String,
+        addr: SocketAddr,
+    ) -> Result<StoppableStream<UdpStream>, Error> {
+        let socket = self.systemd_socket_udp(name, addr).await?;
+        Ok(StoppableStream::new(socket, self.shutdown(), stop_on_shutdown))
     }
 
     fn stream<S, L: Source>(
