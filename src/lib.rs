@@ -112,9 +112,6 @@ pub mod guide {
     pub mod sockets {}
     #[doc = include_str!("guide/state.md")]
     pub mod state {}
-    #[cfg(feature = "tokio_ecdysis")]
-    #[doc = include_str!("guide/tokio.md")]
-    pub mod tokio {}
     #[doc = include_str!("guide/systemd.md")]
     pub mod systemd {}
     #[doc = include_str!("guide/takeover.md")]
