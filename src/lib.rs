@@ -68,8 +68,8 @@
 //!
 //! # Features
 //!
-//! None is on by default. `systemd_notify` and `systemd_sockets` (together `systemd`): see [`guide::systemd`].
-//! `tokio_ecdysis` (or `tokio`): streams for Tokio, in the module `tokio_ecdysis`, which is a chapter too.
+//! None is on by default. `tokio_ecdysis` (also called `tokio`): the async face, in the module of that name.
+//! `systemd_notify` and `systemd_sockets` (together `systemd`): see [`guide::systemd`].
 //!
 //! The [`guide`] has chapters on each of these, on operations, and on moving from other libraries.
 
@@ -112,10 +112,15 @@ pub mod guide {
     pub mod sockets {}
     #[doc = include_str!("guide/state.md")]
     pub mod state {}
+    #[cfg(feature = "tokio_ecdysis")]
+    #[doc = include_str!("guide/tokio.md")]
+    pub mod tokio {}
     #[doc = include_str!("guide/systemd.md")]
     pub mod systemd {}
     #[doc = include_str!("guide/takeover.md")]
     pub mod takeover {}
+    #[doc = include_str!("guide/seccomp.md")]
+    pub mod seccomp {}
     #[doc = include_str!("guide/operations.md")]
     pub mod operations {}
     #[doc = include_str!("guide/protocol.md")]

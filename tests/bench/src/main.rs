@@ -37,10 +37,11 @@ pub struct Summary {
 
 type Row = fn(quick: bool) -> Result<Outcome, Box<dyn Error>>;
 
-const ROWS: [(&str, &str, Row); 8] = [
+const ROWS: [(&str, &str, Row); 9] = [
     ("upgrade", "One upgrade, one listener, from the call to the commit", rows::upgrade::against_bare),
     ("old", "The same against `ecdysis` 1.1.1, from the signal to the commit", rows::upgrade::against_old),
     ("listeners", "Many listeners", rows::upgrade::listeners),
+    ("takeover", "A takeover beside an inheritance", rows::upgrade::takeover),
     ("stall", "How long a busy thread of the parent stands still", rows::stall::stall),
     ("accept", "Connections accepted per second, one listener", rows::accept::accept),
     ("latency", "Latency of requests during upgrades", rows::latency::latency),

@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
 use std::time::Duration;
 
-use ecdysis::{Ecdysis, Event, Spawn};
+use ecdysis::{Ecdysis, Event, Spawn, Transport};
 use ecdysis_bench::sys::{self, Heap, Way};
 use ecdysis_bench::{answer, hear, say, say_serving, say_upgraded, Args};
 
@@ -40,6 +40,12 @@ fn ours(args: &Args, spawn: Spawn) -> Result<(), Box<dyn std::error::Error>> {
     });
     if args.by_signal() {
         builder.upgrade_on_signal(libc::SIGHUP);
+    }
+    if args.text("transport") == Some("socket") {
+        builder.transport(Transport::Socket);
+    }
+    if let Some(path) = args.text("takeover") {
+        builder.takeover_on_socket(path).take_over(path);
     }
     let starting = builder.start()?;
     let listeners = args.addresses().map(|a| starting.listen_tcp(a)).collect::<Result<Vec<_>, _>>()?;
