@@ -407,7 +407,13 @@ mod tests {
         std::fs::remove_file(&path).unwrap();
         let datagram = UnixDatagram::bind(&path).unwrap();
         std::fs::remove_file(&path).unwrap();
+        let name = format!("ecdysis-key-of-{}", std::process::id());
+        let seqpacket = rustix::net::socket(AddressFamily::UNIX, SocketType::SEQPACKET, None).unwrap();
+        rustix::net::bind(&seqpacket, &SocketAddrUnix::new_abstract_name(name.as_bytes()).unwrap()).unwrap();
         let key = |fd: BorrowedFd<'_>| key_of(fd).unwrap();
+        assert_eq!(key(seqpacket.as_fd()), None, "it does not listen yet");
+        rustix::net::listen(&seqpacket, 1).unwrap();
+        assert_eq!(key(seqpacket.as_fd()), Some(Key::unix_seqpacket(format!("@{name}"))));
         assert_eq!(key(datagram.as_fd()), Some(Key::unix_datagram(&path)));
         assert_eq!(key(tcp.as_fd()), Some(Key::tcp(tcp.local_addr().unwrap())));
         assert_eq!(key(udp.as_fd()), Some(Key::udp(udp.local_addr().unwrap())));
