@@ -8,7 +8,8 @@
 //! SIGHUP upgrades, SIGTERM and SIGINT stop, SIGUSR2 stops partially. Each of these also by a connection to a socket:
 //!
 //!     whoami --listen ADDR...             ip:port, unix:PATH, unix:@name, udp:ip:port; a connection (or a datagram)
-//!                                         sends one line and gets one back
+//!                                         sends one line and gets one back. systemd:NAME=ip:port is the socket that a
+//!                                         unit passed by name and address, systemd:NAME all that it passed by name
 //!       --hold                            keep each connection, answer its lines until it ends or the shutdown comes
 //!       --threads N                       accepting threads per listener (1)
 //!       --drain SECONDS                   how long to wait for open connections at the end (10)
@@ -16,6 +17,7 @@
 //!       --transport pipes|socket          what carries the handover to a child (pipes)
 //!       --upgrade-socket P  --stop-socket P  --partial-stop-socket P  --control-socket P  --pid-file P  --exec P
 //!       --ready-timeout MS  --probation MS  --overlap allow|refuse|N  --fork
+//!       --systemd                         tell the service manager, take its sockets (with feature systemd)
 //!       --misbehave FILE                  what the next generation does wrong, read when it starts; see `Misbehaviour`
 //!
 //! Several generations share stderr, so each line is one write:
@@ -70,12 +72,13 @@ fn serve() -> Result<()> {
 
     for address in &options.listen {
         misbehaviour.before_listen();
-        let (listener, real) = Listener::new(&starting, address)?;
-        say(format!("listening {real} gen={gen} pid={pid}"));
-        for _ in 0..options.threads {
-            let (listener, shutdown, hold) = (listener.try_clone()?, shutdown.clone(), options.hold);
-            // These accept nothing before `ready`, although they run already.
-            thread::spawn(move || listener.serve(&shutdown, hold, &format!("gen={gen} pid={pid}")));
+        for (listener, real) in Listener::all(&starting, address)? {
+            say(format!("listening {real} gen={gen} pid={pid}"));
+            for _ in 0..options.threads {
+                let (listener, shutdown, hold) = (listener.try_clone()?, shutdown.clone(), options.hold);
+                // These accept nothing before `ready`, although they run already.
+                thread::spawn(move || listener.serve(&shutdown, hold, &format!("gen={gen} pid={pid}")));
+            }
         }
     }
     let starting = misbehaviour.before_ready(starting)?;
@@ -164,6 +167,8 @@ impl Options {
                 Long("drain") => {
                     options.drain = args.value()?.parse_with(|s| s.parse().map(Duration::from_secs_f64))?
                 }
+                #[cfg(feature = "systemd")]
+                Long("systemd") => drop(builder.systemd_notify(true).systemd_sockets(true)),
                 Long("misbehave") => options.misbehave = Some(args.value()?.into()),
                 Long("upgrade-socket") => drop(builder.upgrade_on_socket(args.value()?)),
                 Long("stop-socket") => drop(builder.stop_on_socket(args.value()?)),
@@ -205,6 +210,31 @@ enum Listener {
 }
 
 impl Listener {
+    /// The listener, or all that a unit of the service manager passed by a name.
+    fn all(starting: &Starting, address: &str) -> Result<Vec<(Listener, String)>> {
+        #[cfg(feature = "systemd")]
+        if let Some(unit) = address.strip_prefix("systemd:") {
+            let Some((name, address)) = unit.split_once('=') else {
+                let group = starting.systemd_group(unit)?.into_iter();
+                // Whoever leaves the addresses to the unit leaves the kinds to it, too.
+                return group.map(|(key, fd)| Listener::of_kind(&key.to_string(), fd)).collect();
+            };
+            let listener = Listener::Tcp(starting.systemd_listen_tcp(name, address.parse()?)?);
+            return Ok(vec![(listener, address.into())]);
+        }
+        Ok(vec![Listener::new(starting, address)?])
+    }
+
+    #[cfg(feature = "systemd")]
+    fn of_kind(key: &str, fd: std::os::fd::OwnedFd) -> Result<(Listener, String)> {
+        match key.split_once(' ') {
+            Some(("tcp", address)) => Ok((Listener::Tcp(fd.into()), address.into())),
+            Some(("unix", path)) => Ok((Listener::Unix(fd.into()), format!("unix:{path}"))),
+            Some(("udp", address)) => Ok((Listener::Udp(fd.into()), format!("udp:{address}"))),
+            _ => Err(format!("no idea how to serve {key}").into()),
+        }
+    }
+
     /// The listener, and the address in the form of `--listen` with the port that it really has.
     fn new(starting: &Starting, address: &str) -> Result<(Listener, String)> {
         if let Some(path) = address.strip_prefix("unix:") {
@@ -291,6 +321,7 @@ fn connection(stream: impl Stream, shutdown: &Shutdown, hold: bool, answer: &str
 ///     garbage               writes nonsense into the status pipe, then waits
 ///     die-after-ready=MS    SIGKILLs itself so long after ready
 ///     stop-after-ready=MS   ends on purpose so long after ready
+///     freeze-after-ready=MS stops itself (SIGSTOP) so long after ready, as if it hung
 #[derive(Default)]
 struct Misbehaviour(Vec<(String, String)>);
 
@@ -330,7 +361,7 @@ impl Misbehaviour {
         }
         for (name, value) in &self.0 {
             match name.as_str() {
-                "slow-listen" | "sleep" | "die-after-ready" | "stop-after-ready" => {}
+                "slow-listen" | "sleep" | "die-after-ready" | "stop-after-ready" | "freeze-after-ready" => {}
                 "exit" => process::exit(value.parse()?),
                 "signal" => kill_self(value.parse()?)?,
                 "stop-self" => kill_self(libc::SIGSTOP)?,
@@ -359,6 +390,10 @@ impl Misbehaviour {
                 "die-after-ready" => thread::spawn(move || {
                     thread::sleep(after);
                     kill_self(libc::SIGKILL)
+                }),
+                "freeze-after-ready" => thread::spawn(move || {
+                    thread::sleep(after);
+                    kill_self(libc::SIGSTOP)
                 }),
                 "stop-after-ready" => thread::spawn(move || {
                     thread::sleep(after);

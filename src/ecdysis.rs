@@ -8,7 +8,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use rustix::event::PollFlags;
@@ -17,18 +17,20 @@ use rustix::fs::Mode;
 use crate::error::{chain, Error};
 use crate::event::Event;
 use crate::handover::escape::escape;
-use crate::handover::frames::{Status, Word};
+use crate::handover::frames::{send, Status, Word};
 use crate::handover::link::Transport;
+use crate::key::Key;
+use crate::manager::{Manager, ANNOUNCE};
 use crate::pid_file;
 use crate::program::{Changes, Program};
 use crate::shutdown::{Shutdown, State};
-use crate::sockets::Sockets;
+use crate::sockets::{Held, Sockets};
 use crate::sys::peer::PeerCred;
 use crate::sys::signal::{self, Handlers, Mask};
 use crate::sys::spawn::Spawn;
 use crate::takeover::{TakeoverSocket, Trust};
 use crate::trigger::{self, Action, Calls, ControlSocket, Meaning, Outcome, Reply, Request, Triggers};
-use crate::upgrade::{self, DrainLink, Inherited, Parent};
+use crate::upgrade::{self, Announced, DrainLink, Inherited, Parent};
 
 /// Chooses triggers, deadlines, and what the next generation runs. Nothing happens before [`start`](Self::start).
 ///
@@ -67,6 +69,10 @@ pub(crate) struct Config {
     pub(crate) trust: Trust,
     overlap: Overlap,
     observer: Option<Observer>,
+    #[cfg(feature = "systemd_notify")]
+    systemd_notify: bool,
+    #[cfg(feature = "systemd_sockets")]
+    systemd_sockets: bool,
 }
 
 type Observer = Arc<dyn Fn(&Event<'_>) + Send + Sync>;
@@ -108,6 +114,10 @@ impl Builder {
                 trust: Arc::new(PeerCred::is_same_user_or_root),
                 overlap: Overlap::default(),
                 observer: None,
+                #[cfg(feature = "systemd_notify")]
+                systemd_notify: false,
+                #[cfg(feature = "systemd_sockets")]
+                systemd_sockets: false,
             },
         }
     }
@@ -294,6 +304,44 @@ impl Builder {
         self
     }
 
+    /// Tells the service manager that started this process (`NOTIFY_SOCKET`) when it serves, upgrades, whether that
+    /// succeeded and to which process, and when it stops; keeps its watchdog content; asks for more time while a stop
+    /// makes progress. Off by default. Without a service manager nothing happens.
+    ///
+    /// All of it works with the default `NotifyAccess=main`: each generation announces the next. The signs of life
+    /// come from [`Ecdysis::run`], so a process that does not get back to it for as long as `WatchdogSec=` is ended. See
+    /// the [guide](crate::guide::systemd).
+    ///
+    /// # Errors
+    ///
+    /// [`start`](Self::start) fails with [`Error::ServiceManager`] if the address in `NOTIFY_SOCKET` cannot be used.
+    #[cfg(feature = "systemd_notify")]
+    pub fn systemd_notify(&mut self, on: bool) -> &mut Self {
+        self.config.systemd_notify = on;
+        self
+    }
+
+    /// Takes the sockets that the service manager passes to this process (`LISTEN_FDS`): those of its socket units, and,
+    /// together with `systemd_notify`, those that an earlier run left in its store
+    /// (`FileDescriptorStoreMax=`). Off by default. `listen_tcp` and its like then find them by their addresses, as they
+    /// find those of a parent.
+    ///
+    /// Where several know the same address, the order is: the parent's sockets, those of the store, those of units. What
+    /// is in the store and not asked for before `ready` is closed and forgotten. What a unit passed and nobody asks for
+    /// stays, for the next generation to ask for.
+    ///
+    /// No other code of the program may take the descriptors passed.
+    ///
+    /// # Errors
+    ///
+    /// [`start`](Self::start) fails with [`Error::ServiceManager`] if the variables are malformed or name what is not
+    /// open.
+    #[cfg(feature = "systemd_sockets")]
+    pub fn systemd_sockets(&mut self, on: bool) -> &mut Self {
+        self.config.systemd_sockets = on;
+        self
+    }
+
     /// Starts: takes over what the parent handed over, if there is one, handles the chosen signals, opens the control
     /// sockets. Call it early, before other threads run and before descriptors are opened.
     ///
@@ -318,11 +366,16 @@ impl Builder {
         for &(signal, _) in &self.signals {
             handlers.install(signal).map_err(|source| Error::Signal { signal, source })?;
         }
-        let sockets = Sockets::new(sockets);
+        let manager = self.config.manager(generation, parent.is_some())?.map(Arc::new);
+        let sockets = self.config.sockets(sockets)?;
         let mut control = Vec::new();
         for (path, meaning) in &self.sockets {
             let listener = sockets.listen_unix_with_mode(path, Some(Mode::RUSR | Mode::WUSR))?;
             control.push(ControlSocket { path: path.clone(), listener, meaning: *meaning });
+        }
+        let shutdown = Shutdown::new().map_err(prepare("shutdown handle"))?;
+        if let Some(manager) = &manager {
+            shutdown.report_to(manager.clone());
         }
         let calls = Arc::new(Calls::default());
         let triggers = Triggers::new(self.signals.clone(), handlers, control, self.config.trust.clone(), calls.clone());
@@ -333,15 +386,47 @@ impl Builder {
             generation,
             began: Instant::now(),
             sockets,
-            shutdown: Shutdown::new().map_err(prepare("shutdown handle"))?,
+            shutdown,
+            manager: manager.map(OnceLock::from).unwrap_or_default(),
             parent,
             older,
             calls,
+            pid_file: Mutex::new(self.config.pid_file.clone()),
             driver: Mutex::new(Driver { triggers: Some(triggers), exit: None, stop: None }),
             changed: Condvar::new(),
             kept: Mutex::default(),
             _started: started,
         })))
+    }
+}
+
+impl Config {
+    /// The service manager, if the program wants to know of it.
+    fn manager(&self, generation: u64, is_child: bool) -> Result<Option<Manager>, Error> {
+        #[cfg(feature = "systemd_notify")]
+        if self.systemd_notify {
+            #[cfg(feature = "systemd_sockets")]
+            let takes_sockets = self.systemd_sockets;
+            #[cfg(not(feature = "systemd_sockets"))]
+            let takes_sockets = false;
+            let upgrade_time = self.ready_timeout.saturating_add(self.probation);
+            let manager = Manager::from_env(generation, is_child, upgrade_time, takes_sockets)?;
+            return Ok(Some(manager).filter(Manager::is_there));
+        }
+        let _ = (generation, is_child);
+        Ok(None)
+    }
+
+    /// What is inherited: from the parent, and then from the service manager.
+    fn sockets(&self, from_parent: Vec<(Key, Held)>) -> Result<Sockets, Error> {
+        #[cfg(feature = "systemd_sockets")]
+        if self.systemd_sockets {
+            let passed = crate::systemd::sockets::inherit()?;
+            let sockets = Sockets::new(from_parent.into_iter().chain(passed.sockets).collect());
+            sockets.forget_later(passed.stale);
+            return Ok(sockets);
+        }
+        Ok(Sockets::new(from_parent))
     }
 }
 
@@ -397,6 +482,9 @@ impl Starting {
             return Err(error);
         }
         self.0.shutdown.set(State::Accepting);
+        if self.0.is_main() {
+            self.0.store_sockets();
+        }
         self.0.emit(&Event::Serving { generation: self.0.generation });
         // From here `Starting` has nothing left to give up.
         Ok(Ecdysis(self.0.clone()))
@@ -420,6 +508,64 @@ impl Starting {
         let reason = reason.to_string();
         self.0.tell_parent(&Status::Refused(reason.clone()));
         Error::RefusedHere { reason }
+    }
+}
+
+/// For the asynchronous face: its builder starts first, and hears of triggers later.
+#[cfg(feature = "tokio_ecdysis")]
+impl Starting {
+    /// The handle that this generation will have. Before `ready` it upgrades nothing.
+    pub(crate) fn handle(&self) -> Ecdysis {
+        Ecdysis(self.0.clone())
+    }
+
+    pub(crate) fn add_signal(&self, signal: i32, action: Action) -> Result<(), Error> {
+        match &mut self.0.lock().triggers {
+            Some(triggers) => triggers.add_signal(signal, action).map_err(|source| Error::Signal { signal, source }),
+            None => Err(Error::Busy),
+        }
+    }
+
+    pub(crate) fn add_socket(&self, path: &Path, meaning: Meaning) -> Result<(), Error> {
+        let listener = self.0.sockets.listen_unix_with_mode(path, Some(Mode::RUSR | Mode::WUSR))?;
+        match &mut self.0.lock().triggers {
+            Some(triggers) => triggers.add_socket(ControlSocket { path: path.to_owned(), listener, meaning }),
+            None => return Err(Error::Busy),
+        }
+        Ok(())
+    }
+
+    /// Has the service manager hear of this generation. False if there is none.
+    #[cfg(feature = "systemd_notify")]
+    pub(crate) fn enable_manager(&self) -> Result<bool, Error> {
+        let config = Config { systemd_notify: true, ..self.0.config.clone() };
+        if self.0.manager.get().is_none() {
+            if let Some(manager) = config.manager(self.0.generation, self.is_child())?.map(Arc::new) {
+                self.0.shutdown.report_to(manager.clone());
+                let _ = self.0.manager.set(manager);
+            }
+        }
+        Ok(self.0.manager.get().is_some())
+    }
+
+    #[cfg(feature = "systemd_notify")]
+    pub(crate) fn manager(&self) -> Arc<Manager> {
+        self.0.manager()
+    }
+
+    /// Takes what the service manager passed.
+    #[cfg(feature = "systemd_sockets")]
+    pub(crate) fn inherit_from_manager(&self) -> Result<(), Error> {
+        if !self.0.config.systemd_sockets {
+            let passed = crate::systemd::sockets::inherit()?;
+            self.0.sockets.inherit_more(passed.sockets);
+            self.0.sockets.forget_later(passed.stale);
+        }
+        Ok(())
+    }
+
+    pub(crate) fn set_pid_file(&self, path: &Path) {
+        *self.0.pid_file.lock().unwrap_or_else(PoisonError::into_inner) = Some(path.to_owned());
     }
 }
 
@@ -550,9 +696,12 @@ impl Ecdysis {
     ///
     /// # Errors
     ///
-    /// [`Error::Wait`] if the poll itself fails. The service goes on, without triggers.
+    /// [`Error::NotReady`] before `ready`, where an asynchronous program has this handle already. [`Error::Wait`] if the poll itself fails. The service goes on, without triggers.
     pub fn run(&self) -> Result<Exit, Error> {
         let core = &*self.0;
+        if core.shutdown.state() == State::Starting {
+            return Err(Error::NotReady);
+        }
         let mut driver = core.lock();
         loop {
             if let Some(exit) = &driver.exit {
@@ -588,8 +737,8 @@ impl Ecdysis {
     ///
     /// # Errors
     ///
-    /// Whatever failed, this process serves on as before; [`Error::Busy`] during another upgrade, [`Error::Over`]
-    /// when this process's service has ended.
+    /// Whatever failed, this process serves on as before; [`Error::Busy`] during another upgrade, [`Error::NotReady`]
+    /// before `ready`, [`Error::Over`] when this process's service has ended.
     pub fn upgrade(&self) -> Result<Upgraded, Error> {
         self.wait_upgraded(Reply::Call)
     }
@@ -627,11 +776,18 @@ impl Ecdysis {
 
     fn wait_upgraded(&self, reply: impl FnOnce(Outcome) -> Reply) -> Result<Upgraded, Error> {
         let core = &*self.0;
+        if core.shutdown.state() == State::Starting {
+            return Err(Error::NotReady);
+        }
         let outcome = Outcome::default();
         self.post(Action::Upgrade, reply(outcome.clone()));
         let mut driver = core.lock();
         loop {
             if let Some(outcome) = outcome.lock().unwrap_or_else(PoisonError::into_inner).take() {
+                drop(driver);
+                if outcome.is_ok() {
+                    core.shutdown.wait();
+                }
                 return outcome;
             }
             if driver.exit.is_some() {
@@ -649,9 +805,12 @@ impl Ecdysis {
     }
 
     /// Stops: accepting ends, and `run` returns. If nobody is in `run`, that is done here. A child of an upgrade that
-    /// is under way is ended.
+    /// is under way is ended. Asked before `ready`, it stops at once after it.
     pub fn stop(&self) {
         self.post(Action::Stop, Reply::Nobody);
+        if self.0.shutdown.state() == State::Starting {
+            return;
+        }
         let triggers = self.0.lock().triggers.take();
         if let Some(triggers) = triggers {
             let mut turn = Turn { core: &self.0, triggers: Some(triggers) };
@@ -734,10 +893,13 @@ pub(crate) struct Core {
     began: Instant,
     pub(crate) sockets: Sockets,
     pub(crate) shutdown: Shutdown,
+    /// Empty if there is none, or nobody asked for it.
+    manager: OnceLock<Arc<Manager>>,
     pub(crate) parent: Option<Parent>,
     /// The generations before the parent that lived when this one began.
     older: Vec<DrainLink>,
     calls: Arc<Calls>,
+    pid_file: Mutex<Option<PathBuf>>,
     driver: Mutex<Driver>,
     /// The triggers are free again, or a call has its answer.
     changed: Condvar,
@@ -773,12 +935,63 @@ impl Core {
         self.kept.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    pub(crate) fn manager(&self) -> Arc<Manager> {
+        self.manager.get().cloned().unwrap_or_default()
+    }
+
     /// Logs an event and tells the observer.
     pub(crate) fn emit(&self, event: &Event<'_>) {
         event.log();
+        if self.is_main() {
+            self.manager().hear(event);
+        }
         if let Some(observer) = &self.config.observer {
             observer(event);
         }
+    }
+
+    /// Whether the service manager listens to this process, as it does to a child once the parent has announced it.
+    pub(crate) fn is_main(&self) -> bool {
+        if !self.manager().is_there() || self.manager().is_main() {
+            return self.manager().is_there();
+        }
+        match self.parent.as_ref().map(Parent::announced) {
+            Some(Announced::Yes) => self.manager().become_main(true),
+            Some(Announced::Never) => self.manager().become_main(false),
+            Some(Announced::NotYet) | None => return false,
+        }
+        self.store_sockets();
+        true
+    }
+
+    fn store_sockets(&self) {
+        if self.manager().room() > 0 {
+            self.sockets.store_in(self.manager());
+        }
+    }
+
+    /// Tells the service manager who serves now, before we may end. Our child becomes the main process of the service; a
+    /// process that took over belongs to another unit or to none, so for this one it is the end.
+    pub(crate) fn announce(&self, upgraded: &Upgraded, is_child: bool, link: &OwnedFd) {
+        if !self.manager().is_there() {
+            return;
+        }
+        // We may be a child whose own parent is about to announce it.
+        if let Some(parent) = self.parent.as_ref().filter(|_| !self.manager().is_main()) {
+            parent.wait_announced(ANNOUNCE);
+        }
+        if self.is_main() {
+            self.manager().announce(upgraded, is_child);
+        }
+        if is_child {
+            // It may have ended since, on purpose.
+            let _ = send(link, Word::Main.line());
+        }
+    }
+
+    /// Keeps the service manager's watchdog content, and says when that has to be done again.
+    pub(crate) fn beat(&self) -> Option<Instant> {
+        self.manager().beat(|| self.is_main())
     }
 
     /// Says something to a parent that may be gone, which then does not matter.
@@ -788,9 +1001,13 @@ impl Core {
         }
     }
 
+    fn pid_file(&self) -> Option<PathBuf> {
+        self.pid_file.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
     pub(crate) fn write_pid_file(&self) -> Result<(), Error> {
-        match &self.config.pid_file {
-            Some(path) => pid_file::write(path).map_err(|source| Error::PidFile { path: path.clone(), source }),
+        match self.pid_file() {
+            Some(path) => pid_file::write(&path).map_err(|source| Error::PidFile { path, source }),
             None => Ok(()),
         }
     }
@@ -863,7 +1080,9 @@ impl Turn<'_> {
         let Some(Request { action, reason, since, reply }) = triggers.next_request() else {
             let parent = core.parent.as_ref().filter(|parent| !parent.has_ended());
             let fds: Vec<_> = parent.iter().map(|parent| (parent.reader.as_fd(), PollFlags::IN)).collect();
-            triggers.wait(&fds, None, trigger::Sockets::Answer)?;
+            triggers.wait(core, &fds, None, trigger::Sockets::Answer)?;
+            // The announcement is among what the parent may have said.
+            core.is_main();
             // In the probation the parent is still the one that is asked to stop.
             if parent.and_then(Parent::next_word) == Some(Word::Stop) {
                 let (reason, since) = (ExitReason::Parent, Instant::now());
@@ -871,22 +1090,20 @@ impl Turn<'_> {
             }
             return Ok(false);
         };
-        let mode = match action {
+        let (mode, state) = match action {
             Action::Stop => {
                 core.tell_parent(&Status::Stopping);
                 core.sockets.unlink_all();
-                core.shutdown.set(State::Stopped);
-                if let Some(Err(e)) = core.config.pid_file.as_deref().map(pid_file::remove_if_ours) {
+                if let Some(Err(e)) = core.pid_file().as_deref().map(pid_file::remove_if_ours) {
                     log::warn!("cannot remove the PID file: {e}");
                 }
                 core.kept().stopping.extend(reply.stopping());
-                ExitMode::Stopped
+                (ExitMode::Stopped, State::Stopped)
             }
             Action::PartialStop => {
                 core.tell_parent(&Status::Stopping);
-                core.shutdown.set(State::Stopped);
                 core.kept().stopping.extend(reply.stopping());
-                ExitMode::PartiallyStopped
+                (ExitMode::PartiallyStopped, State::Stopped)
             }
             Action::Status => {
                 reply.status(&core.status("serving"));
@@ -902,7 +1119,6 @@ impl Turn<'_> {
                 let upgraded = outcome.as_ref().ok().cloned();
                 match &outcome {
                     Ok(upgraded) => {
-                        core.shutdown.set(State::HandedOver);
                         core.bound_overlap();
                         core.emit(&Event::Upgraded(upgraded));
                     }
@@ -911,7 +1127,7 @@ impl Turn<'_> {
                 reply.upgrade(outcome);
                 core.changed.notify_all();
                 match upgraded {
-                    Some(upgraded) => ExitMode::Upgraded(upgraded),
+                    Some(upgraded) => (ExitMode::Upgraded(upgraded), State::HandedOver),
                     None => return Ok(false),
                 }
             }
@@ -922,6 +1138,9 @@ impl Turn<'_> {
         triggers.close_sockets();
         let exit = Exit { mode, reason };
         core.emit(&Event::Ended(&exit));
+        // Last: a program that waits for the shutdown handle may end the process at once, and by then whoever is to
+        // hear of this has heard. After an upgrade nothing is accepted meanwhile: it is paused since the commit.
+        core.shutdown.set(state);
         core.lock().exit = Some(exit);
         core.changed.notify_all();
         Ok(true)
@@ -929,13 +1148,14 @@ impl Turn<'_> {
 
     /// After the service is over: waits until this process is asked to stop.
     fn wait_for_stop(&mut self) -> Result<ExitReason, Error> {
+        let core = self.core;
         let Some(triggers) = &mut self.triggers else { return Err(Error::Over) };
         loop {
             if let Some(reason) = triggers.stop_reason() {
                 return Ok(reason);
             }
             triggers.answer_over();
-            triggers.wait(&[], None, trigger::Sockets::Leave)?;
+            triggers.wait(core, &[], None, trigger::Sockets::Leave)?;
         }
     }
 }

@@ -64,6 +64,23 @@ pub enum Error {
         /// What the system said.
         source: io::Error,
     },
+    /// What the service manager put into the environment, or passed, cannot be used.
+    ServiceManager {
+        /// The variable and its value, or the descriptor.
+        what: String,
+        /// What is wrong with it.
+        source: io::Error,
+    },
+    /// No unit of the service manager passed such a socket. It passes sockets only when it starts the service: after
+    /// a unit has gained one, restart the service.
+    NotPassed {
+        /// The socket asked for.
+        key: Key,
+        /// The name asked for.
+        name: String,
+        /// What was passed and not claimed, with the names.
+        passed: String,
+    },
     /// The program's own callback could not produce the state for the next generation. The upgrade has failed.
     State {
         /// The name given to [`Sockets::pass_bytes`](crate::Sockets::pass_bytes).
@@ -85,6 +102,8 @@ pub enum Error {
     },
     /// An upgrade is under way already.
     Busy,
+    /// This process does not serve yet.
+    NotReady,
     /// This process has stopped, or has been replaced: it makes no more upgrades.
     Over,
     /// A stop was asked for during the upgrade; the child was ended.
@@ -198,10 +217,18 @@ impl fmt::Display for Error {
             }
             Self::GivenUp => write!(f, "the parent gave this upgrade up"),
             Self::Socket { key, .. } => write!(f, "cannot open socket {key}"),
+            Self::ServiceManager { what, .. } => write!(f, "cannot use what the service manager passed: {what}"),
+            Self::NotPassed { key, name, passed } => {
+                let passed = if passed.is_empty() { "nothing that is unclaimed" } else { passed };
+                let why =
+                    "it passes sockets only when it starts the service, never to a generation that an upgrade started";
+                write!(f, "the service manager did not pass {key} as {name:?}, but {passed} ({why})")
+            }
             Self::State { name, .. } => write!(f, "cannot produce state {name:?} for the next generation"),
             Self::PidFile { path, .. } => write!(f, "cannot write PID file {}", path.display()),
             Self::Ready { .. } => write!(f, "cannot tell the parent that this process is ready"),
             Self::Busy => write!(f, "busy: an upgrade is under way"),
+            Self::NotReady => write!(f, "this process is not ready yet"),
             Self::Over => write!(f, "this process has stopped or was replaced"),
             Self::StopAsked { pid } => write!(f, "a stop was asked for during the upgrade; {} was ended", Child(*pid)),
             Self::ParentDrains => write!(f, "an older generation still drains"),
@@ -257,6 +284,7 @@ impl StdError for Error {
             | Self::Handover { source, .. }
             | Self::Connect { source, .. }
             | Self::Socket { source, .. }
+            | Self::ServiceManager { source, .. }
             | Self::PidFile { source, .. }
             | Self::Ready { source }
             | Self::Prepare { source, .. }

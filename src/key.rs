@@ -37,7 +37,7 @@ pub(crate) enum Kind {
 }
 
 impl Kind {
-    const ALL: [Self; 10] = [
+    pub(crate) const ALL: [Self; 10] = [
         Self::Tcp,
         Self::Udp,
         Self::Unix,
@@ -63,6 +63,11 @@ impl Kind {
             Self::Fd => "fd",
             Self::Drain => "drain",
         }
+    }
+
+    /// Whether it is a socket that others reach by its address.
+    pub(crate) fn has_address(self) -> bool {
+        matches!(self, Self::Tcp | Self::Udp | Self::Unix | Self::Seqpacket | Self::UnixDatagram)
     }
 
     pub(crate) fn from_word(word: &str) -> Option<Self> {

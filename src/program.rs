@@ -14,6 +14,11 @@ use rustix::fs::{access, Access};
 use crate::handover::pipe::VARIABLE;
 use crate::sys::spawn::OrStay;
 
+/// By these a service manager speaks to the process that it has started itself, and to no other. NOTIFY_SOCKET and
+/// WATCHDOG_USEC, though, are for whoever is the main process.
+const FOR_THIS_PROCESS_ONLY: [&str; 5] =
+    ["LISTEN_PID", "LISTEN_PIDFDID", "LISTEN_FDS", "LISTEN_FDNAMES", "WATCHDOG_PID"];
+
 /// How to start the next generation.
 #[derive(Clone, Debug)]
 pub(crate) struct Program {
@@ -75,7 +80,10 @@ impl Program {
     /// This process's environment with the builder's changes and the handover variable. Ours is never changed: other
     /// threads may read it.
     pub(crate) fn envp(&self, handover: &str) -> io::Result<Vec<CString>> {
-        let kept = env::vars_os().filter(|(name, _)| name != VARIABLE && !self.env.contains_key(name));
+        let kept = env::vars_os().filter(|(name, _)| {
+            let ours = name == VARIABLE || FOR_THIS_PROCESS_ONLY.iter().any(|known| name == known);
+            !ours && !self.env.contains_key(name)
+        });
         let set = self.env.iter().filter_map(|(name, value)| Some((name.clone(), value.clone()?)));
         let pair = |(name, value): (OsString, OsString)| {
             let mut pair = Vec::with_capacity(name.len() + value.len() + 2);
@@ -102,9 +110,12 @@ fn c_string(text: &OsStr) -> io::Result<CString> {
 /// The directory as the shell names it, if that is right: `getcwd` follows links, so below /srv/current it would pin
 /// the release that the link points to now.
 fn start_directory() -> Option<PathBuf> {
-    let named =
-        env::var_os("PWD").map(PathBuf::from).filter(|path| path.is_absolute() && same_file(path, Path::new(".")));
-    named.or_else(|| env::current_dir().ok())
+    let physical = env::current_dir().ok();
+    let named = env::var_os("PWD").map(PathBuf::from).filter(|path| path.is_absolute());
+    match named {
+        Some(named) if physical.as_ref() == Some(&named) || same_file(&named, Path::new(".")) => Some(named),
+        _ => physical,
+    }
 }
 
 /// The path under which this program would be found again.

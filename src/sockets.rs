@@ -21,6 +21,7 @@ use crate::error::Error;
 use crate::handover::manifest::{Entry, Slot};
 use crate::key::{Key, Kind};
 use crate::listen::{self, FileId, Socket};
+use crate::manager::Manager;
 use crate::pass::Producer;
 use crate::seqpacket::UnixSeqpacketListener;
 use crate::takeover::TakeoverSocket;
@@ -46,8 +47,14 @@ struct State {
     ours: Vec<(Key, Held)>,
     /// Made for the next generation when an upgrade begins.
     producers: Vec<(Key, Producer)>,
-    /// From the parent, until claimed.
+    /// From the parent or the service manager, until claimed.
     inherited: HashMap<Key, VecDeque<Held>>,
+    /// Keys of what was inherited and closed, for the service manager to forget.
+    closed: Vec<(Key, Option<FileId>)>,
+    /// Keeps copies of what is ours.
+    store: Option<Arc<Manager>>,
+    /// The first claim that failed for want of descriptors.
+    failed: Option<(Key, io::Error)>,
 }
 
 /// A descriptor in the registry.
@@ -58,11 +65,18 @@ pub(crate) struct Held {
     inode: u64,
     /// The file of a Unix socket that some generation of ours bound.
     file: Option<FileId>,
+    /// The name by which a unit of the service manager passed it. The manager has it open for as long as the unit is
+    /// active, whatever we do.
+    unit: Option<String>,
 }
 
 impl Held {
     pub(crate) fn new(fd: OwnedFd, inode: u64, file: Option<FileId>) -> Self {
-        Self { fd: Arc::new(fd), inode, file }
+        Self { fd: Arc::new(fd), inode, file, unit: None }
+    }
+
+    pub(crate) fn of_unit(self, unit: Option<String>) -> Self {
+        Self { unit, ..self }
     }
 
     fn duplicate(fd: BorrowedFd<'_>, file: Option<FileId>) -> io::Result<Self> {
@@ -72,12 +86,21 @@ impl Held {
 
 impl Sockets {
     pub(crate) fn new(inherited: Vec<(Key, Held)>) -> Self {
-        let mut state = State::default();
+        let sockets = Self(Arc::default());
+        sockets.inherit_more(inherited);
+        sockets
+    }
+
+    pub(crate) fn inherit_more(&self, inherited: Vec<(Key, Held)>) {
+        let mut state = self.lock();
         state.inherited.reserve(inherited.len());
         for (key, held) in inherited {
-            state.inherited.entry(key).or_default().push_back(held);
+            let same_key = state.inherited.entry(key).or_default();
+            // Two sources may know the very same socket.
+            if same_key.iter().all(|known| known.inode != held.inode) {
+                same_key.push_back(held);
+            }
         }
-        Self(Arc::new(Mutex::new(state)))
     }
 
     /// A TCP listener on `addr`, with SO_REUSEADDR and the system's largest backlog.
@@ -276,20 +299,32 @@ impl Sockets {
     }
 
     /// Takes what the parent handed over under this key. It stays in the registry for the next generation. `None` if
-    /// there is none (left).
+    /// there is none (left); or if there is no free descriptor for it, in which case `ready` fails.
     pub fn claim(&self, key: &Key) -> Option<OwnedFd> {
+        self.try_claim(key).unwrap_or_else(|e| {
+            log::error!("cannot duplicate the descriptor of {key}: {e}");
+            // A program that now binds anew would lose the clients of the one it did not get.
+            self.lock().failed.get_or_insert((key.clone(), e));
+            None
+        })
+    }
+
+    fn try_claim(&self, key: &Key) -> io::Result<Option<OwnedFd>> {
         let mut state = self.lock();
-        let held = state.take_inherited(key)?;
-        match duplicate(held.fd.as_fd()) {
-            Ok(fd) => {
-                state.ours.push((key.clone(), held));
-                Some(fd)
-            }
-            Err(e) => {
-                log::warn!("cannot duplicate the descriptor of {key}: {e}");
-                state.inherited.entry(key.clone()).or_default().push_front(held);
-                None
-            }
+        let Some(held) = state.take_inherited(key) else { return Ok(None) };
+        let fd = duplicate(held.fd.as_fd());
+        match fd {
+            Ok(_) => state.ours.push((key.clone(), held)),
+            Err(_) => state.inherited.entry(key.clone()).or_default().push_front(held),
+        }
+        fd.map(Some)
+    }
+
+    /// What a claim failed of, if one did and could not say so: then this generation must not serve.
+    pub(crate) fn failed_claim(&self) -> Result<(), Error> {
+        match self.lock().failed.take() {
+            Some((key, source)) => Err(Error::Socket { key, source }),
+            None => Ok(()),
         }
     }
 
@@ -298,10 +333,17 @@ impl Sockets {
     /// many there were.
     pub fn retire(&self, key: &Key) -> usize {
         let mut state = self.lock();
-        let before = state.ours.len() + state.producers.len();
-        state.ours.retain(|(held, _)| held != key);
-        state.producers.retain(|(held, _)| held != key);
-        before - state.ours.len() - state.producers.len()
+        let State { ours, producers, inherited, store, .. } = &mut *state;
+        let before = ours.len() + producers.len();
+        ours.retain(|(ours, held)| {
+            if let (true, Some(store)) = (ours == key, &store) {
+                store.forget(key, held.file);
+            }
+            ours != key
+        });
+        producers.retain(|(held, _)| held != key);
+        inherited.remove(key);
+        before - ours.len() - producers.len()
     }
 
     /// Hands any descriptor to the next generation, by name: a lock file, a timer, a shared memory. The registry keeps
@@ -353,8 +395,34 @@ impl Sockets {
 
     /// Takes what the parent handed over under this key, for good.
     pub(crate) fn take(&self, key: &Key) -> Option<OwnedFd> {
-        // Nothing shares an inherited descriptor: only an upgrade does, and only those that are ours.
-        Arc::into_inner(self.lock().take_inherited(key)?.fd)
+        let held = self.lock().take_inherited(key)?;
+        // Shared only if an upgrade is handing it on just now.
+        Arc::try_unwrap(held.fd).or_else(|shared| duplicate(shared.as_fd())).ok()
+    }
+
+    /// Claims the first socket that a unit passed by this name and `wanted` picks.
+    #[cfg(feature = "systemd_sockets")]
+    pub(crate) fn claim_from_unit(
+        &self,
+        name: &str,
+        wanted: impl Fn(&Key) -> bool,
+    ) -> io::Result<Option<(Key, OwnedFd)>> {
+        let mut state = self.lock();
+        let State { inherited, ours, .. } = &mut *state;
+        let mut found: Vec<_> = inherited
+            .iter_mut()
+            .filter(|(key, _)| wanted(key))
+            .filter_map(|(key, list)| {
+                let at = list.iter().position(|held| held.unit.as_deref() == Some(name))?;
+                Some((key, list, at))
+            })
+            .collect();
+        found.sort_by_key(|(key, ..)| key.to_string());
+        let Some((key, list, at)) = found.into_iter().next() else { return Ok(None) };
+        let fd = duplicate(list[at].fd.as_fd())?;
+        let held = list.remove(at);
+        ours.extend(held.map(|held| (key.clone(), held)));
+        Ok(Some((key.clone(), fd)))
     }
 
     /// The inherited socket with this key, else what `make` makes: the fork in a listener's life.
@@ -364,12 +432,13 @@ impl Sockets {
         make: impl FnOnce(&Key) -> io::Result<(OwnedFd, Option<FileId>)>,
     ) -> Result<OwnedFd, Error> {
         let claimed = (|| {
-            // Its inode says that it is what the parent held under this key, and `hold` checked it when it got there.
-            if let Some(fd) = self.claim(&key) {
+            // Its inode says that it is what the parent held under this key, and `hold` checked it when it got there. A
+            // failed claim must not become a bind: on port 0 that succeeds, elsewhere.
+            if let Some(fd) = self.try_claim(&key)? {
                 log::debug!("claimed {key} from the parent");
                 return Ok(fd);
             }
-            let (fd, file) = make(&key)?;
+            let (fd, file) = make(&key).map_err(|e| self.explain(e))?;
             ioctl_fionbio(&fd, true)?;
             self.hold(&key, fd.as_fd(), file)?;
             log::debug!("opened {key}");
@@ -381,15 +450,90 @@ impl Sockets {
     fn hold(&self, key: &Key, fd: BorrowedFd<'_>, file: Option<FileId>) -> io::Result<()> {
         check_kind(key.kind(), fd)?;
         let held = Held::duplicate(fd, file)?;
-        self.lock().ours.push((key.clone(), held));
+        let mut state = self.lock();
+        if let Some(store) = &state.store {
+            store.keep(key, held.fd.as_fd(), held.file);
+        }
+        state.ours.push((key.clone(), held));
         Ok(())
     }
 
-    /// Closes what nobody claimed: else the kernel would go on to complete handshakes that nobody serves.
-    pub(crate) fn close_unclaimed(&self) {
-        for (key, left) in self.lock().inherited.drain() {
-            log::info!("closed {} inherited and unclaimed: {key}", left.len());
+    /// Leaves the files of the Unix sockets with this key alone at a final stop: they go on to be listened on.
+    #[cfg(feature = "tokio_ecdysis")]
+    pub(crate) fn keep_files(&self, key: &Key) {
+        for (_, held) in self.lock().ours.iter_mut().filter(|(held, _)| held == key) {
+            held.file = None;
         }
+    }
+
+    /// "Address in use" by the service manager, which passed a socket that is not quite what was asked for, is a riddle
+    /// unless both are named.
+    fn explain(&self, error: io::Error) -> io::Error {
+        let passed = self.passed();
+        if error.kind() != io::ErrorKind::AddrInUse || passed.is_empty() {
+            return error;
+        }
+        let why = format!("{error}; the service manager passed {passed}, which nobody has asked for");
+        io::Error::new(io::ErrorKind::AddrInUse, why)
+    }
+
+    /// What a unit passed and nobody claimed, in words.
+    pub(crate) fn passed(&self) -> String {
+        let state = self.lock();
+        let units = state.inherited.iter().flat_map(|(key, list)| list.iter().map(move |held| (key, held)));
+        let mut words: Vec<_> =
+            units.filter_map(|(key, held)| Some(format!("{key} as {:?}", held.unit.as_ref()?))).collect();
+        words.sort();
+        words.join(", ")
+    }
+
+    /// Closes what nobody claimed: else the kernel would go on to complete handshakes that nobody serves. What a unit
+    /// passed stays for the next generation to claim: the manager has it open anyhow, and passes it only once.
+    pub(crate) fn close_unclaimed(&self) {
+        let passed = self.passed();
+        if !passed.is_empty() {
+            log::warn!("the service manager passed {passed}, which nobody has asked for");
+        }
+        let mut state = self.lock();
+        let State { inherited, closed, .. } = &mut *state;
+        inherited.retain(|key, list| {
+            let before = list.len();
+            list.retain(|held| {
+                if held.unit.is_none() {
+                    closed.push((key.clone(), held.file));
+                }
+                held.unit.is_some()
+            });
+            if list.len() < before {
+                log::info!("closed {} inherited and unclaimed: {key}", before - list.len());
+            }
+            !list.is_empty()
+        });
+    }
+
+    /// Has the service manager forget, too, what was of no use.
+    #[cfg(feature = "systemd_sockets")]
+    pub(crate) fn forget_later(&self, stale: Vec<(Key, Option<FileId>)>) {
+        self.lock().closed.extend(stale);
+    }
+
+    /// From now on `store` keeps a copy of every socket that is made here, and forgets what is retired. It need not keep
+    /// what a unit keeps.
+    pub(crate) fn store_in(&self, store: Arc<Manager>) {
+        let mut state = self.lock();
+        // By name all of a name are forgotten, also those that we have; so that comes first.
+        for (key, file) in std::mem::take(&mut state.closed) {
+            store.forget(&key, file);
+        }
+        let ours = state.ours.iter();
+        let own: Vec<_> = ours.filter(|(key, held)| held.unit.is_none() && key.kind().has_address()).collect();
+        if own.len() > store.room() {
+            log::warn!("{} sockets, but FileDescriptorStoreMax= is {}", own.len(), store.room());
+        }
+        for (key, held) in own {
+            store.keep(key, held.fd.as_fd(), held.file);
+        }
+        state.store = Some(store);
     }
 
     /// Lets go of every socket. What a successor holds stays open there; the program's own handles are its own.
@@ -400,9 +544,13 @@ impl Sockets {
         state.inherited.clear();
     }
 
-    /// At a final stop: removes the files of our Unix sockets.
+    /// At a final stop: removes the files of our Unix sockets, unless the sockets outlive us in a store.
     pub(crate) fn unlink_all(&self) {
-        for (key, held) in &self.lock().ours {
+        let state = self.lock();
+        if state.store.is_some() {
+            return;
+        }
+        for (key, held) in &state.ours {
             if let Some(file) = held.file {
                 let path = Path::new(OsStr::from_bytes(key.name()));
                 if let Err(e) = listen::unlink_if_ours(path, file) {
@@ -424,11 +572,14 @@ impl Sockets {
     pub(crate) fn snapshot(&self) -> Result<(Vec<Entry>, Vec<Arc<OwnedFd>>), Error> {
         let entry = |key: &Key, held: &Held| {
             let slot = Slot { number: held.fd.as_raw_fd() as u32, inode: held.inode };
-            (Entry { slot, key: key.clone(), file: held.file }, held.fd.clone())
+            (Entry { slot, key: key.clone(), file: held.file, unit: held.unit.clone() }, held.fd.clone())
         };
         let (mut all, producers): (Vec<_>, _) = {
             let state = self.lock();
-            (state.ours.iter().map(|(key, held)| entry(key, held)).collect(), state.producers.clone())
+            let ours = state.ours.iter().map(|(key, held)| (key, held));
+            // Inherited and still here is what a unit passed and nobody has asked for yet.
+            let unclaimed = state.inherited.iter().flat_map(|(key, list)| list.iter().map(move |held| (key, held)));
+            (ours.chain(unclaimed).map(|(key, held)| entry(key, held)).collect(), state.producers.clone())
         };
         for (key, producer) in producers {
             let fd = producer.produce(&key)?;

@@ -11,9 +11,9 @@ use std::time::{Duration, Instant};
 use rustix::event::{poll, PollFd, PollFlags};
 use rustix::io::Errno;
 
-use crate::ecdysis::{ExitReason, Upgraded};
+use crate::ecdysis::{Core, ExitReason, Upgraded};
 use crate::error::{chain, Error};
-use crate::shutdown::timespec;
+use crate::shutdown::{passes, timespec};
 use crate::sys::peer::PeerCred;
 use crate::sys::signal::{self, Handlers};
 use crate::takeover::{self, Taker, Trust};
@@ -174,7 +174,8 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// All triggers of a process. One thread at a time has them and waits on them.
 pub(crate) struct Triggers {
     signals: Vec<(i32, Action)>,
-    /// Keeps the handlers installed: also when all is over, or a late SIGHUP would end the drain.
+    /// Installed as long as this lives: also when all is over, or a late SIGHUP would end the drain.
+    // The underscore: without `tokio_ecdysis` it is only held.
     _handlers: Handlers,
     sockets: Vec<ControlSocket>,
     trust: Trust,
@@ -220,6 +221,18 @@ impl Triggers {
         }
     }
 
+    #[cfg(feature = "tokio_ecdysis")]
+    pub(crate) fn add_signal(&mut self, signal: i32, action: Action) -> io::Result<()> {
+        self._handlers.install(signal)?;
+        self.signals.push((signal, action));
+        Ok(())
+    }
+
+    #[cfg(feature = "tokio_ecdysis")]
+    pub(crate) fn add_socket(&mut self, socket: ControlSocket) {
+        self.sockets.push(socket);
+    }
+
     /// The next request: stops before upgrades, because a stop wins.
     pub(crate) fn next_request(&mut self) -> Option<Request> {
         let stop = self.requests.iter().position(|request| request.action.stops());
@@ -236,13 +249,14 @@ impl Triggers {
     }
 
     /// During an upgrade: whoever asks for another hears that it is busy.
-    pub(crate) fn answer_busy(&mut self, status: impl Fn() -> String) {
+    pub(crate) fn answer_busy(&mut self, core: &Core, phase: &str) {
         for request in std::mem::take(&mut self.requests) {
             match request.action {
                 Action::Stop | Action::PartialStop => self.requests.push_back(request),
-                Action::Status => request.reply.status(&status()),
+                Action::Status => request.reply.status(&core.status(phase)),
                 Action::Upgrade => {
                     log::info!("upgrade asked for by {}: busy", request.reason);
+                    core.manager().asked_again();
                     request.reply.upgrade(Err(Error::Busy));
                 }
             }
@@ -264,12 +278,14 @@ impl Triggers {
     /// The one poll: waits for requests, for one of `fds`, or for the deadline. Requests are put into the queue.
     pub(crate) fn wait(
         &mut self,
+        core: &Core,
         fds: &[(BorrowedFd<'_>, PollFlags)],
         deadline: Option<Instant>,
         sockets: Sockets,
     ) -> Result<Woken, Error> {
         let asked_before = self.requests.len();
         loop {
+            let beat = core.beat();
             let now = Instant::now();
             self.accept_again = self.accept_again.filter(|again| *again > now);
             self.talks.retain(|talk| talk.since + TALK_TIME > now);
@@ -286,21 +302,14 @@ impl Triggers {
             }
 
             let talk_ends = self.talks.iter().map(|talk| talk.since + TALK_TIME).min();
-            let until = [deadline, talk_ends, self.accept_again].into_iter().flatten().min();
+            let until = [deadline, talk_ends, self.accept_again, beat].into_iter().flatten().min();
             let time = until.map(|until| timespec(until.saturating_duration_since(now)));
             match poll(&mut polled, time.as_ref()) {
                 Ok(_) => {}
-                Err(Errno::INTR) => continue,
-                // For want of memory, which there may be a moment later; a server should not end for that.
-                Err(Errno::NOMEM | Errno::AGAIN) => {
-                    drop(polled);
-                    log::warn!("cannot wait for triggers for want of memory, trying again");
-                    let _ = poll(&mut [], Some(&timespec(ACCEPT_PAUSE)));
-                    if deadline.is_some_and(|deadline| Instant::now() >= deadline) {
-                        return Ok(Woken::Deadline);
-                    }
-                    continue;
-                }
+                Err(e) if passes(e) => match deadline {
+                    Some(deadline) if Instant::now() >= deadline => return Ok(Woken::Deadline),
+                    _ => continue,
+                },
                 Err(e) => return Err(Error::Wait { source: e.into() }),
             }
 
@@ -399,14 +408,20 @@ impl Triggers {
             }
             return;
         }
-        let command = line.split(|byte| *byte == b'\n').next().unwrap_or_default();
-        let action = match command.trim_ascii() {
-            b"upgrade" => Action::Upgrade,
-            b"stop" => Action::Stop,
-            b"partial-stop" => Action::PartialStop,
-            b"status" => Action::Status,
-            _ => return tell(&stream, "failed: unknown command; known are upgrade, stop, partial-stop, status\n"),
+        let Some(action) = command(&line) else {
+            return tell(&stream, "failed: unknown command; known are upgrade, stop, partial-stop, status\n");
         };
         self.requests.push_back(Request { action, reason, since, reply: Reply::Socket(stream) });
+    }
+}
+
+/// The command in the first line of what came.
+pub(crate) fn command(received: &[u8]) -> Option<Action> {
+    match received.split(|byte| *byte == b'\n').next()?.trim_ascii() {
+        b"upgrade" => Some(Action::Upgrade),
+        b"stop" => Some(Action::Stop),
+        b"partial-stop" => Some(Action::PartialStop),
+        b"status" => Some(Action::Status),
+        _ => None,
     }
 }

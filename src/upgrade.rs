@@ -2,6 +2,7 @@
 //!
 //! Step 1, registering, is `sockets.rs`: by the time a trigger fires every socket is there.
 
+use std::collections::VecDeque;
 use std::env;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -9,7 +10,7 @@ use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 use std::process::ExitStatus;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use rustix::event::{poll, PollFd, PollFlags};
@@ -26,11 +27,11 @@ use crate::handover::manifest::{Entry, Manifest, Slot};
 use crate::handover::pipe::{Named, Way, VARIABLE};
 use crate::key::Key;
 use crate::pid_file;
-use crate::shutdown::{timespec, State};
+use crate::shutdown::{passes, timespec, State};
 use crate::sockets::Held;
 use crate::sys::adopt::Adopter;
 use crate::sys::peer::peer_pidfd;
-use crate::sys::spawn::{spawn, Plan, Spawned};
+use crate::sys::spawn::{exit_status, spawn, ParentIs, Plan, Spawned};
 use crate::takeover::{self, Taker};
 use crate::trigger::{Sockets, Triggers};
 
@@ -96,6 +97,8 @@ fn start(core: &Core, parcel: Parcel) -> Result<Child<'_>, Error> {
         keep: childs.keep(),
         status: childs.status,
         mask: core.mask,
+        // systemd waits at a stop for its own children only; the others it kills at once (`unit_kill_context`).
+        parent: if core.is_main() { ParentIs::OurParent } else { ParentIs::Us },
     };
     let spawned =
         spawn(plan, core.config.spawn).map_err(|source| Error::Spawn { program: program.path.clone(), source })?;
@@ -122,10 +125,10 @@ fn begin<'a>(core: &'a Core, taker: &Taker, parcel: Parcel) -> Result<Child<'a>,
 fn wait_ready(child: &mut Child<'_>, core: &Core, triggers: &mut Triggers, since: Instant) -> Result<(), Error> {
     let pid = child.process.pid();
     let deadline = since.checked_add(core.config.ready_timeout);
-    let mut timed_out = false;
+    let (mut waited, mut timed_out) = (false, false);
     loop {
         // What the child said comes before everything else: after `ready` it may be serving without us.
-        match child.next_status()? {
+        match if waited { child.next_status()? } else { None } {
             Some(Status::Ready) if child.link.is_sent() => return Ok(()),
             Some(Status::Refused(reason)) => return Err(Error::Refused { pid, reason }),
             Some(Status::Failed { step, errno }) => {
@@ -135,7 +138,7 @@ fn wait_ready(child: &mut Child<'_>, core: &Core, triggers: &mut Triggers, since
             Some(other) => return Err(Error::Garbage { pid, received: other.line() }),
             None => {}
         }
-        triggers.answer_busy(|| core.status("upgrading"));
+        triggers.answer_busy(core, "upgrading");
         if triggers.stop_asked() {
             return Err(Error::StopAsked { pid });
         }
@@ -145,8 +148,9 @@ fn wait_ready(child: &mut Child<'_>, core: &Core, triggers: &mut Triggers, since
         let (mut fds, again) = child.link.poll_for();
         // Its death is seen by the link's end as a rule; but a process of its own may hold that open.
         fds.extend(child.process.pidfd());
-        triggers.wait(&fds, [deadline, again].into_iter().flatten().min(), Sockets::Answer)?;
+        triggers.wait(core, &fds, [deadline, again].into_iter().flatten().min(), Sockets::Answer)?;
         timed_out = deadline.is_some_and(|deadline| Instant::now() >= deadline);
+        waited = true;
         child.link.send_some().map_err(|source| Error::Send { pid, source })?;
     }
 }
@@ -156,15 +160,15 @@ fn wait_ready(child: &mut Child<'_>, core: &Core, triggers: &mut Triggers, since
 fn commit(mut child: Child<'_>, core: &Core, triggers: &mut Triggers, since: Instant) -> Result<Upgraded, Error> {
     core.shutdown.set(State::Paused);
     let committed = Instant::now();
-    let died = |pid, status, after| {
+    let resume = |error| {
         core.shutdown.set(State::Accepting);
         core.rewrite_pid_file();
-        Err(Error::DiedAfterReady { pid, status, after })
+        Err(error)
     };
     let pid = child.process.pid();
     if child.link.say(Word::Commit).is_err() {
         let status = child.process.end();
-        return died(pid, status, Duration::ZERO);
+        return resume(Error::DiedAfterReady { pid, status, after: Duration::ZERO });
     }
     // Whoever watches us must not take our end for a death from here on.
     core.tell_parent(&Status::HandedOver);
@@ -172,9 +176,16 @@ fn commit(mut child: Child<'_>, core: &Core, triggers: &mut Triggers, since: Ins
     core.emit(&Event::Committed(&upgraded));
 
     let verdict_at = committed + core.config.probation;
+    let mut waited = false;
+    // A stranger could not be ended for its silence, only asked to stop when it speaks again.
+    let mut serving = matches!(child.process.who, Who::Stranger { .. }) || core.config.probation.is_zero();
     loop {
-        match child.next_status() {
+        match if waited { child.next_status() } else { Ok(None) } {
             Ok(Some(Status::Stopping | Status::HandedOver)) => break,
+            Ok(Some(Status::Serving)) => {
+                serving = true;
+                continue;
+            }
             Ok(Some(_)) => continue,
             Ok(None) => {}
             // It serves, and that is more than its manners count for.
@@ -184,10 +195,10 @@ fn commit(mut child: Child<'_>, core: &Core, triggers: &mut Triggers, since: Ins
             }
             Err(error) => {
                 let status = if let Error::ChildEnded { status, .. } = error { status } else { None };
-                return died(pid, status, committed.elapsed());
+                return resume(Error::DiedAfterReady { pid, status, after: committed.elapsed() });
             }
         }
-        triggers.answer_busy(|| core.status("probation"));
+        triggers.answer_busy(core, "probation");
         if triggers.stop_asked() {
             // The stop is for the service, and that is the child now. A process that took over has a master of its own,
             // whose doing this may be: a new container is ready, and the old one goes.
@@ -196,19 +207,29 @@ fn commit(mut child: Child<'_>, core: &Core, triggers: &mut Triggers, since: Ins
             }
             break;
         }
-        if Instant::now() >= verdict_at {
-            break;
+        let now = Instant::now();
+        let until = if serving { verdict_at } else { committed + COMMIT };
+        if now >= until {
+            if until == verdict_at {
+                break;
+            }
+            // It was stopped between the two words, say; nobody accepts.
+            child.process.end();
+            return resume(Error::Timeout { pid, after: COMMIT });
         }
         let (mut fds, _) = child.link.poll_for();
         fds.extend(child.process.pidfd());
-        if let Err(e) = triggers.wait(&fds, Some(verdict_at), Sockets::Leave) {
+        if let Err(e) = triggers.wait(core, &fds, Some(until), Sockets::Leave) {
             // The child serves; a failing poll of ours is no reason to end it.
             log::warn!("{}", crate::error::chain(&e));
             break;
         }
+        waited = true;
     }
     child.process.armed = false;
+    let is_child = matches!(child.process.who, Who::Child(_));
     let Link { to, from, lines, .. } = child.link;
+    core.announce(&upgraded, is_child, &to);
     core.kept().link = Some(to);
     core.shutdown.keep_successor(from, lines);
     Ok(upgraded)
@@ -337,7 +358,10 @@ fn kill_and_reap(child: &Spawned) -> Option<ExitStatus> {
     let pid = child.pid;
     match &child.pidfd {
         Some(pidfd) => {
-            let _ = pidfd_send_signal(pidfd, Signal::KILL);
+            // A filter may know only the older call. Nobody has reaped the child while its pidfd is silent.
+            if pidfd_send_signal(pidfd, Signal::KILL).is_err() && !wait_readable(pidfd, Duration::ZERO) {
+                let _ = kill_process(pid, Signal::KILL);
+            }
             // SIGKILL ends a stopped process too, but not one that hangs in the kernel.
             if !wait_readable(pidfd, KILLING) {
                 log::error!("child {pid} survives SIGKILL: it hangs in the kernel");
@@ -351,6 +375,11 @@ fn kill_and_reap(child: &Spawned) -> Option<ExitStatus> {
             }
             let _ = kill_process(pid, Signal::KILL);
         }
+    }
+    if let (Some(pidfd), ParentIs::OurParent) = (&child.pidfd, child.parent) {
+        // Our parent reaps it, and only then does the kernel say how it ended.
+        link::wait_for(pidfd, PollFlags::empty(), ENDING);
+        return exit_status(pidfd);
     }
     loop {
         match waitpid(Some(pid), WaitOptions::empty()) {
@@ -447,11 +476,11 @@ fn unpack(arrived: Arrived, reader: Arc<OwnedFd>, writer: Arc<OwnedFd>, is_stran
     let Arrived { manifest, mut descriptors, rest } = arrived;
     let mut sockets = Vec::with_capacity(manifest.entries.len());
     let mut older = Vec::new();
-    for Entry { slot, key, file } in manifest.entries {
+    for Entry { slot, key, file, unit } in manifest.entries {
         let fd = descriptors.take(slot).map_err(|source| Error::Socket { key: key.clone(), source })?;
         match key.drain_generation() {
             Some(generation) => older.push(DrainLink { generation, inode: slot.inode, pipe: Arc::new(fd) }),
-            None => sockets.push((key, Held::new(fd, slot.inode, file))),
+            None => sockets.push((key, Held::new(fd, slot.inode, file).of_unit(unit))),
         }
     }
     for slot in manifest.unknown {
@@ -462,14 +491,16 @@ fn unpack(arrived: Arrived, reader: Arc<OwnedFd>, writer: Arc<OwnedFd>, is_stran
     let generation = manifest.generation;
     let inode = fstat(&writer).map_err(|e| Error::Handover { what: "status link", source: e.into() })?.st_ino;
     let writer = DrainLink { generation, inode, pipe: writer };
-    let (lines, ended) = (Mutex::new(Lines::with(rest)), AtomicBool::new(false));
-    let parent = Parent { reader, writer, lines, ended, is_stranger };
+    let (lines, ended) = (Lines::with(rest), AtomicBool::new(false));
+    let heard = Mutex::new(Heard { lines, ..Heard::default() });
+    let parent = Parent { reader, writer, heard, ended, is_stranger };
     Ok(Inherited { generation, sockets, parent, older })
 }
 
 /// Step 6, after the claims: nothing unclaimed stays open, the PID file names us, and the parent hears `ready`. We
 /// serve when it answers `commit`, so that at no time both think they are the one; or when it can answer no more.
 pub(crate) fn ready(core: &Core) -> Result<(), Error> {
+    core.sockets.failed_claim()?;
     core.sockets.close_unclaimed();
     let Some(parent) = &core.parent else { return core.write_pid_file() };
     // A stranger may be too late without knowing it yet, and then the file is the old process's still.
@@ -484,7 +515,11 @@ pub(crate) fn ready(core: &Core) -> Result<(), Error> {
     let deadline = Instant::now() + COMMIT;
     loop {
         match parent.next_word() {
-            Some(Word::Commit) => return Ok(()),
+            Some(Word::Commit) => {
+                // Before the first accept: a parent that does not hear this ends us, and then nothing is lost.
+                core.tell_parent(&Status::Serving);
+                return Ok(());
+            }
             // A child would have been killed; this process belongs to somebody else.
             Some(Word::Stop) => {
                 if let Some((path, before)) = before {
@@ -494,6 +529,8 @@ pub(crate) fn ready(core: &Core) -> Result<(), Error> {
                 }
                 return Err(Error::GivenUp);
             }
+            // Not before the verdict.
+            Some(Word::Main) => {}
             None if parent.has_ended() => {
                 log::warn!("the parent ended before it could commit: serving without it");
                 return Ok(());
@@ -514,33 +551,77 @@ pub(crate) fn ready(core: &Core) -> Result<(), Error> {
 pub(crate) struct Parent {
     pub(crate) reader: Arc<OwnedFd>,
     writer: DrainLink,
-    lines: Mutex<Lines>,
+    heard: Mutex<Heard>,
     ended: AtomicBool,
     /// Whether this process took over, and was not started by it.
     is_stranger: bool,
 }
 
+/// What the parent has said.
+#[derive(Debug, Default)]
+struct Heard {
+    lines: Lines,
+    /// Not yet dealt with.
+    words: VecDeque<Word>,
+    /// It has announced us to the service manager.
+    main: bool,
+}
+
+/// Whether the service manager listens to this process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Announced {
+    Yes,
+    NotYet,
+    /// The parent has ended without a word of it.
+    Never,
+}
+
 impl Parent {
     /// What the parent has said since; nothing more once it has ended.
     pub(crate) fn next_word(&self) -> Option<Word> {
-        if self.has_ended() {
-            return None;
+        self.hear().words.pop_front()
+    }
+
+    /// Whether the parent has announced this process to the service manager.
+    pub(crate) fn announced(&self) -> Announced {
+        match self.hear().main {
+            true => Announced::Yes,
+            false if self.has_ended() => Announced::Never,
+            false => Announced::NotYet,
         }
-        let mut lines = self.lines.lock().unwrap_or_else(PoisonError::into_inner);
+    }
+
+    /// Waits for the parent's announcement, or its end. What else it says is left to be dealt with.
+    pub(crate) fn wait_announced(&self, time: Duration) -> Announced {
+        let deadline = Instant::now() + time;
         loop {
-            match lines.next(self.reader.as_fd()) {
-                // A word that only later versions know.
-                Ok(Next::Line(line)) => match Word::parse(&line) {
-                    Some(word) => return Some(word),
-                    None => log::debug!("the parent said {line:?}"),
-                },
-                Ok(Next::Wait) => return None,
-                Ok(Next::End | Next::Garbage(_)) | Err(_) => {
-                    self.ended.store(true, Ordering::Relaxed);
-                    return None;
-                }
+            match self.announced() {
+                Announced::NotYet => {}
+                known => return known,
+            }
+            if !wait_readable(&self.reader, deadline.saturating_duration_since(Instant::now())) {
+                return Announced::NotYet;
             }
         }
+    }
+
+    /// Reads what is there to be read.
+    fn hear(&self) -> MutexGuard<'_, Heard> {
+        let mut guard = self.heard.lock().unwrap_or_else(PoisonError::into_inner);
+        let heard = &mut *guard;
+        while !self.has_ended() {
+            match heard.lines.next(self.reader.as_fd()) {
+                Ok(Next::Line(line)) => match Word::parse(&line) {
+                    Some(Word::Main) => heard.main = true,
+                    Some(word) => heard.words.push_back(word),
+                    // A word that only later versions know.
+                    None => log::debug!("the parent said {line:?}"),
+                },
+                Ok(Next::Wait) => break,
+                Ok(Next::End | Next::Garbage(_)) | Err(_) => self.ended.store(true, Ordering::Relaxed),
+            }
+        }
+        guard
     }
 
     /// Whether the end of the parent has been read.
@@ -565,7 +646,7 @@ impl Parent {
             let left = deadline.map(|deadline| timespec(deadline.saturating_duration_since(Instant::now())));
             // No event is asked for: POLLHUP comes all the same.
             match poll(&mut [PollFd::new(&self.reader, PollFlags::empty())], left.as_ref()) {
-                Err(Errno::INTR) => {}
+                Err(e) if passes(e) && deadline.is_none_or(|deadline| Instant::now() < deadline) => {}
                 result => return Ok(result? > 0),
             }
         }
@@ -594,6 +675,6 @@ impl DrainLink {
 
     fn entry(&self) -> Entry {
         let slot = Slot { number: self.pipe.as_raw_fd() as u32, inode: self.inode };
-        Entry { slot, key: Key::drain(self.generation), file: None }
+        Entry { slot, key: Key::drain(self.generation), file: None, unit: None }
     }
 }

@@ -96,6 +96,8 @@ fn a_stop_serves_what_waits_in_the_queue() {
         let kind = if kind.starts_with("unix") { &name } else { kind };
         let mut server = Server::whoami(["--listen", kind]);
         let addr = server.addr();
+        // The accept loop runs: a drain cannot wait for a thread that has not come so far.
+        assert_eq!(generation(&addr), 1);
         server.signal(Signal::STOP);
         eventually("stopped", || threads(server.first_pid()).values().all(|state| *state == 'T'));
         let mut waiting: Vec<_> = (0..50).map(|_| connect(&addr).unwrap()).collect();

@@ -19,7 +19,7 @@ pub(crate) enum Status {
     Refused(String),
     /// A step between fork and execve failed with this errno.
     Failed { step: String, errno: i32 },
-    /// It heard nothing after `ready` and serves by itself.
+    /// It serves from here on: it has heard [`Word::Commit`], or nothing for too long.
     Serving,
     /// After the commit: it stops on purpose.
     Stopping,
@@ -74,6 +74,8 @@ pub(crate) enum Word {
     Commit,
     /// The service was asked to stop.
     Stop,
+    /// The service manager knows the child as the main process now.
+    Main,
 }
 
 impl Word {
@@ -81,11 +83,12 @@ impl Word {
         match self {
             Self::Commit => "commit\n",
             Self::Stop => "stop\n",
+            Self::Main => "main\n",
         }
     }
 
     pub(crate) fn parse(line: &str) -> Option<Self> {
-        [Self::Commit, Self::Stop].into_iter().find(|word| word.line().trim_end() == line)
+        [Self::Commit, Self::Stop, Self::Main].into_iter().find(|word| word.line().trim_end() == line)
     }
 }
 

@@ -22,7 +22,7 @@ use super::manifest::{Manifest, Slot, MAX_ENTRIES, MAX_SIZE};
 use super::pipe::{Named, Way};
 use super::scm::{Limits, Receiver, Sender, Sent};
 use crate::error::Error;
-use crate::shutdown::timespec;
+use crate::shutdown::{passes, timespec};
 use crate::sys::adopt::Adopter;
 use crate::sys::signal::without_sigpipe;
 
@@ -289,11 +289,16 @@ fn wait_until(fd: &OwnedFd, deadline: Instant) -> io::Result<()> {
 
 /// Whether `fd` is readable, or at its end, within that time.
 pub(crate) fn wait_readable(fd: impl AsFd, time: Duration) -> bool {
+    wait_for(fd, PollFlags::IN, time)
+}
+
+/// Waits for these events, or for the hangup that always counts.
+pub(crate) fn wait_for(fd: impl AsFd, events: PollFlags, time: Duration) -> bool {
     let deadline = Instant::now() + time;
     loop {
         let left = timespec(deadline.saturating_duration_since(Instant::now()));
-        match poll(&mut [PollFd::new(&fd, PollFlags::IN)], Some(&left)) {
-            Err(Errno::INTR) => {}
+        match poll(&mut [PollFd::new(&fd, events)], Some(&left)) {
+            Err(e) if passes(e) && Instant::now() < deadline => {}
             result => return result.is_ok_and(|ready| ready > 0),
         }
     }

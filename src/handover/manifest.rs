@@ -5,6 +5,7 @@
 //! generation 4
 //! fd 7 48211 tcp 127.0.0.1:8080
 //! fd 8 48213 unix /run/app.sock file=2049:1311
+//! fd 9 48217 tcp 0.0.0.0:80 unit=http
 //! end
 //! ```
 //!
@@ -35,6 +36,8 @@ pub(crate) struct Entry {
     pub(crate) key: Key,
     /// Device and inode of a Unix socket's file, made by the generation that bound it.
     pub(crate) file: Option<(u64, u64)>,
+    /// The name by which a unit of the service manager passed it.
+    pub(crate) unit: Option<String>,
 }
 
 /// Where the descriptor is, and the inode that proves it.
@@ -55,11 +58,15 @@ const LAST_LINE: &str = "end";
 impl Manifest {
     pub(crate) fn encode(&self) -> String {
         let mut text = format!("{FIRST_LINE}\ngeneration {}\n", self.generation);
-        for Entry { slot, key, file } in &self.entries {
+        for Entry { slot, key, file, unit } in &self.entries {
             text.push_str(&format!("fd {} {} {} ", slot.number, slot.inode, key.kind().word()));
             escape(key.name(), &mut text);
             if let Some((device, inode)) = file {
                 text.push_str(&format!(" file={device}:{inode}"));
+            }
+            if let Some(unit) = unit {
+                text.push_str(" unit=");
+                escape(unit.as_bytes(), &mut text);
             }
             text.push('\n');
         }
@@ -133,14 +140,17 @@ fn fd_line(line: &str) -> Option<(Slot, Option<Entry>)> {
     let slot = Slot { number: number(words.next()?)?, inode: number(words.next()?)? };
     let (kind, name) = (words.next()?, unescape(words.next()?)?);
     let Some(kind) = Kind::from_word(kind) else { return Some((slot, None)) };
-    let mut file = None;
+    let (mut file, mut unit) = (None, None);
     for attribute in words {
         if let Some(value) = attribute.strip_prefix("file=") {
             let (device, inode) = value.split_once(':')?;
             file = Some((number(device)?, number(inode)?));
         }
+        if let Some(name) = attribute.strip_prefix("unit=") {
+            unit = Some(String::from_utf8(unescape(name)?).ok()?);
+        }
     }
-    Some((slot, Some(Entry { slot, key: Key::from_parts(kind, name), file })))
+    Some((slot, Some(Entry { slot, key: Key::from_parts(kind, name), file, unit })))
 }
 
 /// Digits only, because `parse` also takes a plus sign.

@@ -3,6 +3,8 @@
 #![allow(unsafe_code)]
 
 pub(crate) mod adopt;
+#[cfg(feature = "systemd_sockets")]
+pub(crate) mod listen_fds;
 pub(crate) mod peer;
 pub(crate) mod raw;
 pub(crate) mod signal;

@@ -10,8 +10,13 @@ use std::ffi::{c_char, c_int, c_void, CString};
 use std::io;
 use std::mem::ManuallyDrop;
 use std::os::fd::{FromRawFd, OwnedFd, RawFd};
+use std::os::unix::process::ExitStatusExt;
+use std::process::ExitStatus;
 use std::ptr;
 use std::sync::atomic::{AtomicU32, Ordering};
+
+use rustix::ioctl::{self, Opcode};
+use rustix::process::{getpid, pidfd_open, PidfdFlags};
 
 use super::raw::{self, call};
 use super::signal::{self, Mask};
@@ -46,6 +51,18 @@ pub(crate) struct Plan {
     pub(crate) status: RawFd,
     /// The signal mask of the new program.
     pub(crate) mask: Mask,
+    /// Whose child it is to be.
+    pub(crate) parent: ParentIs,
+}
+
+/// Whose child a new process is to be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum ParentIs {
+    /// Ours.
+    Us,
+    /// Our own parent's, where the kernel allows it; that reaps it then. For a service manager which at a stop waits for
+    /// its own children only.
+    OurParent,
 }
 
 /// Whether a missing directory is an error or means "stay where we are".
@@ -60,6 +77,7 @@ pub(crate) struct Spawned {
     pub(crate) pid: rustix::process::Pid,
     /// Readable once the child has ended. `None` where the kernel did not give one.
     pub(crate) pidfd: Option<OwnedFd>,
+    pub(crate) parent: ParentIs,
     /// What the child still reads until its execve.
     _shared: SharedMemory,
 }
@@ -77,16 +95,33 @@ pub(crate) fn spawn(plan: Plan, how: Spawn) -> io::Result<Spawned> {
         },
         _ => fork(&shared.0),
     };
-    signal::set_mask(mask)?;
-    let (pid, pidfd) = spawned?;
+    // A filter may refuse it; then there is a child all the same, and the caller must have it.
+    if let Err(e) = signal::set_mask(mask) {
+        log::error!("cannot unblock signals after a spawn: {e}");
+    }
+    let (pid, pidfd, parent) = spawned?;
     let pid = rustix::process::Pid::from_raw(pid).ok_or(io::ErrorKind::Other)?;
-    Ok(Spawned { pid, pidfd, _shared: shared })
+    Ok(Spawned { pid, pidfd, parent, _shared: shared })
 }
 
-fn clone(memory: &Memory) -> io::Result<(c_int, Option<OwnedFd>)> {
+/// The sibling way first, where it is wanted. The first process of a PID namespace cannot have siblings (EINVAL). Without
+/// a pidfd we could neither see nor surely end what is not our child.
+fn clone(memory: &Memory) -> io::Result<Made> {
+    let pidfds = || pidfd_open(getpid(), PidfdFlags::empty()).is_ok();
+    if memory.plan.parent == ParentIs::OurParent && pidfds() {
+        if let Ok((pid, Some(pidfd))) = clone_with(memory, libc::CLONE_PARENT) {
+            return Ok((pid, Some(pidfd), ParentIs::OurParent));
+        }
+    }
+    clone_with(memory, 0).map(|(pid, pidfd)| (pid, pidfd, ParentIs::Us))
+}
+
+type Made = (c_int, Option<OwnedFd>, ParentIs);
+
+fn clone_with(memory: &Memory, flags: c_int) -> io::Result<(c_int, Option<OwnedFd>)> {
     let mut pidfd: RawFd = -1;
     memory.in_use.store(1, Ordering::Relaxed);
-    let flags = libc::CLONE_VM | libc::CLONE_CHILD_CLEARTID | libc::CLONE_PIDFD | libc::SIGCHLD;
+    let flags = flags | libc::CLONE_VM | libc::CLONE_CHILD_CLEARTID | libc::CLONE_PIDFD | libc::SIGCHLD;
     // SAFETY: the stack's top is aligned and belongs to this child alone; `child` touches no thread-local storage and
     // never returns; `memory` outlives the child's use of it, see `SharedMemory::drop` (clone(2)).
     let pid = unsafe {
@@ -111,13 +146,31 @@ fn clone(memory: &Memory) -> io::Result<(c_int, Option<OwnedFd>)> {
     Ok((pid, (pidfd >= 0).then(|| unsafe { OwnedFd::from_raw_fd(pidfd) })))
 }
 
-fn fork(memory: &Memory) -> io::Result<(c_int, Option<OwnedFd>)> {
+fn fork(memory: &Memory) -> io::Result<Made> {
     // SAFETY: the child runs async-signal-safe code only and never returns (fork(2)).
     match unsafe { libc::fork() } {
         -1 => Err(io::Error::last_os_error()),
         0 => run(memory),
-        pid => Ok((pid, None)),
+        pid => Ok((pid, None, ParentIs::Us)),
     }
+}
+
+/// How a process ended that somebody else has reaped. `None` before Linux 6.15, and while it is not reaped.
+pub(crate) fn exit_status(pidfd: &OwnedFd) -> Option<ExitStatus> {
+    /// `struct pidfd_info` in its first version.
+    #[repr(C)]
+    struct Info {
+        mask: u64,
+        cgroup: u64,
+        ids: [u32; 11],
+        exit_code: i32,
+    }
+    const EXIT: u64 = 1 << 3;
+    const GET_INFO: Opcode = ioctl::opcode::read_write::<Info>(0xff, 11);
+    let mut info = Info { mask: EXIT, cgroup: 0, ids: [0; 11], exit_code: 0 };
+    // SAFETY: PIDFD_GET_INFO takes a structure of the size that its number says, and writes no more than that.
+    unsafe { ioctl::ioctl(pidfd, ioctl::Updater::<GET_INFO, Info>::new(&mut info)) }.ok()?;
+    (info.mask & EXIT != 0).then(|| ExitStatus::from_raw(info.exit_code))
 }
 
 extern "C" fn child(memory: *mut c_void) -> c_int {

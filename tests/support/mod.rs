@@ -25,11 +25,20 @@ pub fn tempdir() -> TempDir {
     tempfile::tempdir().unwrap()
 }
 
-/// An example, which cargo has built beside this test.
+/// An example, which cargo has built beside this test. `cargo test` builds it, but `cargo test --test NAME` does not, and
+/// would go on testing an old one.
 pub fn example(name: &str) -> PathBuf {
     let test = std::env::current_exe().unwrap();
     let path = test.parent().unwrap().parent().unwrap().join("examples").join(name);
-    assert!(path.exists(), "{} is missing: cargo test builds it, or cargo build --examples", path.display());
+    let Ok(built) = fs::metadata(&path).and_then(|example| example.modified()) else {
+        panic!("{} is missing: cargo build --examples", path.display());
+    };
+    // PROGRAM: SOURCE SOURCE ...
+    let sources = fs::read_to_string(path.with_extension("d")).unwrap_or_default();
+    for source in sources.split_whitespace().skip(1) {
+        let changed = fs::metadata(source).and_then(|source| source.modified());
+        assert!(changed.map_or(true, |at| at <= built), "{source} is newer than {name}: cargo build --examples");
+    }
     path
 }
 

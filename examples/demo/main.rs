@@ -1,0 +1,245 @@
+//! Replaces a server under load, again and again, and counts what its clients noticed.
+//!
+//!     cargo run --release --example demo
+//!
+//! You see a progress line, and after some 11 seconds a table, in which no request has failed. Options:
+//!
+//!     --upgrades N     how often the server is replaced (40)
+//!     --every MS       time from one SIGHUP to the next (250)
+//!     --clients N      threads that send requests at full speed (8)
+//!     --unix, --udp    over a Unix socket; over UDP, compared with a run without upgrades
+//!     --tokio          the server runs on Tokio; needs `--features tokio`
+//!     --json           print one line of JSON, and the table on stderr
+//!     --plot FILE.svg  draw latency over time, with each upgrade marked
+//!     --timeout MS     the longest wait for anything: an answer, a commit, an end (5000)
+//!
+//! Exit status: 1 if one request or one upgrade failed, 2 if the options are wrong, 130 after Ctrl-C.
+//!
+//! `server.rs` is the server: this program again, in a process of its own. `load.rs` are the clients, `request.rs` is one
+//! request, `operator.rs` starts, upgrades and ends the server, `report.rs` and `plot.rs` show the result.
+
+mod load;
+mod operator;
+mod plot;
+mod report;
+mod request;
+mod server;
+#[cfg(feature = "tokio_ecdysis")]
+mod tokio_server;
+
+use load::{now, Load};
+use operator::Operator;
+use std::io::{self, IsTerminal, Write};
+use std::path::PathBuf;
+use std::process::{self, ExitCode};
+use std::sync::atomic::Ordering::Relaxed;
+use std::time::{Duration, Instant};
+
+pub struct Options {
+    upgrades: usize,
+    every: Duration,
+    clients: usize,
+    transport: Transport,
+    tokio: bool,
+    json: bool,
+    plot: Option<PathBuf>,
+    timeout: Duration,
+    /// Be the server.
+    serve: bool,
+    /// What the server listens on; made up from the transport if not given.
+    listen: String,
+}
+
+#[derive(Clone, Copy, PartialEq)]
+pub enum Transport {
+    Tcp,
+    Unix,
+    Udp,
+}
+
+impl Options {
+    fn parse() -> Result<Options, lexopt::Error> {
+        use lexopt::prelude::*;
+        let mut options = Options {
+            upgrades: 40,
+            every: Duration::from_millis(250),
+            clients: 8,
+            transport: Transport::Tcp,
+            tokio: false,
+            json: false,
+            plot: None,
+            timeout: Duration::from_secs(5),
+            serve: false,
+            listen: String::new(),
+        };
+        let mut args = lexopt::Parser::from_env();
+        while let Some(arg) = args.next()? {
+            match arg {
+                Long("upgrades") => options.upgrades = args.value()?.parse()?,
+                Long("every") => options.every = Duration::from_millis(args.value()?.parse()?),
+                Long("clients") => options.clients = args.value()?.parse::<usize>()?.max(1),
+                Long("unix") => options.transport = Transport::Unix,
+                Long("udp") => options.transport = Transport::Udp,
+                Long("tokio") if !cfg!(feature = "tokio_ecdysis") => {
+                    return Err("--tokio needs a build with --features tokio".into());
+                }
+                Long("tokio") => options.tokio = true,
+                Long("json") => options.json = true,
+                Long("plot") => options.plot = Some(args.value()?.into()),
+                Long("timeout") => options.timeout = Duration::from_millis(args.value()?.parse()?),
+                Long("serve") => options.serve = true,
+                Long("listen") => options.listen = args.value()?.string()?,
+                other => return Err(other.unexpected()),
+            }
+        }
+        if options.listen.is_empty() {
+            options.listen = match options.transport {
+                Transport::Tcp => "127.0.0.1:0".into(),
+                // Abstract, so that no file is left behind.
+                Transport::Unix => format!("unix:@ecdysis-demo-{}", process::id()),
+                Transport::Udp => "udp:127.0.0.1:0".into(),
+            };
+        }
+        Ok(options)
+    }
+
+    /// The old process must have let go before its successor is asked to upgrade in turn, so the probation fits twice
+    /// between two signals. A real server leaves it at the second that is the default.
+    pub fn probation(&self) -> Duration {
+        (self.every / 2).min(Duration::from_secs(1))
+    }
+}
+
+fn main() -> ExitCode {
+    let options = match Options::parse() {
+        Ok(options) => options,
+        Err(error) => {
+            eprintln!("demo: {error}");
+            return ExitCode::from(2);
+        }
+    };
+    let result = if options.serve { serve(&options).map(|()| ExitCode::SUCCESS) } else { demo(&options) };
+    result.unwrap_or_else(|error| {
+        eprintln!("demo: {error}");
+        ExitCode::FAILURE
+    })
+}
+
+fn serve(options: &Options) -> Result<(), Box<dyn std::error::Error>> {
+    #[cfg(feature = "tokio_ecdysis")]
+    if options.tokio {
+        return tokio_server::serve(options);
+    }
+    server::serve(options)
+}
+
+fn demo(options: &Options) -> Result<ExitCode, Box<dyn std::error::Error>> {
+    let mut operator = Operator::start(options)?;
+    let target = operator.address.parse()?;
+
+    let mut baseline = None;
+    if options.transport == Transport::Udp {
+        // UDP may lose a datagram at any time, so measure first what is lost without an upgrade.
+        let time = (options.every * options.upgrades as u32 / 3).max(Duration::from_millis(200));
+        let load = Load::start(&target, options.clients, options.timeout, false);
+        let mut progress = Progress::new("without upgrades");
+        let waited = operator.watch(Instant::now() + time, || progress.show(&load, ""));
+        baseline = Some(load.stop());
+        waited?;
+    }
+
+    let load = Load::start(&target, options.clients, options.timeout, options.plot.is_some());
+    let start = now();
+    let problem = drive(options, &mut operator, &load).err();
+    let seen = load.stop();
+    // The last answer was read, so nobody needs the server any more; it has to end by itself all the same.
+    let problem = match (problem, operator.end()) {
+        (Some(problem), _) => Some(problem),
+        (None, ended) => ended.err(),
+    };
+
+    let report = report::Report { options, baseline, seen, operator: &operator, start, problem: problem.as_ref() };
+    if options.json {
+        eprint!("{}", report.table());
+        println!("{}", report.json());
+    } else {
+        print!("{}", report.table());
+    }
+    if let Some(file) = &options.plot {
+        std::fs::write(file, plot::svg(&report)).map_err(|e| format!("cannot write {}: {e}", file.display()))?;
+        eprintln!("drawn: {}", file.display());
+    }
+    Ok(match problem {
+        Some(operator::Problem::Interrupted) => ExitCode::from(130),
+        _ if report.good() => ExitCode::SUCCESS,
+        _ => ExitCode::FAILURE,
+    })
+}
+
+/// Waits, upgrades, waits, upgrades, …; gives up at the first thing that does not come in time.
+fn drive(options: &Options, operator: &mut Operator, load: &Load) -> Result<(), operator::Problem> {
+    let mut progress = Progress::new("");
+    let (mut failed, mut last) = (0, String::new());
+    let mut next = Instant::now() + options.every;
+    for number in 0..=options.upgrades {
+        let text = format!("upgrade {number}/{}  generation {}{last}", options.upgrades, operator.generation);
+        operator.watch(next, || progress.show(load, &text))?;
+        next = Instant::now() + options.every;
+        if number == options.upgrades {
+            break;
+        }
+        operator.verdict()?; // the signal must go to the new process
+        load.shared.window.open(now());
+        let upgrade = operator.upgrade()?;
+        load.shared.window.close(upgrade.end);
+        last = match &upgrade.error {
+            None => format!("  last one {:.1} ms", upgrade.ms()),
+            Some(_) => {
+                failed += 1;
+                format!("  {failed} upgrades failed")
+            }
+        };
+    }
+    operator.verdict()
+}
+
+/// One line that is rewritten on a terminal, or a line a second elsewhere.
+struct Progress {
+    label: &'static str,
+    terminal: bool,
+    start: Instant,
+    last: Instant,
+    answered: u64,
+}
+
+impl Progress {
+    fn new(label: &'static str) -> Progress {
+        let (terminal, start) = (io::stderr().is_terminal(), Instant::now());
+        Progress { label, terminal, start, last: start, answered: 0 }
+    }
+
+    /// Called every few milliseconds; writes less often.
+    fn show(&mut self, load: &Load, text: &str) {
+        let since = self.last.elapsed();
+        if since < Duration::from_millis(if self.terminal { 200 } else { 1000 }) {
+            return;
+        }
+        let (answered, failed) = (load.shared.answered.load(Relaxed), load.shared.failed.load(Relaxed));
+        let rate = (answered - self.answered) as f64 / since.as_secs_f64();
+        let line = format!(
+            "{:5.1} s  {}{text}  {rate:.0} requests/s  {failed} failed",
+            self.start.elapsed().as_secs_f64(),
+            self.label
+        );
+        let _ = if self.terminal { write!(io::stderr(), "\r\x1b[K{line}") } else { writeln!(io::stderr(), "{line}") };
+        (self.last, self.answered) = (Instant::now(), answered);
+    }
+}
+
+impl Drop for Progress {
+    fn drop(&mut self) {
+        if self.terminal {
+            let _ = write!(io::stderr(), "\r\x1b[K");
+        }
+    }
+}

@@ -1,0 +1,247 @@
+//! Starts the server, replaces it, ends it: what a person would do with a shell and `kill -HUP`. Every wait has a deadline.
+
+use crate::load::now;
+use crate::request::field;
+use crate::{Options, Transport};
+use ecdysis::Ecdysis;
+use rustix::process::{kill_process, kill_process_group, set_child_subreaper, wait, Pid, Signal, WaitOptions};
+use std::fmt;
+use std::io::{BufRead, BufReader};
+use std::os::unix::process::CommandExt;
+use std::process::{ChildStdin, Command, Stdio};
+use std::sync::mpsc::{channel, Receiver, RecvTimeoutError, Sender};
+use std::thread;
+use std::time::{Duration, Instant};
+
+#[derive(Debug)]
+pub enum Problem {
+    Interrupted,
+    /// In words for a person.
+    Server(String),
+}
+
+impl fmt::Display for Problem {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        match self {
+            Problem::Interrupted => f.write_str("interrupted"),
+            Problem::Server(text) => f.write_str(text),
+        }
+    }
+}
+
+impl std::error::Error for Problem {}
+
+impl From<String> for Problem {
+    fn from(text: String) -> Problem {
+        Problem::Server(text)
+    }
+}
+
+/// One upgrade: when the signal was sent, and when it was committed or failed; CLOCK_MONOTONIC in ns.
+pub struct Upgrade {
+    pub signal: u64,
+    pub end: u64,
+    pub error: Option<String>,
+}
+
+impl Upgrade {
+    pub fn ms(&self) -> f64 {
+        self.end.saturating_sub(self.signal) as f64 / 1e6
+    }
+}
+
+enum Event {
+    /// A line from any generation of the server.
+    Line(String),
+    /// All generations have closed their stderr: nothing of the server lives.
+    Ended,
+    Interrupted,
+}
+
+pub struct Operator {
+    /// Where the server listens.
+    pub address: String,
+    /// Of the process that serves, as is its pid.
+    pub generation: u64,
+    pid: Pid,
+    /// All generations are in one process group, named after the first, so that one signal ends whatever is left of them.
+    group: Pid,
+    /// The server ends when this is closed, so it ends with the demo even if that is killed.
+    stdin: Option<ChildStdin>,
+    events: Receiver<Event>,
+    ended: bool,
+    timeout: Duration,
+    probation: Duration,
+    /// Who served before a commit whose verdict has not come yet.
+    before: Option<(u64, Pid)>,
+    pub upgrades: Vec<Upgrade>,
+}
+
+impl Operator {
+    pub fn start(options: &Options) -> Result<Operator, Box<dyn std::error::Error>> {
+        let (sender, events) = channel();
+        hear_interrupts(sender.clone())?;
+        // The second generation's parent ends soon; this makes us its parent, so that we can reap it.
+        set_child_subreaper(Some(rustix::process::getpid()))?;
+        let mut command = Command::new(std::env::current_exe()?);
+        command
+            .args(["--serve", "--listen", &options.listen])
+            .args(["--every", &options.every.as_millis().to_string()])
+            .args(["--timeout", &options.timeout.as_millis().to_string()])
+            .args(options.tokio.then_some("--tokio"))
+            .stdin(Stdio::piped())
+            .stderr(Stdio::piped())
+            .process_group(0);
+        let mut child = command.spawn().map_err(|e| format!("cannot start the server: {e}"))?;
+        let stderr = child.stderr.take().expect("stderr is piped");
+        thread::spawn(move || {
+            for line in BufReader::new(stderr).lines().map_while(Result::ok) {
+                let _ = sender.send(Event::Line(line));
+            }
+            let _ = sender.send(Event::Ended);
+        });
+        let pid = Pid::from_child(&child);
+        let mut operator = Operator {
+            address: String::new(),
+            generation: 1,
+            pid,
+            group: pid,
+            stdin: child.stdin.take(),
+            events,
+            ended: false,
+            timeout: options.timeout,
+            probation: options.probation(),
+            before: None,
+            upgrades: vec![],
+        };
+        let deadline = Instant::now() + options.timeout;
+        let line = operator.wait(deadline, |line| line.starts_with("listening ").then(|| line.to_string()));
+        let line = line.map_err(|e| e.to_string())?.ok_or("the server did not start in time")?;
+        operator.address = line.split(' ').nth(1).ok_or("no address")?.to_string();
+        if !options.json {
+            let kind = match options.transport {
+                Transport::Tcp => "a new TCP connection per request",
+                Transport::Unix => "a new connection per request",
+                Transport::Udp => "a numbered datagram per request",
+            };
+            println!("{} clients ask {}, {kind}", options.clients, operator.address);
+        }
+        Ok(operator)
+    }
+
+    /// Handles what the server says until `pick` wants a line, or the deadline is there (`None`).
+    fn wait<T>(&mut self, deadline: Instant, mut pick: impl FnMut(&str) -> Option<T>) -> Result<Option<T>, Problem> {
+        loop {
+            match self.events.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+                Ok(Event::Line(line)) => {
+                    self.note(&line);
+                    if let Some(picked) = pick(&line) {
+                        return Ok(Some(picked));
+                    }
+                }
+                Ok(Event::Interrupted) => return Err(Problem::Interrupted),
+                Ok(Event::Ended) | Err(RecvTimeoutError::Disconnected) => {
+                    self.ended = true;
+                    return Err("no process of the server is left".to_string().into());
+                }
+                Err(RecvTimeoutError::Timeout) => return Ok(None),
+            }
+        }
+    }
+
+    fn note(&mut self, line: &str) {
+        if line.starts_with("committed ") {
+            self.before = Some((self.generation, self.pid));
+            self.generation = field(line, "gen").unwrap_or(self.generation);
+            self.pid = field(line, "pid").and_then(Pid::from_raw).unwrap_or(self.pid);
+        } else if line.starts_with("upgrade ok ") {
+            self.before = None;
+        } else if let Some(error) = line.strip_prefix("upgrade failed: ") {
+            // After a commit this means that the new process died, and the old one serves again.
+            if let (Some(before), Some(last)) = (self.before.take(), self.upgrades.last_mut()) {
+                (self.generation, self.pid) = before;
+                last.error = Some(error.to_string());
+            }
+        } else if !["listening ", "ended "].iter().any(|known| line.starts_with(known)) {
+            eprintln!("server: {line}");
+        }
+    }
+
+    /// Looks after the server until then, and lets `tick` be called meanwhile.
+    pub fn watch(&mut self, until: Instant, mut tick: impl FnMut()) -> Result<(), Problem> {
+        while Instant::now() < until {
+            tick();
+            let next = until.min(Instant::now() + Duration::from_millis(100));
+            self.wait(next, |_| None::<()>)?;
+        }
+        Ok(())
+    }
+
+    /// One upgrade, from the signal to the commit or the failure.
+    pub fn upgrade(&mut self) -> Result<&Upgrade, Problem> {
+        // Generations that have ended are ours to reap. There is no other child.
+        while let Ok(Some(_)) = wait(WaitOptions::NOHANG) {}
+        let (pid, signal) = (self.pid, now());
+        kill_process(pid, Signal::HUP).map_err(|e| format!("cannot signal the server, pid {pid:?}: {e}"))?;
+        // The server itself gives up after the timeout, and says why. A second more, and it hangs.
+        let patience = self.timeout + Duration::from_secs(1);
+        let outcome = self.wait(Instant::now() + patience, |line| {
+            if line.starts_with("committed ") {
+                Some(Upgrade { signal, end: field(line, "at").unwrap_or_else(now), error: None })
+            } else {
+                let error = line.strip_prefix("upgrade failed: ")?.to_string();
+                Some(Upgrade { signal, end: now(), error: Some(error) })
+            }
+        })?;
+        let hangs =
+            || format!("the server, pid {}, hangs: no word within {patience:?} of SIGHUP", pid.as_raw_nonzero());
+        self.upgrades.push(outcome.ok_or_else(hangs)?);
+        Ok(&self.upgrades[self.upgrades.len() - 1])
+    }
+
+    /// Waits for the end of the probation, if one is running.
+    pub fn verdict(&mut self) -> Result<(), Problem> {
+        let patience = self.probation + self.timeout;
+        let deadline = Instant::now() + patience;
+        while self.before.is_some() {
+            let line = self.wait(deadline, |line| line.starts_with("upgrade ").then_some(()))?;
+            line.ok_or_else(|| format!("no verdict on a committed upgrade within {patience:?}"))?;
+        }
+        Ok(())
+    }
+
+    /// Stops the server; all generations must end, and soon.
+    pub fn end(&mut self) -> Result<(), Problem> {
+        if self.ended {
+            return Ok(());
+        }
+        kill_process(self.pid, Signal::TERM).map_err(|e| format!("cannot stop the server: {e}"))?;
+        // The server drains for as long as the timeout at most.
+        let patience = self.timeout + Duration::from_secs(1);
+        match self.wait(Instant::now() + patience, |_| None::<()>) {
+            Err(Problem::Server(_)) if self.ended => Ok(()),
+            Err(problem) => Err(problem),
+            Ok(_) => Err(format!("a process of the server lives {patience:?} after SIGTERM; killed it").into()),
+        }
+    }
+}
+
+impl Drop for Operator {
+    /// Whatever happened, no process of the server outlives the demo.
+    fn drop(&mut self) {
+        self.stdin = None;
+        let _ = kill_process_group(self.group, Signal::KILL);
+        while let Ok(Some(_)) = wait(WaitOptions::empty()) {}
+    }
+}
+
+/// The library, used by a program that is no server: Ctrl-C and SIGTERM as an event like any other.
+fn hear_interrupts(sender: Sender<Event>) -> Result<(), ecdysis::Error> {
+    let starting = Ecdysis::builder().stop_on_signal(libc::SIGINT).stop_on_signal(libc::SIGTERM).start()?;
+    let ecdysis = starting.ready()?;
+    thread::spawn(move || {
+        let _ = ecdysis.run();
+        let _ = sender.send(Event::Interrupted);
+    });
+    Ok(())
+}

@@ -1,0 +1,165 @@
+//! One request to the demo's server or to `whoami`, and the kinds in which it can fail. The integration tests use it too.
+
+use rustix::net::sockopt::{set_socket_timeout, Timeout};
+use rustix::net::{connect, socket_with, AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
+use std::fs::File;
+use std::io::{self, ErrorKind, Read, Write};
+use std::net::{SocketAddr, UdpSocket};
+use std::str::FromStr;
+use std::time::{Duration, Instant};
+
+/// Where a server listens, in the form of `whoami --listen`.
+#[derive(Clone, Debug)]
+pub enum Target {
+    Tcp(SocketAddr),
+    /// A path, or an abstract name after `@`.
+    Unix(String),
+    Udp(SocketAddr),
+}
+
+impl FromStr for Target {
+    type Err = std::net::AddrParseError;
+
+    fn from_str(text: &str) -> Result<Target, Self::Err> {
+        Ok(match text.split_once(':') {
+            Some(("unix", path)) => Target::Unix(path.into()),
+            Some(("udp", address)) => Target::Udp(address.parse()?),
+            _ => Target::Tcp(text.parse()?),
+        })
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Failure {
+    /// Nobody listened.
+    Refused,
+    Reset,
+    /// The connection ended in order, but before the answer was whole.
+    Eof,
+    Timeout,
+    Other,
+    /// The client found no free local port, so the request never left it: no fault of the server.
+    NoPort,
+}
+
+impl Failure {
+    pub fn of(error: &io::Error) -> Failure {
+        match error.kind() {
+            ErrorKind::ConnectionRefused | ErrorKind::NotFound => Failure::Refused,
+            ErrorKind::ConnectionReset | ErrorKind::BrokenPipe => Failure::Reset,
+            ErrorKind::UnexpectedEof => Failure::Eof,
+            // A connect that runs into SO_SNDTIMEO says EINPROGRESS on TCP and EAGAIN on a Unix socket.
+            ErrorKind::TimedOut | ErrorKind::WouldBlock => Failure::Timeout,
+            ErrorKind::AddrNotAvailable => Failure::NoPort,
+            _ if error.raw_os_error() == Some(libc::EINPROGRESS) => Failure::Timeout,
+            _ => Failure::Other,
+        }
+    }
+}
+
+/// Who answered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Answer {
+    pub generation: u64,
+    pub pid: u32,
+}
+
+impl Answer {
+    fn parse(text: &str) -> io::Result<Answer> {
+        let answer = || Some(Answer { generation: field(text, "gen")?, pid: field(text, "pid")? });
+        answer().ok_or_else(|| io::Error::new(ErrorKind::InvalidData, format!("strange answer: {text:?}")))
+    }
+}
+
+/// The value of `name=value` in a line of words.
+pub fn field<T: FromStr>(line: &str, name: &str) -> Option<T> {
+    line.split_whitespace().find_map(|word| word.strip_prefix(name)?.strip_prefix('=')?.parse().ok())
+}
+
+pub struct Client {
+    target: Target,
+    timeout: Duration,
+    /// Only for UDP: the socket, and the number of the last datagram.
+    udp: Option<(UdpSocket, u64)>,
+}
+
+impl Client {
+    pub fn new(target: Target, timeout: Duration) -> Client {
+        Client { target, timeout, udp: None }
+    }
+
+    /// One request, on a connection of its own. No step waits longer than the timeout.
+    pub fn ask(&mut self) -> io::Result<Answer> {
+        match &self.target {
+            Target::Tcp(address) => {
+                let family = if address.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
+                self.exchange(family, address)
+            }
+            Target::Unix(path) => {
+                let address = match path.strip_prefix('@') {
+                    Some(name) => SocketAddrUnix::new_abstract_name(name.as_bytes()),
+                    None => SocketAddrUnix::new(path.as_str()),
+                };
+                self.exchange(AddressFamily::UNIX, &address?)
+            }
+            Target::Udp(address) => {
+                let address = *address;
+                self.datagram(address)
+            }
+        }
+    }
+
+    /// The client reads to the end, so the *server* closes first. That is what keeps a client at full speed honest: the side
+    /// that closes first holds the connection in TIME_WAIT for a minute. On the client's side that would use up the
+    /// local ports in a second or two; on the server's side it costs nothing, since a new connection from the same port
+    /// may take its place at once. So no SO_LINGER is needed here, which could hide a reset.
+    fn exchange(&self, family: AddressFamily, address: &impl rustix::net::addr::SocketAddrArg) -> io::Result<Answer> {
+        let socket = socket_with(family, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
+        // Linux applies the send timeout to connect, for Unix sockets too.
+        set_socket_timeout(&socket, Timeout::Send, Some(self.timeout))?;
+        set_socket_timeout(&socket, Timeout::Recv, Some(self.timeout))?;
+        connect(&socket, address)?;
+        let mut stream = File::from(socket);
+        stream.write_all(b"who?\n")?;
+        let (mut answer, mut length) = ([0; 64], 0);
+        loop {
+            match stream.read(&mut answer[length..])? {
+                0 if answer[..length].ends_with(b"\n") => break,
+                0 if length == answer.len() => {
+                    return Err(io::Error::new(ErrorKind::InvalidData, "the answer is too long"))
+                }
+                0 => return Err(ErrorKind::UnexpectedEof.into()),
+                n => length += n,
+            }
+        }
+        Answer::parse(&String::from_utf8_lossy(&answer[..length]))
+    }
+
+    /// Numbered, so that a late answer to an earlier datagram is not taken for this one's.
+    fn datagram(&mut self, address: SocketAddr) -> io::Result<Answer> {
+        let (socket, number) = match &mut self.udp {
+            Some(udp) => udp,
+            none => {
+                let any = if address.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" };
+                let socket = UdpSocket::bind(any)?;
+                socket.connect(address)?;
+                socket.set_read_timeout(Some(self.timeout))?;
+                none.insert((socket, 0))
+            }
+        };
+        *number += 1;
+        let (number, deadline) = (number.to_string(), Instant::now() + self.timeout);
+        socket.send(number.as_bytes())?;
+        let mut datagram = [0; 128];
+        loop {
+            let length = socket.recv(&mut datagram)?;
+            let text = String::from_utf8_lossy(&datagram[..length]);
+            if text.ends_with(&format!(" {number}")) {
+                return Answer::parse(&text);
+            }
+            if Instant::now() > deadline {
+                return Err(ErrorKind::TimedOut.into());
+            }
+        }
+    }
+}

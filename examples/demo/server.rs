@@ -1,0 +1,112 @@
+//! The server that is replaced, and the words in which it tells the demo what happens to it. `demo --serve` runs it.
+
+use ecdysis::{Ecdysis, Event, Shutdown, Socket};
+use std::io::{self, BufRead, BufReader, Read, Write};
+use std::net::UdpSocket;
+use std::time::Duration;
+use std::{error::Error, process, thread};
+
+use crate::load::now;
+use crate::Options;
+
+/// Threads that accept (or receive), and answer what they accepted: enough for requests as short as these.
+const THREADS: usize = 4;
+
+pub fn serve(options: &Options) -> Result<(), Box<dyn Error>> {
+    let starting = Ecdysis::builder()
+        .upgrade_on_signal(libc::SIGHUP)
+        .stop_on_signal(libc::SIGTERM)
+        .ready_timeout(options.timeout)
+        .probation(options.probation())
+        .on_event(tell)
+        .start()?;
+    let (gen, pid) = (starting.generation(), process::id());
+    let (shutdown, answer) = (starting.shutdown(), format!("gen={gen} pid={pid}"));
+    let address = if let Some(path) = options.listen.strip_prefix("unix:") {
+        let listener = starting.listen_unix(path)?;
+        threads(&shutdown, &answer, move |shutdown, answer| {
+            for stream in shutdown.incoming(&listener).flatten() {
+                let _ = stream.set_read_timeout(Some(Duration::from_secs(5)));
+                let _ = reply(stream, answer);
+            }
+        });
+        options.listen.clone()
+    } else if let Some(address) = options.listen.strip_prefix("udp:") {
+        let socket = starting.build_socket_udp(address.parse()?, |socket: Socket, address| {
+            socket.bind(address)?;
+            Ok(socket.into())
+        })?;
+        let address = socket.local_addr()?;
+        threads(&shutdown, &answer, move |shutdown, answer| datagrams(&socket, shutdown, answer));
+        format!("udp:{address}")
+    } else {
+        let listener = starting.listen_tcp(options.listen.parse()?)?;
+        let address = listener.local_addr()?;
+        threads(&shutdown, &answer, move |shutdown, answer| {
+            for stream in shutdown.incoming(&listener).flatten() {
+                let _ = stream.set_read_timeout(Some(Duration::from_secs(5)));
+                let _ = reply(stream, answer);
+            }
+        });
+        address.to_string()
+    };
+    let ecdysis = starting.ready()?;
+    say(format!("listening {address} gen={gen} pid={pid}"));
+
+    // The demo holds the other end of stdin, so every generation ends with it, however it ends.
+    let stop = ecdysis.clone();
+    thread::spawn(move || {
+        let _ = io::copy(&mut io::stdin(), &mut io::sink());
+        stop.stop();
+    });
+    let exit = ecdysis.run()?;
+    let left = shutdown.drain(options.timeout);
+    say(format!("ended gen={gen} pid={pid} left={left} {exit}"));
+    Ok(())
+}
+
+fn threads(shutdown: &Shutdown, answer: &str, serve: impl Fn(&Shutdown, &str) + Send + Sync + 'static) {
+    let serve = std::sync::Arc::new(serve);
+    for _ in 0..THREADS {
+        let (serve, shutdown, answer) = (serve.clone(), shutdown.clone(), answer.to_string());
+        thread::spawn(move || serve(&shutdown, &answer));
+    }
+}
+
+fn reply(stream: impl Read + Write, answer: &str) -> io::Result<()> {
+    let mut stream = BufReader::with_capacity(64, stream);
+    stream.read_until(b'\n', &mut Vec::with_capacity(64))?;
+    stream.get_mut().write_all(format!("{answer}\n").as_bytes())
+}
+
+fn datagrams(socket: &UdpSocket, shutdown: &Shutdown, answer: &str) {
+    let _guard = shutdown.guard(); // the drain waits for the answer to the last datagram, too
+    let mut datagram = [0; 2048];
+    while let Some(received) = shutdown.recv_from(socket, &mut datagram) {
+        let Ok((length, peer)) = received else {
+            continue;
+        };
+        let _ = socket.send_to(&[answer.as_bytes(), b" ", &datagram[..length]].concat(), peer);
+    }
+}
+
+pub fn tell(event: &Event) {
+    match event {
+        Event::Committed(new) => say(format!("committed pid={} gen={} at={}", new.pid, new.generation, now())),
+        Event::Upgraded(new) => say(format!("upgrade ok pid={} gen={}", new.pid, new.generation)),
+        Event::UpgradeFailed { error, .. } => {
+            let (mut line, mut next) = (format!("upgrade failed: {error}"), error.source());
+            while let Some(error) = next {
+                line += &format!(": {error}");
+                next = error.source();
+            }
+            say(line);
+        }
+        _ => {}
+    }
+}
+
+/// One write a line, since several generations share stderr.
+pub fn say(line: String) {
+    let _ = io::stderr().write_all((line + "\n").as_bytes());
+}

@@ -1,0 +1,14 @@
+//! systemd without its library: notifications (feature `systemd_notify`), sockets (feature `systemd_sockets`).
+//!
+//! What an upgrade needs of both is done when [`Builder`](crate::Builder) is told `systemd_notify` and
+//! `systemd_sockets`; see the [guide](crate::guide::systemd).
+
+#[cfg(feature = "systemd_notify")]
+mod notify;
+#[cfg(feature = "systemd_sockets")]
+pub(crate) mod sockets;
+#[cfg(all(feature = "systemd_notify", feature = "systemd_sockets"))]
+pub(crate) mod stored;
+
+#[cfg(feature = "systemd_notify")]
+pub use notify::{watchdog_interval, Notifier, NotifyError};

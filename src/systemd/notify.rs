@@ -1,0 +1,494 @@
+//! Telling the service manager what this process does: the protocol of sd_notify(3), one datagram a message.
+
+use std::env;
+use std::ffi::{OsStr, OsString};
+use std::fmt;
+use std::io::{self, IoSlice};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::time::{Duration, Instant};
+
+use rustix::event::{poll, PollFd, PollFlags, Timespec};
+use rustix::io::Errno;
+use rustix::net::{
+    sendmsg_addr, socket_with, sockopt, AddressFamily, SendAncillaryBuffer, SendAncillaryMessage, SendFlags,
+    SocketAddrUnix, SocketFlags, SocketType,
+};
+use rustix::pipe::{pipe_with, PipeFlags};
+use rustix::time::{clock_gettime, ClockId};
+
+/// What a manager accepts in one datagram (PIPE_BUF); longer ones it throws away.
+const MAX_MESSAGE: usize = 4096;
+
+/// A status is for one line of `systemctl status`.
+const MAX_STATUS: usize = 1000;
+
+/// How long a message may wait for room in the manager's queue, which is full only while the manager hangs.
+const SEND_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// A connection to the service manager that started this process: systemd, or anything else that sets
+/// `NOTIFY_SOCKET`.
+///
+/// The library sends what an upgrade and a stop need by itself, see
+/// [`Builder::systemd_notify`](crate::Builder::systemd_notify). This type is for what only the program knows: a status
+/// of its own, more time for a long start.
+///
+/// With `NotifyAccess=main`, the default, the manager listens to the main process alone: in a new generation
+/// everything sent before the end of the upgrade is thrown away (and logged by the manager).
+///
+/// Nothing here reads or changes the environment after [`from_env`](Self::from_env), and every message waits two
+/// seconds at most.
+///
+/// ```
+/// if let Some(manager) = ecdysis::systemd::Notifier::from_env()? {
+///     manager.status("reading the index, 40 %")?;
+/// }
+/// # Ok::<(), ecdysis::systemd::NotifyError>(())
+/// ```
+#[derive(Debug)]
+pub struct Notifier {
+    socket: OwnedFd,
+    address: SocketAddrUnix,
+}
+
+impl Notifier {
+    /// The notifier for the address in the environment variable `NOTIFY_SOCKET`; `None` where there is none, as in a
+    /// process started by hand. Nothing is sent yet.
+    ///
+    /// # Errors
+    /// The address is none that we know: a path that starts with `/`, or an abstract name that starts with `@`.
+    /// (`vsock:`, by which a virtual machine tells its host, is not supported.)
+    pub fn from_env() -> Result<Option<Self>, NotifyError> {
+        match env::var_os("NOTIFY_SOCKET") {
+            Some(address) if !address.is_empty() => Self::at(address).map(Some),
+            _ => Ok(None),
+        }
+    }
+
+    /// The notifier for this address, written as in `NOTIFY_SOCKET`.
+    ///
+    /// # Errors
+    /// As for [`from_env`](Self::from_env), or there is no descriptor left for a socket.
+    pub fn at(address: impl AsRef<OsStr>) -> Result<Self, NotifyError> {
+        let text = address.as_ref();
+        let unusable = |source| NotifyError::Address { address: text.to_owned(), source };
+        let address = match text.as_bytes() {
+            [b'/', ..] => SocketAddrUnix::new(text).map_err(|e| unusable(e.into()))?,
+            [b'@', name @ ..] if !name.is_empty() => {
+                SocketAddrUnix::new_abstract_name(name).map_err(|e| unusable(e.into()))?
+            }
+            _ => return Err(unusable(io::ErrorKind::Unsupported.into())),
+        };
+        let socket = socket_with(AddressFamily::UNIX, SocketType::DGRAM, SocketFlags::CLOEXEC, None)
+            .and_then(|socket| {
+                // Every wait has a deadline, also the one for a manager that has stopped reading.
+                sockopt::set_socket_timeout(&socket, sockopt::Timeout::Send, Some(SEND_TIMEOUT))?;
+                Ok(socket)
+            })
+            .map_err(|e| NotifyError::Socket { source: e.into() })?;
+        // Not connected: the manager may make its socket anew under the same name.
+        Ok(Self { socket, address })
+    }
+
+    /// `READY=1`: this service serves (again), with a line for `systemctl status`. Ends a start and a reload.
+    ///
+    /// # Errors
+    /// The message did not get through. The same goes for all methods below.
+    pub fn ready(&self, status: &str) -> Result<(), NotifyError> {
+        self.send("READY", Message::new().with("READY", "1").status(status), &[])
+    }
+
+    /// `RELOADING=1` with the time it began, which is how the manager tells this reload from an earlier one. To be
+    /// followed by [`ready`](Self::ready) or [`new_main`](Self::new_main), whatever the outcome: `systemctl reload`
+    /// waits for it. `at_most` is how long that may take, should the manager have less in mind (`TimeoutStartSec=`).
+    pub fn reloading(&self, status: &str, at_most: Duration) -> Result<(), NotifyError> {
+        let now = clock_gettime(ClockId::Monotonic);
+        let microseconds = now.tv_sec as i128 * 1_000_000 + now.tv_nsec as i128 / 1000;
+        let message = Message::new()
+            .with("RELOADING", "1")
+            .with("MONOTONIC_USEC", &microseconds.to_string())
+            .with("EXTEND_TIMEOUT_USEC", &usec(at_most))
+            // The manager extends the watchdog's time along with the other; a sign of life takes that back.
+            .with("WATCHDOG", "1")
+            .status(status);
+        self.send("RELOADING", message, &[])
+    }
+
+    /// `STOPPING=1`: this service ends.
+    pub fn stopping(&self, status: &str) -> Result<(), NotifyError> {
+        self.send("STOPPING", Message::new().with("STOPPING", "1").status(status), &[])
+    }
+
+    /// The line that `systemctl status` shows. Line ends become spaces, and what is longer than 1000 bytes is cut.
+    pub fn status(&self, status: &str) -> Result<(), NotifyError> {
+        self.send("STATUS", Message::new().status(status), &[])
+    }
+
+    /// Makes process `pid` the main process of the service, which is ready: `MAINPID`, `READY=1` and the first
+    /// `WATCHDOG=1` of the new process in one datagram. From then on the manager listens to that process, and no
+    /// longer to this one. It is done when a [`barrier`](Self::barrier) has passed.
+    pub fn new_main(&self, pid: u32, status: &str) -> Result<(), NotifyError> {
+        let message =
+            Message::new().with("MAINPID", &pid.to_string()).with("READY", "1").with("WATCHDOG", "1").status(status);
+        self.send("MAINPID", message, &[])
+    }
+
+    /// Asks for this much time, counted from now, until the present start, reload or stop may time out. An earlier
+    /// deadline than the one in force changes nothing.
+    pub fn extend_timeout(&self, time: Duration) -> Result<(), NotifyError> {
+        self.send("EXTEND_TIMEOUT_USEC", Message::new().with("EXTEND_TIMEOUT_USEC", &usec(time)), &[])
+    }
+
+    /// `WATCHDOG=1`: this process is alive, see [`watchdog_interval`]. Where the library has been told to notify, its
+    /// `run` sends it.
+    pub fn alive(&self) -> Result<(), NotifyError> {
+        self.send("WATCHDOG", Message::new().with("WATCHDOG", "1"), &[])
+    }
+
+    /// Gives the manager a copy of this descriptor, to be passed to the next start of the service under this name.
+    /// The unit needs `FileDescriptorStoreMax=`; the manager says nothing when the store is full or absent. A
+    /// descriptor that it has already it does not store twice. It is kept until [`forget`](Self::forget) (`FDPOLL=0`).
+    ///
+    /// # Errors
+    /// The name is empty, longer than 255 bytes, or holds `:` or anything but printable ASCII.
+    pub fn store(&self, name: &str, fd: impl AsFd) -> Result<(), NotifyError> {
+        let message = Message::new().with("FDSTORE", "1").with("FDNAME", fd_name(name)?).with("FDPOLL", "0");
+        self.send("FDSTORE", message, &[fd.as_fd()])
+    }
+
+    /// Takes all descriptors of this name out of the manager's store.
+    ///
+    /// # Errors
+    /// As for [`store`](Self::store).
+    pub fn forget(&self, name: &str) -> Result<(), NotifyError> {
+        let message = Message::new().with("FDSTOREREMOVE", "1").with("FDNAME", fd_name(name)?);
+        self.send("FDSTOREREMOVE", message, &[])
+    }
+
+    /// Waits until the manager has worked through everything that this process sent before.
+    ///
+    /// # Errors
+    /// Not within `deadline`, which a manager older than systemd 246 never does.
+    pub fn barrier(&self, deadline: Duration) -> Result<(), NotifyError> {
+        let until = Instant::now() + deadline;
+        let failed = |e: Errno| NotifyError::Send { what: "BARRIER", source: e.into() };
+        let (reader, writer) = pipe_with(PipeFlags::CLOEXEC).map_err(failed)?;
+        self.send("BARRIER", Message::new().with("BARRIER", "1"), &[writer.as_fd()])?;
+        // The manager's copy is then the only one, and its end is what we wait for.
+        drop(writer);
+        let mut wanted = [PollFd::new(&reader, PollFlags::IN)];
+        loop {
+            let left = until.saturating_duration_since(Instant::now());
+            let left = Timespec::try_from(left).unwrap_or(Timespec { tv_sec: i64::MAX, tv_nsec: 0 });
+            match poll(&mut wanted, Some(&left)) {
+                Ok(0) => return Err(NotifyError::Barrier { after: deadline }),
+                Ok(_) => return Ok(()),
+                Err(Errno::INTR) => {}
+                Err(e) => return Err(failed(e)),
+            }
+        }
+    }
+
+    /// Sends assignments of the program's own choice, such as `ERRNO`, in one datagram. Line ends in a value become
+    /// spaces.
+    ///
+    /// ```no_run
+    /// # let manager = ecdysis::systemd::Notifier::from_env()?.unwrap();
+    /// manager.notify(&[("STATUS", "the disk is full"), ("ERRNO", "28")])?;
+    /// # Ok::<(), ecdysis::systemd::NotifyError>(())
+    /// ```
+    pub fn notify(&self, assignments: &[(&str, &str)]) -> Result<(), NotifyError> {
+        let message = assignments.iter().fold(Message::new(), |message, (name, value)| message.with(name, value));
+        self.send("a message", message, &[])
+    }
+
+    fn send(&self, what: &'static str, message: Message, fds: &[BorrowedFd<'_>]) -> Result<(), NotifyError> {
+        let failed = |source| NotifyError::Send { what, source };
+        if message.0.len() > MAX_MESSAGE {
+            return Err(failed(io::Error::new(io::ErrorKind::InvalidInput, "the message is too long")));
+        }
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut control = SendAncillaryBuffer::new(&mut space);
+        if !fds.is_empty() {
+            control.push(SendAncillaryMessage::ScmRights(fds));
+        }
+        let text = [IoSlice::new(message.0.as_bytes())];
+        loop {
+            match sendmsg_addr(&self.socket, &self.address, &text, &mut control, SendFlags::NOSIGNAL) {
+                Ok(_) => return Ok(()),
+                Err(Errno::INTR) => {}
+                Err(Errno::AGAIN) => return Err(failed(io::ErrorKind::TimedOut.into())),
+                Err(e) => return Err(failed(e.into())),
+            }
+        }
+    }
+}
+
+/// One datagram: lines of `NAME=value`.
+struct Message(String);
+
+impl Message {
+    fn new() -> Self {
+        Self(String::new())
+    }
+
+    fn with(mut self, name: &str, value: &str) -> Self {
+        self.0.push_str(name);
+        self.0.push('=');
+        // A line end in a value would make an assignment of its own out of what follows it.
+        self.0.extend(value.chars().map(|c| if c == '\n' || c == '\0' { ' ' } else { c }));
+        self.0.push('\n');
+        self
+    }
+
+    fn status(self, status: &str) -> Self {
+        let mut end = status.len().min(MAX_STATUS);
+        while !status.is_char_boundary(end) {
+            end -= 1;
+        }
+        self.with("STATUS", &status[..end])
+    }
+}
+
+/// For the manager the largest number means for ever, and a day is that to an operator.
+fn usec(time: Duration) -> String {
+    time.min(Duration::from_secs(24 * 60 * 60)).as_micros().to_string()
+}
+
+/// A name that the manager takes for a descriptor.
+fn fd_name(name: &str) -> Result<&str, NotifyError> {
+    let fits = (1..=255).contains(&name.len()) && name.bytes().all(|b| (b' '..127).contains(&b) && b != b':');
+    fits.then_some(name).ok_or_else(|| NotifyError::FdName { name: name.to_owned() })
+}
+
+/// How long the manager waits for `WATCHDOG=1` before it takes this process for hung (`WatchdogSec=`); `None` where it
+/// does not watch. Send it twice as often.
+///
+/// After an upgrade the time stays the one that the first generation was started with.
+pub fn watchdog_interval() -> Option<Duration> {
+    interval(env::var_os("WATCHDOG_USEC"), env::var_os("WATCHDOG_PID"), std::process::id())
+}
+
+/// WATCHDOG_PID says for whom the variables are; without it they are for whoever reads them.
+fn interval(usec: Option<OsString>, pid: Option<OsString>, me: u32) -> Option<Duration> {
+    if pid.is_some_and(|pid| pid.to_str().and_then(|pid| pid.parse().ok()) != Some(me)) {
+        return None;
+    }
+    let usec: u64 = usec?.to_str()?.parse().ok()?;
+    (usec > 0 && usec < u64::MAX).then(|| Duration::from_micros(usec))
+}
+
+/// Why the service manager was not told.
+#[derive(Debug)]
+#[non_exhaustive]
+pub enum NotifyError {
+    /// The value of `NOTIFY_SOCKET` is no address known here.
+    Address {
+        /// The value.
+        address: OsString,
+        /// What is wrong with it.
+        source: io::Error,
+    },
+    /// There is no socket to send with.
+    Socket {
+        /// What the system said.
+        source: io::Error,
+    },
+    /// The message could not be sent.
+    Send {
+        /// Which.
+        what: &'static str,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// The manager has not worked through the messages in time.
+    Barrier {
+        /// How long was waited.
+        after: Duration,
+    },
+    /// A name that the manager does not take for a descriptor.
+    FdName {
+        /// The name.
+        name: String,
+    },
+}
+
+impl fmt::Display for NotifyError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Address { address, .. } => write!(f, "cannot use NOTIFY_SOCKET={}", address.to_string_lossy()),
+            Self::Socket { .. } => write!(f, "cannot make a socket for the service manager"),
+            Self::Send { what, .. } => write!(f, "cannot send {what} to the service manager"),
+            Self::Barrier { after } => write!(f, "the service manager has not answered within {after:?}"),
+            Self::FdName { name } => write!(f, "the service manager takes no descriptor named {name:?}"),
+        }
+    }
+}
+
+impl std::error::Error for NotifyError {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        match self {
+            Self::Address { source, .. } | Self::Socket { source } | Self::Send { source, .. } => Some(source),
+            Self::Barrier { .. } | Self::FdName { .. } => None,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags};
+    use std::io::IoSliceMut;
+    use std::os::linux::net::SocketAddrExt;
+    use std::os::unix::net::{SocketAddr, UnixDatagram};
+    use std::thread;
+
+    /// A manager's end: an abstract socket of our own, and the notifier that sends to it.
+    fn pair(test: &str) -> (UnixDatagram, Notifier) {
+        let name = format!("ecdysis-notify-{}-{test}", std::process::id());
+        let manager = UnixDatagram::bind_addr(&SocketAddr::from_abstract_name(&name).unwrap()).unwrap();
+        manager.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+        (manager, Notifier::at(format!("@{name}")).unwrap())
+    }
+
+    fn receive(manager: &UnixDatagram) -> (String, Vec<OwnedFd>) {
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(4))];
+        let mut control = RecvAncillaryBuffer::new(&mut space);
+        let mut text = vec![0; 8192];
+        let message =
+            rustix::net::recvmsg(manager, &mut [IoSliceMut::new(&mut text)], &mut control, RecvFlags::CMSG_CLOEXEC)
+                .unwrap();
+        text.truncate(message.bytes);
+        let fds = control
+            .drain()
+            .flat_map(|message| match message {
+                RecvAncillaryMessage::ScmRights(fds) => fds.collect::<Vec<_>>(),
+                _ => Vec::new(),
+            })
+            .collect();
+        (String::from_utf8(text).unwrap(), fds)
+    }
+
+    #[test]
+    fn each_message_is_one_datagram() {
+        let (manager, notifier) = pair("messages");
+        notifier.ready("generation 1").unwrap();
+        assert_eq!(receive(&manager).0, "READY=1\nSTATUS=generation 1\n");
+        notifier.new_main(812, "generation 2").unwrap();
+        assert_eq!(receive(&manager).0, "MAINPID=812\nREADY=1\nWATCHDOG=1\nSTATUS=generation 2\n");
+        notifier.stopping("").unwrap();
+        assert_eq!(receive(&manager).0, "STOPPING=1\nSTATUS=\n");
+        notifier.extend_timeout(Duration::from_millis(1500)).unwrap();
+        assert_eq!(receive(&manager).0, "EXTEND_TIMEOUT_USEC=1500000\n");
+        notifier.extend_timeout(Duration::MAX).unwrap();
+        assert_eq!(receive(&manager).0, "EXTEND_TIMEOUT_USEC=86400000000\n");
+        notifier.alive().unwrap();
+        assert_eq!(receive(&manager).0, "WATCHDOG=1\n");
+        notifier.notify(&[("ERRNO", "28")]).unwrap();
+        assert_eq!(receive(&manager).0, "ERRNO=28\n");
+    }
+
+    #[test]
+    fn a_reload_carries_the_time_of_its_beginning() {
+        let (manager, notifier) = pair("reload");
+        let now_usec = || {
+            let now = clock_gettime(ClockId::Monotonic);
+            now.tv_sec as u64 * 1_000_000 + now.tv_nsec as u64 / 1000
+        };
+        let before = now_usec();
+        notifier.reloading("upgrading", Duration::from_secs(2)).unwrap();
+        let text = receive(&manager).0;
+        let (time, rest) = text.strip_prefix("RELOADING=1\nMONOTONIC_USEC=").unwrap().split_once('\n').unwrap();
+        assert_eq!(rest, "EXTEND_TIMEOUT_USEC=2000000\nWATCHDOG=1\nSTATUS=upgrading\n");
+        assert!((before..=now_usec()).contains(&time.parse().unwrap()), "{text}");
+    }
+
+    #[test]
+    fn a_status_cannot_smuggle_and_is_cut_at_a_character() {
+        let (manager, notifier) = pair("status");
+        notifier.status("failed:\nREADY=1\0x").unwrap();
+        assert_eq!(receive(&manager).0, "STATUS=failed: READY=1 x\n");
+        notifier.status(&"ä".repeat(3000)).unwrap();
+        assert_eq!(receive(&manager).0, format!("STATUS={}\n", "ä".repeat(500)));
+        notifier.status(&format!("x{}", "ä".repeat(3000))).unwrap();
+        assert_eq!(receive(&manager).0, format!("STATUS=x{}\n", "ä".repeat(499)));
+    }
+
+    #[test]
+    fn a_descriptor_is_stored_by_name() {
+        let (manager, notifier) = pair("store");
+        let (reader, writer) = pipe_with(PipeFlags::CLOEXEC).unwrap();
+        notifier.store("tcp 1.2.3.4%3A80", &writer).unwrap();
+        let (text, fds) = receive(&manager);
+        assert_eq!(text, "FDSTORE=1\nFDNAME=tcp 1.2.3.4%3A80\nFDPOLL=0\n");
+        drop(writer);
+        rustix::io::write(&fds[0], b"x").unwrap();
+        assert_eq!(rustix::io::read(&reader, &mut [0; 4]).unwrap(), 1, "the very pipe arrived");
+        notifier.forget("a b").unwrap();
+        assert_eq!(receive(&manager).0, "FDSTOREREMOVE=1\nFDNAME=a b\n");
+        for name in ["", "a:b", "a\nb", "ä", &"x".repeat(256)] {
+            assert!(matches!(notifier.store(name, &reader), Err(NotifyError::FdName { .. })), "{name:?}");
+        }
+    }
+
+    #[test]
+    fn the_barrier_waits_for_the_manager_and_no_longer_than_its_deadline() {
+        let (manager, notifier) = pair("barrier");
+        let error = notifier.barrier(Duration::from_millis(20)).unwrap_err();
+        assert!(matches!(error, NotifyError::Barrier { .. }), "{error}");
+        assert_eq!(receive(&manager).0, "BARRIER=1\n");
+        // The manager answers by closing the descriptor that it was sent.
+        let answer = thread::spawn(move || {
+            let (text, fds) = receive(&manager);
+            assert_eq!((text.as_str(), fds.len()), ("BARRIER=1\n", 1));
+        });
+        notifier.barrier(Duration::from_secs(5)).unwrap();
+        answer.join().unwrap();
+    }
+
+    #[test]
+    fn a_manager_that_hangs_costs_two_seconds_at_most() {
+        let (manager, notifier) = pair("hang");
+        let begin = Instant::now();
+        let error = loop {
+            if let Err(error) = notifier.alive() {
+                break error;
+            }
+        };
+        assert!(begin.elapsed() < Duration::from_secs(5));
+        assert!(matches!(&error, NotifyError::Send { source, .. } if source.kind() == io::ErrorKind::TimedOut));
+        drop(manager);
+        assert!(notifier.alive().is_err(), "and one that is gone is an error");
+    }
+
+    #[test]
+    fn addresses() {
+        let directory = std::env::temp_dir().join(format!("ecdysis-notify-{}", std::process::id()));
+        std::fs::create_dir(&directory).unwrap();
+        let path = directory.join("notify");
+        let manager = UnixDatagram::bind(&path).unwrap();
+        Notifier::at(&path).unwrap().alive().unwrap();
+        assert_eq!(receive(&manager).0, "WATCHDOG=1\n");
+        std::fs::remove_dir_all(directory).unwrap();
+        for bad in ["", "@", "relative/path", "vsock:2:1234", &format!("/{}", "x".repeat(200))] {
+            let error = Notifier::at(bad).unwrap_err();
+            assert!(matches!(error, NotifyError::Address { .. }), "{bad:?}: {error}");
+            assert!(error.to_string().contains(bad), "{error}");
+        }
+    }
+
+    #[test]
+    fn the_watchdog_is_for_the_process_it_names() {
+        let os = |text: &str| Some(OsString::from(text));
+        let second = Some(Duration::from_secs(1));
+        assert_eq!(interval(os("1000000"), os("7"), 7), second);
+        assert_eq!(interval(os("1000000"), None, 7), second);
+        assert_eq!(interval(os("1000000"), os("8"), 7), None);
+        assert_eq!(interval(os("1000000"), os("x"), 7), None);
+        for usec in ["0", "-1", "x", "", "18446744073709551615"] {
+            assert_eq!(interval(os(usec), None, 7), None, "{usec}");
+        }
+        assert_eq!(interval(None, os("7"), 7), None);
+    }
+}

@@ -1,0 +1,430 @@
+//! What the service manager passes at the start: the protocol of sd_listen_fds(3).
+
+use std::env;
+use std::ffi::{OsStr, OsString};
+use std::io;
+use std::net::{SocketAddr, TcpListener, UdpSocket};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::net::{UnixDatagram, UnixListener};
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{fstat, fstatfs};
+use rustix::io::ioctl_fionbio;
+use rustix::net::{getsockname, sockopt, AddressFamily, SocketAddrUnix, SocketType};
+use rustix::process::{getpid, pidfd_open, PidfdFlags};
+
+#[cfg(feature = "systemd_notify")]
+use super::stored;
+use crate::listen::FileId;
+use crate::sockets::Held;
+use crate::sys::listen_fds;
+use crate::{Error, Key, Sockets, UnixSeqpacketListener};
+
+/// Sockets that units of the service manager passed; feature `systemd_sockets`, and
+/// [`Builder::systemd_sockets`](crate::Builder::systemd_sockets).
+///
+/// `listen_tcp` and its like take such a socket by themselves if its address is written as they are asked for it. The
+/// methods here ask by the name too (`FileDescriptorName=`, by default the unit's own name), and never make a socket.
+impl Sockets {
+    /// The TCP listener on `addr` that a unit passed by this name. Several sockets may have one name, and the same
+    /// name another meaning after an upgrade: what counts is that the unit's socket is on this address.
+    ///
+    /// ```no_run
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// let starting = ecdysis::Ecdysis::builder().systemd_sockets(true).start()?;
+    /// let listener = starting.systemd_listen_tcp("http", "0.0.0.0:80".parse()?)?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NotPassed`], which says what was passed instead.
+    pub fn systemd_listen_tcp(&self, name: &str, addr: SocketAddr) -> Result<TcpListener, Error> {
+        self.systemd(name, Key::tcp(addr)).map(TcpListener::from)
+    }
+
+    /// The Unix stream listener at `path`, or at an abstract name after an `@`, that a unit passed by this name. Its
+    /// file is the unit's, and is never removed here.
+    ///
+    /// # Errors
+    ///
+    /// As for [`systemd_listen_tcp`](Self::systemd_listen_tcp).
+    pub fn systemd_listen_unix(&self, name: &str, path: impl AsRef<Path>) -> Result<UnixListener, Error> {
+        self.systemd(name, Key::unix(path)).map(UnixListener::from)
+    }
+
+    /// The Unix seqpacket listener at `path` that a unit passed by this name.
+    ///
+    /// # Errors
+    ///
+    /// As for [`systemd_listen_tcp`](Self::systemd_listen_tcp).
+    pub fn systemd_listen_unix_seqpacket(
+        &self,
+        name: &str,
+        path: impl AsRef<Path>,
+    ) -> Result<UnixSeqpacketListener, Error> {
+        self.systemd(name, Key::unix_seqpacket(path)).map(UnixSeqpacketListener::from)
+    }
+
+    /// The Unix datagram socket at `path` that a unit passed by this name.
+    ///
+    /// # Errors
+    ///
+    /// As for [`systemd_listen_tcp`](Self::systemd_listen_tcp).
+    pub fn systemd_listen_unix_datagram(&self, name: &str, path: impl AsRef<Path>) -> Result<UnixDatagram, Error> {
+        self.systemd(name, Key::unix_datagram(path)).map(UnixDatagram::from)
+    }
+
+    /// The UDP socket on `addr` that a unit passed by this name.
+    ///
+    /// # Errors
+    ///
+    /// As for [`systemd_listen_tcp`](Self::systemd_listen_tcp).
+    pub fn systemd_socket_udp(&self, name: &str, addr: SocketAddr) -> Result<UdpSocket, Error> {
+        self.systemd(name, Key::udp(addr)).map(UdpSocket::from)
+    }
+
+    /// All descriptors that units passed by this name and nobody has claimed yet, each with what it is: for programs
+    /// that leave the addresses, and how many there are, to the unit. Sockets are nonblocking. What has
+    /// no address has the key [`Key::fd`] of the name.
+    ///
+    /// ```no_run
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # let starting = ecdysis::Ecdysis::builder().systemd_sockets(true).start()?;
+    /// for (key, fd) in starting.systemd_group("http")? {
+    ///     println!("serving {key}");
+    ///     let listener = std::net::TcpListener::from(fd);
+    /// }
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Socket`] if no descriptor is left.
+    pub fn systemd_group(&self, name: &str) -> Result<Vec<(Key, OwnedFd)>, Error> {
+        let failed = |source| Error::Socket { key: Key::fd(name), source };
+        let mut group = Vec::new();
+        while let Some(member) = self.claim_from_unit(name, |_| true).map_err(failed)? {
+            group.push(member);
+        }
+        Ok(group)
+    }
+
+    fn systemd(&self, name: &str, key: Key) -> Result<OwnedFd, Error> {
+        match self.claim_from_unit(name, |passed| *passed == key) {
+            Ok(Some((_, fd))) => Ok(fd),
+            Ok(None) => Err(Error::NotPassed { key, name: name.to_owned(), passed: self.passed() }),
+            Err(source) => Err(Error::Socket { key, source }),
+        }
+    }
+}
+
+/// What the manager passed.
+#[derive(Default)]
+pub(crate) struct Inherited {
+    /// For the registry: first what a former run stored, then what units passed.
+    pub(crate) sockets: Vec<(Key, Held)>,
+    /// Stored and of no use any more.
+    pub(crate) stale: Vec<(Key, Option<FileId>)>,
+}
+
+/// Owns what the manager passed, and tells by its name or its address what it is.
+pub(crate) fn inherit() -> Result<Inherited, Error> {
+    let failed = |unusable: Unusable| Error::ServiceManager { what: unusable.what, source: unusable.source };
+    let (mut inherited, mut from_units) = (Inherited::default(), Vec::new());
+    for Passed { name, fd } in take().map_err(failed)? {
+        let failed = |source: io::Error| Error::ServiceManager { what: format!("descriptor {name:?}"), source };
+        let inode = fstat(&fd).map_err(|e| failed(e.into()))?.st_ino;
+        #[cfg(feature = "systemd_notify")]
+        if let Some((key, file)) = stored::parse(&name) {
+            // A file that was replaced meanwhile leads to another socket.
+            let at = PathBuf::from(OsStr::from_bytes(key.name()));
+            if file.is_none() || crate::listen::file_id(&at).ok() == file {
+                inherited.sockets.push((key, Held::new(fd, inode, file)));
+            } else {
+                log::info!("closed the stored {key}: its file is gone");
+                inherited.stale.push((key, file));
+            }
+            continue;
+        }
+        let key = match key_of(fd.as_fd()).map_err(failed)? {
+            Some(key) => {
+                // The manager may have made it otherwise, and whoever accepts through us relies on it.
+                ioctl_fionbio(&fd, true).map_err(|e| failed(e.into()))?;
+                key
+            }
+            None => Key::fd(&name),
+        };
+        from_units.push((key, Held::new(fd, inode, None).of_unit(Some(name))));
+    }
+    inherited.sockets.append(&mut from_units);
+    Ok(inherited)
+}
+
+/// The key under which a program would ask for this socket; `None` for what is no socket that can be asked for so.
+fn key_of(fd: BorrowedFd<'_>) -> io::Result<Option<Key>> {
+    let kind = match sockopt::socket_type(fd) {
+        Ok(kind) => kind,
+        Err(rustix::io::Errno::NOTSOCK) => return Ok(None),
+        Err(e) => return Err(e.into()),
+    };
+    let family = sockopt::socket_domain(fd)?;
+    let listening = sockopt::socket_acceptconn(fd)?;
+    let address = getsockname(fd)?;
+    Ok(match (family, kind, listening) {
+        (AddressFamily::INET | AddressFamily::INET6, SocketType::STREAM, true) => {
+            SocketAddr::try_from(address).ok().map(Key::tcp)
+        }
+        (AddressFamily::INET | AddressFamily::INET6, SocketType::DGRAM, _) => {
+            SocketAddr::try_from(address).ok().map(Key::udp)
+        }
+        (AddressFamily::UNIX, kind, listening) => {
+            let path = SocketAddrUnix::try_from(address).ok().and_then(|address| unix_path(&address));
+            match (path, kind, listening) {
+                (Some(path), SocketType::STREAM, true) => Some(Key::unix(path)),
+                (Some(path), SocketType::SEQPACKET, true) => Some(Key::unix_seqpacket(path)),
+                (Some(path), SocketType::DGRAM, _) => Some(Key::unix_datagram(path)),
+                _ => None,
+            }
+        }
+        _ => None,
+    })
+}
+
+/// As `listen_unix` is asked for it.
+fn unix_path(address: &SocketAddrUnix) -> Option<PathBuf> {
+    if let Some(path) = address.path_bytes() {
+        return Some(PathBuf::from(OsStr::from_bytes(path)));
+    }
+    let name = address.abstract_name()?;
+    Some(PathBuf::from(OsStr::from_bytes(&[b"@", name].concat())))
+}
+
+/// A descriptor that the manager passed, and the name that it gave: `FileDescriptorName=` of a socket unit (by default
+/// the unit's own name), or the name under which a former run stored it. Several may have one name.
+#[derive(Debug)]
+struct Passed {
+    name: String,
+    fd: OwnedFd,
+}
+
+/// As many as a process may have open unless the system's limit (fs.nr_open) was raised.
+const MAX_PASSED: usize = 1 << 20;
+
+/// Why what was passed cannot be used.
+#[derive(Debug)]
+struct Unusable {
+    what: String,
+    source: io::Error,
+}
+
+/// Owns what the manager passed to this process, in the manager's order: socket units first, then its store. Empty for
+/// a process that no manager started, and for a child of one that it did start. The environment stays as it is.
+fn take() -> Result<Vec<Passed>, Unusable> {
+    let Some(names) = announced(|name| env::var_os(name), std::process::id(), own_pidfd_id)? else {
+        return Ok(Vec::new());
+    };
+    let fds =
+        listen_fds::take(names.len()).map_err(|(fd, source)| Unusable { what: format!("descriptor {fd}"), source })?;
+    Ok(names.into_iter().zip(fds).map(|(name, fd)| Passed { name, fd }).collect())
+}
+
+/// The names of the descriptors passed to process `me`; `None` when the variables are absent, or for somebody else.
+fn announced(
+    variable: impl Fn(&str) -> Option<OsString>,
+    me: u32,
+    own_pidfd_id: impl FnOnce() -> Option<u64>,
+) -> Result<Option<Vec<String>>, Unusable> {
+    fn number<T: std::str::FromStr>(name: &str, value: &OsString) -> Result<T, Unusable> {
+        value.to_str().and_then(|text| text.parse().ok()).ok_or_else(|| malformed(name, value))
+    }
+    fn malformed(name: &str, value: &OsString) -> Unusable {
+        let what = format!("{name}={}", value.to_string_lossy());
+        Unusable { what, source: io::ErrorKind::InvalidInput.into() }
+    }
+
+    let Some(pid) = variable("LISTEN_PID") else { return Ok(None) };
+    if number::<u32>("LISTEN_PID", &pid)? != me {
+        return Ok(None);
+    }
+    // Since systemd 259: tells this process from a later one with the same number. Where the kernel has no such id
+    // (before Linux 6.9) there is nothing to compare, and the PID has to do, as in systemd's own library.
+    if let Some(id) = variable("LISTEN_PIDFDID") {
+        let id: u64 = number("LISTEN_PIDFDID", &id)?;
+        if own_pidfd_id().is_some_and(|own| own != id) {
+            return Ok(None);
+        }
+    }
+    let Some(count) = variable("LISTEN_FDS") else { return Ok(None) };
+    let count = match number::<usize>("LISTEN_FDS", &count)? {
+        n if n <= MAX_PASSED => n,
+        _ => return Err(malformed("LISTEN_FDS", &count)),
+    };
+    match variable("LISTEN_FDNAMES") {
+        None => Ok(Some(vec!["unknown".into(); count])),
+        Some(list) => {
+            let names: Vec<String> = match list.to_str() {
+                Some("") if count == 0 => Vec::new(),
+                Some(list) => list.split(':').map(str::to_owned).collect(),
+                None => return Err(malformed("LISTEN_FDNAMES", &list)),
+            };
+            if names.len() != count {
+                let why = format!("{} names for {count} descriptors", names.len());
+                let source = io::Error::new(io::ErrorKind::InvalidInput, why);
+                return Err(Unusable { what: format!("LISTEN_FDNAMES={}", list.to_string_lossy()), source });
+            }
+            Ok(Some(names))
+        }
+    }
+}
+
+/// The id that the kernel gave this process for good: the inode of its pidfd, where those have inodes of their own.
+fn own_pidfd_id() -> Option<u64> {
+    const PIDFS_MAGIC: u64 = 0x5049_4446;
+    let pidfd = pidfd_open(getpid(), PidfdFlags::empty()).ok()?;
+    let own_file_system = fstatfs(&pidfd).ok()?.f_type as u64 == PIDFS_MAGIC;
+    // An inode number of 32 bits holds only a part of it.
+    (own_file_system && cfg!(target_pointer_width = "64")).then(|| fstat(&pidfd).ok().map(|stat| stat.st_ino))?
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::handover::manifest::Manifest;
+
+    fn names(variables: &[(&str, &str)]) -> Result<Option<Vec<String>>, String> {
+        let variable = |name: &str| variables.iter().find(|(n, _)| *n == name).map(|(_, value)| value.into());
+        announced(variable, 7, || Some(99)).map_err(|e| format!("{}: {}", e.what, e.source))
+    }
+
+    fn some(list: &[&str]) -> Result<Option<Vec<String>>, String> {
+        Ok(Some(list.iter().map(|&name| name.to_owned()).collect()))
+    }
+
+    #[test]
+    fn names_may_repeat_be_empty_or_be_missing() {
+        let passed = |count, list| names(&[("LISTEN_PID", "7"), ("LISTEN_FDS", count), ("LISTEN_FDNAMES", list)]);
+        assert_eq!(passed("3", "http:http:admin"), some(&["http", "http", "admin"]));
+        assert_eq!(passed("2", ":"), some(&["", ""]));
+        assert_eq!(passed("1", ""), some(&[""]));
+        assert_eq!(passed("0", ""), some(&[]));
+        assert_eq!(names(&[("LISTEN_PID", "7"), ("LISTEN_FDS", "2")]), some(&["unknown", "unknown"]));
+        assert_eq!(passed("2", "a").unwrap_err(), "LISTEN_FDNAMES=a: 1 names for 2 descriptors");
+        assert!(passed("1", "a:b").is_err());
+    }
+
+    #[test]
+    fn what_is_for_somebody_else_is_left_alone() {
+        assert_eq!(names(&[]), Ok(None));
+        assert_eq!(names(&[("LISTEN_FDS", "2")]), Ok(None));
+        assert_eq!(names(&[("LISTEN_PID", "8"), ("LISTEN_FDS", "2")]), Ok(None));
+        let with_id = |id| names(&[("LISTEN_PID", "7"), ("LISTEN_PIDFDID", id), ("LISTEN_FDS", "1")]);
+        assert_eq!(with_id("99"), some(&["unknown"]));
+        assert_eq!(with_id("98"), Ok(None));
+        assert!(with_id("x").is_err());
+        let no_id_known = |name: &str| match name {
+            "LISTEN_PID" => Some("7".into()),
+            "LISTEN_FDS" => Some("1".into()),
+            "LISTEN_PIDFDID" => Some("98".into()),
+            _ => None,
+        };
+        assert!(announced(no_id_known, 7, || None).is_ok_and(|names| names.is_some()));
+    }
+
+    #[test]
+    fn nonsense_is_named() {
+        for (variable, value) in
+            [("LISTEN_PID", "seven"), ("LISTEN_FDS", "-1"), ("LISTEN_FDS", "many"), ("LISTEN_FDS", "99999999")]
+        {
+            let error = names(&[("LISTEN_PID", "7"), (variable, value)].into_iter().rev().collect::<Vec<_>>());
+            assert!(error.as_ref().is_err_and(|e| e.contains(variable) && e.contains(value)), "{error:?}");
+        }
+    }
+
+    fn held(socket: impl Into<OwnedFd>, unit: Option<&str>) -> Held {
+        let fd = socket.into();
+        let inode = fstat(&fd).unwrap().st_ino;
+        Held::new(fd, inode, None).of_unit(unit.map(str::to_owned))
+    }
+
+    fn inode(fd: impl AsFd) -> u64 {
+        fstat(fd).unwrap().st_ino
+    }
+
+    #[test]
+    fn sources_are_merged_in_order_and_the_same_socket_counts_once() {
+        let (first, second) = (TcpListener::bind("127.0.0.1:0").unwrap(), TcpListener::bind("127.0.0.1:0").unwrap());
+        let key = Key::tcp("127.0.0.1:80".parse().unwrap());
+        let (first_inode, second_inode) = (inode(&first), inode(&second));
+        let sockets = Sockets::new(vec![
+            (key.clone(), held(first.try_clone().unwrap(), None)),
+            (key.clone(), held(first, Some("http"))),
+            (key.clone(), held(second, Some("http"))),
+        ]);
+        assert_eq!(inode(sockets.claim(&key).unwrap()), first_inode);
+        assert_eq!(inode(sockets.claim(&key).unwrap()), second_inode);
+        assert!(sockets.claim(&key).is_none());
+    }
+
+    #[test]
+    fn what_a_unit_passed_is_claimed_by_name_and_kept_for_the_next_generation() {
+        let listeners = [(); 3].map(|()| TcpListener::bind("127.0.0.1:0").unwrap());
+        let inodes = listeners.each_ref().map(inode);
+        let key = |port: u16| Key::tcp(([127, 0, 0, 1], port).into());
+        let [a, b, c] = listeners;
+        let sockets = Sockets::new(vec![
+            (key(1), held(a, None)),
+            (key(2), held(b, Some("http"))),
+            (key(3), held(c, Some("admin"))),
+        ]);
+        let error = sockets.systemd_listen_tcp("http", "127.0.0.1:3".parse().unwrap()).unwrap_err().to_string();
+        for part in ["tcp 127.0.0.1:3", "\"http\"", "tcp 127.0.0.1:2 as \"http\"", "tcp 127.0.0.1:3 as \"admin\""] {
+            assert!(error.contains(part), "{error}");
+        }
+        let listener = sockets.systemd_listen_tcp("http", "127.0.0.1:2".parse().unwrap()).unwrap();
+        assert_eq!(inode(listener), inodes[1]);
+        sockets.close_unclaimed();
+        let (entries, _fds) = sockets.snapshot().unwrap();
+        let handed_on: Vec<_> = entries.iter().map(|entry| (&entry.key, entry.unit.as_deref())).collect();
+        assert_eq!(handed_on, [(&key(2), Some("http")), (&key(3), Some("admin"))]);
+        let manifest = Manifest { generation: 1, entries, ..Manifest::default() };
+        assert_eq!(Manifest::decode(manifest.encode().as_bytes()).unwrap(), manifest, "the names go along");
+        // A later version asks for the group.
+        let group = sockets.systemd_group("admin").unwrap();
+        assert_eq!(group.iter().map(|(key, fd)| (key.clone(), inode(fd))).collect::<Vec<_>>(), [(key(3), inodes[2])]);
+        assert!(sockets.systemd_group("admin").unwrap().is_empty());
+    }
+
+    #[test]
+    fn sockets_are_known_by_what_they_are() {
+        let tcp = TcpListener::bind("127.0.0.1:0").unwrap();
+        let udp = UdpSocket::bind("[::1]:0").unwrap();
+        let path = env::temp_dir().join(format!("ecdysis-key-of-{}", std::process::id()));
+        let unix = UnixListener::bind(&path).unwrap();
+        std::fs::remove_file(&path).unwrap();
+        let datagram = UnixDatagram::bind(&path).unwrap();
+        std::fs::remove_file(&path).unwrap();
+        let name = format!("ecdysis-key-of-{}", std::process::id());
+        let seqpacket = rustix::net::socket(AddressFamily::UNIX, SocketType::SEQPACKET, None).unwrap();
+        rustix::net::bind(&seqpacket, &SocketAddrUnix::new_abstract_name(name.as_bytes()).unwrap()).unwrap();
+        let key = |fd: BorrowedFd<'_>| key_of(fd).unwrap();
+        assert_eq!(key(seqpacket.as_fd()), None, "it does not listen yet");
+        rustix::net::listen(&seqpacket, 1).unwrap();
+        assert_eq!(key(seqpacket.as_fd()), Some(Key::unix_seqpacket(format!("@{name}"))));
+        assert_eq!(key(datagram.as_fd()), Some(Key::unix_datagram(&path)));
+        assert_eq!(key(tcp.as_fd()), Some(Key::tcp(tcp.local_addr().unwrap())));
+        assert_eq!(key(udp.as_fd()), Some(Key::udp(udp.local_addr().unwrap())));
+        assert_eq!(key(unix.as_fd()), Some(Key::unix(path)));
+        let connected = std::net::TcpStream::connect(tcp.local_addr().unwrap()).unwrap();
+        assert_eq!(key(connected.as_fd()), None);
+        assert_eq!(key(std::fs::File::open("/dev/null").unwrap().as_fd()), None);
+    }
+
+    #[test]
+    fn this_process_has_one_id_for_good() {
+        assert_eq!(own_pidfd_id(), own_pidfd_id());
+    }
+}

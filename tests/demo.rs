@@ -1,0 +1,133 @@
+//! The demo itself, briefly: what it counts, what it says when something goes wrong, and that it leaves no process behind.
+
+mod support;
+
+use std::io::{BufRead, BufReader, Read};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::thread;
+
+use rustix::process::Signal;
+use serde_json::Value;
+use support::{children, example, send_signal, tempdir, wait_exit};
+
+struct Demo(Child);
+
+impl Demo {
+    fn start(args: &[&str]) -> Self {
+        let mut command = Command::new(example("demo"));
+        command.args(["--clients", "2", "--every", "100", "--json"]).args(args);
+        Self(command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap())
+    }
+
+    /// The processes of its server, some upgrades after the start: the first progress line comes after a second.
+    fn server(&mut self) -> Vec<u32> {
+        let mut stderr = BufReader::new(self.0.stderr.take().unwrap());
+        stderr.read_line(&mut String::new()).unwrap();
+        thread::spawn(move || stderr.read_to_end(&mut vec![]));
+        let server: Vec<u32> = children(self.0.id()).into_keys().collect();
+        assert!(!server.is_empty());
+        server
+    }
+
+    /// The exit status and the last line, as JSON.
+    fn wait(mut self) -> (ExitStatus, Value) {
+        wait_exit(self.0.id());
+        let mut out = String::new();
+        self.0.stdout.take().unwrap().read_to_string(&mut out).unwrap();
+        let json = out.lines().last().and_then(|line| serde_json::from_str(line).ok());
+        (self.0.wait().unwrap(), json.unwrap_or_else(|| panic!("no JSON at the end of {out:?}")))
+    }
+}
+
+impl Drop for Demo {
+    /// Its server ends with it, as `killed` shows.
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+fn five_upgrades(args: &[&str]) -> Value {
+    let (status, json) = Demo::start(&[&["--upgrades", "5"], args].concat()).wait();
+    assert_eq!(status.code(), Some(0), "{json}");
+    assert!(json["requests"].as_u64().unwrap() > 0, "{json}");
+    assert_eq!(json["failed"], 0, "{json}");
+    for kind in ["refused", "reset", "eof", "timeout", "other"] {
+        assert_eq!(json["failures"][kind], 0, "{json}");
+    }
+    assert_eq!((&json["upgrades_ok"], &json["upgrades_failed"]), (&5.into(), &0.into()), "{json}");
+    assert_eq!(json["generation"], 6, "{json}");
+    let (median, worst) = (json["upgrade_ms_median"].as_f64().unwrap(), json["upgrade_ms_max"].as_f64().unwrap());
+    assert!(0.0 < median && median <= worst, "{json}");
+    for part in ["latency_ms_during_upgrades", "latency_ms_between_upgrades"] {
+        let latency = |name| json[part][name].as_f64().unwrap();
+        assert!(latency("requests") > 0.0 && latency("p50") <= latency("max"), "{json}");
+    }
+    json
+}
+
+#[test]
+fn tcp() {
+    let dir = tempdir();
+    let file = dir.path().join("latency.svg");
+    five_upgrades(&["--plot", file.to_str().unwrap()]);
+    let svg = std::fs::read_to_string(file).unwrap();
+    assert!(svg.starts_with("<svg ") && svg.ends_with("</svg>\n"), "{svg}");
+    assert_eq!(svg.matches(r#"fill-opacity="0.55""#).count(), 5, "each upgrade is marked: {svg}");
+}
+
+#[test]
+fn unix() {
+    five_upgrades(&["--unix"]);
+}
+
+#[test]
+fn udp() {
+    let json = five_upgrades(&["--udp"]);
+    assert!(json["without_upgrades"]["requests"].as_u64().unwrap() > 0, "{json}");
+}
+
+/// With two seconds from one upgrade to the next, there is only the first generation when the first progress line comes.
+const FAILING: [&str; 4] = ["--every", "2000", "--timeout", "300"];
+
+/// The demo must be able to fail, or its zero means nothing.
+#[test]
+fn server_killed() {
+    let mut demo = Demo::start(&FAILING);
+    demo.server().into_iter().for_each(|pid| send_signal(pid, Signal::KILL));
+    let (status, json) = demo.wait();
+    assert_eq!(status.code(), Some(1), "{json}");
+    assert!(json["failed"].as_u64().unwrap() > 0, "{json}");
+    assert_eq!(json["problem"], "no process of the server is left", "{json}");
+}
+
+#[test]
+fn server_hangs() {
+    let mut demo = Demo::start(&FAILING);
+    let server = demo.server();
+    server.iter().for_each(|&pid| send_signal(pid, Signal::STOP));
+    let (status, json) = demo.wait();
+    assert_eq!(status.code(), Some(1), "{json}");
+    assert!(json["failures"]["timeout"].as_u64().unwrap() > 0, "{json}");
+    assert!(json["problem"].as_str().unwrap().contains("hangs"), "{json}");
+    server.into_iter().for_each(wait_exit);
+}
+
+#[test]
+fn interrupted() {
+    let mut demo = Demo::start(&["--upgrades", "1000"]);
+    let server = demo.server();
+    send_signal(demo.0.id(), Signal::INT);
+    let (status, json) = demo.wait();
+    assert_eq!(status.code(), Some(130), "{json}");
+    assert_eq!((&json["problem"], &json["failed"]), (&"interrupted".into(), &0.into()), "{json}");
+    server.into_iter().for_each(wait_exit);
+}
+
+#[test]
+fn killed() {
+    let mut demo = Demo::start(&["--upgrades", "1000"]);
+    let server = demo.server();
+    drop(demo);
+    server.into_iter().for_each(wait_exit);
+}

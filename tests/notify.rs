@@ -1,0 +1,257 @@
+//! What a service manager hears from a server and its later generations, and from whom. The manager is this test; what a
+//! real one makes of it is in tests/systemd.
+
+mod support;
+
+use std::io::IoSliceMut;
+use std::mem::MaybeUninit;
+use std::os::fd::OwnedFd;
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::net::{SocketAddr, UnixDatagram};
+use std::process::Command;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, Instant};
+
+use rustix::net::{recvmsg, sockopt, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags};
+use rustix::process::Signal;
+use support::{connect, example, field, send_signal, tempdir, Server, DEADLINE};
+
+/// The manager's end.
+struct Manager {
+    socket: UnixDatagram,
+    address: String,
+}
+
+/// A message, the process that it came from, and what came with it.
+#[derive(Debug)]
+struct Message {
+    text: String,
+    from: u32,
+    fds: Vec<OwnedFd>,
+}
+
+impl Manager {
+    fn new() -> Self {
+        static NUMBER: AtomicU32 = AtomicU32::new(0);
+        let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+        let name = format!("ecdysis-test-manager-{}-{number}", std::process::id());
+        let socket = UnixDatagram::bind_addr(&SocketAddr::from_abstract_name(&name).unwrap()).unwrap();
+        sockopt::set_socket_passcred(&socket, true).unwrap();
+        Self { socket, address: format!("@{name}") }
+    }
+
+    fn server(&self, arguments: &[&str], environment: &[(&str, &str)]) -> Server {
+        let mut command = Command::new(example("whoami"));
+        command.args(["--systemd", "--listen", "127.0.0.1:0"]).args(arguments);
+        command.env("NOTIFY_SOCKET", &self.address).envs(environment.iter().copied());
+        Server::serving(command)
+    }
+
+    /// The next message that is no sign of life.
+    fn next(&self) -> Message {
+        self.within(DEADLINE, |message| message.text != "WATCHDOG=1\n")
+            .unwrap_or_else(|| panic!("no message within {DEADLINE:?}"))
+    }
+
+    fn within(&self, time: Duration, wanted: impl Fn(&Message) -> bool) -> Option<Message> {
+        let until = Instant::now() + time;
+        loop {
+            let left = until.checked_duration_since(Instant::now()).filter(|left| !left.is_zero())?;
+            self.socket.set_read_timeout(Some(left)).unwrap();
+            let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(4), ScmCredentials(1))];
+            let mut control = RecvAncillaryBuffer::new(&mut space);
+            let mut text = vec![0; 8192];
+            let mut iov = [IoSliceMut::new(&mut text)];
+            let Ok(received) = recvmsg(&self.socket, &mut iov, &mut control, RecvFlags::CMSG_CLOEXEC) else { continue };
+            text.truncate(received.bytes);
+            let mut message = Message { text: String::from_utf8(text).unwrap(), from: 0, fds: Vec::new() };
+            for part in control.drain() {
+                match part {
+                    RecvAncillaryMessage::ScmRights(fds) => message.fds.extend(fds),
+                    RecvAncillaryMessage::ScmCredentials(peer) => {
+                        message.from = peer.pid.as_raw_nonzero().get() as u32;
+                    }
+                    _ => {}
+                }
+            }
+            if wanted(&message) {
+                return Some(message);
+            }
+        }
+    }
+
+    /// The next message, which has to come from this process and to begin so.
+    #[track_caller]
+    fn expect(&self, from: u32, beginning: &str) -> Message {
+        let message = self.next();
+        assert!(
+            message.from == from && message.text.starts_with(beginning),
+            "{beginning:?} of {from}, not {message:?}"
+        );
+        message
+    }
+}
+
+#[test]
+fn the_parent_announces_and_the_child_is_silent_until_then() {
+    let manager = Manager::new();
+    let mut server = manager.server(&["--probation", "100"], &[("WATCHDOG_USEC", "100000")]);
+    let parent = server.first_pid();
+    assert_eq!(manager.expect(parent, "READY=1").text, "READY=1\nSTATUS=generation 1\n");
+    let alive = |message: &Message| message.text == "WATCHDOG=1\n";
+    assert_eq!(manager.within(DEADLINE, alive).unwrap().from, parent);
+
+    server.signal(Signal::HUP);
+    let reloading = manager.expect(parent, "RELOADING=1\nMONOTONIC_USEC=").text;
+    assert!(reloading.contains("STATUS=generation 1, upgrading\n"), "{reloading}");
+    let status = manager.expect(parent, "STATUS=generation 1, upgrading to pid ").text;
+    let child: u32 = status.trim_end().rsplit(' ').next().unwrap().parse().unwrap();
+    manager.expect(parent, &format!("STATUS=generation 1; generation 2, pid {child}, is on probation"));
+    let announced = manager.expect(parent, &format!("MAINPID={child}\nREADY=1\nWATCHDOG=1\n")).text;
+    assert!(announced.ends_with(&format!("STATUS=generation 2, upgraded from pid {parent}\n")), "{announced}");
+    // The service manager must know before the parent may end.
+    let barrier = manager.expect(parent, "BARRIER=1");
+    assert_eq!(barrier.fds.len(), 1);
+    assert_eq!(manager.within(Duration::from_millis(300), |message| message.from == child).map(|m| m.text), None);
+    assert!(!server.said().iter().any(|line| line.starts_with("upgrade ok") || line.starts_with("ended")));
+    drop(barrier);
+    server.wait("upgrade ok");
+    server.wait("ended gen=1");
+
+    let message = manager.within(DEADLINE, |_| true).unwrap();
+    assert_eq!((message.from, message.text.as_str()), (child, "WATCHDOG=1\n"));
+    server.signal(Signal::TERM);
+    let stopping = manager.expect(child, "STOPPING=1\n").text;
+    assert!(stopping.contains("STATUS=generation 2, stopped by signal 15"), "{stopping}");
+    server.wait_all_ended();
+}
+
+#[test]
+fn a_failed_upgrade_ends_in_ready_and_says_why() {
+    let dir = tempdir();
+    let misbehave = dir.path().join("misbehave");
+    let manager = Manager::new();
+    let mut server = manager.server(&["--misbehave", misbehave.to_str().unwrap()], &[]);
+    let pid = server.first_pid();
+    manager.expect(pid, "READY=1");
+    std::fs::write(&misbehave, "refuse=config: line 3 is bad").unwrap();
+    for _ in 0..2 {
+        server.fail_to_upgrade();
+        manager.expect(pid, "RELOADING=1");
+        manager.expect(pid, "STATUS=");
+        let ready = manager.expect(pid, "READY=1\nSTATUS=generation 1, upgrade failed: ").text;
+        assert!(ready.contains("config: line 3 is bad"), "{ready}");
+    }
+}
+
+/// A manager that asks while an upgrade runs waits for word of one that began after it asked. And an upgrade that was
+/// refused before it began has to be answered all the same.
+#[test]
+fn whoever_asks_again_gets_an_answer() {
+    let dir = tempdir();
+    let misbehave = dir.path().join("misbehave");
+    let manager = Manager::new();
+    let arguments = ["--misbehave", misbehave.to_str().unwrap(), "--overlap", "refuse", "--probation", "0"];
+    let mut server = manager.server(&arguments, &[]);
+    let pid = server.first_pid();
+    manager.expect(pid, "READY=1");
+    std::fs::write(&misbehave, "stop-self").unwrap();
+    server.signal(Signal::HUP);
+    let first = manager.expect(pid, "RELOADING=1").text;
+    let status = manager.expect(pid, "STATUS=generation 1, upgrading to pid ").text;
+    let child: u32 = status.trim_end().rsplit(' ').next().unwrap().parse().unwrap();
+    server.signal(Signal::HUP);
+    let second = manager.expect(pid, "RELOADING=1").text;
+    let time = |text: &str| field::<u64>(&text.replace('\n', " "), "MONOTONIC_USEC");
+    assert!(time(&second) > time(&first), "{first} {second}");
+    send_signal(child, Signal::KILL);
+    manager.expect(pid, "READY=1\nSTATUS=generation 1, upgrade failed");
+    server.wait("upgrade failed");
+
+    std::fs::remove_file(&misbehave).unwrap();
+    let open = connect(&server.addr()).unwrap();
+    server.signal(Signal::HUP);
+    manager.expect(pid, "RELOADING=1");
+    manager.expect(pid, "STATUS=");
+    manager.expect(pid, "STATUS=");
+    manager.expect(pid, "MAINPID=");
+    drop(manager.expect(pid, "BARRIER=1"));
+    let new = field(&server.wait("upgrade ok"), "pid");
+    // The first generation drains, so the second one may not be replaced.
+    send_signal(new, Signal::HUP);
+    manager.expect(new, "RELOADING=1");
+    let ready = manager.expect(new, "READY=1\nSTATUS=generation 2, upgrade failed").text;
+    assert!(ready.contains("drains"), "{ready}");
+    drop(open);
+}
+
+#[test]
+fn what_is_for_one_process_does_not_reach_the_next() {
+    let manager = Manager::new();
+    let environment = [
+        ("LISTEN_PID", "1"),
+        ("LISTEN_FDS", "1"),
+        ("LISTEN_FDNAMES", "http"),
+        ("LISTEN_PIDFDID", "1"),
+        ("WATCHDOG_PID", "1"),
+        ("WATCHDOG_USEC", "100000"),
+    ];
+    let mut server = manager.server(&["--probation", "0"], &environment);
+    manager.expect(server.first_pid(), "READY=1");
+    // The watchdog is for process 1 here.
+    assert!(manager.within(Duration::from_millis(300), |_| true).is_none());
+    server.signal(Signal::HUP);
+    server.wait("serving gen=2");
+    let environment = std::fs::read(format!("/proc/{}/environ", server.pid())).unwrap();
+    let environment = String::from_utf8(environment).unwrap();
+    for absent in ["LISTEN_", "WATCHDOG_PID="] {
+        assert!(!environment.contains(absent), "{environment}");
+    }
+    for present in [format!("NOTIFY_SOCKET={}", manager.address), "WATCHDOG_USEC=100000".into()] {
+        assert!(environment.contains(&present), "{environment}");
+    }
+}
+
+#[test]
+fn listeners_go_into_the_store_by_name() {
+    let dir = tempdir();
+    let path = dir.path().join("a:b");
+    let manager = Manager::new();
+    let listen = format!("unix:{}", path.display());
+    let mut server = manager.server(&["--listen", &listen, "--probation", "0"], &[("FDSTORE", "8")]);
+    let mut pid = server.first_pid();
+    for generation in [1, 2] {
+        let tcp = manager.expect(pid, "FDSTORE=1\nFDNAME=ecdysis tcp 127.0.0.1%3A0\nFDPOLL=0\n");
+        let unix = manager.expect(pid, "FDSTORE=1\nFDNAME=ecdysis unix /");
+        assert!(unix.text.contains("/a%3Ab "), "{}", unix.text);
+        assert_eq!((tcp.fds.len(), unix.fds.len()), (1, 1));
+        if generation == 1 {
+            // Stored before the start is complete.
+            manager.expect(pid, "READY=1");
+            server.signal(Signal::HUP);
+            manager.expect(pid, "RELOADING=1");
+            manager.expect(pid, "STATUS=");
+            manager.expect(pid, "STATUS=");
+            manager.expect(pid, "MAINPID=");
+            drop(manager.expect(pid, "BARRIER=1"));
+            pid = field(&server.wait("upgrade ok"), "pid");
+        } else {
+            // The sockets outlive a stop, so the file has to.
+            send_signal(pid, Signal::TERM);
+            server.wait_all_ended();
+            assert!(path.exists());
+        }
+    }
+}
+
+#[test]
+fn without_a_manager_nothing_is_different() {
+    let mut command = Command::new(example("whoami"));
+    command.args(["--systemd", "--listen", "127.0.0.1:0", "--probation", "0"]).env_remove("NOTIFY_SOCKET");
+    let mut server = Server::serving(command);
+    server.upgrade();
+    let mut command = Command::new(example("whoami"));
+    command.args(["--systemd", "--listen", "127.0.0.1:0"]).env("NOTIFY_SOCKET", "vsock:2:1");
+    let mut server = Server::start(command);
+    server.wait("cannot use what the service manager passed: NOTIFY_SOCKET=vsock:2:1");
+}
