@@ -391,7 +391,7 @@ impl Builder {
             parent,
             older,
             calls,
-            driver: Mutex::new(Driver { triggers: Some(triggers), exit: None }),
+            driver: Mutex::new(Driver { triggers: Some(triggers), exit: None, stop: None }),
             changed: Condvar::new(),
             kept: Mutex::default(),
             _started: started,
@@ -760,6 +760,42 @@ impl Ecdysis {
         }
     }
 
+    /// Waits until this process is asked to stop, by a signal chosen for that or by [`stop`](Self::stop), although
+    /// another one serves already. To be called after [`run`](Self::run) and the drain, in a process whose supervisor
+    /// would start it again if it ended by itself: that of a container, say, whose new version is another container.
+    /// Started again, it would take everything back.
+    ///
+    /// Returns at once what `run` gave as the reason if that was a stop.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Wait`] if poll(2) fails.
+    pub fn wait_for_stop(&self) -> Result<ExitReason, Error> {
+        let exit = self.run()?;
+        if !matches!(exit.mode, ExitMode::Upgraded(_)) {
+            return Ok(exit.reason);
+        }
+        let core = &*self.0;
+        let mut driver = core.lock();
+        loop {
+            if let Some(reason) = &driver.stop {
+                return Ok(reason.clone());
+            }
+            match driver.triggers.take() {
+                Some(triggers) => {
+                    drop(driver);
+                    let mut turn = Turn { core, triggers: Some(triggers) };
+                    let reason = turn.wait_for_stop()?;
+                    core.lock().stop = Some(reason);
+                    drop(turn);
+                    driver = core.lock();
+                }
+                // Another thread waits for the same.
+                None => driver = core.changed.wait(driver).unwrap_or_else(PoisonError::into_inner),
+            }
+        }
+    }
+
     fn post(&self, action: Action, reply: Reply) {
         let request = Request { action, reason: ExitReason::Call, since: Instant::now(), reply };
         self.0.calls.post(request);
@@ -802,6 +838,8 @@ struct Driver {
     /// `None` while some thread has them.
     triggers: Option<Triggers>,
     exit: Option<Exit>,
+    /// What has asked this process to stop although it was replaced.
+    stop: Option<ExitReason>,
 }
 
 /// What stays open until this process ends, because others wait for that.
@@ -1015,6 +1053,7 @@ impl Turn<'_> {
             }
         };
         core.sockets.close_all();
+        core.lock().stop = triggers.stop_reason();
         core.kept().stopping.extend(triggers.answer_over());
         triggers.close_sockets();
         let exit = Exit { mode, reason };
@@ -1022,5 +1061,18 @@ impl Turn<'_> {
         core.lock().exit = Some(exit);
         core.changed.notify_all();
         Ok(true)
+    }
+
+    /// After the service is over: waits until this process is asked to stop.
+    fn wait_for_stop(&mut self) -> Result<ExitReason, Error> {
+        let core = self.core;
+        let Some(triggers) = &mut self.triggers else { return Err(Error::Over) };
+        loop {
+            if let Some(reason) = triggers.stop_reason() {
+                return Ok(reason);
+            }
+            triggers.answer_over();
+            triggers.wait(core, &[], None, trigger::Sockets::Leave)?;
+        }
     }
 }

@@ -64,13 +64,6 @@ pub enum Error {
         /// What the system said.
         source: io::Error,
     },
-    /// The program's own callback could not produce the state for the next generation. The upgrade has failed.
-    State {
-        /// The name given to [`Sockets::pass_bytes`](crate::Sockets::pass_bytes).
-        name: String,
-        /// What the callback returned.
-        source: Box<dyn StdError + Send + Sync>,
-    },
     /// What the service manager put into the environment, or passed, cannot be used.
     ServiceManager {
         /// The variable and its value, or the descriptor.
@@ -87,6 +80,13 @@ pub enum Error {
         name: String,
         /// What was passed and not claimed, with the names.
         passed: String,
+    },
+    /// The program's own callback could not produce the state for the next generation. The upgrade has failed.
+    State {
+        /// The name given to [`Sockets::pass_bytes`](crate::Sockets::pass_bytes).
+        name: String,
+        /// What the callback returned.
+        source: Box<dyn StdError + Send + Sync>,
     },
     /// The PID file could not be written.
     PidFile {
@@ -215,7 +215,6 @@ impl fmt::Display for Error {
             }
             Self::GivenUp => write!(f, "the parent gave this upgrade up"),
             Self::Socket { key, .. } => write!(f, "cannot open socket {key}"),
-            Self::State { name, .. } => write!(f, "cannot produce state {name:?} for the next generation"),
             Self::ServiceManager { what, .. } => write!(f, "cannot use what the service manager passed: {what}"),
             Self::NotPassed { key, name, passed } => {
                 let passed = if passed.is_empty() { "nothing that is unclaimed" } else { passed };
@@ -223,6 +222,7 @@ impl fmt::Display for Error {
                     "it passes sockets only when it starts the service, never to a generation that an upgrade started";
                 write!(f, "the service manager did not pass {key} as {name:?}, but {passed} ({why})")
             }
+            Self::State { name, .. } => write!(f, "cannot produce state {name:?} for the next generation"),
             Self::PidFile { path, .. } => write!(f, "cannot write PID file {}", path.display()),
             Self::Ready { .. } => write!(f, "cannot tell the parent that this process is ready"),
             Self::Busy => write!(f, "busy: an upgrade is under way"),

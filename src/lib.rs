@@ -78,6 +78,10 @@
 mod ecdysis;
 mod error;
 mod event;
+#[cfg(any(test, fuzzing))]
+#[doc(hidden)]
+#[allow(missing_docs, clippy::missing_panics_doc)]
+pub mod fuzzing;
 mod handover;
 mod key;
 mod listen;
@@ -105,8 +109,12 @@ pub mod guide {
     pub mod sockets {}
     #[doc = include_str!("guide/state.md")]
     pub mod state {}
+    #[doc = include_str!("guide/takeover.md")]
+    pub mod takeover {}
     #[doc = include_str!("guide/systemd.md")]
     pub mod systemd {}
+    #[doc = include_str!("guide/seccomp.md")]
+    pub mod seccomp {}
     #[doc = include_str!("guide/operations.md")]
     pub mod operations {}
     #[doc = include_str!("guide/protocol.md")]

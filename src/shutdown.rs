@@ -159,7 +159,7 @@ impl Shutdown {
     ///
     /// Several threads may accept from one listener. The stream is blocking, close-on-exec (accept4(2)).
     pub fn accept<L: Accept>(&self, listener: &L) -> Option<io::Result<L::Stream>> {
-        self.gated(&mut Waiter::Poll, listener.as_fd(), || listener.try_accept())
+        self.gated(&mut Waiter::poll(), listener.as_fd(), || listener.try_accept())
     }
 
     /// Every connection until accepting is over, as [`accept`](Self::accept) gives them. After an error it ends.
@@ -168,13 +168,13 @@ impl Shutdown {
     /// connection and not all. [`drain`](Self::drain) waits until an iterator that was used has ended or was dropped,
     /// so a [`guard`](Self::guard) taken in the loop's body is never missed.
     pub fn incoming<'a, L: Accept>(&self, listener: &'a L) -> Incoming<'a, L> {
-        Incoming { listener, shutdown: self.clone(), waiter: Waiter::New, counted: false, done: false }
+        Incoming { listener, shutdown: self.clone(), waiter: Waiter::new(), counted: false, done: false }
     }
 
     /// The next datagram, or `None` when it is over: [`UdpSocket::recv_from`] with the states of this handle; also for
     /// [`UnixDatagram`].
     pub fn recv_from<D: Datagram>(&self, socket: &D, buffer: &mut [u8]) -> Option<io::Result<(usize, D::Address)>> {
-        self.gated(&mut Waiter::Poll, socket.as_fd(), || socket.try_recv_from(buffer))
+        self.gated(&mut Waiter::poll(), socket.as_fd(), || socket.try_recv_from(buffer))
     }
 
     /// Waits until `fd` is readable or accepting is over, whichever comes first, at most `timeout` (poll(2)).
@@ -310,7 +310,7 @@ impl Shutdown {
         fd: BorrowedFd<'_>,
         mut attempt: impl FnMut() -> io::Result<T>,
     ) -> Option<io::Result<T>> {
-        let (mut told, mut yielded, mut lingered) = (false, false, false);
+        let (mut told, mut gave_turn, mut lingered) = (false, false, false);
         loop {
             let state = self.state();
             match state {
@@ -334,9 +334,7 @@ impl Shutdown {
                     let _ = poll(&mut [PollFd::from_borrowed_fd(fd, PollFlags::IN)], Some(&timespec(HANDSHAKE)));
                     lingered = true;
                 }
-                // One turn for the clients makes batches of what would be a wakeup a connection: measured with 16
-                // threads, half the CPU time, and no worse latency.
-                Some(Errno::AGAIN) if !std::mem::replace(&mut yielded, true) => std::thread::yield_now(),
+                Some(Errno::AGAIN) if !std::mem::replace(&mut gave_turn, true) && waiter.give_turn() => {}
                 Some(Errno::AGAIN) => waiter.wait(fd, &self.0.gate),
                 Some(e) if concerns_one_connection(e) => {}
                 Some(e @ (Errno::MFILE | Errno::NFILE | Errno::NOMEM | Errno::NOBUFS)) => {
@@ -528,22 +526,65 @@ impl Datagram for UnixDatagram {
 
 /// How an accept loop waits for the listener or the gate.
 #[derive(Debug)]
-enum Waiter {
-    New,
+struct Waiter {
+    on: On,
+    /// How many waits to go without a turn for others, and how many the next time.
+    skip: u32,
+    skip_next: u32,
+}
+
+#[derive(Debug)]
+enum On {
+    Nothing,
     /// EPOLLEXCLUSIVE: one connection wakes one thread. With poll it would wake all of them.
     Epoll(OwnedFd),
     Poll,
 }
 
+/// A turn that lasts longer was not the clients': somebody computes.
+const TURN: Duration = Duration::from_micros(500);
+const SKIP: u32 = 64;
+const SKIP_MOST: u32 = 1 << 16;
+
 impl Waiter {
+    /// For a loop.
+    fn new() -> Self {
+        Self { on: On::Nothing, skip: 0, skip_next: SKIP }
+    }
+
+    /// For a single wait.
+    fn poll() -> Self {
+        Self { on: On::Poll, skip: u32::MAX, skip_next: SKIP }
+    }
+
+    /// Lets other threads run before a wait, which makes batches of what would be a wakeup a connection: measured with
+    /// 16 threads, half the CPU time. Where more threads compute than there are cores, they would take a turn of
+    /// milliseconds each, and a connection would wait for them: measured with 8 on 2 cores, 13 ms. So after a long turn
+    /// there is none for a while. True if there was one.
+    fn give_turn(&mut self) -> bool {
+        if self.skip > 0 {
+            self.skip -= 1;
+            return false;
+        }
+        let began = Instant::now();
+        std::thread::yield_now();
+        if began.elapsed() > TURN {
+            self.skip = self.skip_next;
+            self.skip_next = (self.skip_next * 2).min(SKIP_MOST);
+        } else {
+            self.skip_next = (self.skip_next - self.skip_next / 16).max(SKIP);
+        }
+        true
+    }
+
     /// Returns when there may be something; errors show themselves at the next attempt.
     fn wait(&mut self, fd: BorrowedFd<'_>, gate: &OwnedFd) {
-        if let Self::New = self {
+        if let On::Nothing = self.on {
             // Without a descriptor to spare, poll does the same at more cost.
-            *self = Self::epoll(fd, gate).map_or(Self::Poll, Self::Epoll);
+            self.on = Self::epoll(fd, gate).map_or(On::Poll, On::Epoll);
         }
-        match self {
-            Self::Epoll(epoll) => {
+        match &self.on {
+            On::Epoll(epoll) => {
                 let mut events =
                     [epoll::Event { flags: epoll::EventFlags::empty(), data: epoll::EventData::new_u64(0) }];
                 let _ = epoll::wait(epoll, &mut events, None);

@@ -49,12 +49,12 @@ struct State {
     producers: Vec<(Key, Producer)>,
     /// From the parent or the service manager, until claimed.
     inherited: HashMap<Key, VecDeque<Held>>,
-    /// The first claim that failed for want of descriptors.
-    failed: Option<(Key, io::Error)>,
     /// Keys of what was inherited and closed, for the service manager to forget.
     closed: Vec<(Key, Option<FileId>)>,
     /// Keeps copies of what is ours.
     store: Option<Arc<Manager>>,
+    /// The first claim that failed for want of descriptors.
+    failed: Option<(Key, io::Error)>,
 }
 
 /// A descriptor in the registry.
@@ -328,8 +328,8 @@ impl Sockets {
     /// many there were.
     pub fn retire(&self, key: &Key) -> usize {
         let mut state = self.lock();
-        let before = state.ours.len() + state.producers.len();
         let State { ours, producers, inherited, store, .. } = &mut *state;
+        let before = ours.len() + producers.len();
         ours.retain(|(ours, held)| {
             if let (true, Some(store)) = (ours == key, &store) {
                 store.forget(key, held.file);
@@ -563,9 +563,9 @@ impl Sockets {
         };
         let (mut all, producers): (Vec<_>, _) = {
             let state = self.lock();
+            let ours = state.ours.iter().map(|(key, held)| (key, held));
             // Inherited and still here is what a unit passed and nobody has asked for yet.
             let unclaimed = state.inherited.iter().flat_map(|(key, list)| list.iter().map(move |held| (key, held)));
-            let ours = state.ours.iter().map(|(key, held)| (key, held));
             (ours.chain(unclaimed).map(|(key, held)| entry(key, held)).collect(), state.producers.clone())
         };
         for (key, producer) in producers {

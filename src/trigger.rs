@@ -230,6 +230,11 @@ impl Triggers {
         self.requests.iter().any(|request| request.action.stops())
     }
 
+    /// What has asked for a stop.
+    pub(crate) fn stop_reason(&self) -> Option<ExitReason> {
+        self.requests.iter().find(|request| request.action.stops()).map(|request| request.reason.clone())
+    }
+
     /// During an upgrade: whoever asks for another hears that it is busy.
     pub(crate) fn answer_busy(&mut self, core: &Core, phase: &str) {
         for request in std::mem::take(&mut self.requests) {

@@ -5,9 +5,10 @@
 
 use std::ffi::c_long;
 
-/// Whether this architecture has a system call of ours that leaves `errno` alone.
+/// Whether this architecture has a system call of ours that leaves `errno` alone. A sanitizer's runtime has more such
+/// storage, and would use it in two processes at a time (tests/sanitizers.sh sets the cfg).
 pub(crate) const LEAVES_ERRNO_ALONE: bool =
-    cfg!(any(target_arch = "x86_64", target_arch = "aarch64", target_arch = "riscv64"));
+    cfg!(all(any(target_arch = "x86_64", target_arch = "aarch64", target_arch = "riscv64"), not(sanitized)));
 
 /// Makes the system call `number`; gives its result, or the errno as the error.
 ///

@@ -6,7 +6,7 @@ use std::io;
 use crate::chain::{Chain, Server};
 use crate::report::{bars, Bar, Table};
 use crate::stats::{ratios, Runs};
-use crate::Outcome;
+use crate::{Outcome, Summary};
 
 /// Who is measured: the name in the table, and the server.
 type Who = (&'static str, Server);
@@ -65,7 +65,13 @@ pub fn against_bare(quick: bool) -> Result<Outcome, Box<dyn Error>> {
          written by hand in the same binary.\n\n{}",
         compare(&who, &times, 0)
     );
-    Ok(Outcome { text, picture: None })
+    let summary = vec![Summary {
+        what: "one upgrade, one listener, call to commit".into(),
+        against: "fork, execve and a pipe byte by hand",
+        measured: ratios(&times[3], &times[0]).show(2),
+        goal: "≤ 1.15",
+    }];
+    Ok(Outcome { text, picture: None, summary })
 }
 
 /// Against the library that ours is named after.
@@ -78,7 +84,14 @@ pub fn against_old(quick: bool) -> Result<Outcome, Box<dyn Error>> {
     ];
     let times = interleaved(&who, if quick { 2 } else { 20 }, |upgrade| upgrade.committed - upgrade.asked)?;
     let picture = picture("One upgrade, signal to commit (logarithmic)", &who, &times);
-    Ok(Outcome { text: compare(&who, &times, 0), picture: Some(("upgrade.svg", picture)) })
+    let faster = |against, other: &[f64]| Summary {
+        what: "one upgrade, one listener, signal to commit".into(),
+        against,
+        measured: format!("{} times faster", ratios(other, &times[0]).show(0)),
+        goal: "≥ 200 times faster",
+    };
+    let summary = vec![faster(who[2].0, &times[2]), faster(who[3].0, &times[3])];
+    Ok(Outcome { text: compare(&who, &times, 0), picture: Some(("upgrade.svg", picture)), summary })
 }
 
 /// What a listener costs.
@@ -114,6 +127,17 @@ pub fn listeners(quick: bool) -> Result<Outcome, Box<dyn Error>> {
         let value = median(ours_n).median();
         all.push(Bar { name: format!("{count} listeners"), value, shown: format!("{value:.1} ms"), ours: true });
     }
+    let summary = counts.iter().zip(ours).find(|&(&count, _)| count == 1000).map(|(_, ours_n)| Summary {
+        what: "one upgrade, 1,000 listeners".into(),
+        against: "one listener",
+        measured: ratios(ours_n, &ours[0]).show(2),
+        goal: "≤ 2",
+    });
     let text = format!("{} upgrades each.\n\n{}", times[0].len(), table.markdown());
-    Ok(Outcome { text, picture: Some(("listeners.svg", bars("One upgrade with many listeners", false, &all))) })
+    let summary = summary.into_iter().collect();
+    Ok(Outcome {
+        summary,
+        text,
+        picture: Some(("listeners.svg", bars("One upgrade with many listeners", false, &all))),
+    })
 }

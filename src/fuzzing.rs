@@ -1,0 +1,173 @@
+//! What the decoders promise about any bytes, for the fuzz targets and, over their corpus, for the tests.
+
+use std::os::fd::AsFd;
+
+use crate::handover::frames::{Lines, Next, Status, Word};
+use crate::handover::manifest::{Entry, Manifest, Slot};
+use crate::handover::pipe::Way;
+use crate::handover::scm::{Limits, Receiver};
+use crate::key::{Key, Kind};
+
+/// Any bytes are a manifest or an error; what was understood is said again in the same words.
+pub fn manifest(data: &[u8]) {
+    let _ = Manifest::length(data);
+    let Ok(manifest) = Manifest::decode(data) else { return };
+    assert!(manifest.entries.len() + manifest.unknown.len() <= data.len());
+    let known = Manifest { unknown: Vec::new(), ..manifest };
+    let text = known.encode();
+    // Escapes make a line longer, so what just fitted may not fit again.
+    if text.lines().all(|line| line.len() <= 4096) {
+        assert_eq!(Manifest::decode(text.as_bytes()), Ok(known));
+    }
+}
+
+/// Any bytes are cut into lines that end; a line is a word of ours or garbage.
+pub fn frames(data: &[u8]) {
+    let Ok(nothing) = std::fs::File::open("/dev/null") else { return };
+    let mut lines = Lines::with(data.to_vec());
+    let mut taken = 0;
+    while let Ok(Next::Line(line)) = lines.next(nothing.as_fd()) {
+        taken += line.len() + 1;
+        assert!(taken <= data.len());
+        let _ = Word::parse(&line);
+        if let Some(status) = Status::parse(&line) {
+            // A reason is cut, and a number loses its zeros; what is left then stays.
+            let again = status.line();
+            let status = Status::parse(again.trim_end_matches('\n'));
+            assert_eq!(status.map(|status| status.line()), Some(again));
+        }
+    }
+}
+
+/// Any value of the variable names two pipes, a socket or nothing.
+pub fn variable(data: &[u8]) {
+    let Some(way) = std::str::from_utf8(data).ok().and_then(Way::parse) else { return };
+    let lowest = match way {
+        Way::Pipes { manifest, status } => manifest.fd.min(status.fd),
+        Way::Socket(socket) => socket.fd,
+    };
+    assert!(lowest > 2);
+    assert_eq!(Way::parse(&way.value()), Some(way));
+}
+
+/// Any bytes over a takeover socket are a text with an end, or an error within the limits.
+pub fn receive(data: &[u8]) {
+    use std::io::Write;
+    let Ok((mut sender, receiver)) = std::os::unix::net::UnixStream::pair() else { return };
+    let limits = Limits { bytes: 20_000, descriptors: 3 };
+    let mut arrived = Receiver::new(limits);
+    for piece in data.chunks(1 + usize::from(data.first().copied().unwrap_or(0)) * 16) {
+        if sender.write_all(piece).is_err() {
+            return;
+        }
+        match arrived.step(&receiver) {
+            Ok(true) => {
+                let (text, rest, descriptors) = arrived.into_parts();
+                assert!(text.ends_with(b"\nend\n") && descriptors.is_empty());
+                assert!(data.starts_with(&[text.as_slice(), rest.as_slice()].concat()));
+                return manifest(&text);
+            }
+            Ok(false) => {}
+            Err(_) => return,
+        }
+    }
+    drop(sender);
+    assert!(arrived.step(&receiver).is_err(), "the end of the peer");
+}
+
+/// Any first line of a control connection.
+pub fn command(data: &[u8]) {
+    let _ = crate::trigger::command(data);
+}
+
+/// Any manifest survives the way, whatever its names are, and its end is found.
+pub fn round_trip(data: &[u8]) {
+    let mut manifest = Manifest { generation: 1 + data.len() as u64, ..Manifest::default() };
+    for (number, chunk) in data.chunks(24).enumerate() {
+        let kind = Kind::ALL[usize::from(chunk[0]) % Kind::ALL.len()];
+        let inode = chunk.iter().fold(0_u64, |all, byte| all.wrapping_mul(251).wrapping_add(u64::from(*byte)));
+        manifest.entries.push(Entry {
+            slot: Slot { number: number as u32, inode },
+            key: Key::from_parts(kind, chunk[1..].to_vec()),
+            file: (chunk.len() % 2 == 0).then_some((inode, u64::MAX - inode)),
+            unit: (chunk.len() % 3 == 0).then(|| String::from_utf8_lossy(chunk).into_owned()),
+        });
+    }
+    let mut text = manifest.encode().into_bytes();
+    let length = text.len();
+    assert_eq!(Manifest::decode(&text), Ok(manifest));
+    text.extend_from_slice(b"commit\n");
+    text.extend_from_slice(data);
+    assert_eq!(Manifest::length(&text), Ok(Some(length)));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs;
+    use std::path::Path;
+
+    /// What the fuzzers have found worth keeping, without the fuzzers.
+    #[test]
+    fn the_corpus_holds() {
+        type Target = (&'static str, fn(&[u8]));
+        let targets: [Target; 6] = [
+            ("manifest", manifest),
+            ("frames", frames),
+            ("variable", variable),
+            ("command", command),
+            ("round_trip", round_trip),
+            ("receive", receive),
+        ];
+        for (name, target) in targets {
+            let corpus = Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/corpus").join(name);
+            let mut files = 0;
+            for file in fs::read_dir(&corpus).unwrap_or_else(|e| panic!("{}: {e}", corpus.display())) {
+                target(&fs::read(file.unwrap().path()).unwrap());
+                files += 1;
+            }
+            assert!(files > 0, "nothing in {}", corpus.display());
+        }
+    }
+
+    /// A manifest that was ever right stays right: what an old version sends, a new one reads.
+    #[test]
+    fn golden_manifests_are_read_for_ever() {
+        let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden");
+        for file in fs::read_dir(golden).unwrap() {
+            let path = file.unwrap().path();
+            let text = fs::read(&path).unwrap();
+            let read = Manifest::decode(&text);
+            assert_eq!(Manifest::length(&text), Ok(Some(text.len())), "{}", path.display());
+            assert!(read.is_ok(), "{}: {read:?}", path.display());
+        }
+    }
+
+    /// What this version sends is, byte for byte, what the golden file of this version says.
+    #[test]
+    fn the_manifest_of_this_version_is_golden() {
+        let entry = |number, inode, key, file| Entry { slot: Slot { number, inode }, key, file, unit: None };
+        let manifest = Manifest {
+            generation: 4,
+            entries: vec![
+                entry(7, 48211, Key::tcp("127.0.0.1:8080".parse().unwrap()), None),
+                entry(8, 48212, Key::tcp("[::1]:8080".parse().unwrap()), None),
+                entry(9, 48213, Key::udp("0.0.0.0:0".parse().unwrap()), None),
+                entry(10, 48214, Key::unix("/run/my app.sock"), Some((2049, 1311))),
+                entry(11, 48215, Key::unix("@abstract"), None),
+                entry(12, 48216, Key::from_parts(Kind::Fd, b"100% \xFF\n".to_vec()), None),
+                entry(13, u64::MAX, Key::drain(3), None),
+            ],
+            unknown: Vec::new(),
+        };
+        assert_eq!(manifest.encode(), include_str!("../tests/golden/2.0.0.manifest"));
+        assert_eq!(Manifest::decode(manifest.encode().as_bytes()), Ok(manifest));
+    }
+
+    /// Lines, kinds and attributes of a later version are skipped, and the descriptors of unknown kinds are told.
+    #[test]
+    fn a_later_version_may_say_more() {
+        let later = Manifest::decode(include_bytes!("../tests/golden/later.manifest")).unwrap();
+        assert_eq!((later.generation, later.entries.len(), later.unknown.len()), (7, 2, 1));
+    }
+}

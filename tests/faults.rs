@@ -1,0 +1,375 @@
+//! The fault sweep and the death sweep: every system call of an upgrade fails once, in its own run and under load, with
+//! each error that it can give; and at every one of them a process is killed or stopped.
+//!
+//! `cargo test --test faults -- --nocapture` shows the figures; of the stops, which take their deadlines, it makes a
+//! part; `cargo test --test faults -- --ignored --nocapture` makes all.
+#![cfg(target_arch = "x86_64")]
+
+#[path = "faults/errors.rs"]
+mod errors;
+#[path = "robust/mod.rs"]
+mod robust;
+#[path = "faults/trace.rs"]
+mod trace;
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::Mutex;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use errors::{errnos, name};
+use robust::{children, eventually, fds, gone, kill, threads, Load, Server, PATIENCE};
+use trace::{Call, Fault, Role, Seen};
+
+/// TCP on port 0, so that a child which bound anew would be somewhere else; a Unix path; and all that writes files.
+const SERVER: [&str; 12] = [
+    "--listen",
+    "127.0.0.1:0",
+    "--listen",
+    "unix:DIR/sock",
+    "--pid-file",
+    "DIR/pid",
+    "--control-socket",
+    "DIR/control",
+    "--probation",
+    "30",
+    "--drain",
+    "5",
+];
+
+#[derive(Clone, Copy)]
+struct Setup {
+    fork: bool,
+    transport: &'static str,
+    ready_timeout: &'static str,
+}
+
+const CLONE: Setup = Setup { fork: false, transport: "pipes", ready_timeout: "20000" };
+const FORK: Setup = Setup { fork: true, transport: "pipes", ready_timeout: "20000" };
+
+const SOCKET: Setup = Setup { fork: false, transport: "socket", ready_timeout: "20000" };
+
+impl Setup {
+    fn server(self) -> Server {
+        let mut args = SERVER.to_vec();
+        args.extend(["--ready-timeout", self.ready_timeout, "--transport", self.transport]);
+        if self.fork {
+            args.push("--fork");
+        }
+        Server::start(&args)
+    }
+}
+
+/// What a process that serves and has nothing else to do looks like.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Level {
+    fds: BTreeMap<u32, String>,
+    threads: u64,
+}
+
+impl Level {
+    /// Once every accept loop has waited, and so has its epoll, and the connections of before are gone.
+    fn settled(server: &Server) -> Result<Self, String> {
+        for addr in &server.addrs {
+            robust::request(addr).map_err(|e| e.to_string())?;
+        }
+        let mut level = Self::of(server.pid);
+        eventually("a settled server", PATIENCE, || {
+            level = Self::of(server.pid);
+            let of_kind = |kind: &str| level.fds.values().filter(|fd| *fd == kind).count();
+            // Two listeners, twice each, and the control socket, twice.
+            let sockets = of_kind("socket") == 6;
+            sockets && of_kind("anon_inode:[eventpoll]") == server.addrs.len() && level.threads == 3
+        })?;
+        Ok(level)
+    }
+
+    fn difference(&self, other: &Self) -> String {
+        let new: Vec<_> = other.fds.iter().filter(|fd| self.fds.get(fd.0) != Some(fd.1)).collect();
+        let lost: Vec<_> = self.fds.iter().filter(|fd| other.fds.get(fd.0) != Some(fd.1)).collect();
+        format!("new {new:?}, lost {lost:?}, threads {} to {}", self.threads, other.threads)
+    }
+
+    fn of(pid: i32) -> Self {
+        Self { fds: fds(pid), threads: threads(pid) }
+    }
+}
+
+/// How long what is left of an upgrade may take to go.
+const LEVELLING: Duration = Duration::from_secs(10);
+
+/// A clean upgrade under the tracer: the list of its system calls.
+fn record(setup: Setup) -> Vec<Call> {
+    let server = setup.server();
+    let load = Load::start(&server.addrs, Duration::from_millis(2));
+    let seen = traced(&server, None, Duration::from_secs(20)).unwrap();
+    let (requests, failures) = load.stop();
+    assert!(requests > 0 && failures.is_empty(), "a clean upgrade under the tracer: {failures:?}");
+    for role in [Role::Parent, Role::Forked, Role::Child] {
+        assert!(seen.calls.iter().any(|call| call.role == role), "no calls of {role:?}");
+    }
+    seen.calls
+}
+
+fn traced(server: &Server, fault: Option<(Call, Fault)>, time: Duration) -> Result<Seen, String> {
+    let at = server.log.len();
+    let log = server.log.clone();
+    let deadline = Instant::now() + time;
+    let verdict = move || log.since(at).iter().any(|line| line.starts_with("upgrade "));
+    // A tracer waits for events without a deadline; should all be silent, this makes one.
+    let (over, watchdog) = std::sync::mpsc::channel::<()>();
+    let (pids, pid) = (server.log.clone(), server.pid);
+    thread::spawn(move || {
+        if watchdog.recv_timeout(time) == Err(std::sync::mpsc::RecvTimeoutError::Timeout) {
+            println!("  the tracer hangs: {:#?}", pids.since(0));
+            kill(pid, libc::SIGKILL);
+        }
+    });
+    let _over = over;
+    trace::upgrade(server.pid, fault, || assert!(kill(server.pid, libc::SIGHUP)), verdict, deadline)
+        .map_err(|e| format!("tracer: {e}"))
+}
+
+#[derive(Debug, PartialEq, Eq)]
+enum Survival {
+    /// The call did not come this time.
+    Missed,
+    Survived,
+}
+
+/// One upgrade with one fault, and everything that must hold after it.
+fn fail(setup: Setup, call: Call, errno: i32) -> Result<Survival, String> {
+    let server = setup.server();
+    let before = Level::settled(&server)?;
+    let at = server.log.len();
+    let load = Load::start(&server.addrs, Duration::from_millis(2));
+    let seen = traced(&server, Some((call, Fault::Errno(errno))), Duration::from_secs(20))?;
+    let verdict = server.verdict(at, PATIENCE)?;
+    let serving = if verdict.starts_with("upgrade ok") {
+        let new = robust::field(&verdict, "pid").ok_or("no pid")?;
+        eventually("the old process ends", PATIENCE, || gone(server.pid))?;
+        new
+    } else {
+        eventually("descriptors and threads as before", LEVELLING, || Level::of(server.pid) == before)
+            .map_err(|e| format!("{e}: {}; {verdict}", before.difference(&Level::of(server.pid))))?;
+        names_the_cause(&verdict, call, errno)?;
+        server.pid
+    };
+    eventually("no child is left", LEVELLING, || children(serving).is_empty())
+        .map_err(|e| format!("{e}: {:?}; {verdict}", children(serving)))?;
+    if let Some(child) = seen.child.filter(|child| *child != serving) {
+        eventually("the child ends", PATIENCE, || gone(child))?;
+    }
+    let (_, pid) = server.whoami()?;
+    if pid != serving {
+        return Err(format!("{pid} serves, not {serving}; {verdict}"));
+    }
+    let pid_file = std::fs::read_to_string(server.dir.path().join("pid")).map_err(|e| e.to_string())?;
+    if pid_file.trim() != serving.to_string() {
+        return Err(format!("the PID file names {pid_file:?}, {serving} serves; {verdict}"));
+    }
+    if std::fs::read_dir(server.dir.path()).map_err(|e| e.to_string())?.count() != 3 {
+        return Err(format!("files are left over; {verdict}"));
+    }
+    let next = server.upgrade(serving)?;
+    if !next.starts_with("upgrade ok") {
+        return Err(format!("the next upgrade: {next}; the one before: {verdict}"));
+    }
+    let (_, failures) = load.stop();
+    if !failures.is_empty() {
+        return Err(format!("{} requests failed: {:?}; {verdict}", failures.len(), failures[0]));
+    }
+    Ok(if seen.hit.is_some() { Survival::Survived } else { Survival::Missed })
+}
+
+/// The error is the caller's only clue. What goes wrong in the new program that program says itself.
+fn names_the_cause(verdict: &str, call: Call, errno: i32) -> Result<(), String> {
+    let cause = std::io::Error::from_raw_os_error(errno).to_string();
+    let named = match call.role {
+        Role::Parent => verdict.contains(&cause) || call.late && verdict.contains("died"),
+        Role::Forked => verdict.contains(&cause) || verdict.contains("cannot"),
+        Role::Child => verdict.contains("child"),
+    };
+    if named {
+        Ok(())
+    } else {
+        Err(format!("the error does not name the cause ({cause}): {verdict}"))
+    }
+}
+
+/// One upgrade in which a process is killed or stopped at one call, and everything that must hold after it.
+fn die(setup: Setup, call: Call, signal: i32) -> Result<Survival, String> {
+    let server = setup.server();
+    let before = Level::settled(&server)?;
+    let at = server.log.len();
+    let load = Load::start(&server.addrs, Duration::from_millis(2));
+    let seen = traced(&server, Some((call, Fault::Signal(signal))), Duration::from_secs(20))?;
+    if seen.hit.is_none() {
+        return Ok(Survival::Missed);
+    }
+    let child = seen.child.ok_or("no child")?;
+    let serving = if call.role == Role::Parent {
+        // The child decides by itself: at once when the parent is dead, after 5 seconds when it is silent.
+        server.log.wait(at, |line| line.starts_with("serving gen=2 "), PATIENCE)?;
+        eventually("the child answers", PATIENCE, || server.whoami().is_ok_and(|(_, pid)| pid == child))?;
+        if signal == libc::SIGSTOP {
+            kill(server.pid, libc::SIGCONT);
+        }
+        eventually("the parent ends", PATIENCE, || gone(server.pid))?;
+        child
+    } else {
+        let verdict = server.verdict(at, PATIENCE)?;
+        if !verdict.starts_with("upgrade failed: child ") {
+            return Err(verdict);
+        }
+        eventually("the child ends", PATIENCE, || gone(child))?;
+        eventually("no child is left", LEVELLING, || children(server.pid).is_empty())?;
+        eventually("descriptors and threads as before", LEVELLING, || Level::of(server.pid) == before)
+            .map_err(|e| format!("{e}: {}; {verdict}", before.difference(&Level::of(server.pid))))?;
+        server.pid
+    };
+    let (_, pid) = server.whoami()?;
+    if pid != serving {
+        return Err(format!("{pid} serves, not {serving}"));
+    }
+    let next = server.upgrade(serving)?;
+    if !next.starts_with("upgrade ok") {
+        return Err(format!("the next upgrade: {next}"));
+    }
+    let (_, mut failures) = load.stop();
+    if call.role == Role::Parent && signal == libc::SIGKILL {
+        // What the dead parent had accepted died with it, one a client at most; nobody was refused.
+        failures.retain(|failure| failure.contains("refused") || failure.contains("No such file"));
+    }
+    if !failures.is_empty() {
+        return Err(format!("{} requests failed: {:?}", failures.len(), failures[0]));
+    }
+    Ok(Survival::Survived)
+}
+
+/// The calls at which somebody may die: all of the child's, and the parent's from the moment that there is a child.
+fn deaths(calls: &[Call]) -> Vec<Call> {
+    let spawned = calls.iter().position(|call| call.role == Role::Forked).unwrap_or(calls.len());
+    let parents = calls[spawned..].iter().filter(|call| call.role == Role::Parent);
+    let children = calls.iter().filter(|call| call.role != Role::Parent);
+    // 64 handlers reset are one step.
+    children.chain(parents).filter(|call| call.number != libc::SYS_rt_sigaction || call.nth == 30).copied().collect()
+}
+
+/// Who is stopped after its word `serving` is a stopped server like any other.
+fn spoken(call: &Call, signal: i32) -> bool {
+    signal == libc::SIGSTOP && call.late && call.role == Role::Child && call.number == libc::SYS_write
+}
+
+fn death_sweep(title: &str, setup: Setup, at_a_time: usize, points: &[(Call, i32)]) {
+    let describe = |(call, signal): &(Call, i32)| {
+        let signal = if *signal == libc::SIGKILL { "SIGKILL" } else { "SIGSTOP" };
+        format!("{signal} of {:?} at {} number {}", call.role, name(call.number), call.nth)
+    };
+    let lost = sweep(title, points, at_a_time, describe, |(call, signal)| die(setup, call, signal));
+    assert!(lost.is_empty(), "{title}: {} not survived, the first: {}", lost.len(), lost[0]);
+}
+
+/// Runs them all, three at a time (most of the time they wait); prints the two figures; returns what did not survive.
+fn sweep<T: Copy + Send + Sync>(
+    title: &str,
+    points: &[T],
+    at_a_time: usize,
+    describe: impl Fn(&T) -> String + Sync,
+    run: impl Fn(T) -> Result<Survival, String> + Sync,
+) -> Vec<String> {
+    let next = AtomicUsize::new(0);
+    let (survived, missed) = (AtomicUsize::new(0), AtomicUsize::new(0));
+    let lost = Mutex::new(Vec::new());
+    let began = Instant::now();
+    thread::scope(|scope| {
+        for _ in 0..at_a_time {
+            scope.spawn(|| {
+                while let Some(point) = points.get(next.fetch_add(1, Ordering::Relaxed)) {
+                    // What depends on timing may not come at the first try.
+                    let mut result = run(*point);
+                    for _ in 0..2 {
+                        if result == Ok(Survival::Missed) {
+                            result = run(*point);
+                        }
+                    }
+                    match result {
+                        Ok(Survival::Survived) => drop(survived.fetch_add(1, Ordering::Relaxed)),
+                        Ok(Survival::Missed) => drop(missed.fetch_add(1, Ordering::Relaxed)),
+                        Err(why) => {
+                            let line = format!("{}: {why}", describe(point));
+                            println!("  not survived: {line}");
+                            lost.lock().unwrap().push(line);
+                        }
+                    }
+                }
+            });
+        }
+    });
+    let lost = lost.into_inner().unwrap();
+    let (survived, missed) = (survived.into_inner(), missed.into_inner());
+    let injected = survived + lost.len();
+    println!(
+        "{title}: {injected} faults injected, {survived} survived ({missed} calls did not come) in {:?}",
+        began.elapsed()
+    );
+    lost
+}
+
+fn all_errors(calls: &[Call]) -> Vec<(Call, i32)> {
+    calls.iter().flat_map(|call| errnos(call).iter().map(|errno| (*call, *errno))).collect()
+}
+
+fn fault_sweep(title: &str, setup: Setup, points: &[(Call, i32)]) {
+    let describe = |(call, errno): &(Call, i32)| {
+        let errno = std::io::Error::from_raw_os_error(*errno);
+        format!("{:?} {} number {}: {errno}", call.role, name(call.number), call.nth)
+    };
+    let lost = sweep(title, points, 3, describe, |(call, errno)| fail(setup, call, errno));
+    assert!(lost.is_empty(), "{title}: {} not survived, the first: {}", lost.len(), lost[0]);
+}
+
+/// What is stopped is waited for until its deadline: many at a time, because they only wait.
+const STOPPED: Setup = Setup { fork: false, transport: "pipes", ready_timeout: "3000" };
+
+fn all_deaths(signal: i32) -> Vec<(Call, i32)> {
+    let calls = deaths(&record(CLONE)).into_iter().filter(|call| !spoken(call, signal));
+    calls.map(|call| (call, signal)).collect()
+}
+
+#[test]
+fn every_killing_is_survived() {
+    death_sweep("killed", CLONE, 3, &all_deaths(libc::SIGKILL));
+}
+
+#[test]
+fn a_sample_of_all_stops_is_survived() {
+    let all = all_deaths(libc::SIGSTOP).into_iter().enumerate();
+    let sample: Vec<_> = all.filter(|(at, (call, _))| at % 8 == 0 || call.late).map(|(_, point)| point).collect();
+    death_sweep("stopped, sample", STOPPED, 12, &sample);
+}
+
+#[test]
+#[ignore = "takes a minute: cargo test --test faults -- --ignored --nocapture"]
+fn every_stop_is_survived() {
+    death_sweep("stopped", STOPPED, 12, &all_deaths(libc::SIGSTOP));
+}
+
+#[test]
+fn every_fault_is_survived() {
+    let calls = record(CLONE);
+    fault_sweep("all faults, clone", CLONE, &all_errors(&calls));
+}
+
+#[test]
+fn every_fault_is_survived_with_fork() {
+    let calls: Vec<_> = record(FORK).into_iter().filter(|call| call.role != Role::Child).collect();
+    fault_sweep("all faults, fork", FORK, &all_errors(&calls));
+}
+
+#[test]
+fn every_fault_is_survived_with_a_socket() {
+    let calls: Vec<_> = record(SOCKET).into_iter().filter(|call| call.role != Role::Child).collect();
+    fault_sweep("all faults, socket", SOCKET, &all_errors(&calls));
+}

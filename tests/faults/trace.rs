@@ -1,0 +1,330 @@
+//! A ptrace(2) tracer that fails one chosen system call of an upgrade, or sends a signal at it, and steps back.
+//!
+//! strace's `inject=` counts occurrences in every thread for itself, so with it one rule makes several faults: one in
+//! the parent, one before execve, one in the new program. Here it is exactly one.
+
+use std::collections::{HashMap, HashSet};
+use std::fs;
+use std::io;
+use std::ptr;
+use std::time::Instant;
+
+/// Whose system call it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Role {
+    /// The old process's thread that upgrades.
+    Parent,
+    /// The new process before its execve.
+    Forked,
+    /// The new program, until it has said `serving`.
+    Child,
+}
+
+/// A system call of an upgrade: the `nth` one of that number in that role, from 1.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Call {
+    pub role: Role,
+    pub number: i64,
+    pub nth: usize,
+    /// What tells fcntl's commands apart.
+    pub argument: u64,
+    /// The descriptor is a pipe or a socket.
+    pub pipe: bool,
+    /// The new program has said `ready`; in the parent: it has said `commit`.
+    pub late: bool,
+}
+
+#[derive(Clone, Copy, Debug)]
+#[allow(dead_code)] // The seccomp test only looks on.
+pub enum Fault {
+    Errno(i32),
+    Signal(i32),
+}
+
+/// What the tracer saw.
+#[derive(Debug, Default)]
+pub struct Seen {
+    pub calls: Vec<Call>,
+    pub child: Option<i32>,
+    /// The fault was injected.
+    pub hit: Option<Call>,
+}
+
+struct Tracer {
+    parent: i32,
+    tids: HashSet<i32>,
+    /// Detached or ended.
+    gone: HashSet<i32>,
+    executed: bool,
+    asked: bool,
+    said_ready: bool,
+    said_serving: bool,
+    committed: bool,
+    parent_done: bool,
+    child_done: bool,
+    counts: HashMap<(Role, i64), usize>,
+    seen: Seen,
+}
+
+const OPTIONS: i32 = libc::PTRACE_O_TRACESYSGOOD
+    | libc::PTRACE_O_TRACECLONE
+    | libc::PTRACE_O_TRACEFORK
+    | libc::PTRACE_O_TRACEVFORK
+    | libc::PTRACE_O_TRACEEXEC
+    | libc::PTRACE_O_EXITKILL;
+
+const WAIT: i32 = libc::__WALL | libc::__WNOTHREAD;
+
+/// Traces `parent` through the upgrade that `ask` asks for, until the fault is in or `done` says that all is over.
+/// Must run in the thread that may trace; other threads' children are left alone.
+pub fn upgrade(
+    parent: i32,
+    fault: Option<(Call, Fault)>,
+    ask: impl FnOnce(),
+    done: impl Fn() -> bool,
+    deadline: Instant,
+) -> io::Result<Seen> {
+    let mut tracer = Tracer {
+        parent,
+        tids: HashSet::new(),
+        gone: HashSet::new(),
+        executed: false,
+        asked: false,
+        said_ready: false,
+        said_serving: false,
+        committed: false,
+        parent_done: false,
+        child_done: false,
+        counts: HashMap::new(),
+        seen: Seen::default(),
+    };
+    let mut to_resume = Vec::new();
+    for task in fs::read_dir(format!("/proc/{parent}/task"))? {
+        let tid: i32 = task?.file_name().to_str().and_then(|tid| tid.parse().ok()).ok_or(io::ErrorKind::Other)?;
+        if ptrace(libc::PTRACE_SEIZE, tid, 0, OPTIONS as usize) == 0 {
+            tracer.tids.insert(tid);
+            ptrace(libc::PTRACE_INTERRUPT, tid, 0, 0);
+            to_resume.push(tid);
+        } else if tid == parent {
+            return Err(io::Error::last_os_error());
+        }
+    }
+    ask();
+    let mut injecting = None;
+    loop {
+        let mut status = 0;
+        // SAFETY: `status` is ours to write.
+        let tid = unsafe { libc::waitpid(-1, &mut status, WAIT) };
+        if tid < 0 {
+            match io::Error::last_os_error().raw_os_error() {
+                Some(libc::EINTR) => continue,
+                _ => break,
+            }
+        }
+        if libc::WIFEXITED(status) || libc::WIFSIGNALED(status) {
+            tracer.forget(tid);
+            continue;
+        }
+        tracer.know(tid);
+        let mut pass = tracer.event(tid, status);
+        if libc::WSTOPSIG(status) == libc::SIGTRAP | 0x80 {
+            let info = syscall_info(tid);
+            if info.op == ENTRY {
+                if let (None, Some(call)) = (&injecting, tracer.entry(tid, &info)) {
+                    tracer.seen.calls.push(call);
+                    if let Some((at, fault)) =
+                        fault.filter(|(at, _)| (at.role, at.number, at.nth) == (call.role, call.number, call.nth))
+                    {
+                        tracer.seen.hit = Some(at);
+                        match fault {
+                            Fault::Signal(signal) => {
+                                super::robust::kill(tracer.process(tid), signal);
+                                // The end of a killed one must be waited for, or its own parent does not see it.
+                                if signal != libc::SIGKILL {
+                                    tracer.detach(tid, 0);
+                                }
+                                break;
+                            }
+                            Fault::Errno(errno) => {
+                                // Number -1: the kernel does nothing; at the exit we say what it answered.
+                                change(tid, |registers| registers.orig_rax = u64::MAX);
+                                injecting = Some((tid, errno));
+                            }
+                        }
+                    }
+                }
+            } else if info.op == EXIT {
+                if let Some((_, errno)) = injecting.filter(|(at, _)| *at == tid) {
+                    change(tid, |registers| registers.rax = -i64::from(errno) as u64);
+                    tracer.detach(tid, 0);
+                    break;
+                }
+                tracer.exit(tid, &info);
+            }
+            pass = 0;
+        }
+        if done() || Instant::now() > deadline {
+            tracer.detach(tid, pass);
+            break;
+        }
+        ptrace(libc::PTRACE_SYSCALL, tid, 0, pass as usize);
+    }
+    tracer.detach_all();
+    Ok(tracer.seen)
+}
+
+impl Tracer {
+    fn process(&self, tid: i32) -> i32 {
+        super::robust::status_field(tid, "Tgid").map_or(tid, |tgid| tgid as i32)
+    }
+
+    fn know(&mut self, tid: i32) {
+        if self.tids.insert(tid) && self.process(tid) == tid && tid != self.parent && self.seen.child.is_none() {
+            self.seen.child = Some(tid);
+        }
+    }
+
+    /// What is no system call; gives the signal to pass on.
+    fn event(&mut self, tid: i32, status: i32) -> i32 {
+        let signal = libc::WSTOPSIG(status);
+        match status >> 16 {
+            libc::PTRACE_EVENT_CLONE | libc::PTRACE_EVENT_FORK | libc::PTRACE_EVENT_VFORK => {
+                let mut new: libc::c_ulong = 0;
+                ptrace(libc::PTRACE_GETEVENTMSG, tid, 0, &raw mut new as usize);
+                // A short-lived thread may have come and gone before its parent's word of it.
+                if !self.gone.contains(&(new as i32)) {
+                    self.know(new as i32);
+                }
+                0
+            }
+            libc::PTRACE_EVENT_EXEC => {
+                self.executed |= Some(tid) == self.seen.child;
+                0
+            }
+            0 if signal == libc::SIGTRAP | 0x80 => 0,
+            0 => {
+                self.asked |= signal == libc::SIGHUP;
+                signal
+            }
+            _ => 0,
+        }
+    }
+
+    /// The call, if it is one of the upgrade's.
+    fn entry(&mut self, tid: i32, info: &SyscallInfo) -> Option<Call> {
+        let role = match (tid == self.parent, Some(tid) == self.seen.child) {
+            (true, _) if self.asked && !self.parent_done => Role::Parent,
+            (_, true) if !self.executed => Role::Forked,
+            (_, true) if !self.child_done => Role::Child,
+            _ => return None,
+        };
+        let number = info.data[0] as i64;
+        let [fd, text, length] = [info.data[1], info.data[2], info.data[3]];
+        if number == libc::SYS_write {
+            let mut start = [0_u8; 8];
+            peek(tid, text, &mut start);
+            if fd <= 2 {
+                // The program's own lines. Its verdict is the end of the upgrade.
+                self.parent_done |= role == Role::Parent && &start == b"upgrade ";
+                return None;
+            }
+            self.said_ready |= role == Role::Child && length == 6 && start.starts_with(b"ready\n");
+            self.said_serving |= role == Role::Child && &start == b"serving\n";
+            self.committed |= role == Role::Parent && start.starts_with(b"commit\n");
+        }
+        let to = fs::read_link(format!("/proc/{tid}/fd/{fd}")).unwrap_or_default();
+        if to.to_string_lossy().starts_with("anon_inode:[eventfd]")
+            && [libc::SYS_read, libc::SYS_write].contains(&number)
+        {
+            // Fails only when its count is at its end. In a signal handler, which may run in any thread.
+            return None;
+        }
+        let pipe = ["pipe:", "socket:"].iter().any(|kind| to.to_string_lossy().starts_with(kind));
+        let nth = self.counts.entry((role, number)).or_default();
+        *nth += 1;
+        let late = if role == Role::Parent { self.committed } else { self.said_ready };
+        Some(Call { role, number, nth: *nth, argument: text, pipe, late })
+    }
+
+    fn exit(&mut self, tid: i32, info: &SyscallInfo) {
+        if Some(tid) == self.seen.child && self.said_serving && info.data[0] == 8 {
+            self.child_done = true;
+        }
+    }
+
+    fn detach(&mut self, tid: i32, signal: i32) {
+        ptrace(libc::PTRACE_DETACH, tid, 0, signal as usize);
+        self.forget(tid);
+    }
+
+    fn detach_all(&mut self) {
+        for &tid in &self.tids {
+            ptrace(libc::PTRACE_INTERRUPT, tid, 0, 0);
+        }
+        while !self.tids.is_empty() {
+            let mut status = 0;
+            // SAFETY: `status` is ours to write.
+            let tid = unsafe { libc::waitpid(-1, &mut status, WAIT) };
+            if tid < 0 {
+                break;
+            }
+            if libc::WIFSTOPPED(status) {
+                let signal = self.event(tid, status);
+                self.detach(tid, signal);
+            } else {
+                self.forget(tid);
+            }
+        }
+    }
+
+    fn forget(&mut self, tid: i32) {
+        self.tids.remove(&tid);
+        self.gone.insert(tid);
+    }
+}
+
+fn ptrace(request: libc::c_uint, tid: i32, address: usize, data: usize) -> i64 {
+    // SAFETY: the callers pass what each request asks for (ptrace(2)); the tracees' memory is not ours.
+    unsafe { libc::ptrace(request, tid, address, data) as i64 }
+}
+
+fn change(tid: i32, change: impl FnOnce(&mut libc::user_regs_struct)) {
+    let mut registers = std::mem::MaybeUninit::<libc::user_regs_struct>::zeroed();
+    ptrace(libc::PTRACE_GETREGS, tid, 0, registers.as_mut_ptr() as usize);
+    // SAFETY: plain numbers, all of which may be zero.
+    let mut registers = unsafe { registers.assume_init() };
+    change(&mut registers);
+    ptrace(libc::PTRACE_SETREGS, tid, 0, &raw const registers as usize);
+}
+
+const ENTRY: u8 = 1;
+const EXIT: u8 = 2;
+
+/// The kernel's ptrace_syscall_info: at the entry number and arguments, at the exit the result.
+#[repr(C)]
+#[derive(Default)]
+struct SyscallInfo {
+    op: u8,
+    pad: [u8; 3],
+    arch: u32,
+    instruction_pointer: u64,
+    stack_pointer: u64,
+    data: [u64; 8],
+}
+
+fn syscall_info(tid: i32) -> SyscallInfo {
+    let mut info = SyscallInfo::default();
+    ptrace(0x420e, tid, size_of::<SyscallInfo>(), &raw mut info as usize);
+    info
+}
+
+fn peek(tid: i32, address: u64, into: &mut [u8]) {
+    let local = libc::iovec { iov_base: into.as_mut_ptr().cast(), iov_len: into.len() };
+    for length in [into.len(), 6] {
+        let remote = libc::iovec { iov_base: ptr::without_provenance_mut(address as usize), iov_len: length };
+        // SAFETY: writes at most the length of `into`, reads the tracee.
+        if unsafe { libc::process_vm_readv(tid, &local, 1, &remote, 1, 0) } > 0 {
+            break;
+        }
+    }
+}

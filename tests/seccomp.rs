@@ -1,0 +1,210 @@
+//! Upgrades under a seccomp profile that is exactly the table of the guide, and under filters that refuse what the
+//! library can do without.
+#![cfg(all(target_arch = "x86_64", target_env = "gnu"))]
+
+#[path = "robust/mod.rs"]
+mod robust;
+#[path = "seccomp/table.rs"]
+mod table;
+#[path = "faults/trace.rs"]
+mod trace;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io;
+use std::os::unix::process::CommandExt;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use robust::{eventually, example, fds, gone, Load, Server, PATIENCE};
+use seccompiler::{
+    apply_filter, BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
+    SeccompRule, TargetArch,
+};
+use table::{markdown, When, TABLE};
+use trace::Role;
+
+const ARGS: [&str; 12] = [
+    "--listen",
+    "127.0.0.1:0",
+    "--listen",
+    "unix:DIR/sock",
+    "--listen",
+    "udp:127.0.0.1:0",
+    "--pid-file",
+    "DIR/pid",
+    "--probation",
+    "20",
+    "--misbehave",
+    "DIR/misbehave",
+];
+
+type Rules = BTreeMap<i64, Vec<SeccompRule>>;
+
+/// A filter: `matching` for the calls in the rules, `otherwise` for all others.
+fn filter(rules: Rules, matching: SeccompAction, otherwise: SeccompAction) -> BpfProgram {
+    SeccompFilter::new(rules, otherwise, matching, TargetArch::x86_64).unwrap().try_into().unwrap()
+}
+
+fn argument(index: u8, op: SeccompCmpOp, value: u64) -> SeccompRule {
+    SeccompRule::new(vec![SeccompCondition::new(index, SeccompCmpArgLen::Qword, op, value).unwrap()]).unwrap()
+}
+
+/// The rows of the table as an allow-list that kills, and ENOSYS for clone3.
+fn strict(rows: impl Fn(&[When]) -> bool) -> Vec<BpfProgram> {
+    let mut rules: Rules = TABLE.iter().filter(|row| rows(row.when)).map(|row| (row.number, vec![])).collect();
+    let fork = (libc::CLONE_CHILD_SETTID | libc::CLONE_CHILD_CLEARTID | libc::SIGCHLD) as u64;
+    let thread = libc::CLONE_THREAD as u64;
+    rules.insert(
+        libc::SYS_clone,
+        vec![argument(0, SeccompCmpOp::Eq, fork), argument(0, SeccompCmpOp::MaskedEq(thread), thread)],
+    );
+    // The stricter of two filters counts; ENOSYS is stricter than to allow.
+    rules.insert(libc::SYS_clone3, vec![]);
+    let no_clone3 = BTreeMap::from([(libc::SYS_clone3, vec![])]);
+    vec![
+        filter(no_clone3, SeccompAction::Errno(libc::ENOSYS as u32), SeccompAction::Allow),
+        filter(rules, SeccompAction::Allow, SeccompAction::KillProcess),
+    ]
+}
+
+fn refusing(rules: Rules, errno: i32) -> Vec<BpfProgram> {
+    vec![filter(rules, SeccompAction::Errno(errno as u32), SeccompAction::Allow)]
+}
+
+/// A descriptor that the first generation got without close-on-exec, and no later one may have.
+const STRAY: i32 = 77;
+
+fn start(args: &[&str], filters: Vec<BpfProgram>) -> Server {
+    Server::start_with(&example("whoami"), &[&ARGS, args].concat(), |command: &mut Command| {
+        // SAFETY: system calls only, on memory that was made before the fork.
+        unsafe {
+            command.pre_exec(move || {
+                if libc::dup2(0, STRAY) != STRAY {
+                    return Err(io::Error::last_os_error());
+                }
+                filters.iter().try_for_each(|filter| apply_filter(filter)).map_err(|_| io::ErrorKind::Other.into())
+            });
+        }
+    })
+}
+
+/// Upgrades several times under load; nothing fails, and nothing stray goes along.
+fn upgrades(server: &Server, times: usize) -> Result<(), String> {
+    let load = Load::start(&server.addrs, Duration::from_millis(1));
+    assert!(fds(server.pid).contains_key(&(STRAY as u32)));
+    let mut pid = server.pid;
+    for _ in 0..times {
+        let verdict = server.upgrade(pid)?;
+        if !verdict.starts_with("upgrade ok") {
+            return Err(verdict);
+        }
+        let old = std::mem::replace(&mut pid, robust::field(&verdict, "pid").ok_or("no pid")?);
+        eventually("the old process ends", PATIENCE, || gone(old))?;
+        if fds(pid).contains_key(&(STRAY as u32)) {
+            return Err("the stray descriptor went along".into());
+        }
+    }
+    let (requests, failures) = load.stop();
+    if requests == 0 || !failures.is_empty() {
+        return Err(format!("{requests} requests, failed: {failures:?}"));
+    }
+    Ok(())
+}
+
+#[test]
+fn the_guide_shows_the_table() {
+    let chapter = include_str!("../src/guide/seccomp.md");
+    assert!(chapter.contains(&markdown()), "src/guide/seccomp.md should hold this table:\n\n{}", markdown());
+    let names: Vec<_> = TABLE.iter().map(|row| row.name).collect();
+    assert!(names.is_sorted() && names.len() == names.iter().collect::<BTreeSet<_>>().len());
+}
+
+#[test]
+fn the_table_alone_is_enough_for_an_upgrade() {
+    let success = |when: &[When]| when.iter().any(|when| *when != When::Failed);
+    let allowed: Vec<_> = TABLE.iter().filter(|row| success(row.when)).map(|row| row.number).collect();
+    for forbidden in [libc::SYS_kill, libc::SYS_wait4, libc::SYS_waitid, libc::SYS_pidfd_send_signal, libc::SYS_clone3]
+    {
+        assert!(!allowed.contains(&forbidden));
+    }
+    let server = start(&["--fork"], strict(success));
+    upgrades(&server, 5).unwrap();
+}
+
+#[test]
+fn the_whole_table_is_enough_for_a_failed_upgrade() {
+    for how in ["exit=3", "refuse=not today", "hang", "signal=9", "close-status"] {
+        let server = start(&["--fork", "--ready-timeout", "3000"], strict(|_| true));
+        std::fs::write(server.dir.path().join("misbehave"), how).unwrap();
+        let verdict = server.upgrade(server.pid).unwrap();
+        assert!(verdict.starts_with("upgrade failed: child "), "{how}: {verdict}");
+        std::fs::write(server.dir.path().join("misbehave"), "").unwrap();
+        upgrades(&server, 1).unwrap_or_else(|e| panic!("after {how}: {e}"));
+    }
+}
+
+/// The table says when, and not only that: what the tracer sees in each phase is in its column.
+#[test]
+fn every_call_is_in_its_column() {
+    let server = start(&["--fork"], vec![]);
+    let load = Load::start(&server.addrs, Duration::from_millis(2));
+    let log = server.log.clone();
+    let done = move || log.since(0).iter().any(|line| line.starts_with("upgrade "));
+    let ask = || assert!(robust::kill(server.pid, libc::SIGHUP));
+    let seen = trace::upgrade(server.pid, None, ask, done, Instant::now() + PATIENCE).unwrap();
+    drop(load);
+    let (mut missing, mut before) = (BTreeSet::new(), BTreeSet::new());
+    for call in &seen.calls {
+        let columns = match call.role {
+            Role::Parent => &[When::Parent, When::Serving, When::Program][..],
+            Role::Forked => &[When::Before],
+            // clone3 makes the program's threads; its fallback is in the table.
+            Role::Child if call.number == libc::SYS_clone3 => continue,
+            Role::Child => &[When::Child, When::Program],
+        };
+        if call.role == Role::Forked {
+            before.insert(call.number);
+        }
+        let row = TABLE.iter().find(|row| row.number == call.number);
+        if !row.is_some_and(|row| row.when.iter().any(|when| columns.contains(when))) {
+            missing.insert((call.role, call.number, row.map(|row| row.name)));
+        }
+    }
+    assert!(missing.is_empty(), "not in their columns: {missing:?}");
+    let table: BTreeSet<_> =
+        TABLE.iter().filter(|row| row.when.contains(&When::Before)).map(|row| row.number).collect();
+    assert_eq!(before, table, "between fork and execve: exactly these");
+}
+
+#[test]
+fn what_is_optional_may_be_refused() {
+    let all = |numbers: &[i64]| -> Rules { numbers.iter().map(|number| (*number, vec![])).collect() };
+    let clone_vm = {
+        let (vm, thread) = (libc::CLONE_VM as u64, libc::CLONE_THREAD as u64);
+        move || BTreeMap::from([(libc::SYS_clone, vec![argument(0, SeccompCmpOp::MaskedEq(vm | thread), vm)])])
+    };
+    let set_pipe_size = || {
+        let command = SeccompCmpOp::Eq;
+        BTreeMap::from([(libc::SYS_fcntl, vec![argument(1, command, libc::F_SETPIPE_SZ as u64)])])
+    };
+    for errno in [libc::ENOSYS, libc::EPERM] {
+        for (what, rules) in [
+            ("close_range", all(&[libc::SYS_close_range])),
+            // As where /proc is not mounted.
+            ("close_range, getdents64", all(&[libc::SYS_close_range, libc::SYS_getdents64])),
+            ("clone with CLONE_VM", clone_vm()),
+            ("epoll_create1", all(&[libc::SYS_epoll_create1])),
+            ("epoll_ctl", all(&[libc::SYS_epoll_ctl])),
+            ("pidfd_send_signal", all(&[libc::SYS_pidfd_send_signal])),
+            ("F_SETPIPE_SZ", set_pipe_size()),
+        ] {
+            let server = start(&[], refusing(rules, errno));
+            // First one that fails, because the child must be ended by whatever is left.
+            std::fs::write(server.dir.path().join("misbehave"), "close-status").unwrap();
+            let verdict = server.upgrade(server.pid).unwrap_or_else(|e| panic!("{what}: {e}"));
+            assert!(verdict.contains("closed its status pipe"), "{what}, errno {errno}: {verdict}");
+            std::fs::write(server.dir.path().join("misbehave"), "").unwrap();
+            upgrades(&server, 1).unwrap_or_else(|e| panic!("{what}, errno {errno}: {e}"));
+        }
+    }
+}
