@@ -114,6 +114,9 @@ pub mod guide {
     pub mod state {}
     #[doc = include_str!("guide/seccomp.md")]
     pub mod seccomp {}
+    #[cfg(feature = "tokio_ecdysis")]
+    #[doc = include_str!("guide/tokio.md")]
+    pub mod tokio {}
     #[doc = include_str!("guide/systemd.md")]
     pub mod systemd {}
     #[doc = include_str!("guide/takeover.md")]
