@@ -1,41 +1,265 @@
-//! Gives a command to a server through its control socket, and exits with the outcome: fit for `ExecReload=`.
+//! Gives a command to a server through its control socket (`Builder::control_on_socket`), and exits with the outcome:
+//! fit for `ExecReload=`.
 //!
-//!     ctl /run/app/control upgrade        # upgraded pid=812 generation=2 ms=2.1
+//!     whoami --listen 127.0.0.1:7000 --control-socket /tmp/control     # in a first terminal, with --example whoami
+//!     cargo run --example ctl -- /tmp/control upgrade                  # upgraded: generation 2 serves as pid 812, …
+//!     cargo run --example ctl -- /tmp/control status                   # pid 812, generation 2, up 3.1 s, serving …
+//!     cargo run --example ctl -- /tmp/control stop                     # stopped: the process has ended
 //!
-//! Exits with 0 if the server has done it, 1 if it says otherwise, 2 if it cannot be asked.
+//!     ctl SOCKET upgrade|stop|partial-stop|status
+//!       --json               the outcome as one line of JSON
+//!       --timeout SECONDS    how long to wait (120); what was asked for goes on
+//!
+//! Exit code 0: done. 1: it failed, and the server serves as before. 2: not now, because another upgrade or a stop is
+//! under way; or wrong usage. 3: nobody to be reached at the socket. 4: no answer in time, or the server ended
+//! without one. The outcome of 0 goes to stdout, any other to stderr; JSON always to stdout.
 
-use std::io::{Read, Write};
+use serde_json::{json, Map, Value};
+use std::io::{self, ErrorKind, IsTerminal, Read, Write};
 use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::{Duration, Instant};
+
+const USAGE: &str = "usage: ctl SOCKET upgrade|stop|partial-stop|status [--json] [--timeout SECONDS]";
 
 fn main() -> ExitCode {
-    let arguments: Vec<_> = std::env::args_os().skip(1).collect();
-    let [socket, command] = &arguments[..] else {
-        eprintln!("usage: ctl SOCKET upgrade|stop|partial-stop|status");
-        return ExitCode::from(2);
-    };
-    let command = command.to_string_lossy();
-    match ask(socket, &command) {
-        Ok(answer) => {
-            println!("{answer}");
-            let refused = ["failed", "busy", "unknown"].iter().any(|word| answer.starts_with(word));
-            // A server that was told to stop during an upgrade has not been upgraded.
-            let stopping = command == "upgrade" && answer.starts_with("stopping");
-            ExitCode::from(u8::from(refused || stopping || answer.is_empty()))
-        }
+    let options = match Options::parse() {
+        Ok(options) => options,
         Err(error) => {
-            eprintln!("ctl: {}: {error}", socket.to_string_lossy());
-            ExitCode::from(2)
+            eprintln!("ctl: {error}\n{USAGE}");
+            return ExitCode::from(2);
+        }
+    };
+    let outcome = match ask(&options) {
+        Ok(answer) => Outcome::of(&options.command, &answer),
+        Err(error) => error,
+    };
+    if options.json {
+        println!("{}", outcome.json());
+    } else if outcome.code == 0 {
+        println!("{}", outcome.words);
+    } else {
+        eprintln!("ctl: {}", outcome.words);
+    }
+    ExitCode::from(outcome.code)
+}
+
+struct Options {
+    socket: PathBuf,
+    command: String,
+    json: bool,
+    timeout: Duration,
+}
+
+impl Options {
+    fn parse() -> Result<Self, lexopt::Error> {
+        use lexopt::prelude::*;
+        let (mut words, mut json, mut timeout) = (Vec::new(), false, Duration::from_secs(120));
+        let mut args = lexopt::Parser::from_env();
+        while let Some(arg) = args.next()? {
+            match arg {
+                Value(word) => words.push(word),
+                Long("json") => json = true,
+                Long("timeout") => {
+                    timeout = args.value()?.parse_with(|s| Duration::try_from_secs_f64(s.parse().unwrap_or(-1.0)))?
+                }
+                Long("help") | Short('h') => return Err("talks to a server's control socket".into()),
+                other => return Err(other.unexpected()),
+            }
+        }
+        let [socket, command] = words.try_into().map_err(|_| "a socket and a command, please")?;
+        let command = command.string()?;
+        match &*command {
+            "upgrade" | "stop" | "partial-stop" | "status" => {}
+            other => return Err(format!("unknown command {other:?}").into()),
+        }
+        Ok(Self { socket: socket.into(), command, json, timeout })
+    }
+}
+
+/// What came of it, for people and for programs.
+struct Outcome {
+    code: u8,
+    /// One word for programs.
+    name: &'static str,
+    words: String,
+    fields: Map<String, Value>,
+}
+
+impl Outcome {
+    fn new(code: u8, name: &'static str, words: impl Into<String>) -> Self {
+        Self { code, name, words: words.into(), fields: Map::new() }
+    }
+
+    /// What the server's line means after this command.
+    fn of(command: &str, answer: &str) -> Self {
+        let (word, rest) = answer.split_once([' ', ':']).unwrap_or((answer, ""));
+        match (command, word) {
+            (_, "failed") => Self::new(1, "failed", format!("failed: {}", rest.trim())),
+            (_, "busy") => Self::new(2, "busy", "busy: another upgrade is under way"),
+            ("stop", "stopping") => Self::new(0, "stopped", "stopped: the process has ended"),
+            ("partial-stop", "stopping") => {
+                Self::new(0, "partially-stopped", "partially stopped: the process has ended")
+            }
+            ("upgrade" | "status", "stopping") => Self::new(2, "stopping", "the server is stopping"),
+            ("upgrade", "upgraded") => {
+                let fields = fields(rest);
+                let words = format!(
+                    "upgraded: generation {} serves as pid {}, committed after {} ms",
+                    text(&fields, "generation"),
+                    text(&fields, "pid"),
+                    text(&fields, "ms")
+                );
+                Self { code: 0, name: "upgraded", words, fields }
+            }
+            ("status", _) if answer.starts_with("pid=") => {
+                let fields = fields(answer);
+                Self { code: 0, name: "status", words: status(&fields), fields }
+            }
+            _ => Self::new(4, "no-answer", format!("the server gave no answer that ctl knows: {answer:?}")),
+        }
+    }
+
+    fn json(&self) -> Value {
+        let mut all = Map::from_iter([("outcome".into(), json!(self.name)), ("exit".into(), json!(self.code))]);
+        match self.fields.is_empty() {
+            true => drop(all.insert("message".into(), json!(self.words))),
+            false => all.extend(self.fields.clone()),
+        }
+        Value::Object(all)
+    }
+}
+
+/// `key=value` words; a value is percent-escaped. Of `socket` and `draining` there may be any number.
+fn fields(line: &str) -> Map<String, Value> {
+    let mut fields = Map::new();
+    for (key, value) in line.split_whitespace().filter_map(|word| word.split_once('=')) {
+        let value = unescape(value);
+        let number = |text: &str| text.parse::<u64>().map(|n| json!(n)).or(text.parse::<f64>().map(|n| json!(n)));
+        match key {
+            "socket" => {
+                let sockets = fields.entry("sockets").or_insert_with(|| json!([]));
+                sockets.as_array_mut().expect("made above").push(json!(value));
+            }
+            "draining" => {
+                let generations: Vec<_> = value.split(',').filter_map(|text| number(text).ok()).collect();
+                fields.insert(key.into(), json!(generations));
+            }
+            _ => drop(fields.insert(key.into(), number(&value).unwrap_or_else(|_| json!(value)))),
+        }
+    }
+    fields
+}
+
+/// A field in words: a server of another version may leave it out.
+fn text(fields: &Map<String, Value>, key: &str) -> String {
+    match fields.get(key) {
+        None => "?".into(),
+        Some(Value::String(text)) => text.clone(),
+        Some(other) => other.to_string(),
+    }
+}
+
+/// `%20` is a space. What is not of this form stays as it is.
+fn unescape(text: &str) -> String {
+    let mut bytes = Vec::new();
+    let mut rest = text.as_bytes();
+    while let [byte, tail @ ..] = rest {
+        let hex = tail.get(..2).and_then(|hex| std::str::from_utf8(hex).ok());
+        match hex.and_then(|hex| u8::from_str_radix(hex, 16).ok()).filter(|_| *byte == b'%') {
+            Some(escaped) => (bytes.push(escaped), rest = &tail[2..]),
+            None => (bytes.push(*byte), rest = tail),
+        };
+    }
+    String::from_utf8_lossy(&bytes).into_owned()
+}
+
+fn status(fields: &Map<String, Value>) -> String {
+    let text = |key| text(fields, key);
+    let up = fields.get("uptime_ms").and_then(Value::as_f64).unwrap_or(f64::NAN) / 1e3;
+    let mut words = format!(
+        "pid {}, generation {}, up {up:.1} s, {}, connections: {}",
+        text("pid"),
+        text("generation"),
+        text("phase"),
+        text("connections")
+    );
+    let list = |key: &str| fields.get(key).and_then(Value::as_array).cloned().unwrap_or_default();
+    for generation in list("draining") {
+        words += &format!("\n  generation {generation} still drains");
+    }
+    for socket in list("sockets") {
+        words += &format!("\n  {}", socket.as_str().unwrap_or_default());
+    }
+    words
+}
+
+/// One command, one line back; and then the end of the connection, which after a stop is the end of the server.
+fn ask(options: &Options) -> Result<String, Outcome> {
+    let cannot = |error| Outcome::new(3, "unreachable", format!("cannot reach {}: {error}", options.socket.display()));
+    let deadline = Instant::now() + options.timeout;
+    let stops = options.command.ends_with("stop");
+    let mut stream = UnixStream::connect(&options.socket).map_err(cannot)?;
+    stream.write_all(format!("{}\n", options.command).as_bytes()).map_err(cannot)?;
+    stream.set_read_timeout(Some(Duration::from_millis(100))).map_err(cannot)?;
+
+    let mut spinner = Spinner::new(&options.command);
+    let (mut answer, mut chunk) = (Vec::new(), [0; 1024]);
+    loop {
+        let ended = match stream.read(&mut chunk) {
+            Ok(n) => {
+                answer.extend_from_slice(&chunk[..n]);
+                n == 0
+            }
+            Err(e) => !matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut | ErrorKind::Interrupted),
+        };
+        // Who stops waits for the end of the process. Anybody else has the answer.
+        let complete = answer.ends_with(b"\n") && (ended || !answer.starts_with(b"stopping") || !stops);
+        match (complete, ended) {
+            (true, _) => break,
+            (_, true) => {
+                let words = "no answer: the server has ended, or does not trust this user";
+                return Err(Outcome::new(4, "no-answer", words));
+            }
+            _ => {}
+        }
+        if Instant::now() >= deadline {
+            let waited = options.timeout.as_secs_f64();
+            let so_far = if answer.is_empty() { "no answer" } else { "told to stop, but not ended" };
+            return Err(Outcome::new(4, "no-answer", format!("{so_far} within {waited} s")));
+        }
+        spinner.turn();
+    }
+    Ok(String::from_utf8_lossy(&answer).trim_end().to_owned())
+}
+
+/// Shows on a terminal that something is waited for, and for how long it has been.
+struct Spinner<'a> {
+    what: &'a str,
+    since: Instant,
+    turns: usize,
+    shown: bool,
+}
+
+impl<'a> Spinner<'a> {
+    fn new(what: &'a str) -> Self {
+        Self { what, since: Instant::now(), turns: 0, shown: io::stderr().is_terminal() }
+    }
+
+    fn turn(&mut self) {
+        if self.shown {
+            let sign = ['|', '/', '-', '\\'][self.turns % 4];
+            eprint!("\r{sign} {} {:.1} s", self.what, self.since.elapsed().as_secs_f64());
+            self.turns += 1;
         }
     }
 }
 
-/// One command, one line back. The server answers, and closes, when it is over, which may take as long as its deadlines
-/// allow: after `stop` that is its end.
-fn ask(socket: &std::ffi::OsStr, command: &str) -> std::io::Result<String> {
-    let mut stream = UnixStream::connect(socket)?;
-    writeln!(stream, "{command}")?;
-    let mut answer = String::new();
-    stream.read_to_string(&mut answer)?;
-    Ok(answer.trim_end().to_owned())
+impl Drop for Spinner<'_> {
+    fn drop(&mut self) {
+        if self.turns > 0 {
+            eprint!("\r\x1b[K");
+        }
+    }
 }

@@ -391,7 +391,8 @@ impl Builder {
             parent,
             older,
             calls,
-            driver: Mutex::new(Driver { triggers: Some(triggers), exit: None }),
+            pid_file: Mutex::new(self.config.pid_file.clone()),
+            driver: Mutex::new(Driver { triggers: Some(triggers), exit: None, stop: None }),
             changed: Condvar::new(),
             kept: Mutex::default(),
             _started: started,
@@ -506,6 +507,35 @@ impl Starting {
         let reason = reason.to_string();
         self.0.tell_parent(&Status::Refused(reason.clone()));
         Error::RefusedHere { reason }
+    }
+}
+
+/// For the asynchronous face: its builder starts first, and hears of triggers later.
+#[cfg(feature = "tokio_ecdysis")]
+impl Starting {
+    /// The handle that this generation will have. Before `ready` it upgrades nothing.
+    pub(crate) fn handle(&self) -> Ecdysis {
+        Ecdysis(self.0.clone())
+    }
+
+    pub(crate) fn add_signal(&self, signal: i32, action: Action) -> Result<(), Error> {
+        match &mut self.0.lock().triggers {
+            Some(triggers) => triggers.add_signal(signal, action).map_err(|source| Error::Signal { signal, source }),
+            None => Err(Error::Busy),
+        }
+    }
+
+    pub(crate) fn add_socket(&self, path: &Path, meaning: Meaning) -> Result<(), Error> {
+        let listener = self.0.sockets.listen_unix_with_mode(path, Some(Mode::RUSR | Mode::WUSR))?;
+        match &mut self.0.lock().triggers {
+            Some(triggers) => triggers.add_socket(ControlSocket { path: path.to_owned(), listener, meaning }),
+            None => return Err(Error::Busy),
+        }
+        Ok(())
+    }
+
+    pub(crate) fn set_pid_file(&self, path: &Path) {
+        *self.0.pid_file.lock().unwrap_or_else(PoisonError::into_inner) = Some(path.to_owned());
     }
 }
 
@@ -636,9 +666,12 @@ impl Ecdysis {
     ///
     /// # Errors
     ///
-    /// [`Error::Wait`] if the poll itself fails. The service goes on, without triggers.
+    /// [`Error::NotReady`] before `ready`, where an asynchronous program has this handle already. [`Error::Wait`] if the poll itself fails. The service goes on, without triggers.
     pub fn run(&self) -> Result<Exit, Error> {
         let core = &*self.0;
+        if core.shutdown.state() == State::Starting {
+            return Err(Error::NotReady);
+        }
         let mut driver = core.lock();
         loop {
             if let Some(exit) = &driver.exit {
@@ -674,8 +707,8 @@ impl Ecdysis {
     ///
     /// # Errors
     ///
-    /// Whatever failed, this process serves on as before; [`Error::Busy`] during another upgrade, [`Error::Over`]
-    /// when this process's service has ended.
+    /// Whatever failed, this process serves on as before; [`Error::Busy`] during another upgrade, [`Error::NotReady`]
+    /// before `ready`, [`Error::Over`] when this process's service has ended.
     pub fn upgrade(&self) -> Result<Upgraded, Error> {
         self.wait_upgraded(Reply::Call)
     }
@@ -713,11 +746,18 @@ impl Ecdysis {
 
     fn wait_upgraded(&self, reply: impl FnOnce(Outcome) -> Reply) -> Result<Upgraded, Error> {
         let core = &*self.0;
+        if core.shutdown.state() == State::Starting {
+            return Err(Error::NotReady);
+        }
         let outcome = Outcome::default();
         self.post(Action::Upgrade, reply(outcome.clone()));
         let mut driver = core.lock();
         loop {
             if let Some(outcome) = outcome.lock().unwrap_or_else(PoisonError::into_inner).take() {
+                drop(driver);
+                if outcome.is_ok() {
+                    core.shutdown.wait();
+                }
                 return outcome;
             }
             if driver.exit.is_some() {
@@ -735,9 +775,12 @@ impl Ecdysis {
     }
 
     /// Stops: accepting ends, and `run` returns. If nobody is in `run`, that is done here. A child of an upgrade that
-    /// is under way is ended.
+    /// is under way is ended. Asked before `ready`, it stops at once after it.
     pub fn stop(&self) {
         self.post(Action::Stop, Reply::Nobody);
+        if self.0.shutdown.state() == State::Starting {
+            return;
+        }
         let triggers = self.0.lock().triggers.take();
         if let Some(triggers) = triggers {
             let mut turn = Turn { core: &self.0, triggers: Some(triggers) };
@@ -757,6 +800,42 @@ impl Ecdysis {
             Ok(true) => Ok(()),
             Ok(false) => Err(Error::ParentLives { after: deadline }),
             Err(source) => Err(Error::Wait { source }),
+        }
+    }
+
+    /// Waits until this process is asked to stop, by a signal chosen for that or by [`stop`](Self::stop), although
+    /// another one serves already. To be called after [`run`](Self::run) and the drain, in a process whose supervisor
+    /// would start it again if it ended by itself: that of a container, say, whose new version is another container.
+    /// Started again, it would take everything back.
+    ///
+    /// Returns at once what `run` gave as the reason if that was a stop.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Wait`] if poll(2) fails.
+    pub fn wait_for_stop(&self) -> Result<ExitReason, Error> {
+        let exit = self.run()?;
+        if !matches!(exit.mode, ExitMode::Upgraded(_)) {
+            return Ok(exit.reason);
+        }
+        let core = &*self.0;
+        let mut driver = core.lock();
+        loop {
+            if let Some(reason) = &driver.stop {
+                return Ok(reason.clone());
+            }
+            match driver.triggers.take() {
+                Some(triggers) => {
+                    drop(driver);
+                    let mut turn = Turn { core, triggers: Some(triggers) };
+                    let reason = turn.wait_for_stop()?;
+                    core.lock().stop = Some(reason);
+                    drop(turn);
+                    driver = core.lock();
+                }
+                // Another thread waits for the same.
+                None => driver = core.changed.wait(driver).unwrap_or_else(PoisonError::into_inner),
+            }
         }
     }
 
@@ -789,6 +868,7 @@ pub(crate) struct Core {
     /// The generations before the parent that lived when this one began.
     older: Vec<DrainLink>,
     calls: Arc<Calls>,
+    pid_file: Mutex<Option<PathBuf>>,
     driver: Mutex<Driver>,
     /// The triggers are free again, or a call has its answer.
     changed: Condvar,
@@ -802,6 +882,8 @@ struct Driver {
     /// `None` while some thread has them.
     triggers: Option<Triggers>,
     exit: Option<Exit>,
+    /// What has asked this process to stop although it was replaced.
+    stop: Option<ExitReason>,
 }
 
 /// What stays open until this process ends, because others wait for that.
@@ -853,8 +935,9 @@ impl Core {
         }
     }
 
-    /// Makes the child that took over the main process of the service, before we may end.
-    fn announce(&self, upgraded: &Upgraded) {
+    /// Tells the service manager who serves now, before we may end. Our child becomes the main process of the service; a
+    /// process that took over belongs to another unit or to none, so for this one it is the end.
+    pub(crate) fn announce(&self, upgraded: &Upgraded, is_child: bool, link: &OwnedFd) {
         if !self.manager.is_there() {
             return;
         }
@@ -863,11 +946,11 @@ impl Core {
             parent.wait_announced(ANNOUNCE);
         }
         if self.is_main() {
-            self.manager.announce(upgraded);
+            self.manager.announce(upgraded, is_child);
         }
-        if let Some(to) = &self.kept().link {
+        if is_child {
             // It may have ended since, on purpose.
-            let _ = send(to, Word::Main.line());
+            let _ = send(link, Word::Main.line());
         }
     }
 
@@ -883,9 +966,13 @@ impl Core {
         }
     }
 
+    fn pid_file(&self) -> Option<PathBuf> {
+        self.pid_file.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
     pub(crate) fn write_pid_file(&self) -> Result<(), Error> {
-        match &self.config.pid_file {
-            Some(path) => pid_file::write(path).map_err(|source| Error::PidFile { path: path.clone(), source }),
+        match self.pid_file() {
+            Some(path) => pid_file::write(&path).map_err(|source| Error::PidFile { path, source }),
             None => Ok(()),
         }
     }
@@ -968,22 +1055,20 @@ impl Turn<'_> {
             }
             return Ok(false);
         };
-        let mode = match action {
+        let (mode, state) = match action {
             Action::Stop => {
                 core.tell_parent(&Status::Stopping);
                 core.sockets.unlink_all();
-                core.shutdown.set(State::Stopped);
-                if let Some(Err(e)) = core.config.pid_file.as_deref().map(pid_file::remove_if_ours) {
+                if let Some(Err(e)) = core.pid_file().as_deref().map(pid_file::remove_if_ours) {
                     log::warn!("cannot remove the PID file: {e}");
                 }
                 core.kept().stopping.extend(reply.stopping());
-                ExitMode::Stopped
+                (ExitMode::Stopped, State::Stopped)
             }
             Action::PartialStop => {
                 core.tell_parent(&Status::Stopping);
-                core.shutdown.set(State::Stopped);
                 core.kept().stopping.extend(reply.stopping());
-                ExitMode::PartiallyStopped
+                (ExitMode::PartiallyStopped, State::Stopped)
             }
             Action::Status => {
                 reply.status(&core.status("serving"));
@@ -999,8 +1084,6 @@ impl Turn<'_> {
                 let upgraded = outcome.as_ref().ok().cloned();
                 match &outcome {
                     Ok(upgraded) => {
-                        core.announce(upgraded);
-                        core.shutdown.set(State::HandedOver);
                         core.bound_overlap();
                         core.emit(&Event::Upgraded(upgraded));
                     }
@@ -1009,18 +1092,35 @@ impl Turn<'_> {
                 reply.upgrade(outcome);
                 core.changed.notify_all();
                 match upgraded {
-                    Some(upgraded) => ExitMode::Upgraded(upgraded),
+                    Some(upgraded) => (ExitMode::Upgraded(upgraded), State::HandedOver),
                     None => return Ok(false),
                 }
             }
         };
         core.sockets.close_all();
+        core.lock().stop = triggers.stop_reason();
         core.kept().stopping.extend(triggers.answer_over());
         triggers.close_sockets();
         let exit = Exit { mode, reason };
         core.emit(&Event::Ended(&exit));
+        // Last: a program that waits for the shutdown handle may end the process at once, and by then whoever is to
+        // hear of this has heard. After an upgrade nothing is accepted meanwhile: it is paused since the commit.
+        core.shutdown.set(state);
         core.lock().exit = Some(exit);
         core.changed.notify_all();
         Ok(true)
+    }
+
+    /// After the service is over: waits until this process is asked to stop.
+    fn wait_for_stop(&mut self) -> Result<ExitReason, Error> {
+        let core = self.core;
+        let Some(triggers) = &mut self.triggers else { return Err(Error::Over) };
+        loop {
+            if let Some(reason) = triggers.stop_reason() {
+                return Ok(reason);
+            }
+            triggers.answer_over();
+            triggers.wait(core, &[], None, trigger::Sockets::Leave)?;
+        }
     }
 }

@@ -64,13 +64,6 @@ pub enum Error {
         /// What the system said.
         source: io::Error,
     },
-    /// The program's own callback could not produce the state for the next generation. The upgrade has failed.
-    State {
-        /// The name given to [`Sockets::pass_bytes`](crate::Sockets::pass_bytes).
-        name: String,
-        /// What the callback returned.
-        source: Box<dyn StdError + Send + Sync>,
-    },
     /// What the service manager put into the environment, or passed, cannot be used.
     ServiceManager {
         /// The variable and its value, or the descriptor.
@@ -88,6 +81,13 @@ pub enum Error {
         /// What was passed and not claimed, with the names.
         passed: String,
     },
+    /// The program's own callback could not produce the state for the next generation. The upgrade has failed.
+    State {
+        /// The name given to [`Sockets::pass_bytes`](crate::Sockets::pass_bytes).
+        name: String,
+        /// What the callback returned.
+        source: Box<dyn StdError + Send + Sync>,
+    },
     /// The PID file could not be written.
     PidFile {
         /// The file.
@@ -102,6 +102,8 @@ pub enum Error {
     },
     /// An upgrade is under way already.
     Busy,
+    /// This process does not serve yet.
+    NotReady,
     /// This process has stopped, or has been replaced: it makes no more upgrades.
     Over,
     /// A stop was asked for during the upgrade; the child was ended.
@@ -215,7 +217,6 @@ impl fmt::Display for Error {
             }
             Self::GivenUp => write!(f, "the parent gave this upgrade up"),
             Self::Socket { key, .. } => write!(f, "cannot open socket {key}"),
-            Self::State { name, .. } => write!(f, "cannot produce state {name:?} for the next generation"),
             Self::ServiceManager { what, .. } => write!(f, "cannot use what the service manager passed: {what}"),
             Self::NotPassed { key, name, passed } => {
                 let passed = if passed.is_empty() { "nothing that is unclaimed" } else { passed };
@@ -223,9 +224,11 @@ impl fmt::Display for Error {
                     "it passes sockets only when it starts the service, never to a generation that an upgrade started";
                 write!(f, "the service manager did not pass {key} as {name:?}, but {passed} ({why})")
             }
+            Self::State { name, .. } => write!(f, "cannot produce state {name:?} for the next generation"),
             Self::PidFile { path, .. } => write!(f, "cannot write PID file {}", path.display()),
             Self::Ready { .. } => write!(f, "cannot tell the parent that this process is ready"),
             Self::Busy => write!(f, "busy: an upgrade is under way"),
+            Self::NotReady => write!(f, "this process is not ready yet"),
             Self::Over => write!(f, "this process has stopped or was replaced"),
             Self::StopAsked { pid } => write!(f, "a stop was asked for during the upgrade; {} was ended", Child(*pid)),
             Self::ParentDrains => write!(f, "an older generation still drains"),

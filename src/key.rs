@@ -65,6 +65,11 @@ impl Kind {
         }
     }
 
+    /// Whether it is a socket that others reach by its address.
+    pub(crate) fn has_address(self) -> bool {
+        matches!(self, Self::Tcp | Self::Udp | Self::Unix | Self::Seqpacket | Self::UnixDatagram)
+    }
+
     pub(crate) fn from_word(word: &str) -> Option<Self> {
         Self::ALL.into_iter().find(|kind| kind.word() == word)
     }

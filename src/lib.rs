@@ -68,7 +68,8 @@
 //!
 //! # Features
 //!
-//! None is on by default. `systemd_notify` and `systemd_sockets` (together `systemd`): see [`guide::systemd`].
+//! None is on by default. `tokio_ecdysis` (also called `tokio`): the async face, in the module of that name.
+//! `systemd_notify` and `systemd_sockets` (together `systemd`): see [`guide::systemd`].
 //!
 //! The [`guide`] has chapters on each of these, on operations, and on moving from other libraries.
 
@@ -98,6 +99,8 @@ mod sys;
 #[cfg(any(feature = "systemd_notify", feature = "systemd_sockets"))]
 pub mod systemd;
 mod takeover;
+#[cfg(feature = "tokio_ecdysis")]
+pub mod tokio_ecdysis;
 mod trigger;
 mod upgrade;
 
@@ -109,10 +112,15 @@ pub mod guide {
     pub mod sockets {}
     #[doc = include_str!("guide/state.md")]
     pub mod state {}
-    #[doc = include_str!("guide/seccomp.md")]
-    pub mod seccomp {}
+    #[cfg(feature = "tokio_ecdysis")]
+    #[doc = include_str!("guide/tokio.md")]
+    pub mod tokio {}
     #[doc = include_str!("guide/systemd.md")]
     pub mod systemd {}
+    #[doc = include_str!("guide/takeover.md")]
+    pub mod takeover {}
+    #[doc = include_str!("guide/seccomp.md")]
+    pub mod seccomp {}
     #[doc = include_str!("guide/operations.md")]
     pub mod operations {}
     #[doc = include_str!("guide/protocol.md")]

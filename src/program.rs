@@ -81,7 +81,8 @@ impl Program {
     /// threads may read it.
     pub(crate) fn envp(&self, handover: &str) -> io::Result<Vec<CString>> {
         let kept = env::vars_os().filter(|(name, _)| {
-            name != VARIABLE && !FOR_THIS_PROCESS_ONLY.iter().any(|drop| name == drop) && !self.env.contains_key(name)
+            let ours = name == VARIABLE || FOR_THIS_PROCESS_ONLY.iter().any(|known| name == known);
+            !ours && !self.env.contains_key(name)
         });
         let set = self.env.iter().filter_map(|(name, value)| Some((name.clone(), value.clone()?)));
         let pair = |(name, value): (OsString, OsString)| {
@@ -109,9 +110,12 @@ fn c_string(text: &OsStr) -> io::Result<CString> {
 /// The directory as the shell names it, if that is right: `getcwd` follows links, so below /srv/current it would pin
 /// the release that the link points to now.
 fn start_directory() -> Option<PathBuf> {
-    let named =
-        env::var_os("PWD").map(PathBuf::from).filter(|path| path.is_absolute() && same_file(path, Path::new(".")));
-    named.or_else(|| env::current_dir().ok())
+    let physical = env::current_dir().ok();
+    let named = env::var_os("PWD").map(PathBuf::from).filter(|path| path.is_absolute());
+    match named {
+        Some(named) if physical.as_ref() == Some(&named) || same_file(&named, Path::new(".")) => Some(named),
+        _ => physical,
+    }
 }
 
 /// The path under which this program would be found again.

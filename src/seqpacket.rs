@@ -1,7 +1,7 @@
 //! Unix seqpacket sockets: connections that keep the bounds of records. std has no type for them.
 
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::path::Path;
 
 use rustix::io::retry_on_intr;
@@ -113,6 +113,11 @@ macro_rules! is_a_descriptor {
         impl AsFd for $name {
             fn as_fd(&self) -> BorrowedFd<'_> {
                 self.0.as_fd()
+            }
+        }
+        impl AsRawFd for $name {
+            fn as_raw_fd(&self) -> RawFd {
+                self.0.as_raw_fd()
             }
         }
         impl From<OwnedFd> for $name {

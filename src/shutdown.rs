@@ -88,6 +88,9 @@ struct Inner {
     successor: Mutex<Option<(Arc<OwnedFd>, Lines)>>,
     /// Who is told that a stop makes progress.
     manager: OnceLock<Arc<Manager>>,
+    /// Tasks that hear of every change.
+    #[cfg(feature = "tokio_ecdysis")]
+    watchers: watch::Watchers,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -110,15 +113,25 @@ impl State {
     }
 }
 
+/// What accepting means in a state.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Phase {
+    Wait,
+    Try,
+    /// Take what is there, and end when there is nothing.
+    Last,
+    End,
+}
+
 /// At a stop, how many connections are accepted at most before the queue counts as empty: new ones may keep coming,
 /// and no queue is usually longer than the system's default limit of 4096.
 const EMPTYING: usize = 1 << 14;
 
 /// At a stop, how long a handshake under way may take to get into the queue.
-const HANDSHAKE: Duration = Duration::from_millis(20);
+pub(crate) const HANDSHAKE: Duration = Duration::from_millis(20);
 
 /// How long to leave a listener alone when there is no descriptor or memory for a connection.
-const EXHAUSTED: Duration = Duration::from_millis(50);
+pub(crate) const EXHAUSTED: Duration = Duration::from_millis(50);
 
 /// Why [`Shutdown::readable`] returned.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -148,6 +161,8 @@ impl Shutdown {
             end_drain: AtomicBool::new(false),
             successor: Mutex::new(None),
             manager: OnceLock::new(),
+            #[cfg(feature = "tokio_ecdysis")]
+            watchers: watch::Watchers::default(),
         })))
     }
 
@@ -159,7 +174,7 @@ impl Shutdown {
     ///
     /// Several threads may accept from one listener. The stream is blocking, close-on-exec (accept4(2)).
     pub fn accept<L: Accept>(&self, listener: &L) -> Option<io::Result<L::Stream>> {
-        self.gated(&mut Waiter::Poll, listener.as_fd(), || listener.try_accept())
+        self.gated(&mut Waiter::poll(), listener.as_fd(), || listener.try_accept())
     }
 
     /// Every connection until accepting is over, as [`accept`](Self::accept) gives them. After an error it ends.
@@ -168,13 +183,13 @@ impl Shutdown {
     /// connection and not all. [`drain`](Self::drain) waits until an iterator that was used has ended or was dropped,
     /// so a [`guard`](Self::guard) taken in the loop's body is never missed.
     pub fn incoming<'a, L: Accept>(&self, listener: &'a L) -> Incoming<'a, L> {
-        Incoming { listener, shutdown: self.clone(), waiter: Waiter::New, counted: false, done: false }
+        Incoming { listener, shutdown: self.clone(), waiter: Waiter::new(), counted: false, done: false }
     }
 
     /// The next datagram, or `None` when it is over: [`UdpSocket::recv_from`] with the states of this handle; also for
     /// [`UnixDatagram`].
     pub fn recv_from<D: Datagram>(&self, socket: &D, buffer: &mut [u8]) -> Option<io::Result<(usize, D::Address)>> {
-        self.gated(&mut Waiter::Poll, socket.as_fd(), || socket.try_recv_from(buffer))
+        self.gated(&mut Waiter::poll(), socket.as_fd(), || socket.try_recv_from(buffer))
     }
 
     /// Waits until `fd` is readable or accepting is over, whichever comes first, at most `timeout` (poll(2)).
@@ -279,7 +294,7 @@ impl Shutdown {
     /// Changes the state. What is over stays over.
     pub(crate) fn set(&self, state: State) {
         let inner = &*self.0;
-        let _change = inner.change.lock().unwrap_or_else(PoisonError::into_inner);
+        let change = inner.change.lock().unwrap_or_else(PoisonError::into_inner);
         if self.is_over() {
             return;
         }
@@ -292,10 +307,51 @@ impl Shutdown {
             raise(&inner.over);
         }
         inner.changed.notify_all();
+        drop(change);
+        #[cfg(feature = "tokio_ecdysis")]
+        inner.watchers.wake();
     }
 
     pub(crate) fn state(&self) -> State {
         State::ALL[self.0.state.load(Ordering::SeqCst) as usize]
+    }
+
+    /// What accepting through this handle means now.
+    pub(crate) fn phase(&self) -> Phase {
+        match self.state() {
+            State::Accepting => Phase::Try,
+            State::Starting | State::Paused => Phase::Wait,
+            State::HandedOver => Phase::End,
+            State::Stopped if self.0.emptied.load(Ordering::Relaxed) > EMPTYING => Phase::End,
+            State::Stopped => Phase::Last,
+        }
+    }
+
+    /// Whether what waits in the accept queue is the next generation's.
+    #[cfg(feature = "tokio_ecdysis")]
+    pub(crate) fn is_handed_over(&self) -> bool {
+        self.state() == State::HandedOver
+    }
+
+    #[cfg(feature = "tokio_ecdysis")]
+    pub(crate) fn wake_watchers(&self) {
+        self.0.watchers.wake();
+    }
+
+    /// Counts an attempt in [`Phase::Last`], which ends after some many.
+    pub(crate) fn count_last(&self) {
+        self.0.emptied.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Counts an accept loop, for which a drain waits.
+    fn begin_loop(&self) {
+        self.0.loops.fetch_add(1, Ordering::SeqCst);
+    }
+
+    fn end_loop(&self) {
+        if self.0.loops.fetch_sub(1, Ordering::SeqCst) == 1 {
+            self.look_again();
+        }
     }
 
     fn wait_while(&self, condition: impl Fn(State) -> bool) {
@@ -310,44 +366,41 @@ impl Shutdown {
         fd: BorrowedFd<'_>,
         mut attempt: impl FnMut() -> io::Result<T>,
     ) -> Option<io::Result<T>> {
-        let (mut told, mut yielded, mut lingered) = (false, false, false);
+        let (mut told, mut gave_turn, mut lingered) = (false, false, false);
         loop {
-            let state = self.state();
-            match state {
-                State::Accepting => {}
-                State::Starting | State::Paused => {
+            let phase = self.phase();
+            match phase {
+                Phase::Try => {}
+                Phase::Last => self.count_last(),
+                Phase::Wait => {
                     self.wait_while(|state| matches!(state, State::Starting | State::Paused));
                     continue;
                 }
-                State::HandedOver => return None,
-                State::Stopped if self.0.emptied.fetch_add(1, Ordering::Relaxed) > EMPTYING => return None,
-                State::Stopped => {}
+                Phase::End => return None,
             }
             let error = match attempt() {
                 Ok(value) => return Some(Ok(value)),
                 Err(error) => error,
             };
-            match Errno::from_io_error(&error) {
-                Some(Errno::AGAIN) if state == State::Stopped && lingered => return None,
-                Some(Errno::AGAIN) if state == State::Stopped => {
+            match Trouble::of(&error) {
+                Trouble::Empty if phase == Phase::Last && lingered => return None,
+                Trouble::Empty if phase == Phase::Last => {
                     // A client may think it is connected before its last packet has got it into the queue.
                     let _ = poll(&mut [PollFd::from_borrowed_fd(fd, PollFlags::IN)], Some(&timespec(HANDSHAKE)));
                     lingered = true;
                 }
-                // One turn for the clients makes batches of what would be a wakeup a connection: measured with 16
-                // threads, half the CPU time, and no worse latency.
-                Some(Errno::AGAIN) if !std::mem::replace(&mut yielded, true) => std::thread::yield_now(),
-                Some(Errno::AGAIN) => waiter.wait(fd, &self.0.gate),
-                Some(e) if concerns_one_connection(e) => {}
-                Some(e @ (Errno::MFILE | Errno::NFILE | Errno::NOMEM | Errno::NOBUFS)) => {
+                Trouble::Empty if !std::mem::replace(&mut gave_turn, true) && waiter.give_turn() => {}
+                Trouble::Empty => waiter.wait(fd, &self.0.gate),
+                Trouble::Passing => {}
+                Trouble::Exhausted => {
                     if !told {
-                        log::warn!("cannot accept for want of resources, waiting: {e}");
+                        log::warn!("cannot accept for want of resources, waiting: {error}");
                         told = true;
                     }
                     // The listener is readable all the time: to poll it would be to spin.
                     self.wait_over(EXHAUSTED);
                 }
-                _ => return Some(Err(error)),
+                Trouble::Fatal => return Some(Err(error)),
             }
         }
     }
@@ -366,6 +419,31 @@ impl Shutdown {
 impl AsFd for Shutdown {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.0.over.as_fd()
+    }
+}
+
+/// What a failed accept means.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Trouble {
+    /// There is nothing.
+    Empty,
+    /// One connection is lost; the next may be well.
+    Passing,
+    /// No descriptor or memory is left.
+    Exhausted,
+    /// The listener itself is broken.
+    Fatal,
+}
+
+impl Trouble {
+    pub(crate) fn of(error: &io::Error) -> Self {
+        match Errno::from_io_error(error) {
+            Some(Errno::AGAIN) => Self::Empty,
+            Some(e) if concerns_one_connection(e) => Self::Passing,
+            // No space: of epoll watches, of which an asynchronous runtime needs one a connection.
+            Some(Errno::MFILE | Errno::NFILE | Errno::NOMEM | Errno::NOBUFS | Errno::NOSPC) => Self::Exhausted,
+            _ => Self::Fatal,
+        }
     }
 }
 
@@ -422,7 +500,7 @@ impl<L: Accept> Iterator for Incoming<'_, L> {
         }
         if !self.counted {
             self.counted = true;
-            self.shutdown.0.loops.fetch_add(1, Ordering::SeqCst);
+            self.shutdown.begin_loop();
         }
         let listener = self.listener;
         let next = self.shutdown.gated(&mut self.waiter, listener.as_fd(), || listener.try_accept());
@@ -438,8 +516,8 @@ impl<L: Accept> FusedIterator for Incoming<'_, L> {}
 impl<L> Incoming<'_, L> {
     fn end(&mut self) {
         self.done = true;
-        if std::mem::take(&mut self.counted) && self.shutdown.0.loops.fetch_sub(1, Ordering::SeqCst) == 1 {
-            self.shutdown.look_again();
+        if std::mem::take(&mut self.counted) {
+            self.shutdown.end_loop();
         }
     }
 }
@@ -459,6 +537,90 @@ pub trait Accept: AsFd + sealed::Sealed {
     /// Accepts one connection, without waiting.
     #[doc(hidden)]
     fn try_accept(&self) -> io::Result<Self::Stream>;
+}
+
+/// For tasks what the condition variable and the gate are for threads.
+#[cfg(feature = "tokio_ecdysis")]
+pub(crate) mod watch {
+    use std::collections::HashMap;
+    use std::sync::{Mutex, PoisonError};
+    use std::task::{Context, Waker};
+
+    use super::Shutdown;
+
+    /// Every watching task, by the number of its watch.
+    #[derive(Debug, Default)]
+    pub(super) struct Watchers(Mutex<(u64, HashMap<u64, Waker>)>);
+
+    impl Watchers {
+        /// Not under a lock: a waker may run any code, and drop a watch in it.
+        pub(super) fn wake(&self) {
+            let wakers: Vec<_> = self.with(|(_, wakers)| wakers.values().cloned().collect());
+            wakers.into_iter().for_each(Waker::wake);
+        }
+
+        fn with<T>(&self, change: impl FnOnce(&mut (u64, HashMap<u64, Waker>)) -> T) -> T {
+            change(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner))
+        }
+    }
+
+    /// One task's watch over the state; it may count as an accept loop.
+    #[derive(Debug)]
+    pub(crate) struct Watch {
+        pub(crate) shutdown: Shutdown,
+        number: Option<u64>,
+        /// What is registered: a task that polls again need not take the lock.
+        waker: Option<Waker>,
+        counted: bool,
+    }
+
+    impl Watch {
+        pub(crate) fn new(shutdown: Shutdown) -> Self {
+            Self { shutdown, number: None, waker: None, counted: false }
+        }
+
+        /// Has the task woken at every change from now on. Look at the state after this.
+        pub(crate) fn register(&mut self, cx: &Context<'_>) {
+            let waker = cx.waker();
+            if self.waker.as_ref().is_some_and(|registered| registered.will_wake(waker)) {
+                return;
+            }
+            let former = self.shutdown.0.watchers.with(|(last, wakers)| {
+                let number = *self.number.get_or_insert_with(|| {
+                    *last += 1;
+                    *last
+                });
+                wakers.insert(number, waker.clone())
+            });
+            // Outside the lock, as above.
+            drop(former);
+            self.waker = Some(waker.clone());
+        }
+
+        /// Counts as an accept loop, for which a drain waits, until [`end`](Self::end).
+        pub(crate) fn count(&mut self) {
+            if !std::mem::replace(&mut self.counted, true) {
+                self.shutdown.begin_loop();
+            }
+        }
+
+        pub(crate) fn end(&mut self) {
+            if std::mem::take(&mut self.counted) {
+                self.shutdown.end_loop();
+            }
+            if let Some(number) = self.number.take() {
+                let former = self.shutdown.0.watchers.with(|(_, wakers)| wakers.remove(&number));
+                drop(former);
+            }
+            self.waker = None;
+        }
+    }
+
+    impl Drop for Watch {
+        fn drop(&mut self) {
+            self.end();
+        }
+    }
 }
 
 /// A datagram socket that [`Shutdown::recv_from`] takes: [`UdpSocket`] or [`UnixDatagram`]. It must be nonblocking, as
@@ -528,22 +690,65 @@ impl Datagram for UnixDatagram {
 
 /// How an accept loop waits for the listener or the gate.
 #[derive(Debug)]
-enum Waiter {
-    New,
+struct Waiter {
+    on: On,
+    /// How many waits to go without a turn for others, and how many the next time.
+    skip: u32,
+    skip_next: u32,
+}
+
+#[derive(Debug)]
+enum On {
+    Nothing,
     /// EPOLLEXCLUSIVE: one connection wakes one thread. With poll it would wake all of them.
     Epoll(OwnedFd),
     Poll,
 }
 
+/// A turn that lasts longer was not the clients': somebody computes.
+const TURN: Duration = Duration::from_micros(500);
+const SKIP: u32 = 64;
+const SKIP_MOST: u32 = 1 << 16;
+
 impl Waiter {
+    /// For a loop.
+    fn new() -> Self {
+        Self { on: On::Nothing, skip: 0, skip_next: SKIP }
+    }
+
+    /// For a single wait.
+    fn poll() -> Self {
+        Self { on: On::Poll, skip: u32::MAX, skip_next: SKIP }
+    }
+
+    /// Lets other threads run before a wait, which makes batches of what would be a wakeup a connection: measured with
+    /// 16 threads, half the CPU time. Where more threads compute than there are cores, they would take a turn of
+    /// milliseconds each, and a connection would wait for them: measured with 8 on 2 cores, 13 ms. So after a long turn
+    /// there is none for a while. True if there was one.
+    fn give_turn(&mut self) -> bool {
+        if self.skip > 0 {
+            self.skip -= 1;
+            return false;
+        }
+        let began = Instant::now();
+        std::thread::yield_now();
+        if began.elapsed() > TURN {
+            self.skip = self.skip_next;
+            self.skip_next = (self.skip_next * 2).min(SKIP_MOST);
+        } else {
+            self.skip_next = (self.skip_next - self.skip_next / 16).max(SKIP);
+        }
+        true
+    }
+
     /// Returns when there may be something; errors show themselves at the next attempt.
     fn wait(&mut self, fd: BorrowedFd<'_>, gate: &OwnedFd) {
-        if let Self::New = self {
+        if let On::Nothing = self.on {
             // Without a descriptor to spare, poll does the same at more cost.
-            *self = Self::epoll(fd, gate).map_or(Self::Poll, Self::Epoll);
+            self.on = Self::epoll(fd, gate).map_or(On::Poll, On::Epoll);
         }
-        match self {
-            Self::Epoll(epoll) => {
+        match &self.on {
+            On::Epoll(epoll) => {
                 let mut events =
                     [epoll::Event { flags: epoll::EventFlags::empty(), data: epoll::EventData::new_u64(0) }];
                 let _ = epoll::wait(epoll, &mut events, None);

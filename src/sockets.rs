@@ -49,12 +49,12 @@ struct State {
     producers: Vec<(Key, Producer)>,
     /// From the parent or the service manager, until claimed.
     inherited: HashMap<Key, VecDeque<Held>>,
-    /// The first claim that failed for want of descriptors.
-    failed: Option<(Key, io::Error)>,
     /// Keys of what was inherited and closed, for the service manager to forget.
     closed: Vec<(Key, Option<FileId>)>,
     /// Keeps copies of what is ours.
     store: Option<Arc<Manager>>,
+    /// The first claim that failed for want of descriptors.
+    failed: Option<(Key, io::Error)>,
 }
 
 /// A descriptor in the registry.
@@ -77,11 +77,6 @@ impl Held {
 
     pub(crate) fn of_unit(self, unit: Option<String>) -> Self {
         Self { unit, ..self }
-    }
-
-    /// For the service manager's store, which need not keep what a unit keeps.
-    fn to_be_stored(&self) -> bool {
-        self.unit.is_none()
     }
 
     fn duplicate(fd: BorrowedFd<'_>, file: Option<FileId>) -> io::Result<Self> {
@@ -333,8 +328,8 @@ impl Sockets {
     /// many there were.
     pub fn retire(&self, key: &Key) -> usize {
         let mut state = self.lock();
-        let before = state.ours.len() + state.producers.len();
         let State { ours, producers, inherited, store, .. } = &mut *state;
+        let before = ours.len() + producers.len();
         ours.retain(|(ours, held)| {
             if let (true, Some(store)) = (ours == key, &store) {
                 store.forget(key, held.file);
@@ -458,6 +453,14 @@ impl Sockets {
         Ok(())
     }
 
+    /// Leaves the files of the Unix sockets with this key alone at a final stop: they go on to be listened on.
+    #[cfg(feature = "tokio_ecdysis")]
+    pub(crate) fn keep_files(&self, key: &Key) {
+        for (_, held) in self.lock().ours.iter_mut().filter(|(held, _)| held == key) {
+            held.file = None;
+        }
+    }
+
     /// "Address in use" by the service manager, which passed a socket that is not quite what was asked for, is a riddle
     /// unless both are named.
     fn explain(&self, error: io::Error) -> io::Error {
@@ -509,18 +512,20 @@ impl Sockets {
         self.lock().closed.extend(stale);
     }
 
-    /// From now on `store` keeps a copy of every socket that is made here, and forgets what is retired.
+    /// From now on `store` keeps a copy of every socket that is made here, and forgets what is retired. It need not keep
+    /// what a unit keeps.
     pub(crate) fn store_in(&self, store: Arc<Manager>) {
         let mut state = self.lock();
         // By name all of a name are forgotten, also those that we have; so that comes first.
         for (key, file) in std::mem::take(&mut state.closed) {
             store.forget(&key, file);
         }
-        let to_be_stored: Vec<_> = state.ours.iter().filter(|(_, held)| held.to_be_stored()).collect();
-        if to_be_stored.len() > store.room() {
-            log::warn!("{} sockets, but FileDescriptorStoreMax= is {}", to_be_stored.len(), store.room());
+        let ours = state.ours.iter();
+        let own: Vec<_> = ours.filter(|(key, held)| held.unit.is_none() && key.kind().has_address()).collect();
+        if own.len() > store.room() {
+            log::warn!("{} sockets, but FileDescriptorStoreMax= is {}", own.len(), store.room());
         }
-        for (key, held) in to_be_stored {
+        for (key, held) in own {
             store.keep(key, held.fd.as_fd(), held.file);
         }
         state.store = Some(store);
@@ -566,9 +571,9 @@ impl Sockets {
         };
         let (mut all, producers): (Vec<_>, _) = {
             let state = self.lock();
+            let ours = state.ours.iter().map(|(key, held)| (key, held));
             // Inherited and still here is what a unit passed and nobody has asked for yet.
             let unclaimed = state.inherited.iter().flat_map(|(key, list)| list.iter().map(move |held| (key, held)));
-            let ours = state.ours.iter().map(|(key, held)| (key, held));
             (ours.chain(unclaimed).map(|(key, held)| entry(key, held)).collect(), state.producers.clone())
         };
         for (key, producer) in producers {

@@ -174,7 +174,8 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// All triggers of a process. One thread at a time has them and waits on them.
 pub(crate) struct Triggers {
     signals: Vec<(i32, Action)>,
-    /// Keeps the handlers installed: also when all is over, or a late SIGHUP would end the drain.
+    /// Installed as long as this lives: also when all is over, or a late SIGHUP would end the drain.
+    // The underscore: without `tokio_ecdysis` it is only held.
     _handlers: Handlers,
     sockets: Vec<ControlSocket>,
     trust: Trust,
@@ -220,6 +221,18 @@ impl Triggers {
         }
     }
 
+    #[cfg(feature = "tokio_ecdysis")]
+    pub(crate) fn add_signal(&mut self, signal: i32, action: Action) -> io::Result<()> {
+        self._handlers.install(signal)?;
+        self.signals.push((signal, action));
+        Ok(())
+    }
+
+    #[cfg(feature = "tokio_ecdysis")]
+    pub(crate) fn add_socket(&mut self, socket: ControlSocket) {
+        self.sockets.push(socket);
+    }
+
     /// The next request: stops before upgrades, because a stop wins.
     pub(crate) fn next_request(&mut self) -> Option<Request> {
         let stop = self.requests.iter().position(|request| request.action.stops());
@@ -228,6 +241,11 @@ impl Triggers {
 
     pub(crate) fn stop_asked(&self) -> bool {
         self.requests.iter().any(|request| request.action.stops())
+    }
+
+    /// What has asked for a stop.
+    pub(crate) fn stop_reason(&self) -> Option<ExitReason> {
+        self.requests.iter().find(|request| request.action.stops()).map(|request| request.reason.clone())
     }
 
     /// During an upgrade: whoever asks for another hears that it is busy.

@@ -22,7 +22,7 @@ use crate::ecdysis::{Config, Core, Upgraded};
 use crate::error::Error;
 use crate::event::Event;
 use crate::handover::frames::{preview, send, Lines, Next, Status, Word};
-use crate::handover::link::{self, wait_for, wait_readable, Arrived, Link, Parcel, Transport};
+use crate::handover::link::{self, wait_readable, Arrived, Link, Parcel, Transport};
 use crate::handover::manifest::{Entry, Manifest, Slot};
 use crate::handover::pipe::{Named, Way, VARIABLE};
 use crate::key::Key;
@@ -120,10 +120,10 @@ fn begin<'a>(core: &'a Core, taker: &Taker, parcel: Parcel) -> Result<Child<'a>,
 fn wait_ready(child: &mut Child<'_>, core: &Core, triggers: &mut Triggers, since: Instant) -> Result<(), Error> {
     let pid = child.process.pid();
     let deadline = since.checked_add(core.config.ready_timeout);
-    let mut timed_out = false;
+    let (mut waited, mut timed_out) = (false, false);
     loop {
         // What the child said comes before everything else: after `ready` it may be serving without us.
-        match child.next_status()? {
+        match if waited { child.next_status()? } else { None } {
             Some(Status::Ready) if child.link.is_sent() => return Ok(()),
             Some(Status::Refused(reason)) => return Err(Error::Refused { pid, reason }),
             Some(Status::Failed { step, errno }) => {
@@ -145,6 +145,7 @@ fn wait_ready(child: &mut Child<'_>, core: &Core, triggers: &mut Triggers, since
         fds.extend(child.process.pidfd());
         triggers.wait(core, &fds, [deadline, again].into_iter().flatten().min(), Sockets::Answer)?;
         timed_out = deadline.is_some_and(|deadline| Instant::now() >= deadline);
+        waited = true;
         child.link.send_some().map_err(|source| Error::Send { pid, source })?;
     }
 }
@@ -170,10 +171,11 @@ fn commit(mut child: Child<'_>, core: &Core, triggers: &mut Triggers, since: Ins
     core.emit(&Event::Committed(&upgraded));
 
     let verdict_at = committed + core.config.probation;
+    let mut waited = false;
     // A stranger could not be ended for its silence, only asked to stop when it speaks again.
     let mut serving = matches!(child.process.who, Who::Stranger { .. }) || core.config.probation.is_zero();
     loop {
-        match child.next_status() {
+        match if waited { child.next_status() } else { Ok(None) } {
             Ok(Some(Status::Stopping | Status::HandedOver)) => break,
             Ok(Some(Status::Serving)) => {
                 serving = true;
@@ -193,8 +195,11 @@ fn commit(mut child: Child<'_>, core: &Core, triggers: &mut Triggers, since: Ins
         }
         triggers.answer_busy(core, "probation");
         if triggers.stop_asked() {
-            // The stop is for the service, and that is the child now.
-            let _ = child.link.say(Word::Stop);
+            // The stop is for the service, and that is the child now. A process that took over has a master of its own,
+            // whose doing this may be: a new container is ready, and the old one goes.
+            if matches!(child.process.who, Who::Child(_)) {
+                let _ = child.link.say(Word::Stop);
+            }
             break;
         }
         let now = Instant::now();
@@ -214,9 +219,12 @@ fn commit(mut child: Child<'_>, core: &Core, triggers: &mut Triggers, since: Ins
             log::warn!("{}", crate::error::chain(&e));
             break;
         }
+        waited = true;
     }
     child.process.armed = false;
+    let is_child = matches!(child.process.who, Who::Child(_));
     let Link { to, from, lines, .. } = child.link;
+    core.announce(&upgraded, is_child, &to);
     core.kept().link = Some(to);
     core.shutdown.keep_successor(from, lines);
     Ok(upgraded)
@@ -365,7 +373,7 @@ fn kill_and_reap(child: &Spawned) -> Option<ExitStatus> {
     }
     if let (Some(pidfd), ParentIs::OurParent) = (&child.pidfd, child.parent) {
         // Our parent reaps it, and only then does the kernel say how it ended.
-        wait_for(pidfd, PollFlags::empty(), ENDING);
+        link::wait_for(pidfd, PollFlags::empty(), ENDING);
         return exit_status(pidfd);
     }
     loop {
@@ -503,7 +511,7 @@ pub(crate) fn ready(core: &Core) -> Result<(), Error> {
             }
             // A child would have been killed; this process belongs to somebody else.
             Some(Word::Stop) => return Err(Error::GivenUp),
-            // Never before the commit.
+            // Not before the verdict.
             Some(Word::Main) => {}
             None if parent.has_ended() => {
                 log::warn!("the parent ended before it could commit: serving without it");

@@ -4,7 +4,7 @@ mod support;
 
 use std::ffi::OsStr;
 use std::fs;
-use std::io::{Read, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::os::unix::process::CommandExt;
@@ -601,4 +601,57 @@ fn across_user_namespaces_of_an_ordinary_user() {
     let _second = Server::serving(command);
     first.wait("upgrade ok");
     assert_eq!(generation(&first.addr()), 2);
+}
+
+/// The two terminals of the guide.
+#[test]
+fn the_example_does_what_it_says() {
+    let dir = tempdir();
+    let socket = dir.path().join("socket");
+    let probe = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let addr = probe.local_addr().unwrap().to_string();
+    drop(probe);
+    let start = |more: &[&str]| {
+        let mut command = Command::new(example("takeover"));
+        command.args(["--listen", &addr, "--socket"]).arg(&socket).args(more);
+        Server::start(command)
+    };
+    let mut first = start(&["--linger"]);
+    first.wait("serving: generation 1, ");
+    let mut held = BufReader::new(connect(&addr).unwrap());
+    for count in 1..=3 {
+        held.get_mut().write_all(b"hello\n").unwrap();
+        let mut answer = String::new();
+        held.read_line(&mut answer).unwrap();
+        assert!(answer.starts_with(&format!("answer {count} from generation 1, ")), "{answer}");
+    }
+    let pid_file = dir.path().join("pid");
+    let mut second = start(&["--pid-file", pid_file.to_str().unwrap()]);
+    let line = second.wait("serving: generation 2, ");
+    assert!(line.ends_with(" 3 answers so far"), "{line}");
+    assert_eq!(fs::read_to_string(&pid_file).unwrap(), format!("{}\n", second.first_pid()));
+
+    // The old one lingers, and its supervisor may stop it as soon as the new one is ready: that stops no other.
+    send_signal(first.first_pid(), Signal::TERM);
+    first.wait("handed over to pid ");
+    assert_eq!(held.read_line(&mut String::new()).unwrap(), 0, "an idle connection ends");
+    first.wait("ended: generation 1, ");
+    first.wait_all_ended();
+    let mut stream = BufReader::new(connect(&addr).unwrap());
+    stream.get_mut().write_all(b"hello\n").unwrap();
+    let mut answer = String::new();
+    stream.read_line(&mut answer).unwrap();
+    assert!(answer.starts_with("answer 4 from generation 2, "), "{answer}");
+    drop(stream);
+
+    let mut third = start(&["--linger"]);
+    third.wait("serving: generation 3, ");
+    second.wait("ended: generation 2, ");
+    let mut fourth = start(&[]);
+    third.wait("handed over to pid ");
+    // Nobody has asked it to end yet.
+    fourth.wait("serving: generation 4, ");
+    assert_ne!(state(third.first_pid()), Some('Z'));
+    send_signal(third.first_pid(), Signal::TERM);
+    third.wait_all_ended();
 }

@@ -8,6 +8,7 @@
 //!     --every MS       time from one SIGHUP to the next (250)
 //!     --clients N      threads that send requests at full speed (8)
 //!     --unix, --udp    over a Unix socket; over UDP, compared with a run without upgrades
+//!     --tokio          the server runs on Tokio; needs `--features tokio`
 //!     --json           print one line of JSON, and the table on stderr
 //!     --plot FILE.svg  draw latency over time, with each upgrade marked
 //!     --timeout MS     the longest wait for anything: an answer, a commit, an end (5000)
@@ -23,6 +24,8 @@ mod plot;
 mod report;
 mod request;
 mod server;
+#[cfg(feature = "tokio_ecdysis")]
+mod tokio_server;
 
 use load::{now, Load};
 use operator::Operator;
@@ -37,6 +40,7 @@ pub struct Options {
     every: Duration,
     clients: usize,
     transport: Transport,
+    tokio: bool,
     json: bool,
     plot: Option<PathBuf>,
     timeout: Duration,
@@ -61,6 +65,7 @@ impl Options {
             every: Duration::from_millis(250),
             clients: 8,
             transport: Transport::Tcp,
+            tokio: false,
             json: false,
             plot: None,
             timeout: Duration::from_secs(5),
@@ -75,6 +80,10 @@ impl Options {
                 Long("clients") => options.clients = args.value()?.parse::<usize>()?.max(1),
                 Long("unix") => options.transport = Transport::Unix,
                 Long("udp") => options.transport = Transport::Udp,
+                Long("tokio") if !cfg!(feature = "tokio_ecdysis") => {
+                    return Err("--tokio needs a build with --features tokio".into());
+                }
+                Long("tokio") => options.tokio = true,
                 Long("json") => options.json = true,
                 Long("plot") => options.plot = Some(args.value()?.into()),
                 Long("timeout") => options.timeout = Duration::from_millis(args.value()?.parse()?),
@@ -109,11 +118,19 @@ fn main() -> ExitCode {
             return ExitCode::from(2);
         }
     };
-    let result = if options.serve { server::serve(&options).map(|()| ExitCode::SUCCESS) } else { demo(&options) };
+    let result = if options.serve { serve(&options).map(|()| ExitCode::SUCCESS) } else { demo(&options) };
     result.unwrap_or_else(|error| {
         eprintln!("demo: {error}");
         ExitCode::FAILURE
     })
+}
+
+fn serve(options: &Options) -> Result<(), Box<dyn std::error::Error>> {
+    #[cfg(feature = "tokio_ecdysis")]
+    if options.tokio {
+        return tokio_server::serve(options);
+    }
+    server::serve(options)
 }
 
 fn demo(options: &Options) -> Result<ExitCode, Box<dyn std::error::Error>> {

@@ -88,6 +88,7 @@ impl Operator {
             .args(["--serve", "--listen", &options.listen])
             .args(["--every", &options.every.as_millis().to_string()])
             .args(["--timeout", &options.timeout.as_millis().to_string()])
+            .args(options.tokio.then_some("--tokio"))
             .stdin(Stdio::piped())
             .stderr(Stdio::piped())
             .process_group(0);

@@ -90,7 +90,7 @@ fn datagrams(socket: &UdpSocket, shutdown: &Shutdown, answer: &str) {
     }
 }
 
-fn tell(event: &Event) {
+pub fn tell(event: &Event) {
     match event {
         Event::Committed(new) => say(format!("committed pid={} gen={} at={}", new.pid, new.generation, now())),
         Event::Upgraded(new) => say(format!("upgrade ok pid={} gen={}", new.pid, new.generation)),
@@ -107,6 +107,6 @@ fn tell(event: &Event) {
 }
 
 /// One write a line, since several generations share stderr.
-fn say(line: String) {
+pub fn say(line: String) {
     let _ = io::stderr().write_all((line + "\n").as_bytes());
 }

@@ -292,7 +292,7 @@ pub(crate) fn wait_readable(fd: impl AsFd, time: Duration) -> bool {
     wait_for(fd, PollFlags::IN, time)
 }
 
-/// Waits for these events, or the hangup that always counts.
+/// Waits for these events, or for the hangup that always counts.
 pub(crate) fn wait_for(fd: impl AsFd, events: PollFlags, time: Duration) -> bool {
     let deadline = Instant::now() + time;
     loop {

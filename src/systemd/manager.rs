@@ -122,11 +122,15 @@ impl Manager {
     }
 
     /// Makes the child the main process, and returns when the manager knows: whoever ends before that takes the
-    /// service along.
-    pub(crate) fn announce(&self, Upgraded { pid, generation, .. }: &Upgraded) {
-        let Some(Link { notifier, .. }) = &self.0 else { return };
-        let status = format!("generation {generation}, upgraded from pid {}", std::process::id());
-        told(notifier.new_main(*pid, &status).and_then(|()| notifier.barrier(ANNOUNCE)));
+    /// service along. If somebody else's process took over, this service ends.
+    pub(crate) fn announce(&self, Upgraded { pid, generation, .. }: &Upgraded, is_child: bool) {
+        let Some(Link { notifier, generation: ours, .. }) = &self.0 else { return };
+        if is_child {
+            let status = format!("generation {generation}, upgraded from pid {}", std::process::id());
+            told(notifier.new_main(*pid, &status).and_then(|()| notifier.barrier(ANNOUNCE)));
+        } else {
+            told(notifier.stopping(&format!("generation {ours}, taken over by pid {pid}, generation {generation}")));
+        }
     }
 
     /// An upgrade was asked for while one is under way. If it was the manager that asked, it waits for word of an

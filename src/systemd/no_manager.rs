@@ -26,7 +26,7 @@ impl Manager {
 
     pub(crate) fn hear(&self, _: &Event<'_>) {}
 
-    pub(crate) fn announce(&self, _: &Upgraded) {}
+    pub(crate) fn announce(&self, _: &Upgraded, _: bool) {}
 
     pub(crate) fn asked_again(&self) {}
 

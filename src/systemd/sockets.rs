@@ -6,7 +6,7 @@ use std::io;
 use std::net::{SocketAddr, TcpListener, UdpSocket};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::net::UnixListener;
+use std::os::unix::net::{UnixDatagram, UnixListener};
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{fstat, fstatfs};
@@ -19,7 +19,7 @@ use super::stored;
 use crate::listen::FileId;
 use crate::sockets::Held;
 use crate::sys::listen_fds;
-use crate::{Error, Key, Sockets};
+use crate::{Error, Key, Sockets, UnixSeqpacketListener};
 
 /// Sockets that units of the service manager passed; feature `systemd_sockets`, and
 /// [`Builder::systemd_sockets`](crate::Builder::systemd_sockets).
@@ -55,6 +55,28 @@ impl Sockets {
         self.systemd(name, Key::unix(path)).map(UnixListener::from)
     }
 
+    /// The Unix seqpacket listener at `path` that a unit passed by this name.
+    ///
+    /// # Errors
+    ///
+    /// As for [`systemd_listen_tcp`](Self::systemd_listen_tcp).
+    pub fn systemd_listen_unix_seqpacket(
+        &self,
+        name: &str,
+        path: impl AsRef<Path>,
+    ) -> Result<UnixSeqpacketListener, Error> {
+        self.systemd(name, Key::unix_seqpacket(path)).map(UnixSeqpacketListener::from)
+    }
+
+    /// The Unix datagram socket at `path` that a unit passed by this name.
+    ///
+    /// # Errors
+    ///
+    /// As for [`systemd_listen_tcp`](Self::systemd_listen_tcp).
+    pub fn systemd_listen_unix_datagram(&self, name: &str, path: impl AsRef<Path>) -> Result<UnixDatagram, Error> {
+        self.systemd(name, Key::unix_datagram(path)).map(UnixDatagram::from)
+    }
+
     /// The UDP socket on `addr` that a unit passed by this name.
     ///
     /// # Errors
@@ -65,8 +87,8 @@ impl Sockets {
     }
 
     /// All descriptors that units passed by this name and nobody has claimed yet, each with what it is: for programs
-    /// that leave the addresses, and how many there are, to the unit. Sockets are nonblocking. What is no listener or
-    /// UDP socket has the key [`Key::fd`] of the name.
+    /// that leave the addresses, and how many there are, to the unit. Sockets are nonblocking. What has
+    /// no address has the key [`Key::fd`] of the name.
     ///
     /// ```no_run
     /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -159,8 +181,14 @@ fn key_of(fd: BorrowedFd<'_>) -> io::Result<Option<Key>> {
         (AddressFamily::INET | AddressFamily::INET6, SocketType::DGRAM, _) => {
             SocketAddr::try_from(address).ok().map(Key::udp)
         }
-        (AddressFamily::UNIX, SocketType::STREAM, true) => {
-            SocketAddrUnix::try_from(address).ok().and_then(|address| unix_path(&address)).map(Key::unix)
+        (AddressFamily::UNIX, kind, listening) => {
+            let path = SocketAddrUnix::try_from(address).ok().and_then(|address| unix_path(&address));
+            match (path, kind, listening) {
+                (Some(path), SocketType::STREAM, true) => Some(Key::unix(path)),
+                (Some(path), SocketType::SEQPACKET, true) => Some(Key::unix_seqpacket(path)),
+                (Some(path), SocketType::DGRAM, _) => Some(Key::unix_datagram(path)),
+                _ => None,
+            }
         }
         _ => None,
     })
@@ -377,7 +405,16 @@ mod tests {
         let path = env::temp_dir().join(format!("ecdysis-key-of-{}", std::process::id()));
         let unix = UnixListener::bind(&path).unwrap();
         std::fs::remove_file(&path).unwrap();
+        let datagram = UnixDatagram::bind(&path).unwrap();
+        std::fs::remove_file(&path).unwrap();
+        let name = format!("ecdysis-key-of-{}", std::process::id());
+        let seqpacket = rustix::net::socket(AddressFamily::UNIX, SocketType::SEQPACKET, None).unwrap();
+        rustix::net::bind(&seqpacket, &SocketAddrUnix::new_abstract_name(name.as_bytes()).unwrap()).unwrap();
         let key = |fd: BorrowedFd<'_>| key_of(fd).unwrap();
+        assert_eq!(key(seqpacket.as_fd()), None, "it does not listen yet");
+        rustix::net::listen(&seqpacket, 1).unwrap();
+        assert_eq!(key(seqpacket.as_fd()), Some(Key::unix_seqpacket(format!("@{name}"))));
+        assert_eq!(key(datagram.as_fd()), Some(Key::unix_datagram(&path)));
         assert_eq!(key(tcp.as_fd()), Some(Key::tcp(tcp.local_addr().unwrap())));
         assert_eq!(key(udp.as_fd()), Some(Key::udp(udp.local_addr().unwrap())));
         assert_eq!(key(unix.as_fd()), Some(Key::unix(path)));

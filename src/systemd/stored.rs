@@ -7,9 +7,9 @@ use crate::listen::FileId;
 
 const PREFIX: &str = "ecdysis";
 
-/// `ecdysis tcp 0.0.0.0%3A80`; `None` for what is no socket, or has too long a path for a name.
+/// `ecdysis tcp 0.0.0.0%3A80`; `None` for what has no address, or too long a one for a name.
 pub(crate) fn name(key: &Key, file: Option<FileId>) -> Option<String> {
-    if key.kind() == Kind::Fd {
+    if !key.kind().has_address() {
         return None;
     }
     let mut name = format!("{PREFIX} {} ", key.kind().word());
@@ -28,7 +28,8 @@ pub(crate) fn parse(name: &str) -> Option<(Key, Option<FileId>)> {
     if words.next()? != PREFIX {
         return None;
     }
-    let key = Key::from_parts(Kind::from_word(words.next()?)?, unescape(words.next()?)?);
+    let kind = Kind::from_word(words.next()?).filter(|kind| kind.has_address())?;
+    let key = Key::from_parts(kind, unescape(words.next()?)?);
     let file = match (words.next(), words.next(), words.next()) {
         (None, ..) => None,
         (Some(device), Some(inode), None) => Some((device.parse().ok()?, inode.parse().ok()?)),
@@ -53,7 +54,16 @@ mod tests {
         }
         assert_eq!(name(&Key::fd("lock"), None), None);
         assert_eq!(name(&Key::unix("\n".repeat(100)), None), None, "longer than the manager takes");
-        for other in ["", "http", "stored", "ecdysis", "ecdysis tcp", "ecdysis tcp a 1", "ecdysis tcp a 1 2 3"] {
+        for other in [
+            "",
+            "http",
+            "stored",
+            "ecdysis",
+            "ecdysis tcp",
+            "ecdysis tcp a 1",
+            "ecdysis tcp a 1 2 3",
+            "ecdysis fd lock",
+        ] {
             assert_eq!(parse(other), None, "{other:?}");
         }
     }

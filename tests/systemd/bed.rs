@@ -46,7 +46,7 @@ pub fn under_systemd(name: &str, test: impl FnOnce(Machine)) {
 }
 
 pub struct Machine {
-    units: PathBuf,
+    pub units: PathBuf,
     /// What systemd itself said.
     pub journal: PathBuf,
 }

@@ -346,6 +346,62 @@ fn a_stop_may_take_as_long_as_it_makes_progress() {
     });
 }
 
+/// A takeover by another unit: the new service is active with a main process of its own, and the old one has ended well.
+#[test]
+#[ignore = "needs root, cgroup2, overlayfs and apt"]
+fn another_unit_takes_over() {
+    under_systemd("another_unit_takes_over", |machine| {
+        let start =
+            "ExecStart=\nExecStart=/usr/local/bin/whoami --systemd --listen 127.0.0.1:8001 --takeover-socket /run/take";
+        let blue = machine.service("notify-reload", &format!("Restart=on-failure\n{start}"));
+        let text = fs::read_to_string(machine.units.join("notify-reload.service")).unwrap();
+        machine.unit("green.service", &text);
+        let green = machine.service("green", &format!("{start} --take-over /run/take"));
+        blue.start();
+        let load = Load::on("127.0.0.1:8001", 2);
+        green.start();
+        let pid = green.main_pid();
+        blue.log.expect("ended gen=1");
+        eventually("the old service has ended", || blue.get("ActiveState") == "inactive");
+        assert_eq!((blue.get("Result").as_str(), blue.get("NRestarts").as_str()), ("success", "0"));
+        assert_eq!(ask("127.0.0.1:8001"), format!("gen=2 pid={pid}"));
+        assert!(green.status().contains("Status: \"generation 2"), "{}", green.status());
+        // And from there on by reloads again.
+        green.succeed("reload");
+        assert_eq!(ask("127.0.0.1:8001"), format!("gen=3 pid={}", green.main_pid()));
+        answered(load);
+        green.succeed("stop");
+        assert_eq!(machine.complaints(), Vec::<String>::new());
+    });
+}
+
+/// With fork alone a generation is not systemd's child, and systemd kills such a main process right after the SIGTERM. An
+/// `ExecStop=` that waits is what helps.
+#[test]
+#[ignore = "needs root, cgroup2, overlayfs and apt"]
+fn with_fork_alone_exec_stop_waits() {
+    under_systemd("with_fork_alone_exec_stop_waits", |machine| {
+        let control = "/run/whoami-execreload/control";
+        let settings = format!(
+            "ExecStart=\nExecStart=/usr/local/bin/whoami --systemd --fork --listen 127.0.0.1:8002 --control-socket {control}\n\
+             ExecStop=/usr/local/bin/ctl {control} stop"
+        );
+        let service = machine.service("notify-execreload", &settings);
+        service.start();
+        service.succeed("reload");
+        service.log.expect("ended gen=1");
+        let open = connect("127.0.0.1:8002").unwrap();
+        systemctl(&["stop", "--no-block", "notify-execreload.service"]);
+        assert_eq!(service.log.within(Duration::from_millis(500), "ended gen=2"), None);
+        assert!(finish(open).starts_with("gen=2 "));
+        service.log.expect("ended gen=2");
+        service.succeed("stop");
+        assert_eq!(service.get("Result"), "success");
+        let not_our_child = |line: &String| line.contains("Supervising");
+        assert!(machine.complaints().iter().all(not_our_child), "{:?}", machine.complaints());
+    });
+}
+
 #[test]
 #[ignore = "needs root, cgroup2, overlayfs and apt"]
 fn few_rights_are_enough() {

@@ -6,7 +6,7 @@
 //! |---|---|
 //! | `upgrade` | in: upgrade now, and end |
 //! | `serving pid=` | out: this generation is ready |
-//! | `upgraded ns= at=` | out: the upgrade is committed: how long the call took, and when (CLOCK_MONOTONIC) it was over |
+//! | `upgraded ns= at=` | out: upgraded: the time from the call to the commit, and when (CLOCK_MONOTONIC) that was |
 
 #![deny(unsafe_code)]
 
@@ -56,9 +56,8 @@ pub fn say_serving() {
     say(&format!("serving pid={}", std::process::id()));
 }
 
-pub fn say_upgraded(since: u64) {
-    let now = sys::now();
-    say(&format!("upgraded ns={} at={now}", now - since));
+pub fn say_upgraded(since: u64, committed: u64) {
+    say(&format!("upgraded ns={} at={committed}", committed - since));
 }
 
 /// Reads one line from stdin and not a byte more: the rest is for the next generation. Empty at the end.

@@ -23,14 +23,25 @@ pub struct Outcome {
     pub text: String,
     /// File name and SVG.
     pub picture: Option<(&'static str, String)>,
+    /// Lines of the summary.
+    pub summary: Vec<Summary>,
+}
+
+/// A line of the table that README shows.
+pub struct Summary {
+    pub what: String,
+    pub against: &'static str,
+    pub measured: String,
+    pub goal: &'static str,
 }
 
 type Row = fn(quick: bool) -> Result<Outcome, Box<dyn Error>>;
 
-const ROWS: [(&str, &str, Row); 8] = [
+const ROWS: [(&str, &str, Row); 9] = [
     ("upgrade", "One upgrade, one listener, from the call to the commit", rows::upgrade::against_bare),
     ("old", "The same against `ecdysis` 1.1.1, from the signal to the commit", rows::upgrade::against_old),
     ("listeners", "Many listeners", rows::upgrade::listeners),
+    ("takeover", "A takeover beside an inheritance", rows::upgrade::takeover),
     ("stall", "How long a busy thread of the parent stands still", rows::stall::stall),
     ("accept", "Connections accepted per second, one listener", rows::accept::accept),
     ("latency", "Latency of requests during upgrades", rows::latency::latency),
@@ -105,28 +116,45 @@ fn build_servers() -> Result<(), Box<dyn Error>> {
 fn keep(name: &str, title: &str, outcome: Outcome) -> io::Result<()> {
     let path = Path::new(HERE).join("RESULTS.md");
     let before = fs::read_to_string(&path).unwrap_or_default();
-    let begin = |name: &str| format!("<!-- {name} -->\n");
-    let mut text = String::from(
-        "# Results\n\nWritten by `cargo run --release --manifest-path tests/bench/Cargo.toml`. What stands side by side \
-         in a table ran interleaved in the same minutes; a ratio is the median of the rounds' ratios, the quartiles in \
-         brackets.\n\n",
-    );
+    let mut summary = String::new();
+    let mut sections = String::new();
     for (row, ..) in ROWS {
+        let begin = format!("{ROW}{row} -->\n");
         let section = if row == name {
+            // Kept here too, for the next run, which may measure another row only.
+            let summary: String = outcome.summary.iter().map(Summary::comment).collect();
             let picture = outcome.picture.as_ref().map(|(file, _)| format!("\n![{title}]({file})\n"));
-            format!("## {title}\n\n{}{}\n{}\n\n", outcome.text, picture.unwrap_or_default(), facts()?)
+            let picture = picture.unwrap_or_default();
+            format!("{summary}\n## {title}\n\n{}{picture}\n{}\n\n", outcome.text, facts()?)
         } else {
-            let old = before.split_once(&begin(row)).map(|(_, rest)| rest.split("<!-- ").next().unwrap_or(rest));
-            old.unwrap_or_default().to_owned()
+            let old = before.split_once(&begin).map(|(_, rest)| rest.split(ROW).next().unwrap_or(rest));
+            old.map(|old| format!("{}\n\n", old.trim_end())).unwrap_or_default()
         };
+        let lines = section.lines().filter_map(|line| line.strip_prefix(SUMMARY)?.strip_suffix("-->"));
+        lines.for_each(|line| summary += &format!("{line}\n"));
         if !section.is_empty() {
-            text += &format!("{}{section}", begin(row));
+            sections += &format!("{begin}{section}");
         }
     }
+    let text = format!(
+        "# Results\n\nWritten by `cargo run --release --manifest-path tests/bench/Cargo.toml`. What stands side by side \
+         in a table ran interleaved in the same minutes; a ratio is the median of the rounds' ratios, the quartiles in \
+         brackets.\n\n| what | against | measured | goal |\n|---|---|---|---|\n{summary}\n{sections}"
+    );
     if let Some((file, svg)) = outcome.picture {
         fs::write(Path::new(HERE).join(file), svg)?;
     }
     fs::write(path, text.trim_end().to_owned() + "\n")
+}
+
+const ROW: &str = "<!-- row ";
+const SUMMARY: &str = "<!-- summary ";
+
+impl Summary {
+    fn comment(&self) -> String {
+        let Self { what, against, measured, goal } = self;
+        format!("{SUMMARY}| {what} | {against} | {measured} | {goal} |-->\n")
+    }
 }
 
 /// The machine, without its name.

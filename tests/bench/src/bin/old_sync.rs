@@ -28,7 +28,8 @@ fn main() -> io::Result<()> {
     sys::mark("begin");
     let since = sys::now();
     server.upgrade().map_err(|e| io::Error::other(e.to_string()))?;
-    say_upgraded(since);
+    let committed = sys::now();
     sys::mark("end");
+    say_upgraded(since, committed);
     Ok(())
 }

@@ -28,8 +28,9 @@ async fn main() -> io::Result<()> {
     // Its upgrade is started by the signal, inside this future: the measuring program knows when it sent that.
     let since = sys::now();
     upgraded.await.map_err(|e| io::Error::other(format!("{e:?}")))?;
-    say_upgraded(since);
+    let committed = sys::now();
     sys::mark("end");
+    say_upgraded(since, committed);
     for task in serving {
         task.await?;
     }

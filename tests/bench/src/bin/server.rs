@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
 use std::time::Duration;
 
-use ecdysis::{Ecdysis, Spawn};
+use ecdysis::{Ecdysis, Event, Spawn, Transport};
 use ecdysis_bench::sys::{self, Heap, Way};
 use ecdysis_bench::{answer, hear, say, say_serving, say_upgraded, Args};
 
@@ -28,11 +28,24 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     }
 }
 
+/// When the child was told that it serves now.
+static COMMITTED: AtomicU64 = AtomicU64::new(0);
+
 fn ours(args: &Args, spawn: Spawn) -> Result<(), Box<dyn std::error::Error>> {
     let mut builder = Ecdysis::builder();
-    builder.spawn(spawn).probation(Duration::ZERO);
+    builder.spawn(spawn).probation(Duration::ZERO).on_event(|event| {
+        if let Event::Committed(_) = event {
+            COMMITTED.store(sys::now(), Ordering::Relaxed);
+        }
+    });
     if args.by_signal() {
         builder.upgrade_on_signal(libc::SIGHUP);
+    }
+    if args.text("transport") == Some("socket") {
+        builder.transport(Transport::Socket);
+    }
+    if let Some(path) = args.text("takeover") {
+        builder.takeover_on_socket(path).take_over(path);
     }
     let starting = builder.start()?;
     let listeners = args.addresses().map(|a| starting.listen_tcp(a)).collect::<Result<Vec<_>, _>>()?;
@@ -53,16 +66,17 @@ fn ours(args: &Args, spawn: Spawn) -> Result<(), Box<dyn std::error::Error>> {
     if args.text("heap").is_some() {
         return measure_stall(args, &server);
     }
+    let committed = || COMMITTED.load(Ordering::Relaxed);
     if args.by_signal() {
         let since = sys::now();
         server.run()?;
-        say_upgraded(since);
+        say_upgraded(since, committed());
     } else if hear() == "upgrade" {
         sys::mark("begin");
         let since = sys::now();
         server.upgrade()?;
-        say_upgraded(since);
         sys::mark("end");
+        say_upgraded(since, committed());
     } else {
         server.stop();
     }
@@ -117,8 +131,9 @@ fn bare(args: &Args, way: Way) -> io::Result<()> {
     drop::<OwnedFd>(to_parent);
     let mut byte = [0];
     std::fs::File::from(from_child).read_exact(&mut byte)?;
-    say_upgraded(since);
+    let committed = sys::now();
     sys::mark("end");
+    say_upgraded(since, committed);
     // As the library does at the commit, no old code accepts from here on.
     Ok(())
 }

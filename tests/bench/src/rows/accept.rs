@@ -12,7 +12,7 @@ use ecdysis_bench::sys;
 use crate::chain::{Driven, Server};
 use crate::report::{bars, Bar, Table};
 use crate::stats::{ratios, Runs};
-use crate::Outcome;
+use crate::{Outcome, Summary};
 
 /// Client threads, and how many connections each of them keeps open.
 const LOADS: [(usize, usize); 2] = [(2, 16), (16, 1)];
@@ -27,7 +27,7 @@ pub fn accept(quick: bool) -> Result<Outcome, Box<dyn Error>> {
         "ratio",
         "CPU a connection, ratio",
     ]);
-    let mut all = Vec::new();
+    let (mut all, mut summary) = (Vec::new(), Vec::new());
     for threads in [1, 4, 16] {
         for (clients, window) in LOADS {
             let mut rates: [Vec<f64>; 2] = Default::default();
@@ -48,6 +48,12 @@ pub fn accept(quick: bool) -> Result<Outcome, Box<dyn Error>> {
                 ratios(&rates[1], &rates[0]).show(2),
                 ratios(&costs[1], &costs[0]).show(2),
             ]);
+            summary.push(Summary {
+                what: format!("connections accepted per second, {threads} threads, {clients} × {window} clients"),
+                against: "blocking accept",
+                measured: ratios(&rates[1], &rates[0]).show(2),
+                goal: "≥ 1.0",
+            });
             if (clients, window) == LOADS[0] {
                 for (rates, ours) in rates.iter().zip([false, true]) {
                     let value = runs(rates).median();
@@ -62,7 +68,11 @@ pub fn accept(quick: bool) -> Result<Outcome, Box<dyn Error>> {
          again, on the same cores.\n\n{}",
         table.markdown()
     );
-    Ok(Outcome { text, picture: Some(("accept.svg", bars("1,000 connections accepted per second", false, &all))) })
+    Ok(Outcome {
+        summary,
+        text,
+        picture: Some(("accept.svg", bars("1,000 connections accepted per second", false, &all))),
+    })
 }
 
 /// Connections a second, and CPU microseconds of the server for one.

@@ -9,7 +9,7 @@ use std::process::Command;
 use ecdysis_bench::sys;
 
 use crate::report::Table;
-use crate::{Outcome, HERE};
+use crate::{Outcome, Summary, HERE};
 
 /// The least server with each.
 const OURS: &str = r#"fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -36,19 +36,30 @@ pub fn build(quick: bool) -> Result<Outcome, Box<dyn Error>> {
     let old = "ecdysis = \"=1.1.1\"";
     let old_sync = "ecdysis = { version = \"=1.1.1\", default-features = false }";
     let mut table = Table::new(&["", "crates", "lines of `cargo tree`", "CPU seconds", "binary, KiB, stripped"]);
+    let mut crates_and_cpu = Vec::new();
     for (name, dependency, program) in [
         ("this library", &*ours, OURS),
         ("ecdysis 1.1.1", old, OLD),
         ("ecdysis 1.1.1 without default features", old_sync, OLD),
     ] {
-        table.row([vec![name.into()], measure(dependency, program, quick)?].concat());
+        let cells = measure(dependency, program, quick)?;
+        crates_and_cpu.push([0, 2].map(|at: usize| cells[at].parse::<f64>().unwrap_or(f64::NAN)));
+        table.row([vec![name.into()], cells].concat());
     }
+    let [ours, old, sync] = crates_and_cpu[..] else { return Err("three were built".into()) };
+    let line = |what: &str, at: usize, goal| Summary {
+        what: what.into(),
+        against: "ecdysis 1.1.1: default, sync only",
+        measured: format!("1/{:.1}, 1/{:.1}", old[at] / ours[at], sync[at] / ours[at]),
+        goal,
+    };
+    let summary = vec![line("crates compiled", 0, "≤ 1/8"), line("CPU time of a clean release build", 1, "≤ 1/4")];
     let text = format!(
         "A clean release build of a server of ten lines, its dependencies downloaded before. Crates are all that are \
          compiled besides the server itself.\n\n{}",
         table.markdown()
     );
-    Ok(Outcome { text, picture: None })
+    Ok(Outcome { text, picture: None, summary })
 }
 
 fn measure(dependency: &str, program: &str, quick: bool) -> Result<Vec<String>, Box<dyn Error>> {

@@ -12,7 +12,7 @@ use ecdysis_bench::sys;
 use crate::chain::{Chain, Server};
 use crate::report::Table;
 use crate::stats::Runs;
-use crate::Outcome;
+use crate::{Outcome, Summary};
 
 const CLIENTS: usize = 2;
 
@@ -20,6 +20,7 @@ const CLIENTS: usize = 2;
 pub fn latency(quick: bool) -> Result<Outcome, Box<dyn Error>> {
     let upgrades = if quick { 5 } else { 400 };
     let pace = Duration::from_micros(400);
+    let mut summary = Vec::new();
     let mut table = Table::new(&[
         "",
         "requests inside / outside",
@@ -33,6 +34,15 @@ pub fn latency(quick: bool) -> Result<Outcome, Box<dyn Error>> {
         [("this library", "way=auto"), ("this library, fork", "way=fork"), ("bare, fork", "way=bare-fork")]
     {
         let Measured { inside, outside, cut } = measure(way, upgrades, pace).map_err(|e| format!("{name}: {e}"))?;
+        let ratio = inside.quantile(0.999) / outside.quantile(0.999);
+        if way == "way=auto" {
+            summary.push(Summary {
+                what: "p99.9 of request latency inside upgrades".into(),
+                against: "outside",
+                measured: format!("{ratio:.2}; {cut} requests cut"),
+                goal: "≤ 1.2",
+            });
+        }
         let both = |share| format!("{:.0} / {:.0}", inside.quantile(share), outside.quantile(share));
         table.row(vec![
             name.into(),
@@ -41,7 +51,7 @@ pub fn latency(quick: bool) -> Result<Outcome, Box<dyn Error>> {
             both(0.5),
             both(0.99),
             both(0.999),
-            format!("{:.2}", inside.quantile(0.999) / outside.quantile(0.999)),
+            format!("{ratio:.2}"),
         ]);
     }
     let text = format!(
@@ -51,7 +61,7 @@ pub fn latency(quick: bool) -> Result<Outcome, Box<dyn Error>> {
         pace.as_micros(),
         table.markdown()
     );
-    Ok(Outcome { text, picture: None })
+    Ok(Outcome { text, picture: None, summary })
 }
 
 /// Latencies in microseconds, inside and outside upgrades.
@@ -108,7 +118,8 @@ fn client(port: u16, pace: Duration, over: &AtomicBool) -> Vec<Request> {
     requests
 }
 
-fn request(port: u16) -> io::Result<bool> {
+/// One request over a new connection; whether it was answered.
+pub fn request(port: u16) -> io::Result<bool> {
     let mut stream = TcpStream::connect(("127.0.0.1", port))?;
     stream.set_read_timeout(Some(Duration::from_secs(10)))?;
     sys::reset_on_close(&stream);

@@ -5,7 +5,7 @@ use std::error::Error;
 use crate::chain::{free_port, Driven, Server};
 use crate::report::{bars, Bar, Table};
 use crate::stats::Runs;
-use crate::Outcome;
+use crate::{Outcome, Summary};
 
 /// A thread of the parent writes to its heap (4 KiB pages, all touched) and looks at the clock, over and over. The
 /// longest time between two looks is the stall. The child refuses, so that one heap serves for several upgrades.
@@ -21,6 +21,7 @@ pub fn stall(quick: bool) -> Result<Outcome, Box<dyn Error>> {
         "upgrade took ms",
     ]);
     let mut all = Vec::new();
+    let mut stalls = Vec::new();
     for &size in sizes {
         let mut cells = vec![format!("{}", size as f64 / 1024.0)];
         for way in ["way=auto", "way=fork"] {
@@ -28,6 +29,9 @@ pub fn stall(quick: bool) -> Result<Outcome, Box<dyn Error>> {
             let stall = measured[0].median();
             cells.extend(measured.map(|runs| runs.show(2)));
             let way = if way == "way=fork" { "fork" } else { "shared memory" };
+            if way != "fork" {
+                stalls.push(format!("{stall:.2}"));
+            }
             let name = format!("{} GiB, {way}", size as f64 / 1024.0);
             all.push(Bar { name, value: stall, shown: format!("{stall:.2} ms"), ours: way != "fork" });
         }
@@ -38,7 +42,18 @@ pub fn stall(quick: bool) -> Result<Outcome, Box<dyn Error>> {
          without one: what the scheduler does.\n\n{}",
         table.markdown()
     );
-    Ok(Outcome { text, picture: Some(("stall.svg", bars("Stall of a busy thread during an upgrade", true, &all))) })
+    let sizes: Vec<_> = sizes.iter().map(|size| format!("{}", *size as f64 / 1024.0)).collect();
+    let summary = vec![Summary {
+        what: format!("stall of a busy thread in an upgrade, heap of {} GiB", sizes.join(", ")),
+        against: "none",
+        measured: format!("{} ms", stalls.join(", ")),
+        goal: "flat",
+    }];
+    Ok(Outcome {
+        summary,
+        text,
+        picture: Some(("stall.svg", bars("Stall of a busy thread during an upgrade", true, &all))),
+    })
 }
 
 /// The stall, the same without an upgrade, and how long the upgrade took; milliseconds.

@@ -9,11 +9,12 @@ use ecdysis_bench::sys;
 
 use crate::chain::{free_port, Driven, Server};
 use crate::report::Table;
-use crate::Outcome;
+use crate::{Outcome, Summary};
 
 pub fn syscalls(_quick: bool) -> Result<Outcome, Box<dyn Error>> {
     if Command::new("strace").arg("-V").output().is_err() {
-        return Ok(Outcome { text: "strace is not installed: not measured.\n".into(), picture: None });
+        let text = "strace is not installed: not measured.\n".into();
+        return Ok(Outcome { text, picture: None, summary: Vec::new() });
     }
     let who = [
         ("this library", Server::new("server", &["way=auto"])),
@@ -28,11 +29,15 @@ pub fn syscalls(_quick: bool) -> Result<Outcome, Box<dyn Error>> {
         "child before execve",
         "child, execve to main",
         "child, main to ready",
+        "sum without loading",
         "most frequent in parent and child",
     ]);
+    let mut sums = Vec::new();
     for (name, server) in who {
         let counted = count(server).map_err(|e| format!("{name}: {e}"))?;
-        let number = |part| counted.get(part).map_or(0, |calls| calls.values().sum::<usize>()).to_string();
+        let number = |part| counted.get(&part).map_or(0, |calls| calls.values().sum::<usize>());
+        let sum = number(Part::Parent) + number(Part::BeforeExec) + number(Part::Child);
+        sums.push(sum);
         let mut most: BTreeMap<&str, usize> = BTreeMap::new();
         for part in [Part::Parent, Part::BeforeExec, Part::Child] {
             for (call, n) in counted.get(&part).into_iter().flatten() {
@@ -44,14 +49,21 @@ pub fn syscalls(_quick: bool) -> Result<Outcome, Box<dyn Error>> {
         let most = most.iter().take(6).map(|(call, n)| format!("{call} {n}")).collect::<Vec<_>>().join(", ");
         table.row(vec![
             name.into(),
-            number(&Part::Parent),
-            number(&Part::BeforeExec),
-            number(&Part::Loading),
-            number(&Part::Child),
+            number(Part::Parent).to_string(),
+            number(Part::BeforeExec).to_string(),
+            number(Part::Loading).to_string(),
+            number(Part::Child).to_string(),
+            sum.to_string(),
             most,
         ]);
     }
-    Ok(Outcome { text: table.markdown(), picture: None })
+    let summary = vec![Summary {
+        what: "system calls of one upgrade, parent and child".into(),
+        against: "ecdysis 1.1.1: threads, Tokio",
+        measured: format!("{} to {}, {}", sums[0], sums[3], sums[4]),
+        goal: "fewer",
+    }];
+    Ok(Outcome { text: table.markdown(), picture: None, summary })
 }
 
 /// Where in an upgrade a call was made.
@@ -68,11 +80,16 @@ type Counted = HashMap<Part, BTreeMap<String, usize>>;
 fn count(server: Server) -> Result<Counted, Box<dyn Error>> {
     let trace = std::env::temp_dir().join(format!("ecdysis-bench-{}.trace", std::process::id()));
     let by_signal = server.by_signal();
+    let port = free_port()?;
     let mut command = Command::new("strace");
     command.args(["-f", "-qq", "-s", "16", "-o"]).arg(&trace).arg(server.path()?);
-    command.args(&server.args).arg(format!("port={}", free_port()?));
+    command.args(&server.args).arg(format!("port={port}"));
     let mut server = Driven::spawn(command)?;
     let parent: i32 = server.expect("serving")?.number("pid")?;
+    // When a request is answered, the accepting threads have started.
+    if !super::latency::request(port)? {
+        return Err("no answer".into());
+    }
     if by_signal {
         sys::signal(parent, libc::SIGHUP);
     } else {

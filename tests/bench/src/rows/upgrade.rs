@@ -3,10 +3,12 @@
 use std::error::Error;
 use std::io;
 
-use crate::chain::{Chain, Server};
+use ecdysis_bench::sys;
+
+use crate::chain::{free_port, Chain, Driven, Server};
 use crate::report::{bars, Bar, Table};
 use crate::stats::{ratios, Runs};
-use crate::Outcome;
+use crate::{Outcome, Summary};
 
 /// Who is measured: the name in the table, and the server.
 type Who = (&'static str, Server);
@@ -65,7 +67,13 @@ pub fn against_bare(quick: bool) -> Result<Outcome, Box<dyn Error>> {
          written by hand in the same binary.\n\n{}",
         compare(&who, &times, 0)
     );
-    Ok(Outcome { text, picture: None })
+    let summary = vec![Summary {
+        what: "one upgrade, one listener, call to commit".into(),
+        against: "fork, execve and a pipe byte by hand",
+        measured: ratios(&times[3], &times[0]).show(2),
+        goal: "≤ 1.15",
+    }];
+    Ok(Outcome { text, picture: None, summary })
 }
 
 /// Against the library that ours is named after.
@@ -78,42 +86,102 @@ pub fn against_old(quick: bool) -> Result<Outcome, Box<dyn Error>> {
     ];
     let times = interleaved(&who, if quick { 2 } else { 20 }, |upgrade| upgrade.committed - upgrade.asked)?;
     let picture = picture("One upgrade, signal to commit (logarithmic)", &who, &times);
-    Ok(Outcome { text: compare(&who, &times, 0), picture: Some(("upgrade.svg", picture)) })
+    let faster = |against, other: &[f64]| Summary {
+        what: "one upgrade, one listener, signal to commit".into(),
+        against,
+        measured: format!("{} times faster", ratios(other, &times[0]).show(0)),
+        goal: "≥ 200 times faster",
+    };
+    let summary = vec![faster(who[2].0, &times[2]), faster(who[3].0, &times[3])];
+    Ok(Outcome { text: compare(&who, &times, 0), picture: Some(("upgrade.svg", picture)), summary })
 }
 
 /// What a listener costs.
 pub fn listeners(quick: bool) -> Result<Outcome, Box<dyn Error>> {
     let counts: &[usize] = if quick { &[1, 100] } else { &[1, 100, 1000, 5000] };
-    let server = |way: &str, count: &usize| Server::new("server", &[way]).with("listeners", count);
-    let ours: Vec<Who> = counts.iter().map(|n| (OURS, server("way=auto", n))).collect();
-    let bare: Vec<Who> = counts.iter().map(|n| ("bare, fork", server("way=bare-fork", n))).collect();
-    let both = [ours, bare].concat();
-    let times = interleaved(&both, if quick { 3 } else { 25 }, |upgrade| upgrade.call)?;
-    let (ours, bare) = times.split_at(counts.len());
+    let ways: [&[&str]; 3] = [&["way=auto"], &["way=auto", "transport=socket"], &["way=bare-fork"]];
+    let server = |way: &[&str], count: &usize| Server::new("server", way).with("listeners", count);
+    let who: Vec<Who> = ways.iter().flat_map(|way| counts.iter().map(|n| (way[0], server(way, n)))).collect();
+    let times = interleaved(&who, if quick { 3 } else { 25 }, |upgrade| upgrade.call)?;
+    let [ours, socket, bare] = [0, 1, 2].map(|way: usize| &times[way * counts.len()..][..counts.len()]);
 
     let mut table = Table::new(&[
         "listeners",
         "this library, ms",
         "ratio to one listener",
         "µs a listener more",
+        "through a socket, ms",
         "bare, ms",
         "ratio to bare",
     ]);
-    let median = |times: &[f64]| times.iter().copied().collect::<Runs>();
     let mut all = Vec::new();
-    for ((&count, ours_n), bare_n) in counts.iter().zip(ours).zip(bare) {
-        let more = (median(ours_n).median() - median(&ours[0]).median()) * 1e3 / (count - 1) as f64;
+    for (at, count) in counts.iter().enumerate() {
+        let [ours_n, socket_n, bare_n] = [ours, socket, bare].map(|times| times[at].iter().copied().collect::<Runs>());
+        let one = ours[0].iter().copied().collect::<Runs>().median();
+        let more = (ours_n.median() - one) * 1e3 / (count - 1) as f64;
         table.row(vec![
             count.to_string(),
-            median(ours_n).show(2),
-            ratios(ours_n, &ours[0]).show(2),
-            if count == 1 { "–".into() } else { format!("{more:.2}") },
-            median(bare_n).show(2),
-            ratios(ours_n, bare_n).show(2),
+            ours_n.show(2),
+            ratios(&ours[at], &ours[0]).show(2),
+            if at == 0 { "–".into() } else { format!("{more:.2}") },
+            socket_n.show(2),
+            bare_n.show(2),
+            ratios(&ours[at], &bare[at]).show(2),
         ]);
-        let value = median(ours_n).median();
+        let value = ours_n.median();
         all.push(Bar { name: format!("{count} listeners"), value, shown: format!("{value:.1} ms"), ours: true });
     }
-    let text = format!("{} upgrades each.\n\n{}", times[0].len(), table.markdown());
-    Ok(Outcome { text, picture: Some(("listeners.svg", bars("One upgrade with many listeners", false, &all))) })
+    let text =
+        format!("{} upgrades each. Through a socket is `Transport::Socket`.\n\n{}", times[0].len(), table.markdown());
+    let thousand = counts.iter().position(|&count| count == 1000).map(|at| Summary {
+        what: "one upgrade, 1,000 listeners".into(),
+        against: "one listener",
+        measured: ratios(&ours[at], &ours[0]).show(2),
+        goal: "≤ 2",
+    });
+    let summary = thousand.into_iter().collect();
+    Ok(Outcome {
+        summary,
+        text,
+        picture: Some(("listeners.svg", bars("One upgrade with many listeners", false, &all))),
+    })
+}
+
+/// A process that takes over beside one that inherits: from the command that starts either to the commit.
+pub fn takeover(quick: bool) -> Result<Outcome, Box<dyn Error>> {
+    let counts: &[usize] = if quick { &[1, 100] } else { &[1, 1000] };
+    let mut table = Table::new(&["listeners", "inheritance, ms", "takeover, ms", "ratio"]);
+    let mut summary = Vec::new();
+    for count in counts {
+        let server = |way: &[&str]| Server::new("server", way).with("listeners", count);
+        let mut inheriting = Chain::start(&server(&["way=auto", "trigger=signal"]))?;
+        let place = std::env::temp_dir().join(format!("ecdysis-bench-{}.socket", std::process::id()));
+        let taking = server(&["trigger=signal"]).with("takeover", place.display()).with("port", free_port()?);
+        let mut serving = Driven::spawn(taking.command()?)?;
+        serving.expect("serving")?;
+        let (mut inherited, mut taken) = (Vec::new(), Vec::new());
+        for round in 0..if quick { 3 } else { 40 } {
+            let upgrade = inheriting.upgrade()?;
+            let asked = sys::now();
+            let mut next = Driven::spawn(taking.command()?)?;
+            next.expect("serving")?;
+            let committed: u64 = serving.expect("upgraded")?.number("at")?;
+            std::mem::replace(&mut serving, next).finish()?;
+            // The first round warms up.
+            if round > 0 {
+                inherited.push((upgrade.committed - upgrade.asked) as f64 / 1e6);
+                taken.push((committed - asked) as f64 / 1e6);
+            }
+        }
+        let show = |times: &[f64]| times.iter().copied().collect::<Runs>().show(2);
+        let ratio = ratios(&taken, &inherited).show(2);
+        table.row(vec![count.to_string(), show(&inherited), show(&taken), ratio.clone()]);
+        if *count == 1000 {
+            let what = "takeover of 1,000 listeners".into();
+            summary.push(Summary { what, against: "inheritance of the same", measured: ratio, goal: "reported" });
+        }
+    }
+    let text =
+        format!("From the signal, or the start of the process that takes over, to the commit.\n\n{}", table.markdown());
+    Ok(Outcome { text, picture: None, summary })
 }

@@ -1,0 +1,78 @@
+//! The same server on Tokio: `demo --tokio`.
+
+use ecdysis::tokio_ecdysis::{SignalKind, StopOnShutdown, StoppableStream, TokioEcdysisBuilder, UdpStream};
+use ecdysis::{Ecdysis, Shutdown};
+use futures::{Stream, StreamExt};
+use std::{error::Error, io, process, thread};
+use tokio::io::{AsyncBufReadExt, AsyncRead, AsyncWrite, AsyncWriteExt, BufReader};
+
+use crate::server::{say, tell};
+use crate::Options;
+
+pub fn serve(options: &Options) -> Result<(), Box<dyn Error>> {
+    tokio::runtime::Runtime::new()?.block_on(run(options))
+}
+
+async fn run(options: &Options) -> Result<(), Box<dyn Error>> {
+    let mut builder = TokioEcdysisBuilder::from_builder(
+        Ecdysis::builder().ready_timeout(options.timeout).probation(options.probation()).on_event(tell),
+    )?;
+    builder.upgrade_on_signal(SignalKind::hangup())?;
+    builder.stop_on_signal(SignalKind::terminate())?;
+    let (gen, pid) = (builder.generation(), process::id());
+    let (shutdown, answer) = (builder.shutdown(), format!("gen={gen} pid={pid}"));
+    let address = if let Some(path) = options.listen.strip_prefix("unix:") {
+        let connections = builder.listen_unix(StopOnShutdown::Yes, path)?;
+        tokio::spawn(each(connections, shutdown, answer));
+        options.listen.clone()
+    } else if let Some(address) = options.listen.strip_prefix("udp:") {
+        let stream = builder.build_stream_udp(StopOnShutdown::Yes, address.parse()?, |socket, address| {
+            socket.bind(address)?;
+            Ok(socket.into())
+        })?;
+        let address = stream.get_ref().local_addr()?;
+        tokio::spawn(datagrams(stream, answer));
+        format!("udp:{address}")
+    } else {
+        let connections = builder.listen_tcp(StopOnShutdown::Yes, options.listen.parse()?)?;
+        let address = connections.get_ref().local_addr()?;
+        tokio::spawn(each(connections, shutdown, answer));
+        address.to_string()
+    };
+    let (ecdysis, exit) = builder.ready()?;
+    say(format!("listening {address} gen={gen} pid={pid}"));
+
+    // The demo holds the other end of stdin, so every generation ends with it, however it ends.
+    let stop = ecdysis.clone();
+    thread::spawn(move || {
+        let _ = io::copy(&mut io::stdin(), &mut io::sink());
+        stop.stop();
+    });
+    let (mode, reason) = exit.await?;
+    let left = ecdysis.drain(options.timeout).await?;
+    say(format!("ended gen={gen} pid={pid} left={left} {mode:?} ({reason:?})"));
+    Ok(())
+}
+
+async fn each<S, C>(mut connections: S, shutdown: Shutdown, answer: String)
+where
+    S: Stream<Item = io::Result<C>> + Unpin,
+    C: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
+    while let Some(Ok(connection)) = connections.next().await {
+        let (guard, answer) = (shutdown.guard(), format!("{answer}\n"));
+        tokio::spawn(async move {
+            let mut connection = BufReader::with_capacity(64, connection);
+            if connection.read_until(b'\n', &mut Vec::with_capacity(64)).await.is_ok() {
+                let _ = connection.write_all(answer.as_bytes()).await;
+            }
+            drop(guard);
+        });
+    }
+}
+
+async fn datagrams(mut datagrams: StoppableStream<UdpStream>, answer: String) {
+    while let Some(Ok((datagram, peer))) = datagrams.next().await {
+        let _ = datagrams.get_ref().send_to(&[answer.as_bytes(), b" ", &datagram].concat(), peer).await;
+    }
+}

@@ -1,0 +1,223 @@
+//! A threaded HTTP/1.1 server whose keep-alive clients do not notice an upgrade, with metrics for Prometheus.
+//!
+//!     cargo run --example http                        # or: http 127.0.0.1:8001 /tmp/http.control
+//!     curl -s http://127.0.0.1:8000/                  # in a second terminal: gen=1 pid=4711
+//!     kill -HUP $(pgrep -n -x http)                   # the upgrade
+//!     curl -s http://127.0.0.1:8000/metrics           # …, ecdysis_upgrades_total{outcome="ok"} 1, ecdysis_generation 2, …
+//!
+//! With a second argument it also listens to `--example ctl` there. What an upgrade means for a connection:
+//!
+//! - a request that has begun is answered, with `Connection: close`, so the client's next one goes to the new process;
+//! - one that is idle gets `GRACE` for a request on its way, and is closed if none comes;
+//! - the old process ends with its last connection, or after `DRAIN`.
+//!
+//! `httparse` reads the heads. A server crate with an accept loop of its own would not do: accepting has to go through
+//! `Shutdown`.
+
+mod metrics;
+
+use ecdysis::{Ecdysis, Readable, Shutdown};
+use metrics::Metrics;
+use std::error::Error;
+use std::io::{self, ErrorKind, Read, Write};
+use std::net::{SocketAddr, TcpStream};
+use std::sync::Arc;
+use std::time::Duration;
+use std::{env, process, thread};
+
+/// How long a connection may be idle, and how long the bytes of a request or an answer may make us wait.
+const IDLE: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_secs(10);
+/// After the upgrade, how long an idle connection may yet send a request.
+const GRACE: Duration = Duration::from_secs(2);
+const DRAIN: Duration = Duration::from_secs(30);
+
+const MAX_HEAD: usize = 16 << 10;
+const MAX_BODY: usize = 1 << 20;
+
+fn main() -> Result<(), Box<dyn Error>> {
+    let mut args = env::args().skip(1);
+    let address: SocketAddr = args.next().as_deref().unwrap_or("127.0.0.1:8000").parse()?;
+
+    let metrics = Arc::new(Metrics::default());
+    let mut builder = Ecdysis::builder();
+    builder.upgrade_on_signal(libc::SIGHUP).stop_on_signal(libc::SIGTERM).stop_on_signal(libc::SIGINT);
+    builder.on_event(metrics.observer());
+    if let Some(path) = args.next() {
+        builder.control_on_socket(path);
+    }
+
+    let starting = builder.start()?;
+    metrics.inherit(&starting)?;
+    let listener = starting.listen_tcp(address)?;
+    let whoami = format!("gen={} pid={}", starting.generation(), process::id());
+    eprintln!("listening {} {whoami}", listener.local_addr()?);
+    let server = starting.ready()?;
+    eprintln!("serving {whoami}");
+
+    let shutdown = server.shutdown();
+    let app = Arc::new(App { shutdown: shutdown.clone(), metrics, whoami });
+    thread::spawn({
+        let app = app.clone();
+        move || {
+            for stream in app.shutdown.incoming(&listener).flatten() {
+                let (app, guard) = (app.clone(), app.shutdown.guard());
+                thread::spawn(move || {
+                    // An error here is a client that went away.
+                    let _ = app.connection(&stream);
+                    drop(guard);
+                });
+            }
+        }
+    });
+
+    let exit = server.run()?;
+    let left = shutdown.drain(DRAIN);
+    eprintln!("ended {} left={left} {exit}", app.whoami);
+    Ok(())
+}
+
+struct App {
+    shutdown: Shutdown,
+    metrics: Arc<Metrics>,
+    whoami: String,
+}
+
+impl App {
+    /// Requests and answers, until one of the two sides wants no more.
+    fn connection(&self, stream: &TcpStream) -> io::Result<()> {
+        stream.set_nodelay(true)?;
+        stream.set_write_timeout(Some(PATIENCE))?;
+        let mut received = Vec::new();
+        while !received.is_empty() || self.more_comes(stream)? {
+            stream.set_read_timeout(Some(PATIENCE))?;
+            let request = Request::read(stream, &mut received)?;
+            let (status, text) = match &request {
+                Ok(request) => self.answer(request),
+                Err(status) => (*status, String::new()),
+            };
+            let last = self.shutdown.is_over() || !request.as_ref().is_ok_and(|request| request.keep_alive);
+            let head = format!(
+                "HTTP/1.1 {status}\r\nContent-Type: text/plain; version=0.0.4\r\nContent-Length: {}\r\nConnection: {}\r\n\r\n",
+                text.len(),
+                if last { "close" } else { "keep-alive" },
+            );
+            let body = if request.is_ok_and(|request| request.method == "HEAD") { "" } else { &text };
+            (&mut &*stream).write_all(&[head.as_bytes(), body.as_bytes()].concat())?;
+            if last {
+                break;
+            }
+        }
+        close(stream)
+    }
+
+    /// Waits for the next request of an idle connection.
+    fn more_comes(&self, stream: &TcpStream) -> io::Result<bool> {
+        match self.shutdown.readable(stream, Some(IDLE))? {
+            Readable::Ready => Ok(true),
+            Readable::TimedOut => Ok(false),
+            // A request on its way would be lost on a closed connection, and a client that is about to send one is told
+            // by its answer to go elsewhere.
+            Readable::Over => {
+                stream.set_read_timeout(Some(GRACE))?;
+                match stream.peek(&mut [0]) {
+                    Ok(length) => Ok(length > 0),
+                    Err(e) if matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => Ok(false),
+                    Err(e) => Err(e),
+                }
+            }
+        }
+    }
+
+    /// The status and the text.
+    fn answer(&self, request: &Request) -> (&'static str, String) {
+        self.metrics.count_request();
+        match (&*request.method, &*request.path) {
+            (_, "/") => ("200 OK", format!("{}\n", self.whoami)),
+            ("GET" | "HEAD", "/metrics") => ("200 OK", self.metrics.text(self.shutdown.guarded())),
+            (_, "/metrics") => ("405 Method Not Allowed", String::new()),
+            _ => ("404 Not Found", "try / or /metrics\n".into()),
+        }
+    }
+}
+
+struct Request {
+    method: String,
+    path: String,
+    keep_alive: bool,
+    head: usize,
+    body: usize,
+}
+
+impl Request {
+    /// Takes one request out of what has been received, reading on until it is complete. Its body is thrown away.
+    /// A request that is answered by a status alone is the last of its connection.
+    fn read(mut stream: &TcpStream, received: &mut Vec<u8>) -> io::Result<Result<Self, &'static str>> {
+        loop {
+            match Self::parse(received) {
+                Ok(Some(request)) if received.len() >= request.head + request.body => {
+                    received.drain(..request.head + request.body);
+                    return Ok(Ok(request));
+                }
+                Ok(Some(_)) => {}
+                Ok(None) if received.len() < MAX_HEAD => {}
+                Ok(None) => return Ok(Err("431 Request Header Fields Too Large")),
+                Err(status) => return Ok(Err(status)),
+            }
+            let mut chunk = [0; 8 << 10];
+            match stream.read(&mut chunk)? {
+                0 => return Err(ErrorKind::UnexpectedEof.into()),
+                length => received.extend_from_slice(&chunk[..length]),
+            }
+        }
+    }
+
+    /// `None` if the head is not complete, the status to answer with if it is not one to serve.
+    fn parse(received: &[u8]) -> Result<Option<Self>, &'static str> {
+        const BAD: &str = "400 Bad Request";
+        let mut headers = [httparse::EMPTY_HEADER; 64];
+        let mut request = httparse::Request::new(&mut headers);
+        let httparse::Status::Complete(head) = request.parse(received).map_err(|_| BAD)? else { return Ok(None) };
+
+        let values = |name: &'static str| {
+            let named = request.headers.iter().filter(move |header| header.name.eq_ignore_ascii_case(name));
+            named.map(|header| std::str::from_utf8(header.value).unwrap_or("").trim())
+        };
+        // Two opinions about where a request ends are how requests are smuggled past a proxy.
+        let mut lengths = values("content-length");
+        let body = match (lengths.next(), lengths.next(), values("transfer-encoding").next()) {
+            (_, _, Some(_)) => return Err("501 Not Implemented"),
+            (None, _, None) => 0,
+            (Some(length), None, None) if length.bytes().all(|byte| byte.is_ascii_digit()) => {
+                length.parse().map_err(|_| BAD)?
+            }
+            _ => return Err(BAD),
+        };
+        if body > MAX_BODY {
+            return Err("413 Content Too Large");
+        }
+        let closes = values("connection")
+            .flat_map(|value| value.split(','))
+            .any(|word| word.trim().eq_ignore_ascii_case("close"));
+        Ok(Some(Self {
+            method: request.method.unwrap_or_default().into(),
+            path: request.path.unwrap_or_default().into(),
+            keep_alive: request.version == Some(1) && !closes,
+            head,
+            body,
+        }))
+    }
+}
+
+/// To close with something unread is to reset, and a reset overtakes the last answer: so hear the client out, a moment.
+fn close(mut stream: &TcpStream) -> io::Result<()> {
+    stream.shutdown(std::net::Shutdown::Write)?;
+    stream.set_read_timeout(Some(GRACE))?;
+    let mut rest = [0; 8 << 10];
+    for _ in 0..MAX_BODY / rest.len() {
+        if stream.read(&mut rest)? == 0 {
+            break;
+        }
+    }
+    Ok(())
+}

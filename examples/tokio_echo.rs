@@ -1,0 +1,47 @@
+//! An echo server on Tokio that is replaced by its next version without losing a connection.
+//!
+//!     cargo run --features tokio --example tokio_echo
+//!     nc 127.0.0.1 8080                               # in a second terminal: what you type comes back
+//!     kill -HUP $(pgrep -n tokio_echo)                # in a third: the upgrade; -USR1 stops
+//!
+//! The `nc` that was open stays with the old process, which ends when `nc` does. A new `nc` talks to the new one.
+
+#![allow(clippy::useless_conversion)] // `addr.into()` is what programs for the 1.1.1 crate say
+
+use ecdysis::tokio_ecdysis::{SignalKind, StopOnShutdown, TokioEcdysisBuilder};
+use futures::StreamExt;
+use std::net::SocketAddr;
+use tokio::{net::TcpStream, task::JoinSet};
+
+#[tokio::main]
+async fn main() {
+    let mut ecdysis_builder = TokioEcdysisBuilder::new(SignalKind::hangup()).unwrap();
+    ecdysis_builder.stop_on_signal(SignalKind::user_defined1()).unwrap();
+    let addr: SocketAddr = "0.0.0.0:8080".parse().unwrap();
+    let stream = ecdysis_builder
+        .build_listen_tcp(StopOnShutdown::Yes, addr, |builder, addr| {
+            builder.set_reuse_address(true)?;
+            builder.bind(addr.into())?;
+            builder.listen(128)?;
+            Ok(builder.into())
+        })
+        .unwrap();
+    let server_handle = tokio::spawn(async move {
+        let mut stream = stream;
+        let mut set = JoinSet::new();
+        while let Some(Ok(socket)) = stream.next().await {
+            set.spawn(handle_connection(socket));
+        }
+        set.join_all().await;
+    });
+    let (_ecdysis, shutdown_fut) = ecdysis_builder.ready().unwrap();
+    let shutdown_reason = shutdown_fut.await;
+    log::info!("Shutting down: {:?}", shutdown_reason);
+    server_handle.await.unwrap();
+}
+
+async fn handle_connection(mut socket: TcpStream) {
+    let (mut from, mut to) = socket.split();
+    // A client that goes away is no concern of the others.
+    let _ = tokio::io::copy(&mut from, &mut to).await;
+}

@@ -1,0 +1,311 @@
+//! What `whoami` is for threads: a server on Tokio that says which generation of itself you reached. It speaks and
+//! logs as `whoami` does, so that either can be the next generation of the other.
+//!
+//!     cargo run --features tokio --example tokio_whoami -- --listen 127.0.0.1:7000
+//!     echo | nc 127.0.0.1 7000            # in a second terminal: gen=1 pid=4711
+//!     kill -HUP 4711
+//!
+//!     tokio_whoami --listen ADDR...       ip:port, unix:PATH, unix:@name, seqpacket:PATH, udp:ip:port,
+//!                                         stoppable-udp:ip:port
+//!       --workers N                       threads of the runtime; 0, the default, is a current-thread runtime
+//!       --gate PATH                       before ready, waits for a connection to this socket and tells it how many
+//!                                         connections it has accepted
+//!       --forget-exit                     drops the future of the exit, and waits for the shutdown handle instead
+//!       --keep                            StopOnShutdown::No
+//!       --hold --drain --misbehave --exec --probation --ready-timeout --control-socket --pid-file    as whoami
+//!       --takeover-socket PATH            lets a process that is not a child take over; --take-over PATH is that process
+
+use ecdysis::tokio_ecdysis::{
+    SignalKind, StopOnShutdown, Stoppable, StoppableStream, TokioEcdysisBuilder, UnixSeqpacketListener,
+};
+use ecdysis::{Event, Shutdown};
+use futures::{Stream, StreamExt};
+use std::error::Error;
+use std::io::{self, Write};
+use std::path::PathBuf;
+use std::process::{self, ExitCode};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+use tokio::io::{AsyncBufReadExt, AsyncRead, AsyncWrite, AsyncWriteExt, BufReader};
+use tokio::net::{UdpSocket, UnixListener};
+
+type Result<T> = std::result::Result<T, Box<dyn Error + Send + Sync>>;
+
+static ACCEPTED: AtomicUsize = AtomicUsize::new(0);
+
+fn main() -> ExitCode {
+    let run = || {
+        let mut choices = ecdysis::Ecdysis::builder();
+        let options = Options::parse(&mut choices)?;
+        let mut runtime = match options.workers {
+            0 => tokio::runtime::Builder::new_current_thread(),
+            _ => tokio::runtime::Builder::new_multi_thread(),
+        };
+        // Without timers: the library needs none.
+        runtime.worker_threads(options.workers.max(1)).enable_io().build()?.block_on(serve(options, choices))
+    };
+    match run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            say(format!("tokio_whoami: {}", chain(&*error)));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+async fn serve(options: Options, mut choices: ecdysis::Builder) -> Result<()> {
+    let mut builder = TokioEcdysisBuilder::from_builder(choices.on_event(report))?;
+    builder.upgrade_on_signal(SignalKind::hangup())?;
+    builder.stop_on_signal(SignalKind::terminate())?;
+    builder.stop_on_signal(SignalKind::interrupt())?;
+    builder.partial_stop_on_signal(SignalKind::user_defined2())?;
+    if let Some(path) = &options.pid_file {
+        builder.set_pid_file(path);
+    }
+    if let Some(path) = &options.takeover {
+        builder.takeover_on_socket(path)?;
+    }
+    if let Some(path) = &options.control {
+        builder.control_on_socket(path)?;
+    }
+
+    let (gen, pid) = (builder.generation(), process::id());
+    for address in &options.listen {
+        let real = listen(&builder, address, &options)?;
+        say(format!("listening {real} gen={gen} pid={pid}"));
+    }
+    // Each generation greets the one before it, and reports what it hears.
+    let (to_parent, to_child) = builder.unix_datagram_pair("chain");
+    if let Some(parent) = to_parent {
+        parent?.send(format!("hello from gen={gen}").as_bytes()).await?;
+    }
+    let to_child = to_child?;
+    tokio::spawn(async move {
+        let mut greeting = [0; 100];
+        while let Ok(length) = to_child.recv(&mut greeting).await {
+            say(format!("heard {}", String::from_utf8_lossy(&greeting[..length])));
+        }
+    });
+    if let Some(path) = &options.gate {
+        let (mut stream, _) = UnixListener::bind(path)?.accept().await?;
+        stream.write_all(format!("accepted={}\n", ACCEPTED.load(Ordering::SeqCst)).as_bytes()).await?;
+    }
+    let after_ready = match (builder.is_child(), &options.misbehave) {
+        (true, Some(file)) => std::fs::read_to_string(file).unwrap_or_default(),
+        _ => String::new(),
+    };
+    for word in after_ready.split_whitespace() {
+        match word.split_once('=').unwrap_or((word, "")) {
+            ("exit", code) => process::exit(code.parse()?),
+            ("refuse", why) => return Err(builder.refuse(why).into()),
+            ("sleep", ms) => {
+                // The runtime goes on: whatever could accept before `ready` would.
+                let time = Duration::from_millis(ms.parse()?);
+                tokio::task::spawn_blocking(move || std::thread::sleep(time)).await?;
+            }
+            ("die-after-ready", ms) => {
+                let time = Duration::from_millis(ms.parse()?);
+                std::thread::spawn(move || {
+                    std::thread::sleep(time);
+                    process::abort();
+                });
+            }
+            _ => return Err(format!("--misbehave: what is {word}?").into()),
+        }
+    }
+
+    let (ecdysis, exit) = builder.ready()?;
+    say(format!("serving gen={gen} pid={pid}"));
+    let how = if options.forget_exit {
+        drop(exit);
+        ecdysis.over().await;
+        "forgotten".to_string()
+    } else {
+        let (mode, reason) = exit.await?;
+        format!("{mode:?} ({reason:?})")
+    };
+    say(format!("over gen={gen} pid={pid} {how}"));
+    let left = ecdysis.drain(options.drain).await?;
+    if options.keep {
+        // Only a signal ends those that never stop.
+        say(format!("keeps on gen={gen} pid={pid}"));
+        std::future::pending::<()>().await;
+    }
+    let accepted = ACCEPTED.load(Ordering::SeqCst);
+    say(format!("ended gen={gen} pid={pid} left={left} accepted={accepted} {how}"));
+    Ok(())
+}
+
+/// Serves one address. The tasks run before `ready`, and accept nothing until then.
+fn listen(builder: &TokioEcdysisBuilder, address: &str, options: &Options) -> Result<String> {
+    let stop = if options.keep { StopOnShutdown::No } else { StopOnShutdown::Yes };
+    let (shutdown, hold) = (builder.shutdown(), options.hold);
+    let answer = format!("gen={} pid={}", builder.generation(), process::id());
+    if let Some(path) = address.strip_prefix("unix:") {
+        let stream = builder.listen_unix(stop, path)?;
+        tokio::spawn(each(stream, shutdown, hold, answer));
+        Ok(address.into())
+    } else if let Some(path) = address.strip_prefix("seqpacket:") {
+        let stream = builder.listen_unix_seqpacket(stop, path)?;
+        tokio::spawn(records(stream, shutdown, answer));
+        Ok(address.into())
+    } else if let Some(address) = address.strip_prefix("udp:") {
+        let stream = builder.build_stream_udp(stop, address.parse()?, |socket, address| {
+            socket.bind(address)?;
+            Ok(socket.into())
+        })?;
+        let real = stream.get_ref().local_addr()?;
+        tokio::spawn(datagrams(stream, answer));
+        Ok(format!("udp:{real}"))
+    } else if let Some(address) = address.strip_prefix("stoppable-udp:") {
+        let socket = builder.build_stoppable_socket_udp(stop, address.parse()?, |socket, address| {
+            socket.bind(address)?;
+            Ok(socket.into())
+        })?;
+        let real = socket.as_unstoppable_ref().local_addr()?;
+        tokio::spawn(stoppable(socket, shutdown, answer));
+        Ok(format!("stoppable-udp:{real}"))
+    } else {
+        let stream = builder.listen_tcp(stop, address.parse()?)?;
+        let real = stream.get_ref().local_addr()?;
+        tokio::spawn(each(stream, shutdown, hold, answer));
+        Ok(real.to_string())
+    }
+}
+
+/// A task per connection, with a guard in each, so that the drain counts it.
+async fn each<S, C>(mut connections: S, shutdown: Shutdown, hold: bool, answer: String)
+where
+    S: Stream<Item = io::Result<C>> + Unpin,
+    C: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
+    while let Some(Ok(connection)) = connections.next().await {
+        ACCEPTED.fetch_add(1, Ordering::SeqCst);
+        let (guard, answer) = (shutdown.guard(), answer.clone());
+        tokio::spawn(async move {
+            let _ = reply(connection, hold, &answer).await;
+            drop(guard);
+        });
+    }
+}
+
+async fn reply(connection: impl AsyncRead + AsyncWrite + Unpin, hold: bool, answer: &str) -> io::Result<()> {
+    let mut connection = BufReader::new(connection);
+    while connection.read_until(b'\n', &mut Vec::new()).await? > 0 {
+        connection.write_all(format!("{answer}\n").as_bytes()).await?;
+        if !hold {
+            break;
+        }
+    }
+    Ok(())
+}
+
+async fn records(mut connections: StoppableStream<UnixSeqpacketListener>, shutdown: Shutdown, answer: String) {
+    while let Some(Ok(connection)) = connections.next().await {
+        let (guard, answer) = (shutdown.guard(), answer.clone());
+        tokio::spawn(async move {
+            let mut record = [0; 1024];
+            while let Ok(length @ 1..) = connection.recv(&mut record).await {
+                let _ = connection.send(&[answer.as_bytes(), b" ", &record[..length]].concat()).await;
+            }
+            drop(guard);
+        });
+    }
+}
+
+async fn datagrams(mut datagrams: StoppableStream<UdpSocket>, answer: String) {
+    while let Some(Ok((datagram, peer))) = datagrams.next().await {
+        ACCEPTED.fetch_add(1, Ordering::SeqCst);
+        let _ = datagrams.get_ref().send_to(&[answer.as_bytes(), b" ", &datagram].concat(), peer).await;
+    }
+}
+
+async fn stoppable(socket: Stoppable<UdpSocket>, shutdown: Shutdown, answer: String) {
+    let _guard = shutdown.guard();
+    let mut datagram = [0; 65536];
+    while let Some(received) = socket.until_stopped(|socket| socket.recv_from(&mut datagram)).await {
+        let Ok((length, peer)) = received else { continue };
+        let answer = [answer.as_bytes(), b" ", &datagram[..length]].concat();
+        let _ = socket.as_unstoppable_ref().send_to(&answer, peer).await;
+    }
+}
+
+#[derive(Default)]
+struct Options {
+    listen: Vec<String>,
+    workers: usize,
+    gate: Option<PathBuf>,
+    forget_exit: bool,
+    keep: bool,
+    hold: bool,
+    drain: Duration,
+    misbehave: Option<PathBuf>,
+    control: Option<PathBuf>,
+    takeover: Option<PathBuf>,
+    pid_file: Option<PathBuf>,
+}
+
+impl Options {
+    fn parse(choices: &mut ecdysis::Builder) -> Result<Options> {
+        use lexopt::prelude::*;
+        let mut options = Options { drain: Duration::from_secs(10), ..Options::default() };
+        let mut args = lexopt::Parser::from_env();
+        let ms = |value: std::ffi::OsString| value.parse().map(Duration::from_millis);
+        while let Some(arg) = args.next()? {
+            match arg {
+                Long("listen") => options.listen.push(args.value()?.string()?),
+                Long("workers") => options.workers = args.value()?.parse()?,
+                Long("gate") => options.gate = Some(args.value()?.into()),
+                Long("forget-exit") => options.forget_exit = true,
+                Long("keep") => options.keep = true,
+                Long("hold") => options.hold = true,
+                Long("drain") => {
+                    options.drain = args.value()?.parse_with(|s| s.parse().map(Duration::from_secs_f64))?
+                }
+                Long("misbehave") => options.misbehave = Some(args.value()?.into()),
+                Long("control-socket") => options.control = Some(args.value()?.into()),
+                Long("takeover-socket") => options.takeover = Some(args.value()?.into()),
+                Long("take-over") => drop(choices.take_over(args.value()?)),
+                Long("pid-file") => options.pid_file = Some(args.value()?.into()),
+                Long("exec") => drop(choices.exec(args.value()?)),
+                Long("ready-timeout") => drop(choices.ready_timeout(ms(args.value()?)?)),
+                Long("probation") => drop(choices.probation(ms(args.value()?)?)),
+                other => return Err(other.unexpected().into()),
+            }
+        }
+        if options.listen.is_empty() {
+            return Err("nothing to do: give --listen ADDR at least once".into());
+        }
+        Ok(options)
+    }
+}
+
+fn report(event: &Event) {
+    match event {
+        Event::Upgrading => say(format!("upgrading pid={}", process::id())),
+        Event::Committed(u) => {
+            let ms = u.commit.as_secs_f64() * 1e3;
+            say(format!("committed pid={} gen={} ms={ms:.3}", u.pid, u.generation));
+        }
+        Event::Upgraded(u) => {
+            let ms = u.commit.as_secs_f64() * 1e3;
+            say(format!("upgrade ok pid={} gen={} ms={ms:.3}", u.pid, u.generation));
+        }
+        Event::UpgradeFailed { error, .. } => say(format!("upgrade failed: {}", chain(error))),
+        _ => {}
+    }
+}
+
+/// One write, so that the lines of several generations never mix; nobody to tell when it fails.
+fn say(line: String) {
+    let _ = io::stderr().write_all(format!("{line}\n").as_bytes());
+}
+
+fn chain(error: &dyn Error) -> String {
+    let (mut all, mut next) = (error.to_string(), error.source());
+    while let Some(error) = next {
+        all += &format!(": {error}");
+        next = error.source();
+    }
+    all
+}

@@ -1,0 +1,52 @@
+//! A UDP server that is replaced without losing a datagram: old and new process share one socket and its queue.
+//!
+//!     cargo run --example udp                         # or: udp 127.0.0.1:7001 /tmp/udp.control
+//!     echo hello | nc -u -w1 127.0.0.1 7000           # in a second terminal: gen=1 hello
+//!     kill -HUP $(pgrep -n -x udp)                    # the upgrade
+//!     echo hello | nc -u -w1 127.0.0.1 7000           # gen=2 hello
+//!
+//! With a second argument it also listens to `--example ctl` there. What has no state between two datagrams, as DNS,
+//! needs no more than this. QUIC does: a datagram that belongs to a connection of the old process has to find it.
+
+use ecdysis::{Ecdysis, Socket};
+use std::{env, error::Error, io, net::SocketAddr, thread, time::Duration};
+
+fn main() -> Result<(), Box<dyn Error>> {
+    let mut args = env::args().skip(1);
+    let address: SocketAddr = args.next().as_deref().unwrap_or("127.0.0.1:7000").parse()?;
+    let mut builder = Ecdysis::builder();
+    builder.upgrade_on_signal(libc::SIGHUP).stop_on_signal(libc::SIGTERM).stop_on_signal(libc::SIGINT);
+    if let Some(path) = args.next() {
+        builder.control_on_socket(path);
+    }
+
+    let starting = builder.start()?;
+    let bind = |socket: Socket, address| socket.bind(address).map(|()| socket.into());
+    let socket = starting.build_socket_udp(address, bind)?;
+    let whoami = format!("gen={} pid={}", starting.generation(), std::process::id());
+    eprintln!("listening {} {whoami}", socket.local_addr()?);
+    let server = starting.ready()?;
+    eprintln!("serving {whoami}");
+
+    let shutdown = server.shutdown();
+    let receiving = shutdown.clone();
+    let guard = shutdown.guard(); // so that `drain` waits for the last answer
+    let prefix = format!("gen={} ", server.generation());
+    let receiver = thread::spawn(move || -> io::Result<()> {
+        let _guard = guard;
+        let mut datagram = [0; 65536];
+        // A datagram that this process has received it also answers: `None` comes only between two of them.
+        while let Some(received) = receiving.recv_from(&socket, &mut datagram) {
+            let (length, peer) = received?;
+            // As on any network, an answer may get lost: a full queue is not worth ending for.
+            let _ = socket.send_to(&[prefix.as_bytes(), &datagram[..length]].concat(), peer);
+        }
+        Ok(())
+    });
+
+    let exit = server.run()?;
+    shutdown.drain(Duration::from_secs(10));
+    eprintln!("ended {whoami} {exit}");
+    receiver.join().map_err(|_| "the receiving thread panicked")??;
+    Ok(())
+}

@@ -1,0 +1,356 @@
+//! Runs the examples as a stranger would: starts them, follows their first lines, and upgrades them under load.
+
+mod support;
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::io::{self, BufRead, BufReader, ErrorKind, Read, Write};
+use std::net::{TcpStream, UdpSocket};
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::Arc;
+use std::thread;
+
+use serde_json::{json, Value};
+use support::*;
+
+// ---- ctl ----
+
+/// The exit code, stdout and stderr of `ctl SOCKET WORDS...`.
+fn ctl(socket: &Path, words: &[&str]) -> (i32, String, String) {
+    ended(start_ctl(socket, words))
+}
+
+fn start_ctl(socket: &Path, words: &[&str]) -> Child {
+    let mut command = Command::new(example("ctl"));
+    command.arg(socket).args(words).args(["--timeout", &DEADLINE.as_secs().to_string()]);
+    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
+}
+
+fn ended(ctl: Child) -> (i32, String, String) {
+    let output = ctl.wait_with_output().unwrap();
+    let text = |bytes| String::from_utf8(bytes).unwrap();
+    (output.status.code().unwrap(), text(output.stdout), text(output.stderr))
+}
+
+fn ctl_json(socket: &Path, command: &str) -> Value {
+    let (code, out, err) = ctl(socket, &[command, "--json"]);
+    assert_eq!((err.as_str(), out.matches('\n').count()), ("", 1), "{out}");
+    let value: Value = serde_json::from_str(&out).unwrap();
+    assert_eq!(value["exit"], code);
+    value
+}
+
+#[track_caller]
+fn ctl_upgrades(socket: &Path) {
+    let (code, out, err) = ctl(socket, &["upgrade"]);
+    assert!(code == 0 && out.starts_with("upgraded: generation "), "{code} {out} {err}");
+}
+
+#[test]
+fn ctl_tells_the_outcome_in_words_in_json_and_by_its_exit_code() {
+    let dir = tempdir();
+    let (socket, how) = (dir.path().join("control"), dir.path().join("how"));
+    let mut command = Command::new(example("whoami"));
+    command.args(["--listen", "127.0.0.1:0", "--probation", "20", "--control-socket"]).arg(&socket);
+    command.arg("--misbehave").arg(&how);
+    let mut server = Server::serving(command);
+
+    let (code, out, _) = ctl(&socket, &["status"]);
+    let start = format!("pid {}, generation 1, up ", server.pid());
+    assert!(code == 0 && out.starts_with(&start) && out.ends_with("\n  tcp 127.0.0.1:0\n"), "{code} {out}");
+    let status = ctl_json(&socket, "status");
+    let part = |name: &str| status[name].clone();
+    assert_eq!((part("pid"), part("phase")), (json!(server.pid()), json!("serving")));
+    let sockets = [format!("unix {}", socket.display()), "tcp 127.0.0.1:0".into()];
+    assert_eq!((part("sockets"), part("draining")), (json!(sockets), json!([])));
+
+    ctl_upgrades(&socket);
+    server.wait_serving();
+    let upgraded = ctl_json(&socket, "upgrade");
+    server.wait_serving();
+    assert_eq!((&upgraded["outcome"], &upgraded["generation"]), (&json!("upgraded"), &json!(3)));
+    assert_eq!(upgraded["pid"], server.pid());
+
+    fs::write(&how, "refuse=not today").unwrap();
+    let (code, _, err) = ctl(&socket, &["upgrade"]);
+    assert!(code == 1 && err.starts_with("ctl: failed: ") && err.contains("not today"), "{code} {err}");
+    assert_eq!(ctl_json(&socket, "upgrade")["outcome"], "failed");
+
+    fs::write(&how, "hang").unwrap();
+    let pid = server.pid();
+    let hanging = start_ctl(&socket, &["upgrade"]);
+    eventually("there is a child", || !children(pid).is_empty());
+    assert_eq!(ctl(&socket, &["upgrade"]).0, 2);
+    assert_eq!(ctl_json(&socket, "status")["phase"], "upgrading");
+
+    assert_eq!(ctl_json(&socket, "stop")["outcome"], "stopped");
+    // The kernel closes the connection a moment before the process is gone.
+    wait_exit(pid);
+    let (code, _, err) = ended(hanging);
+    assert_eq!((code, err.as_str()), (2, "ctl: the server is stopping\n"));
+    server.wait_all_ended();
+    assert_eq!(ctl(&socket, &["status"]).0, 3);
+}
+
+#[test]
+fn ctl_gives_up_on_a_server_that_does_not_answer_and_on_wrong_usage() {
+    let dir = tempdir();
+    let socket = dir.path().join("control");
+    let listener = UnixListener::bind(&socket).unwrap();
+    let mute = Command::new(example("ctl")).arg(&socket).args(["upgrade", "--timeout", "0.05"]).output().unwrap();
+    assert_eq!(mute.status.code(), Some(4), "{mute:?}");
+    drop(listener.accept().unwrap());
+
+    let closing = start_ctl(&socket, &["upgrade"]);
+    let (mut stream, _) = listener.accept().unwrap();
+    stream.read_exact(&mut [0; 8]).unwrap();
+    drop(stream);
+    let (code, _, err) = ended(closing);
+    assert!(code == 4 && err.starts_with("ctl: no answer"), "{code} {err}");
+
+    for wrong in [&["dance"][..], &[], &["stop", "now"], &["stop", "--timeout", "-1"], &["stop", "--fast"]] {
+        let (code, out, err) = ctl(&socket, wrong);
+        assert!(code == 2 && out.is_empty() && err.contains("usage: ctl"), "{wrong:?}: {code} {out} {err}");
+    }
+}
+
+// ---- http ----
+
+/// `http` with a control socket, of a copy of the program, which can be replaced.
+struct Http {
+    server: Server,
+    addr: String,
+    control: PathBuf,
+    program: PathBuf,
+    _dir: TempDir,
+}
+
+impl Http {
+    fn start() -> Self {
+        let dir = tempdir();
+        let (control, program) = (dir.path().join("control"), dir.path().join("http"));
+        fs::copy(example("http"), &program).unwrap();
+        let mut command = Command::new(&program);
+        command.arg("127.0.0.1:0").arg(&control);
+        let server = Server::serving(command);
+        Self { addr: server.addr(), server, control, program, _dir: dir }
+    }
+
+    fn get(&self, path: &str) -> Answer {
+        Client::new(&self.addr).unwrap().get(path).unwrap()
+    }
+
+    /// The value of a metric.
+    fn metric(&self, name: &str) -> f64 {
+        let text = self.get("/metrics").body;
+        let line = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+        line.unwrap_or_else(|| panic!("no {name} in {text}")).parse().unwrap()
+    }
+}
+
+/// One keep-alive connection.
+struct Client(BufReader<TcpStream>);
+
+#[derive(Debug)]
+struct Answer {
+    status: String,
+    closes: bool,
+    body: String,
+}
+
+impl Client {
+    fn new(addr: &str) -> io::Result<Self> {
+        let stream = TcpStream::connect(addr)?;
+        stream.set_read_timeout(Some(DEADLINE))?;
+        stream.set_nodelay(true)?;
+        Ok(Self(BufReader::new(stream)))
+    }
+
+    fn say(&mut self, text: &str) -> io::Result<()> {
+        self.0.get_mut().write_all(text.as_bytes())
+    }
+
+    fn hear(&mut self) -> io::Result<Answer> {
+        let mut line = || {
+            let mut line = String::new();
+            match self.0.read_line(&mut line)? {
+                0 => Err(io::Error::from(ErrorKind::UnexpectedEof)),
+                _ => Ok(line.trim_end().to_owned()),
+            }
+        };
+        let status = line()?.strip_prefix("HTTP/1.1 ").expect("an HTTP status line").to_owned();
+        let (mut closes, mut length) = (false, 0);
+        loop {
+            match line()?.split_once(": ") {
+                None => break,
+                Some(("Connection", value)) => closes = value == "close",
+                Some(("Content-Length", value)) => length = value.parse().unwrap(),
+                Some(_) => {}
+            }
+        }
+        let mut body = vec![0; length];
+        self.0.read_exact(&mut body)?;
+        Ok(Answer { status, closes, body: String::from_utf8(body).unwrap() })
+    }
+
+    fn get(&mut self, path: &str) -> io::Result<Answer> {
+        self.say(&format!("GET {path} HTTP/1.1\r\nHost: test\r\n\r\n"))?;
+        self.hear()
+    }
+
+    /// Whether the server has closed, after nothing more.
+    fn closed(&mut self) -> bool {
+        matches!(self.0.read(&mut [0]), Ok(0))
+    }
+}
+
+#[test]
+fn http_keeps_every_request_of_keep_alive_clients_through_upgrades_and_counts_them() {
+    let mut http = Http::start();
+    let stop = Arc::new(AtomicBool::new(false));
+    let clients: Vec<_> = (0..4)
+        .map(|_| {
+            let (addr, stop) = (http.addr.clone(), stop.clone());
+            thread::spawn(move || {
+                let (mut generations, mut requests, mut connections) = (BTreeSet::new(), 0_u64, 0_u64);
+                while !stop.load(Ordering::Relaxed) {
+                    let mut client = Client::new(&addr).unwrap();
+                    connections += 1;
+                    while !stop.load(Ordering::Relaxed) {
+                        let answer = client.get("/").unwrap();
+                        requests += 1;
+                        generations.insert(field::<u64>(&answer.body, "gen"));
+                        if answer.closes {
+                            break;
+                        }
+                    }
+                }
+                (generations, requests, connections)
+            })
+        })
+        .collect();
+    for generation in 2..=4 {
+        ctl_upgrades(&http.control);
+        // A new connection and the metrics are the new generation's at once.
+        assert_eq!(http.metric("ecdysis_generation"), generation as f64);
+        assert_eq!(http.metric("ecdysis_upgrades_total{outcome=\"ok\"}"), (generation - 1) as f64);
+    }
+    stop.store(true, Ordering::Relaxed);
+    for client in clients {
+        let (generations, requests, connections) = client.join().expect("no request may fail");
+        assert!(generations.len() >= 3 && requests > connections, "{generations:?} {requests} {connections}");
+    }
+
+    // What is not a program cannot be executed, and that is counted.
+    fs::remove_file(&http.program).unwrap();
+    fs::write(&http.program, "not a program").unwrap();
+    let (code, _, err) = ctl(&http.control, &["upgrade"]);
+    assert!(code == 1, "{code} {err}");
+    assert_eq!(http.metric("ecdysis_upgrades_total{outcome=\"failed\"}"), 1.0);
+    fs::remove_file(&http.program).unwrap();
+    fs::copy(example("http"), &http.program).unwrap();
+    ctl_upgrades(&http.control);
+    assert_eq!(http.metric("ecdysis_upgrades_total{outcome=\"failed\"}"), 1.0);
+    assert_eq!(http.metric("ecdysis_upgrades_total{outcome=\"ok\"}"), 4.0);
+    let commit = http.metric("ecdysis_commit_seconds");
+    assert!(commit > 0.0 && commit < DEADLINE.as_secs_f64(), "{commit}");
+    assert!(http.metric("ecdysis_connections") >= 1.0 && http.metric("http_requests_total") >= 1.0);
+
+    assert_eq!(ctl(&http.control, &["stop"]).0, 0);
+    http.server.wait_all_ended();
+    assert!(http.server.said().iter().filter(|line| line.starts_with("ended ")).all(|line| line.contains("left=0")));
+}
+
+#[test]
+fn http_answers_what_has_begun_and_closes_what_is_idle_at_the_upgrade() {
+    let mut http = Http::start();
+    let mut clients: Vec<_> = (0..3).map(|_| Client::new(&http.addr).unwrap()).collect();
+    for client in &mut clients {
+        let answer = client.get("/").unwrap();
+        assert!(answer.status == "200 OK" && !answer.closes, "{answer:?}");
+    }
+    let [begun, idle, unused] = &mut clients[..] else { unreachable!() };
+    begun.say("POST / HTTP/1.1\r\nContent-Length: 5\r\n\r\nhe").unwrap();
+    ctl_upgrades(&http.control);
+
+    begun.say("llo").unwrap();
+    let answer = begun.hear().unwrap();
+    assert!(answer.closes && field::<u64>(&answer.body, "gen") == 1, "{answer:?}");
+    for client in [begun, idle, unused] {
+        assert!(client.closed());
+    }
+    drop(clients);
+    assert!(http.server.wait("ended gen=1").contains("left=0"));
+    assert_eq!(field::<u64>(&http.get("/").body, "gen"), 2);
+}
+
+#[test]
+fn http_is_no_fool() {
+    let http = Http::start();
+    let mut client = Client::new(&http.addr).unwrap();
+    client.say("GET / HTTP/1.1\r\n\r\nHEAD /metrics HTTP/1.1\r\nConnection: x, close\r\n\r\n").unwrap();
+    assert!(!client.hear().unwrap().closes);
+    let mut head = String::new();
+    client.0.read_to_string(&mut head).unwrap();
+    assert!(head.contains("Connection: close\r\n") && head.ends_with("\r\n\r\n"), "{head}");
+    for (request, status) in [
+        ("GET /nowhere HTTP/1.0\r\n\r\n", "404 Not Found"),
+        ("PUT /metrics HTTP/1.0\r\n\r\n", "405 Method Not Allowed"),
+        ("nonsense\r\n\r\n", "400 Bad Request"),
+        ("GET / HTTP/1.1\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n", "400 Bad Request"),
+        ("GET / HTTP/1.1\r\nContent-Length: +1\r\n\r\n", "400 Bad Request"),
+        ("GET / HTTP/1.1\r\nContent-Length: 1048577\r\n\r\n", "413 Content Too Large"),
+        ("GET / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", "501 Not Implemented"),
+        (&format!("GET /{} HTTP/1.1\r\n\r\n", "x".repeat(20_000)), "431 Request Header Fields Too Large"),
+    ] {
+        let mut client = Client::new(&http.addr).unwrap();
+        client.say(request).unwrap();
+        let answer = client.hear().unwrap();
+        assert!(answer.closes && answer.status == status, "{request}: {answer:?}");
+        assert!(client.closed(), "{request}");
+    }
+}
+
+// ---- udp ----
+
+#[test]
+fn udp_answers_every_datagram_through_upgrades() {
+    let dir = tempdir();
+    let control = dir.path().join("control");
+    let mut command = Command::new(example("udp"));
+    command.arg("127.0.0.1:0").arg(&control);
+    let mut server = Server::serving(command);
+    let stop = Arc::new(AtomicBool::new(false));
+    let client = thread::spawn({
+        let (addr, stop) = (server.addr(), stop.clone());
+        move || {
+            let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
+            socket.connect(addr).unwrap();
+            socket.set_read_timeout(Some(DEADLINE)).unwrap();
+            let (mut generations, mut answer) = (BTreeSet::new(), [0; 100]);
+            for number in 0_u64.. {
+                socket.send(format!("number={number}").as_bytes()).unwrap();
+                let length = socket.recv(&mut answer).expect("every datagram is answered");
+                let answer = std::str::from_utf8(&answer[..length]).unwrap();
+                assert_eq!(field::<u64>(answer, "number"), number);
+                generations.insert(field::<u64>(answer, "gen"));
+                if stop.load(Ordering::Relaxed) {
+                    break;
+                }
+            }
+            generations
+        }
+    });
+    for _ in 0..3 {
+        ctl_upgrades(&control);
+    }
+    stop.store(true, Ordering::Relaxed);
+    let generations = client.join().unwrap();
+    // The last answer may be the fourth's or, on its way, the third's.
+    assert!(generations.len() >= 3, "{generations:?}");
+    assert_eq!(ctl(&control, &["stop"]).0, 0);
+    server.wait_all_ended();
+}

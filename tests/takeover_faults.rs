@@ -1,0 +1,352 @@
+//! The fault sweep and the death sweep of a takeover: every system call of either process, from the connection on, fails
+//! once with each error that it can give, and at every one of them that process is killed or stopped; each in a run of its
+//! own and under load. After it somebody serves, nothing is left over, and the next takeover succeeds.
+//!
+//! strace does it from outside. `cargo test --test takeover_faults` takes a part of the points;
+//! `cargo test --test takeover_faults -- --ignored --nocapture` takes all.
+
+mod support;
+
+use std::collections::HashMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread;
+use std::time::Instant;
+
+use rustix::process::Signal;
+use support::*;
+
+/// Which of the two processes it happens to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Role {
+    Old,
+    New,
+}
+
+/// The `nth` call of that name since the tracer is there.
+#[derive(Clone, Debug)]
+struct Call {
+    role: Role,
+    name: String,
+    nth: usize,
+    /// What strace has printed of it.
+    text: String,
+    /// Past the point at which the old process has sent everything, or at which the new one has said `ready`.
+    late: bool,
+}
+
+#[derive(Clone)]
+struct Point {
+    call: Call,
+    /// As strace has it: `error=EMFILE`, `signal=KILL`.
+    fault: String,
+}
+
+impl std::fmt::Debug for Point {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Call { role, name, nth, text, .. } = &self.call;
+        let text: String = text.chars().take(100).collect();
+        write!(f, "{} in the {role:?} process at {name} number {nth} ({text})", self.fault)
+    }
+}
+
+/// What a call can really give.
+fn errors(call: &Call) -> &'static [&'static str] {
+    // An eventfd's count does not overflow here, and what goes to stderr is the program's own.
+    if call.text.contains(r#""\1\0\0\0\0\0\0\0""#) || call.text.starts_with("write(2,") {
+        return &[];
+    }
+    match call.name.as_str() {
+        "accept4" => &["EMFILE", "ENFILE", "ENOMEM", "ECONNABORTED", "EINTR"],
+        "clone3" => &["EAGAIN", "ENOMEM"],
+        "connect" => &["ECONNREFUSED", "ENOENT", "EAGAIN", "EACCES", "ENOMEM"],
+        "eventfd2" | "socket" => &["EMFILE", "ENFILE", "ENOMEM"],
+        "fchmod" | "unlink" | "rename" => &["EACCES", "EROFS", "EIO", "ENOSPC"],
+        "fcntl" if call.text.contains("DUPFD") => &["EMFILE", "EPERM"],
+        "fcntl" if call.text.contains("F_GETFD") => &[],
+        "fcntl" => &["EPERM"],
+        "fstat" => &["ENOMEM", "EIO"],
+        "getsockname" => &["ENOBUFS"],
+        "getsockopt" => &["ENOMEM", "ENOPROTOOPT", "EPERM"],
+        "mmap" => &["ENOMEM"],
+        "openat" => &["EMFILE", "ENFILE", "EACCES", "ENOSPC"],
+        "poll" | "ppoll" => &["EINTR", "ENOMEM"],
+        "read" => &["EINTR", "EIO"],
+        "recvfrom" | "recvmsg" => &["EINTR", "ENOMEM", "ECONNRESET"],
+        "rt_sigaction" | "rt_sigprocmask" => &["EPERM"],
+        "sendmsg" => &["EINTR", "EAGAIN", "EPIPE", "ENOBUFS", "ENOMEM", "ETOOMANYREFS"],
+        "sendto" => &["EINTR", "EPIPE", "ENOBUFS", "ECONNRESET"],
+        "write" => &["EINTR", "EPIPE", "ENOSPC"],
+        _ => &[],
+    }
+}
+
+/// Two listeners, of which a process that bound anew would find one taken.
+struct Setting {
+    dir: TempDir,
+    ready_timeout: &'static str,
+}
+
+impl Setting {
+    fn new(ready_timeout: &'static str) -> Self {
+        Self { dir: tempdir(), ready_timeout }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    fn addr(&self) -> String {
+        format!("unix:{}", self.path("sock").display())
+    }
+
+    fn command(&self) -> Command {
+        let mut command = Command::new(example("whoami"));
+        self.arguments(&mut command);
+        command
+    }
+
+    fn arguments(&self, command: &mut Command) {
+        command.args(["--listen", "127.0.0.1:0", "--listen", &self.addr(), "--probation", "30", "--drain", "5"]);
+        command.arg("--take-over").arg(self.path("takeover")).arg("--takeover-socket").arg(self.path("takeover"));
+        command.arg("--pid-file").arg(self.path("pid")).args(["--ready-timeout", self.ready_timeout]);
+    }
+
+    fn strace(&self, output: &Path, inject: Option<&Point>) -> Command {
+        let mut command = Command::new("strace");
+        command.arg("-o").arg(output);
+        if let Some(Point { call, fault }) = inject {
+            command.args(["-e", &format!("inject={}:{fault}:when={}", call.name, call.nth)]);
+        }
+        command
+    }
+
+    /// A new process, traced from its first call.
+    fn new_traced(&self, output: &Path, inject: Option<&Point>) -> Server {
+        let mut command = self.strace(output, inject);
+        command.arg(example("whoami"));
+        self.arguments(&mut command);
+        Server::start(command)
+    }
+
+    /// A tracer of the old process's main thread, once it is there.
+    fn old_traced(&self, old: &Server, output: &Path, inject: Option<&Point>) -> Server {
+        let mut command = self.strace(output, inject);
+        command.args(["-p", &old.pid().to_string()]);
+        let mut tracer = Server::start(command);
+        tracer.wait("attached");
+        tracer
+    }
+}
+
+/// The calls in strace's output from the one that has `first` in it to the one that has `last`.
+fn calls(role: Role, output: &Path, first: &str, late: &str, last: &str) -> Vec<Call> {
+    let mut counts: HashMap<String, usize> = HashMap::new();
+    let mut calls = Vec::new();
+    let (mut begun, mut is_late) = (false, false);
+    for line in fs::read_to_string(output).unwrap().lines() {
+        let Some((name, _)) = line.split_once('(') else { continue };
+        let nth = counts.entry(name.to_owned()).or_default();
+        *nth += 1;
+        begun |= line.contains(first);
+        if begun {
+            calls.push(Call { role, name: name.to_owned(), nth: *nth, text: line.to_owned(), late: is_late });
+        }
+        is_late |= begun && line.contains(late);
+        if line.contains(last) {
+            return calls;
+        }
+    }
+    panic!("{role:?}: no {last:?} in {}", fs::read_to_string(output).unwrap());
+}
+
+/// A takeover without a fault: what both processes call.
+fn record() -> Vec<Call> {
+    let setting = Setting::new("20000");
+    let mut old = Server::serving(setting.command());
+    let (of_old, of_new) = (setting.path("old.trace"), setting.path("new.trace"));
+    let mut tracer = setting.old_traced(&old, &of_old, None);
+    let mut new = setting.new_traced(&of_new, None);
+    new.wait("serving gen=2");
+    old.wait("ended gen=1");
+    tracer.wait_all_ended();
+    let mut all = calls(Role::Old, &of_old, "accept4(", "fd 0 ", "\"upgrade ok");
+    all.extend(calls(Role::New, &of_new, "AF_UNIX, SOCK_STREAM", "\"ready\\n\"", "\"serving gen="));
+    all
+}
+
+/// Descriptors that are no connection, counted when nobody asks anything.
+fn level(pid: u32) -> usize {
+    fds(pid).len()
+}
+
+/// What must hold whatever happened. Says what does not; else whether the fault came at all, which may depend on timing.
+fn run(point: &Point) -> Result<bool, String> {
+    let stops = point.fault.contains("STOP");
+    let setting = Setting::new(if stops { "1500" } else { "20000" });
+    let mut old = Server::serving(setting.command());
+    let addr = setting.addr();
+    let old_pid = old.pid();
+    for addr in old.addrs() {
+        ask(&addr).map_err(|e| e.to_string())?;
+    }
+    // Each of the two accept loops makes its epoll when it first waits.
+    let polls = |pid| fds(pid).values().filter(|what| what.contains("eventpoll")).count();
+    eventually("the accept loops wait", || polls(old_pid) == 2 && fds(old_pid).len() == level(old_pid));
+    let before = level(old_pid);
+    let load = Load::on(&addr, 1);
+
+    let output = setting.path("trace");
+    let killed_old = point.call.role == Role::Old && point.fault == "signal=KILL";
+    let (mut new, _tracer) = match point.call.role {
+        Role::New => (setting.new_traced(&output, Some(point)), None),
+        Role::Old => {
+            let tracer = setting.old_traced(&old, &output, Some(point));
+            (Server::start(setting.command()), Some(tracer))
+        }
+    };
+    // Either the new process serves, or it ends, or it is stopped and the old one gives it up.
+    let serves = |server: &Server| server.said().iter().any(|line| line.starts_with("serving "));
+    let ended = |server: &Server| server.processes().is_empty();
+    let verdict = |server: &Server| server.said().iter().any(|line| line.starts_with("upgrade "));
+    let stopped_old = point.call.role == Role::Old && stops;
+    eventually(&format!("{point:?} is over: {:?} {:?}", old.said(), new.said()), || {
+        serves(&new) || ended(&new) || (stops && !stopped_old && verdict(&old))
+    });
+    if stopped_old {
+        let _ = rustix::process::kill_process(pid(old_pid), Signal::CONT);
+    }
+
+    if serves(&new) {
+        if !killed_old {
+            eventually("the old process ends", || ended(&old));
+        }
+    } else if killed_old {
+        return Err(format!("nobody serves: {:?}", new.said()));
+    } else {
+        // It is turned away, and says so when it goes on.
+        if stops && !stopped_old {
+            new.signal_all(Signal::CONT);
+        }
+        eventually(&format!("the new process ends: {:?}", new.said()), || ended(&new));
+        eventually("the old one serves", || ask(&addr).is_ok_and(|answer| field::<u32>(&answer, "pid") == old_pid));
+    }
+    let counts = load.stop();
+    let failures: Vec<_> = counts.failures.keys().collect();
+    // What a process had accepted that is killed dies with it. Before it has handed anything over, so does the rest.
+    let excused = |failure: &String| match (point.call.role, point.fault.as_str()) {
+        (Role::Old, "signal=KILL") => !point.call.late || !failure.contains("refused"),
+        (Role::New, "signal=KILL") => point.call.late && !failure.contains("refused"),
+        _ => false,
+    };
+    if let Some(failure) = failures.iter().find(|failure| !excused(failure)) {
+        return Err(format!("of {} requests: {failure}", counts.requests));
+    }
+
+    let serving = if serves(&new) { &mut new } else { &mut old };
+    let now = field::<u32>(&ask(&addr).map_err(|e| e.to_string())?, "pid");
+    if fs::read_to_string(setting.path("pid")).unwrap_or_default().trim() != now.to_string() {
+        return Err(format!("the PID file names {:?}, {now} serves", fs::read_to_string(setting.path("pid"))));
+    }
+    if now == old_pid {
+        drop(_tracer);
+        eventually("no descriptor is left over", || level(old_pid) == before);
+    }
+    // And the next one.
+    let mut next = Server::start(setting.command());
+    next.wait("serving ");
+    serving.wait("upgrade ok");
+    eventually("the last one is replaced", || ended(serving));
+    let trace = fs::read_to_string(&output).unwrap();
+    Ok(trace.contains("(INJECTED)") || trace.contains("+++ killed by SIGKILL") || trace.contains("--- SIGSTOP"))
+}
+
+fn sweep(title: &str, points: &[Point], at_a_time: usize) {
+    if points.is_empty() {
+        return;
+    }
+    let (next, survived, missed) = (AtomicUsize::new(0), AtomicUsize::new(0), AtomicUsize::new(0));
+    let begun = Instant::now();
+    let lost = std::sync::Mutex::new(Vec::new());
+    thread::scope(|scope| {
+        for _ in 0..at_a_time {
+            scope.spawn(|| {
+                while let Some(point) = points.get(next.fetch_add(1, Ordering::Relaxed)) {
+                    let result = std::panic::catch_unwind(|| run(point));
+                    match result {
+                        Ok(Ok(true)) => drop(survived.fetch_add(1, Ordering::Relaxed)),
+                        Ok(Ok(false)) => drop(missed.fetch_add(1, Ordering::Relaxed)),
+                        Ok(Err(why)) => lost.lock().unwrap().push(format!("{point:?}: {why}")),
+                        Err(_) => lost.lock().unwrap().push(format!("{point:?}: see above")),
+                    }
+                }
+            });
+        }
+    });
+    let (survived, missed, lost) = (survived.into_inner(), missed.into_inner(), lost.into_inner().unwrap());
+    let injected = survived + lost.len();
+    println!(
+        "{title}: {injected} faults injected, {survived} survived ({missed} calls did not come) in {:?}",
+        begun.elapsed()
+    );
+    assert!(missed <= points.len() / 10, "{title}: too many calls did not come");
+    assert!(lost.is_empty(), "{title}: not survived:\n{}", lost.join("\n"));
+}
+
+fn has_strace() -> bool {
+    let works = Command::new("strace").args(["-o", "/dev/null", "true"]).stderr(Stdio::null()).status();
+    let has = works.is_ok_and(|status| status.success());
+    if !has {
+        eprintln!("not run: needs a strace that may trace");
+    }
+    has
+}
+
+fn faults(calls: &[Call]) -> Vec<Point> {
+    let point = |call: &Call, error: &str| Point { call: call.clone(), fault: format!("error={error}") };
+    calls.iter().flat_map(|call| errors(call).iter().map(|error| point(call, error))).collect()
+}
+
+/// A stop is for what can still be given up: once both have said their word, a stopped process is a stopped server.
+fn deaths(calls: &[Call]) -> Vec<Point> {
+    let kills = calls.iter().map(|call| Point { call: call.clone(), fault: "signal=KILL".into() });
+    let is_word = |call: &Call| call.text.contains(r#""ready\n""#) || call.text.contains(r#""commit\n""#);
+    let committed = calls.iter().position(|call| call.text.contains(r#""commit\n""#)).unwrap_or(calls.len());
+    let can_stop = |(at, call): &(usize, &Call)| match call.role {
+        Role::New => !call.late && !is_word(call),
+        Role::Old => *at < committed,
+    };
+    let stopped = calls.iter().enumerate().filter(can_stop);
+    let stops = stopped.map(|(_, call)| Point { call: call.clone(), fault: "signal=STOP".into() });
+    kills.chain(stops).collect()
+}
+
+#[test]
+fn a_sample_of_faults_and_deaths_is_survived() {
+    if !has_strace() {
+        return;
+    }
+    let calls = record();
+    let sampled: Vec<_> = faults(&calls).into_iter().step_by(7).collect();
+    sweep("faults, every seventh", &sampled, 3);
+    let sampled: Vec<_> = deaths(&calls).into_iter().step_by(9).collect();
+    sweep("deaths, every ninth", &sampled, 4);
+}
+
+#[test]
+#[ignore = "takes minutes"]
+fn every_fault_is_survived() {
+    if has_strace() {
+        sweep("faults", &faults(&record()), 3);
+    }
+}
+
+#[test]
+#[ignore = "takes minutes"]
+fn every_death_is_survived() {
+    if has_strace() {
+        sweep("deaths", &deaths(&record()), 6);
+    }
+}

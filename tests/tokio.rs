@@ -1,0 +1,402 @@
+//! The asynchronous face, with real processes: `tokio_whoami`, alone and in turns with `whoami`.
+
+mod support;
+
+use std::fs;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::UdpSocket;
+use std::os::unix::fs::symlink;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::process::Command;
+use std::time::Duration;
+
+use ecdysis::tokio_ecdysis::{
+    ExitFuture, ExitMode, SignalKind, StopOnShutdown, Stoppable, StoppableStream, TokioEcdysis, TokioEcdysisBuilder,
+};
+use futures::StreamExt;
+use rustix::process::Signal;
+use support::{connect, control, example, fds, field, generation, send_signal, tempdir, wait_exit, Load, Server};
+use tokio::net::{TcpListener, UnixListener};
+
+const LOCAL: &str = "127.0.0.1:0";
+
+fn command<'a>(args: impl IntoIterator<Item = &'a str>) -> Command {
+    let mut command = Command::new(example("tokio_whoami"));
+    command.args(args);
+    command
+}
+
+fn server<'a>(args: impl IntoIterator<Item = &'a str>) -> Server {
+    Server::serving(command(args))
+}
+
+/// Upgrades, and waits until the new generation has said that it serves: the next signal is for that one.
+fn upgrade(server: &mut Server) {
+    let new: u32 = field(&server.upgrade(), "pid");
+    support::eventually("it serves", || server.pid() == new);
+}
+
+fn path(path: &Path) -> &str {
+    path.to_str().unwrap()
+}
+
+#[test]
+fn upgrades_under_load() {
+    for workers in ["0", "2"] {
+        let mut server = server(["--listen", LOCAL, "--workers", workers, "--probation", "20"]);
+        let load = Load::on(&server.addr(), 4);
+        for _ in 0..10 {
+            upgrade(&mut server);
+        }
+        load.stop().assert_none_failed();
+        assert_eq!(generation(&server.addr()), 11);
+    }
+}
+
+#[test]
+fn yields_nothing_before_ready() {
+    let dir = tempdir();
+    let gate = dir.path().join("gate");
+    let mut server = Server::start(command(["--listen", LOCAL, "--gate", path(&gate)]));
+    server.wait("listening ");
+    // The kernel completes the handshake, and the task that has the stream runs. It must leave both alone.
+    let mut early = connect(&server.addr()).unwrap();
+    early.write_all(b"who\n").unwrap();
+    let mut opened = None;
+    support::eventually("the gate", || {
+        opened = UnixStream::connect(&gate).ok();
+        opened.is_some()
+    });
+    let mut opened = opened.unwrap();
+    let mut accepted = String::new();
+    opened.read_to_string(&mut accepted).unwrap();
+    assert_eq!(accepted, "accepted=0\n");
+    server.wait("serving ");
+    let mut answer = String::new();
+    early.read_to_string(&mut answer).unwrap();
+    assert_eq!(field::<u64>(&answer, "gen"), 1);
+}
+
+#[test]
+fn a_generation_that_fails_before_ready_took_nothing() {
+    let dir = tempdir();
+    let misbehave = dir.path().join("misbehave");
+    let mut server = server(["--listen", LOCAL, "--misbehave", path(&misbehave), "--probation", "0"]);
+    let load = Load::on(&server.addr(), 4);
+    for (word, why) in [("sleep=200 exit=3", "exit status: 3"), ("sleep=200 refuse=today", "refused: today")] {
+        fs::write(&misbehave, word).unwrap();
+        let failed = server.fail_to_upgrade();
+        assert!(failed.contains(why), "{failed}");
+    }
+    load.stop().assert_none_failed();
+    assert_eq!(generation(&server.addr()), 1);
+    fs::remove_file(&misbehave).unwrap();
+    upgrade(&mut server);
+    assert_eq!(generation(&server.addr()), 2);
+}
+
+#[test]
+fn an_upgrade_does_not_block_a_current_thread_runtime() {
+    let dir = tempdir();
+    let misbehave = dir.path().join("misbehave");
+    fs::write(&misbehave, "sleep=300").unwrap();
+    let mut server = server(["--listen", LOCAL, "--misbehave", path(&misbehave), "--probation", "100"]);
+    let mut in_flight = connect(&server.addr()).unwrap();
+    in_flight.write_all(b"wh").unwrap();
+
+    let old = server.pid();
+    server.signal(Signal::HUP);
+    server.wait("upgrading ");
+    // While the child starts, the only thread of the runtime serves.
+    for _ in 0..10 {
+        assert_eq!(generation(&server.addr()), 1);
+    }
+    server.wait("upgrade ok");
+    assert_eq!(generation(&server.addr()), 2);
+
+    // And what was in flight is finished by the one that began it.
+    in_flight.write_all(b"o\n").unwrap();
+    let mut answer = String::new();
+    in_flight.read_to_string(&mut answer).unwrap();
+    assert_eq!(field::<u64>(&answer, "gen"), 1);
+    server.wait("ended gen=1");
+    wait_exit(old);
+}
+
+#[test]
+fn hands_over_to_threads_and_back() {
+    let dir = tempdir();
+    let (current, socket) = (dir.path().join("current"), format!("unix:{}", path(&dir.path().join("socket"))));
+    symlink(example("tokio_whoami"), &current).unwrap();
+    let args = ["--listen", LOCAL, "--listen", &socket, "--exec", path(&current), "--probation", "20"];
+    let mut server = server(args);
+    let (tcp, unix) = (Load::on(&server.addr(), 2), Load::on(&socket, 2));
+    for (gen, next) in [(2, "whoami"), (3, "tokio_whoami"), (4, "whoami"), (5, "whoami"), (6, "tokio_whoami")] {
+        let new = dir.path().join("new");
+        symlink(example(next), &new).unwrap();
+        fs::rename(&new, &current).unwrap();
+        upgrade(&mut server);
+        assert_eq!((generation(&server.addr()), generation(&socket)), (gen, gen));
+        let program = fs::read_link(format!("/proc/{}/exe", server.pid())).unwrap();
+        assert_eq!(program, fs::canonicalize(example(next)).unwrap());
+    }
+    tcp.stop().assert_none_failed();
+    unix.stop().assert_none_failed();
+}
+
+#[test]
+fn a_stop_during_an_upgrade_stops_the_service() {
+    let dir = tempdir();
+    let misbehave = dir.path().join("misbehave");
+    fs::write(&misbehave, "sleep=60000").unwrap();
+    let mut server = server(["--listen", LOCAL, "--misbehave", path(&misbehave)]);
+    server.signal(Signal::HUP);
+    server.wait("upgrading ");
+    server.signal(Signal::TERM);
+    let ended = server.wait("ended gen=1");
+    assert!(ended.contains("FullStop"), "{ended}");
+    server.wait_all_ended();
+}
+
+#[test]
+fn accepts_again_when_the_child_dies_on_probation() {
+    let dir = tempdir();
+    let misbehave = dir.path().join("misbehave");
+    let mut server = server(["--listen", LOCAL, "--misbehave", path(&misbehave), "--probation", "20000"]);
+    fs::write(&misbehave, "die-after-ready=100").unwrap();
+    let failed = server.fail_to_upgrade();
+    assert!(failed.contains("died"), "{failed}");
+    assert_eq!(generation(&server.addr()), 1);
+    // Nothing is left of it, and the next one is welcome.
+    fs::remove_file(&misbehave).unwrap();
+    send_signal(server.first_pid(), Signal::HUP);
+    server.wait("committed ");
+    // Parent and child live; the parent's stream rests.
+    for _ in 0..10 {
+        assert_eq!(generation(&server.addr()), 2);
+    }
+}
+
+#[test]
+fn udp_as_stream_and_as_stoppable() {
+    for kind in ["udp", "stoppable-udp"] {
+        let mut server = server(["--listen", &format!("{kind}:{LOCAL}"), "--probation", "20"]);
+        let addr = server.addr();
+        let client = UdpSocket::bind(LOCAL).unwrap();
+        client.set_read_timeout(Some(support::DEADLINE)).unwrap();
+        client.connect(addr.rsplit_once("udp:").unwrap().1).unwrap();
+        for gen in 1..=4 {
+            let mut answer = [0; 100];
+            client.send(b"hello").unwrap();
+            let length = client.recv(&mut answer).unwrap();
+            let answer = String::from_utf8_lossy(&answer[..length]).into_owned();
+            assert!(answer.ends_with(" hello"), "{answer}");
+            assert_eq!(field::<u64>(&answer, "gen"), gen);
+            upgrade(&mut server);
+            server.wait("ended ");
+        }
+    }
+}
+
+#[test]
+fn seqpacket_and_the_chain_of_datagram_pairs() {
+    let dir = tempdir();
+    let file = dir.path().join("records");
+    let mut server = server(["--listen", &format!("seqpacket:{}", path(&file)), "--probation", "20"]);
+    let ask = || {
+        let connection = ecdysis::UnixSeqpacketConn::connect(&file).unwrap();
+        let mut answers = Vec::new();
+        for record in ["one", "two"] {
+            connection.send(record.as_bytes()).unwrap();
+            let mut answer = [0; 100];
+            let length = connection.recv(&mut answer).unwrap();
+            answers.push(String::from_utf8_lossy(&answer[..length]).into_owned());
+        }
+        assert!(answers[0].ends_with(" one") && answers[1].ends_with(" two"), "{answers:?}");
+        field::<u64>(&answers[0], "gen")
+    };
+    assert_eq!(ask(), 1);
+    for gen in 2..=4 {
+        server.signal(Signal::HUP);
+        server.wait(&format!("heard hello from gen={gen}"));
+        server.wait(&format!("ended gen={}", gen - 1));
+        assert_eq!(ask(), gen);
+    }
+    server.signal(Signal::TERM);
+    server.wait("ended gen=4");
+    assert!(!file.exists());
+}
+
+#[test]
+fn a_stranger_takes_over() {
+    let dir = tempdir();
+    let socket = dir.path().join("takeover");
+    let args = ["--listen", LOCAL, "--takeover-socket", path(&socket), "--probation", "20"];
+    let mut old = server(args);
+    let load = Load::on(&old.addr(), 2);
+    let mut new = server(args.into_iter().chain(["--take-over", path(&socket)]));
+    old.wait("ended gen=1");
+    old.wait_all_ended();
+    load.stop().assert_none_failed();
+    assert_eq!(generation(&old.addr()), 2);
+    new.signal(Signal::TERM);
+    new.wait("ended gen=2");
+}
+
+/// What the kernel has queued would be reset when the listener closes.
+#[test]
+fn a_stop_takes_what_is_queued_first() {
+    for workers in ["0", "2"] {
+        let mut server = server(["--listen", LOCAL, "--workers", workers]);
+        send_signal(server.pid(), Signal::STOP);
+        let queued: Vec<_> = (0..100)
+            .map(|_| {
+                let mut connection = connect(&server.addr()).unwrap();
+                connection.write_all(b"who\n").unwrap();
+                connection
+            })
+            .collect();
+        server.signal(Signal::TERM);
+        send_signal(server.pid(), Signal::CONT);
+        for (at, mut connection) in queued.into_iter().enumerate() {
+            let mut answer = String::new();
+            connection.read_to_string(&mut answer).unwrap_or_else(|e| panic!("connection {at}: {e}"));
+            assert_eq!(field::<u64>(&answer, "gen"), 1);
+        }
+        let ended = server.wait("ended gen=1");
+        assert!(ended.contains("left=0"), "{ended}");
+    }
+}
+
+#[test]
+fn those_that_do_not_stop_go_on_after_a_stop_but_not_after_an_upgrade() {
+    let dir = tempdir();
+    let file = dir.path().join("socket");
+    let unix = format!("unix:{}", path(&file));
+    let mut server = server(["--listen", LOCAL, "--listen", &unix, "--keep", "--probation", "20"]);
+    upgrade(&mut server);
+    for _ in 0..10 {
+        assert_eq!((generation(&server.addr()), generation(&unix)), (2, 2));
+    }
+    server.signal(Signal::TERM);
+    server.wait("keeps on gen=2");
+    assert_eq!((generation(&server.addr()), generation(&unix)), (2, 2));
+}
+
+#[test]
+fn a_dropped_exit_future_changes_nothing() {
+    let dir = tempdir();
+    let socket = dir.path().join("control");
+    let mut server =
+        server(["--listen", LOCAL, "--forget-exit", "--control-socket", path(&socket), "--probation", "20"]);
+    for gen in 2..5 {
+        let answer = control(&socket, "upgrade\n").unwrap();
+        assert!(answer.starts_with("upgraded "), "{answer}");
+        assert_eq!(generation(&server.addr()), gen);
+    }
+    assert_eq!(control(&socket, "stop\n").unwrap(), "stopping\n");
+    server.wait_all_ended();
+}
+
+#[test]
+fn partial_stop_and_its_reason() {
+    let mut server = server(["--listen", LOCAL]);
+    server.signal(Signal::USR2);
+    let over = server.wait("over gen=1");
+    assert!(over.contains("PartialStop") && over.contains("SignalKind"), "{over}");
+    server.wait_all_ended();
+}
+
+#[test]
+fn a_want_of_descriptors_ends_no_stream() {
+    let server = {
+        let mut shell = Command::new("sh");
+        let program = example("tokio_whoami");
+        shell.args(["-c", "ulimit -n 40; exec \"$0\" --listen 127.0.0.1:0 --hold", path(&program)]);
+        Server::serving(shell)
+    };
+    let mut held: Vec<_> = (0..60).map(|_| connect(&server.addr()).unwrap()).collect();
+    for connection in &mut held {
+        connection.write_all(b"who\n").unwrap();
+    }
+    support::eventually("no descriptor is left", || fds(server.pid()).len() >= 40);
+    let last = held.pop().unwrap();
+    drop(held);
+    let mut answer = String::new();
+    BufReader::new(last).read_line(&mut answer).unwrap();
+    assert_eq!(field::<u64>(&answer, "gen"), 1);
+}
+
+#[test]
+fn descriptors_do_not_climb() {
+    let mut server = server(["--listen", LOCAL, "--listen", "unix:@ecdysis-tokio-fds", "--probation", "0"]);
+    let next = |server: &mut Server| {
+        let old = server.pid();
+        upgrade(server);
+        // A generation that is still there costs its successors a descriptor.
+        wait_exit(old);
+        fds(server.pid()).into_keys().collect::<Vec<_>>()
+    };
+    next(&mut server);
+    let third = next(&mut server);
+    for _ in 0..20 {
+        // Which ones depends on who ended when.
+        let numbers = next(&mut server);
+        assert!(numbers.len() <= third.len() && numbers.last() < Some(&30), "{numbers:?} after {third:?}");
+    }
+}
+
+/// One test, because a process starts only once at a time.
+#[test]
+fn in_one_process() {
+    fn send<T: Send>() {}
+    send::<StoppableStream<TcpListener>>();
+    send::<StoppableStream<UnixListener>>();
+    send::<StoppableStream<tokio::net::UdpSocket>>();
+    send::<Stoppable<tokio::net::UdpSocket>>();
+    send::<TokioEcdysisBuilder>();
+    send::<TokioEcdysis>();
+    send::<ExitFuture>();
+
+    let listen = |builder: &TokioEcdysisBuilder| builder.listen_tcp(StopOnShutdown::Yes, LOCAL.parse().unwrap());
+    let new = || TokioEcdysisBuilder::new(SignalKind::user_defined1()).unwrap();
+
+    // Without a runtime: an error, where Tokio would panic.
+    let builder = new();
+    let error = listen(&builder).unwrap_err();
+    let inner = error.get_ref().and_then(|inner| inner.downcast_ref::<ecdysis::Error>());
+    assert!(matches!(inner, Some(ecdysis::Error::Socket { .. })), "{error:?}");
+    drop(builder);
+
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    runtime.block_on(async {
+        let deadline = |future| tokio::time::timeout(support::DEADLINE, future);
+
+        // Given up before `ready`: the stream ends, although a connection waits.
+        let builder = new();
+        let mut stream = listen(&builder).unwrap();
+        let addr = stream.get_ref().local_addr().unwrap();
+        let _waiting = std::net::TcpStream::connect(addr).unwrap();
+        tokio::select! {
+            biased;
+            _ = stream.next() => panic!("before ready"),
+            _ = tokio::task::yield_now() => drop(builder),
+        }
+        assert!(stream.next().await.is_none());
+        assert!(stream.next().await.is_none());
+
+        // A call before `ready` is an error; a stop before it takes effect after it.
+        let builder = new();
+        let mut stream = listen(&builder).unwrap();
+        assert!(matches!(builder.upgrade().await, Err(ecdysis::Error::NotReady)));
+        builder.stop();
+        let (ecdysis, exit) = builder.ready().unwrap();
+        let (mode, reason) = deadline(Box::pin(exit)).await.unwrap().unwrap();
+        assert!(matches!(mode, ExitMode::FullStop), "{mode:?} {reason:?}");
+        ecdysis.over().await;
+        assert!(stream.next().await.is_none());
+        assert_eq!(ecdysis.drain(Duration::from_secs(20)).await.unwrap(), 0);
+        assert!(matches!(ecdysis.upgrade().await, Err(ecdysis::Error::Over)));
+    });
+}
