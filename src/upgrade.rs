@@ -176,11 +176,11 @@ fn commit(mut child: Child<'_>, core: &Core, triggers: &mut Triggers, since: Ins
     core.emit(&Event::Committed(&upgraded));
 
     let verdict_at = committed + core.config.probation;
-    let mut waited = false;
     // A stranger could not be ended for its silence, only asked to stop when it speaks again.
     let mut serving = matches!(child.process.who, Who::Stranger { .. }) || core.config.probation.is_zero();
     loop {
-        match if waited { child.next_status() } else { Ok(None) } {
+        // Read first, whatever the clock says: this process may have been stopped since, and the child serves.
+        match child.next_status() {
             Ok(Some(Status::Stopping | Status::HandedOver)) => break,
             Ok(Some(Status::Serving)) => {
                 serving = true;
@@ -224,7 +224,6 @@ fn commit(mut child: Child<'_>, core: &Core, triggers: &mut Triggers, since: Ins
             log::warn!("{}", crate::error::chain(&e));
             break;
         }
-        waited = true;
     }
     child.process.armed = false;
     let is_child = matches!(child.process.who, Who::Child(_));

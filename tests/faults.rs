@@ -216,7 +216,8 @@ fn die(setup: Setup, call: Call, signal: i32) -> Result<Survival, String> {
         if signal == libc::SIGSTOP {
             kill(server.pid, libc::SIGCONT);
         }
-        eventually("the parent ends", PATIENCE, || gone(server.pid))?;
+        eventually("the parent ends", PATIENCE, || gone(server.pid))
+            .map_err(|e| format!("{e}: {:#?}, {}", server.log.since(at), state(server.pid)))?;
         child
     } else {
         let verdict = server.verdict(at, PATIENCE)?;
@@ -246,6 +247,14 @@ fn die(setup: Setup, call: Call, signal: i32) -> Result<Survival, String> {
         return Err(format!("{} requests failed: {:?}", failures.len(), failures[0]));
     }
     Ok(Survival::Survived)
+}
+
+/// What each thread of a process does, for an error message.
+fn state(pid: i32) -> String {
+    let read = |task: &std::path::Path, name: &str| std::fs::read_to_string(task.join(name)).unwrap_or_default();
+    let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
+    let task = |path: std::path::PathBuf| format!("{} {}", read(&path, "stat"), read(&path, "syscall"));
+    tasks.map(|entry| task(entry.path())).collect()
 }
 
 /// The calls at which somebody may die: all of the child's, and the parent's from the moment that there is a child.
