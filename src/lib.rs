@@ -112,6 +112,8 @@ pub mod guide {
     pub mod sockets {}
     #[doc = include_str!("guide/state.md")]
     pub mod state {}
+    #[doc = include_str!("guide/seccomp.md")]
+    pub mod seccomp {}
     #[doc = include_str!("guide/systemd.md")]
     pub mod systemd {}
     #[doc = include_str!("guide/takeover.md")]

@@ -491,9 +491,8 @@ fn unpack(arrived: Arrived, reader: Arc<OwnedFd>, writer: Arc<OwnedFd>, is_stran
     let generation = manifest.generation;
     let inode = fstat(&writer).map_err(|e| Error::Handover { what: "status link", source: e.into() })?.st_ino;
     let writer = DrainLink { generation, inode, pipe: writer };
-    let (lines, ended) = (Lines::with(rest), AtomicBool::new(false));
-    let heard = Mutex::new(Heard { lines, ..Heard::default() });
-    let parent = Parent { reader, writer, heard, ended, is_stranger };
+    let heard = Heard { lines: Lines::with(rest), ..Heard::default() };
+    let parent = Parent { reader, writer, heard: Mutex::new(heard), ended: AtomicBool::new(false), is_stranger };
     Ok(Inherited { generation, sockets, parent, older })
 }
 

@@ -1,6 +1,6 @@
 //! The asynchronous face, feature `tokio_ecdysis`: streams for Tokio, and the end of this generation as a future.
 //!
-#![doc = include_str!("../guide/tokio.md")]
+//! The [guide's chapter](crate::guide::tokio) shows a server, when a stream yields, and what differs from version 1.1.1.
 
 mod gate;
 mod seqpacket;
