@@ -118,8 +118,6 @@ pub mod guide {
     pub mod systemd {}
     #[doc = include_str!("guide/takeover.md")]
     pub mod takeover {}
-    #[doc = include_str!("guide/seccomp.md")]
-    pub mod seccomp {}
     #[doc = include_str!("guide/operations.md")]
     pub mod operations {}
     #[doc = include_str!("guide/protocol.md")]
