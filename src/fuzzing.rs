@@ -147,6 +147,7 @@ mod tests {
     #[test]
     fn the_manifest_of_this_version_is_golden() {
         let entry = |number, inode, key, file| Entry { slot: Slot { number, inode }, key, file, unit: None };
+        let unit = Some("web server".to_owned());
         let manifest = Manifest {
             generation: 4,
             entries: vec![
@@ -157,6 +158,7 @@ mod tests {
                 entry(11, 48215, Key::unix("@abstract"), None),
                 entry(12, 48216, Key::from_parts(Kind::Fd, b"100% \xFF\n".to_vec()), None),
                 entry(13, u64::MAX, Key::drain(3), None),
+                Entry { unit, ..entry(14, 48217, Key::tcp("0.0.0.0:80".parse().unwrap()), None) },
             ],
             unknown: Vec::new(),
         };

@@ -112,15 +112,12 @@ pub mod guide {
     pub mod sockets {}
     #[doc = include_str!("guide/state.md")]
     pub mod state {}
-    #[cfg(feature = "tokio_ecdysis")]
-    #[doc = include_str!("guide/tokio.md")]
-    pub mod tokio {}
+    #[doc = include_str!("guide/seccomp.md")]
+    pub mod seccomp {}
     #[doc = include_str!("guide/systemd.md")]
     pub mod systemd {}
     #[doc = include_str!("guide/takeover.md")]
     pub mod takeover {}
-    #[doc = include_str!("guide/seccomp.md")]
-    pub mod seccomp {}
     #[doc = include_str!("guide/operations.md")]
     pub mod operations {}
     #[doc = include_str!("guide/protocol.md")]

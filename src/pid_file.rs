@@ -9,6 +9,19 @@ use std::process;
 /// Writes this process's PID to `path`, mode 0644, by way of a new file that takes the path's place. A symlink at
 /// `path` is replaced, never followed.
 pub(crate) fn write(path: &Path) -> io::Result<()> {
+    replace(path, format!("{}\n", process::id()).as_bytes())
+}
+
+/// Puts back what was in the file before this process wrote itself into it; unless somebody else has written since.
+pub(crate) fn put_back(path: &Path, before: Option<&[u8]>) -> io::Result<()> {
+    match before {
+        Some(before) if is_ours(path)? => replace(path, before),
+        Some(_) => Ok(()),
+        None => remove_if_ours(path),
+    }
+}
+
+fn replace(path: &Path, content: &[u8]) -> io::Result<()> {
     let new = beside(path)?;
     // What a former process of the same PID left when it was killed between the two steps below.
     let _ = fs::remove_file(&new);
@@ -16,7 +29,7 @@ pub(crate) fn write(path: &Path) -> io::Result<()> {
     let written = (|| {
         // Whatever the umask is.
         file.set_permissions(Permissions::from_mode(0o644))?;
-        file.write_all(format!("{}\n", process::id()).as_bytes())?;
+        file.write_all(content)?;
         fs::rename(&new, path)
     })();
     if written.is_err() {
@@ -27,10 +40,16 @@ pub(crate) fn write(path: &Path) -> io::Result<()> {
 
 /// Removes the file if it names this process.
 pub(crate) fn remove_if_ours(path: &Path) -> io::Result<()> {
+    if is_ours(path)? {
+        fs::remove_file(path)?;
+    }
+    Ok(())
+}
+
+fn is_ours(path: &Path) -> io::Result<bool> {
     match fs::read(path) {
-        Ok(pid) if pid.trim_ascii() == process::id().to_string().as_bytes() => fs::remove_file(path),
-        Ok(_) => Ok(()),
-        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
+        Ok(pid) => Ok(pid.trim_ascii() == process::id().to_string().as_bytes()),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(false),
         Err(e) => Err(e),
     }
 }
@@ -72,6 +91,21 @@ mod tests {
         assert!(path.exists());
         write(&path).unwrap();
         remove_if_ours(&path).unwrap();
+        assert!(!path.exists());
+    }
+
+    #[test]
+    fn what_was_before_is_put_back() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("pid");
+        let read = || fs::read_to_string(&path).unwrap();
+        write(&path).unwrap();
+        put_back(&path, Some(b"1\n")).unwrap();
+        assert_eq!(read(), "1\n");
+        put_back(&path, Some(b"2\n")).unwrap();
+        assert_eq!(read(), "1\n", "somebody has written since");
+        write(&path).unwrap();
+        put_back(&path, None).unwrap();
         assert!(!path.exists());
     }
 }

@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use rustix::io::Errno;
+use rustix::io::{retry_on_intr, Errno};
 use rustix::net::{RecvFlags, SendFlags};
 
 use crate::error::Error;
@@ -142,9 +142,14 @@ pub(crate) fn connect(path: &Path, trust: &Trust) -> Result<Option<OwnedFd>, Err
     if !trust(&peer) {
         return Err(Error::Untrusted { path: path.to_owned(), uid: peer.uid });
     }
-    match rustix::net::send(&socket, HELLO.as_bytes(), SendFlags::NOSIGNAL) {
+    match retry_on_intr(|| rustix::net::send(&socket, HELLO.as_bytes(), SendFlags::NOSIGNAL)) {
         // It has ended since; the wait for its answer tells.
         Ok(_) | Err(Errno::PIPE | Errno::CONNRESET) => Ok(Some(socket)),
         Err(e) => Err(failed(e.into())),
     }
+}
+
+/// Whether the other process has closed its end in the middle.
+pub(crate) fn is_end(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe)
 }

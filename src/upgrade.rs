@@ -26,6 +26,7 @@ use crate::handover::link::{self, wait_readable, Arrived, Link, Parcel, Transpor
 use crate::handover::manifest::{Entry, Manifest, Slot};
 use crate::handover::pipe::{Named, Way, VARIABLE};
 use crate::key::Key;
+use crate::pid_file;
 use crate::shutdown::{passes, timespec, State};
 use crate::sockets::Held;
 use crate::sys::adopt::Adopter;
@@ -42,6 +43,10 @@ const KILLING: Duration = Duration::from_secs(5);
 
 /// How long the manifest may take, which the parent has written before the child began.
 const MANIFEST: Duration = Duration::from_secs(10);
+
+/// How often, and after what time, to look whether anybody still listens when a takeover was cut off.
+const LOOK_AGAIN: u32 = 5;
+const LOOK_AGAIN_AFTER: Duration = Duration::from_millis(20);
 
 /// How long the parent may take to answer `ready`. It answers at once, unless it is stopped or dead.
 const COMMIT: Duration = Duration::from_secs(5);
@@ -432,7 +437,7 @@ fn from_environment() -> Result<Option<Inherited>, Error> {
             (socket.clone(), socket, arrived)
         }
     };
-    unpack(arrived, reader, writer).map(Some)
+    unpack(arrived, reader, writer, false).map(Some)
 }
 
 fn not_meant() -> Option<Inherited> {
@@ -442,21 +447,23 @@ fn not_meant() -> Option<Inherited> {
 
 /// From the process that listens at `path`, if one does.
 fn from_stranger(path: &Path, config: &Config) -> Result<Option<Inherited>, Error> {
-    let mut again = true;
+    let mut attempts = 0;
     while let Some(socket) = takeover::connect(path, &config.trust)? {
         match link::receive(&socket, config.ready_timeout) {
             Ok(Ok(arrived)) => {
                 log::info!("takes over from the process at {}", path.display());
                 let socket = Arc::new(socket);
-                return unpack(arrived, socket.clone(), socket).map(Some);
+                return unpack(arrived, socket.clone(), socket, true).map(Some);
             }
             Ok(Err(answer)) => {
                 let answer = answer.lines().next().unwrap_or_default().to_owned();
                 return Err(Error::NotHandedOver { path: path.to_owned(), answer });
             }
-            // It has ended, or turned us away. If it has ended, perhaps nobody listens now, and this generation is the first.
-            Err(e) if again && matches!(e.kind(), io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset) => {
-                again = false;
+            // It has ended, or turned us away. If it has ended nobody listens now, and this generation is the first; or
+            // will do so soon, because an end closes one descriptor after the other.
+            Err(e) if attempts < LOOK_AGAIN && takeover::is_end(&e) => {
+                attempts += 1;
+                let _ = poll(&mut [], Some(&timespec(LOOK_AGAIN_AFTER)));
             }
             Err(source) => return Err(Error::Handover { what: "manifest", source }),
         }
@@ -465,7 +472,7 @@ fn from_stranger(path: &Path, config: &Config) -> Result<Option<Inherited>, Erro
 }
 
 /// Adopts the descriptors that the manifest names; the same for every link.
-fn unpack(arrived: Arrived, reader: Arc<OwnedFd>, writer: Arc<OwnedFd>) -> Result<Inherited, Error> {
+fn unpack(arrived: Arrived, reader: Arc<OwnedFd>, writer: Arc<OwnedFd>, is_stranger: bool) -> Result<Inherited, Error> {
     let Arrived { manifest, mut descriptors, rest } = arrived;
     let mut sockets = Vec::with_capacity(manifest.entries.len());
     let mut older = Vec::new();
@@ -485,7 +492,7 @@ fn unpack(arrived: Arrived, reader: Arc<OwnedFd>, writer: Arc<OwnedFd>) -> Resul
     let inode = fstat(&writer).map_err(|e| Error::Handover { what: "status link", source: e.into() })?.st_ino;
     let writer = DrainLink { generation, inode, pipe: writer };
     let heard = Heard { lines: Lines::with(rest), ..Heard::default() };
-    let parent = Parent { reader, writer, heard: Mutex::new(heard), ended: AtomicBool::new(false) };
+    let parent = Parent { reader, writer, heard: Mutex::new(heard), ended: AtomicBool::new(false), is_stranger };
     Ok(Inherited { generation, sockets, parent, older })
 }
 
@@ -494,8 +501,11 @@ fn unpack(arrived: Arrived, reader: Arc<OwnedFd>, writer: Arc<OwnedFd>) -> Resul
 pub(crate) fn ready(core: &Core) -> Result<(), Error> {
     core.sockets.failed_claim()?;
     core.sockets.close_unclaimed();
+    let Some(parent) = &core.parent else { return core.write_pid_file() };
+    // A stranger may be too late without knowing it yet, and then the file is the old process's still.
+    let pid_file = core.config.pid_file.as_deref().filter(|_| parent.is_stranger);
+    let before = pid_file.map(|path| (path, std::fs::read(path).ok()));
     core.write_pid_file()?;
-    let Some(parent) = &core.parent else { return Ok(()) };
     match parent.tell(&Status::Ready) {
         // The parent is dead: we have the listeners. Or it has turned us away, and then its last word says so.
         Err(e) if matches!(e.kind(), io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset) => {}
@@ -510,7 +520,14 @@ pub(crate) fn ready(core: &Core) -> Result<(), Error> {
                 return Ok(());
             }
             // A child would have been killed; this process belongs to somebody else.
-            Some(Word::Stop) => return Err(Error::GivenUp),
+            Some(Word::Stop) => {
+                if let Some((path, before)) = before {
+                    if let Err(e) = pid_file::put_back(path, before.as_deref()) {
+                        log::warn!("cannot put back PID file {}: {e}", path.display());
+                    }
+                }
+                return Err(Error::GivenUp);
+            }
             // Not before the verdict.
             Some(Word::Main) => {}
             None if parent.has_ended() => {
@@ -535,6 +552,8 @@ pub(crate) struct Parent {
     writer: DrainLink,
     heard: Mutex<Heard>,
     ended: AtomicBool,
+    /// Whether this process took over, and was not started by it.
+    is_stranger: bool,
 }
 
 /// What the parent has said.
