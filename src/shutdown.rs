@@ -188,6 +188,9 @@ impl Shutdown {
 
     /// The next datagram, or `None` when it is over: [`UdpSocket::recv_from`] with the states of this handle; also for
     /// [`UnixDatagram`].
+    ///
+    /// A [`drain`](Self::drain) does not know of this loop: hold a [`guard`](Self::guard) while the thread runs, so that the
+    /// last answer is sent before the process ends.
     pub fn recv_from<D: Datagram>(&self, socket: &D, buffer: &mut [u8]) -> Option<io::Result<(usize, D::Address)>> {
         self.gated(&mut Waiter::poll(), socket.as_fd(), || socket.try_recv_from(buffer))
     }
