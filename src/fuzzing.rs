@@ -159,6 +159,11 @@ mod tests {
                 entry(12, 48216, Key::from_parts(Kind::Fd, b"100% \xFF\n".to_vec()), None),
                 entry(13, u64::MAX, Key::drain(3), None),
                 Entry { unit, ..entry(14, 48217, Key::tcp("0.0.0.0:80".parse().unwrap()), None) },
+                entry(15, 48218, Key::unix_seqpacket("/run/records"), Some((2049, 1312))),
+                entry(16, 48219, Key::unix_datagram("/run/log"), Some((2049, 1313))),
+                entry(17, 48220, Key::from_parts(Kind::DatagramPair, b"chain".to_vec()), None),
+                entry(18, 48221, Key::stream("upstream"), None),
+                entry(19, 48222, Key::bytes("count"), None),
             ],
             unknown: Vec::new(),
         };

@@ -320,11 +320,12 @@ impl Triggers {
                 self.take_signals();
                 self.requests.extend(self.calls.take());
             }
-            for at in (sockets_at..ready.len()).filter(|at| ready[*at]) {
-                self.accept(at - sockets_at);
-            }
+            // In this order, because accepting may end the oldest of the talks.
             for at in (talks_at..sockets_at).rev().filter(|at| ready[*at]) {
                 self.listen_to(at - talks_at);
+            }
+            for at in (sockets_at..ready.len()).filter(|at| ready[*at]) {
+                self.accept(at - sockets_at);
             }
             if ready[1..talks_at].contains(&true) || self.requests.len() > asked_before {
                 return Ok(Woken::Ready);
@@ -375,12 +376,17 @@ impl Triggers {
                 since: Instant::now(),
                 reply: Reply::Socket(stream),
             }),
-            meaning if self.talks.len() < MAX_TALKS => {
+            meaning => {
                 let (path, since) = (path.clone(), Instant::now());
                 self.talks.push(Talk { stream, peer, path, meaning, line: Vec::new(), since });
+                if self.talks.len() > MAX_TALKS {
+                    // Who has kept silent longest has least to say, and must not keep others out.
+                    match self.talks.remove(0) {
+                        Talk { stream, meaning: Meaning::Takeover, .. } => takeover::answer(&stream, "busy"),
+                        Talk { stream, .. } => tell(&stream, "busy\n"),
+                    }
+                }
             }
-            Meaning::Takeover => takeover::answer(&stream, "busy"),
-            Meaning::Command => tell(&stream, "busy\n"),
         }
     }
 
@@ -392,14 +398,14 @@ impl Triggers {
             Ok((_, n)) if n > 0 => talk.line.extend_from_slice(&chunk[..n]),
             Err(Errno::AGAIN | Errno::INTR) => return,
             _ => {
-                self.talks.swap_remove(at);
+                self.talks.remove(at);
                 return;
             }
         }
         if !talk.line.contains(&b'\n') && talk.line.len() < MAX_COMMAND {
             return;
         }
-        let Talk { stream, peer, path, meaning, line, .. } = self.talks.swap_remove(at);
+        let Talk { stream, peer, path, meaning, line, .. } = self.talks.remove(at);
         let (reason, since) = (ExitReason::Socket(path), Instant::now());
         if meaning == Meaning::Takeover {
             if let Some(taker) = Taker::new(stream.into(), peer, &line) {

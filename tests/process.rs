@@ -281,9 +281,11 @@ fn signals_to_every_generation_leave_one() {
         std::thread::yield_now();
     }
     load.stop().assert_none_failed();
-    eventually("one process is left", || server.processes().len() == 1);
-    let last = server.processes()[0];
-    assert_eq!(field::<u32>(&ask(&addr).unwrap(), "pid"), last);
+    // A last signal may still be on its way to one more upgrade.
+    eventually("one process is left, and serves", || {
+        let left = server.processes();
+        left.len() == 1 && field::<u32>(&ask(&addr).unwrap(), "pid") == left[0]
+    });
 }
 
 /// In every peer `ready` then fails with EPIPE, and the service is gone.

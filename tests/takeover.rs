@@ -362,7 +362,7 @@ fn peers_that_stall_or_talk_garbage_change_nothing_and_block_nobody() {
     };
 
     // Nothing is asked for by these.
-    let _mute: Vec<_> = (0..10).map(|_| meeting.connect()).collect();
+    let _mute: Vec<_> = (0..40).map(|_| meeting.connect()).collect();
     let mut half = meeting.connect();
     half.write_all(b"take").unwrap();
     for hello in [&b"garbage\n"[..], b"takeover 2\n", b"\n", &[0xff; 4000]] {
