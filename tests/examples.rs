@@ -132,7 +132,7 @@ impl Http {
     fn start() -> Self {
         let dir = tempdir();
         let (control, program) = (dir.path().join("control"), dir.path().join("http"));
-        fs::copy(example("http"), &program).unwrap();
+        install("http", &program);
         let mut command = Command::new(&program);
         command.arg("127.0.0.1:0").arg(&control);
         let server = Server::serving(command);
@@ -251,7 +251,7 @@ fn http_keeps_every_request_of_keep_alive_clients_through_upgrades_and_counts_th
     assert!(code == 1, "{code} {err}");
     assert_eq!(http.metric("ecdysis_upgrades_total{outcome=\"failed\"}"), 1.0);
     fs::remove_file(&http.program).unwrap();
-    fs::copy(example("http"), &http.program).unwrap();
+    install("http", &http.program);
     ctl_upgrades(&http.control);
     assert_eq!(http.metric("ecdysis_upgrades_total{outcome=\"failed\"}"), 1.0);
     assert_eq!(http.metric("ecdysis_upgrades_total{outcome=\"ok\"}"), 4.0);

@@ -42,6 +42,12 @@ pub fn example(name: &str) -> PathBuf {
     path
 }
 
+/// Copies an example by another process: a file that this one has open for writing is open in whatever another thread
+/// forks just then, and cannot be executed until that has executed itself (ETXTBSY).
+pub fn install(name: &str, to: impl AsRef<Path>) {
+    assert!(Command::new("cp").arg(example(name)).arg(to.as_ref()).status().unwrap().success());
+}
+
 /// A server and all its later generations, which write to one stderr and are in one process group. All are killed when
 /// this is dropped.
 pub struct Server {
