@@ -2,6 +2,7 @@
 
 use std::error::Error;
 use std::io;
+use std::path::Path;
 
 use ecdysis_bench::sys;
 
@@ -156,6 +157,7 @@ pub fn takeover(quick: bool) -> Result<Outcome, Box<dyn Error>> {
         let server = |way: &[&str]| Server::new("server", way).with("listeners", count);
         let mut inheriting = Chain::start(&server(&["way=auto", "trigger=signal"]))?;
         let place = std::env::temp_dir().join(format!("ecdysis-bench-{}.socket", std::process::id()));
+        let _removed = Removed(&place);
         let taking = server(&["trigger=signal"]).with("takeover", place.display()).with("port", free_port()?);
         let mut serving = Driven::spawn(taking.command()?)?;
         serving.expect("serving")?;
@@ -184,4 +186,13 @@ pub fn takeover(quick: bool) -> Result<Outcome, Box<dyn Error>> {
     let text =
         format!("From the signal, or the start of the process that takes over, to the commit.\n\n{}", table.markdown());
     Ok(Outcome { text, picture: None, summary })
+}
+
+/// A file that a killed server leaves behind.
+struct Removed<'a>(&'a Path);
+
+impl Drop for Removed<'_> {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(self.0);
+    }
 }
