@@ -1,4 +1,4 @@
-//! The traps about processes: each test fails without its cure.
+//! The traps about processes, with real processes.
 
 mod support;
 

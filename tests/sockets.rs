@@ -1,4 +1,4 @@
-//! The traps about sockets: each test fails without its cure.
+//! The traps about sockets, with real processes.
 
 mod support;
 
