@@ -229,7 +229,7 @@ fn a_bad_successor_costs_nothing() {
         ("hang", "was not ready within 400ms"),
         ("stop-self", "was not ready within 400ms"),
         ("refuse=bad config", "refused: bad config"),
-        ("close-status", "ended before it was ready"),
+        ("close-status", "closed its link and lives on"),
     ];
     for (words, expected) in cases {
         let _bad = meeting.misbehaving(words);
@@ -269,6 +269,95 @@ fn a_successor_that_is_too_late_is_told() {
         late.wait_all_ended();
         assert_eq!(generation(&server.addr()), 1);
     }
+}
+
+/// Two processes of which the new one has said `ready`, and stands still before it has heard the answer.
+fn stopped_before_the_commit(meeting: &mut Meeting) -> (Server, Server) {
+    let pid_file = meeting.dir.path().join("pid");
+    meeting.args.extend(["--probation", "100", "--pid-file", pid_file.to_str().unwrap()].map(String::from));
+    let mut old = meeting.serving();
+    let mut new = meeting.misbehaving("sleep=300");
+    let (old_pid, new_pid) = (old.pid(), new.first_pid());
+    new.wait("listening ");
+    send_signal(old_pid, Signal::STOP);
+    eventually("it is about to be ready", || {
+        fs::read_to_string(&pid_file).is_ok_and(|pid| pid.trim() == new_pid.to_string())
+    });
+    eventually("it waits for the answer", || state(new_pid) == Some('S'));
+    send_signal(new_pid, Signal::STOP);
+    eventually("it stands still", || state(new_pid) == Some('T'));
+    send_signal(old_pid, Signal::CONT);
+    // It was ready indeed.
+    old.wait("committed ");
+    (old, new)
+}
+
+#[test]
+fn a_successor_that_stands_still_too_long_before_it_hears_the_commit_never_serves() {
+    let mut meeting = Meeting::new(&[]);
+    let (mut old, mut new) = stopped_before_the_commit(&mut meeting);
+    let addr = old.addr();
+    let load = Load::on(&addr, 2);
+    let line = old.wait("upgrade ");
+    assert!(line.starts_with("upgrade failed") && line.contains("was not ready within 5s"), "{line}");
+    assert_eq!(generation(&addr), 1);
+    send_signal(new.first_pid(), Signal::CONT);
+    let line = new.wait("whoami: ");
+    assert!(line.contains("the parent gave this upgrade up"), "{line}");
+    new.wait_all_ended();
+    assert!(!new.said().iter().any(|line| line.starts_with("serving ")), "{:?}", new.said());
+    let pid = fs::read_to_string(meeting.dir.path().join("pid")).unwrap();
+    assert_eq!(pid.trim(), old.pid().to_string());
+    fs::write(meeting.dir.path().join("misbehave"), "").unwrap();
+    let _next = meeting.serving();
+    old.wait("upgrade ok");
+    load.stop().assert_none_failed();
+    assert_eq!(generation(&addr), 2);
+}
+
+#[test]
+fn a_successor_that_stands_still_for_a_moment_serves() {
+    let mut meeting = Meeting::new(&[]);
+    let (mut old, mut new) = stopped_before_the_commit(&mut meeting);
+    let addr = old.addr();
+    let load = Load::on(&addr, 2);
+    send_signal(new.first_pid(), Signal::CONT);
+    new.wait("serving gen=2");
+    old.wait("upgrade ok");
+    old.wait_all_ended();
+    load.stop().assert_none_failed();
+    assert_eq!(generation(&addr), 2);
+}
+
+/// The old process cannot tell it from a dead one by the link alone, nor end it; so it serves on and says so.
+#[test]
+fn a_successor_that_closes_its_link_and_lives_on_is_named() {
+    let meeting = Meeting::new(&["--probation", "5000"]);
+    let mut server = meeting.serving();
+    let addr = server.addr();
+    let load = Load::on(&addr, 1);
+    for words in [&[][..], &["ready\n"], &["ready\n", "serving\n"]] {
+        let mut stream = BufReader::new(meeting.begin());
+        let mut heard = String::new();
+        while heard != "end\n" {
+            heard.clear();
+            stream.read_line(&mut heard).unwrap();
+        }
+        for (at, word) in words.iter().enumerate() {
+            if at > 0 {
+                heard.clear();
+                stream.read_line(&mut heard).unwrap();
+                assert_eq!(heard, "commit\n");
+            }
+            stream.get_mut().write_all(word.as_bytes()).unwrap();
+        }
+        drop(stream);
+        let line = server.wait("upgrade ");
+        let expected = format!("upgrade failed: child {} closed its link and lives on", std::process::id());
+        assert!(line.starts_with(&expected), "{words:?}: {line}");
+        assert_eq!(generation(&addr), 1, "{words:?}");
+    }
+    load.stop().assert_none_failed();
 }
 
 #[test]
