@@ -744,3 +744,35 @@ fn the_example_does_what_it_says() {
     send_signal(third.first_pid(), Signal::TERM);
     third.wait_all_ended();
 }
+
+/// Two pods of the manifest on one node, with its arguments: the new one takes over, its probe succeeds, the kubelet then
+/// ends the old one.
+#[test]
+fn the_manifest_runs_the_example() {
+    let node = tempdir();
+    let probe = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let addr = probe.local_addr().unwrap().to_string();
+    drop(probe);
+    let manifest = include_str!("../examples/takeover.yaml");
+    let args: Vec<_> = manifest.lines().filter_map(|line| line.trim().strip_prefix("- ")).collect();
+    let args: Vec<_> = args.into_iter().filter(|arg| arg.starts_with("--")).collect();
+    let pod = |name: &str| {
+        let tmp = node.path().join(name);
+        fs::create_dir(&tmp).unwrap();
+        let mut command = Command::new(example("takeover"));
+        for arg in &args {
+            let arg = arg.replace("/tmp", tmp.to_str().unwrap()).replace("0.0.0.0:8080", &addr);
+            command.arg(arg.replace("/run/takeover", node.path().to_str().unwrap()));
+        }
+        (Server::start(command), tmp.join("pid"))
+    };
+    let (mut old, _) = pod("old");
+    old.wait("serving: generation 1, ");
+    let (mut new, probed) = pod("new");
+    eventually("the new pod is ready", || probed.exists());
+    new.wait("serving: generation 2, ");
+    old.wait("handed over to pid ");
+    send_signal(old.first_pid(), Signal::TERM);
+    old.wait_all_ended();
+    assert!(probed.exists() && state(new.first_pid()) != Some('Z'));
+}
