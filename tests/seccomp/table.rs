@@ -124,7 +124,6 @@ pub const TABLE: &[Row] = &[
     row("rt_sigreturn", SYS_rt_sigreturn, &[Serving, Parent], "the end of a signal handler"),
     row("rt_sigtimedwait", SYS_rt_sigtimedwait, &[Serving, HandsOver, TakesOver], "the SIGPIPE of a pipe whose reader is gone"),
     row("sched_getaffinity", SYS_sched_getaffinity, &[Program], "std's stack of the main thread"),
-    row("sched_yield", SYS_sched_yield, &[Serving], "accept loops"),
     row("sendmsg", SYS_sendmsg, &[Parent, HandsOver], "what goes over a socket"),
     row("sendto", SYS_sendto, &[Serving, TakesOver, Program], "answers on control sockets; what asks for a takeover; writing to sockets"),
     row("set_robust_list", SYS_set_robust_list, &[Before, Program], "fork and threads of the C library"),
