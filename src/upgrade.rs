@@ -193,10 +193,13 @@ fn commit(mut child: Child<'_>, core: &Core, triggers: &mut Triggers, since: Ins
             }
             Ok(Some(_)) => continue,
             Ok(None) => {}
-            // It serves, and that is more than its manners count for.
             Err(error @ Error::Garbage { .. }) => {
-                log::warn!("{error}");
-                break;
+                // If it serves, that is more than its manners count for.
+                if serving || !child.take_back() {
+                    log::warn!("{error}");
+                    break;
+                }
+                return resume(error);
             }
             Err(error) => return resume(error),
         }
@@ -213,7 +216,7 @@ fn commit(mut child: Child<'_>, core: &Core, triggers: &mut Triggers, since: Ins
         let until = if serving { verdict_at } else { committed + COMMIT };
         if now >= until {
             // It was stopped between the two words, say; nobody accepts.
-            if until == verdict_at || !child.take_back() {
+            if serving || !child.take_back() {
                 break;
             }
             return resume(Error::Timeout { pid, after: COMMIT });

@@ -311,7 +311,7 @@ fn a_successor_that_is_too_late_is_told() {
 /// Two processes of which the new one has said `ready`, and stands still before it has heard the answer.
 fn stopped_before_the_commit(meeting: &mut Meeting) -> (Server, Server) {
     let pid_file = meeting.dir.path().join("pid");
-    meeting.args.extend(["--probation", "100", "--pid-file", pid_file.to_str().unwrap()].map(String::from));
+    meeting.args.extend(["--pid-file", pid_file.to_str().unwrap()].map(String::from));
     let mut old = meeting.serving();
     let new = meeting.standing();
     let (old_pid, new_pid) = (old.pid(), new.first_pid());
@@ -331,7 +331,8 @@ fn stopped_before_the_commit(meeting: &mut Meeting) -> (Server, Server) {
 
 #[test]
 fn a_successor_that_stands_still_too_long_before_it_hears_the_commit_never_serves() {
-    let mut meeting = Meeting::new(&[]);
+    // As long as the answer may take: that does not stand in for it.
+    let mut meeting = Meeting::new(&["--probation", "5000"]);
     let (mut old, mut new) = stopped_before_the_commit(&mut meeting);
     let addr = old.addr();
     let load = Load::on(&addr, 2);
@@ -354,7 +355,7 @@ fn a_successor_that_stands_still_too_long_before_it_hears_the_commit_never_serve
 
 #[test]
 fn a_successor_that_stands_still_for_a_moment_serves() {
-    let mut meeting = Meeting::new(&[]);
+    let mut meeting = Meeting::new(&["--probation", "100"]);
     let (mut old, mut new) = stopped_before_the_commit(&mut meeting);
     let addr = old.addr();
     let load = Load::on(&addr, 2);
@@ -503,7 +504,7 @@ fn peers_that_stall_or_talk_garbage_change_nothing_and_block_nobody() {
     verdict(&mut server, "child ");
     drop(meeting.begin());
     verdict(&mut server, "child ");
-    for garbage in [&b"garbage\n"[..], &[b'x'; 10_000], b"commit\n", b"serving\n", b"\xff\n"] {
+    for garbage in [&b"garbage\n"[..], &[b'x'; 10_000], b"commit\n", b"serving\n", b"\xff\n", b"ready\nnonsense\n"] {
         let mut stream = meeting.begin();
         stream.write_all(garbage).unwrap();
         verdict(&mut server, "not of the protocol");
