@@ -1,10 +1,10 @@
 //! Gives a command to a server through its control socket (`Builder::control_on_socket`), and exits with the outcome:
 //! fit for `ExecReload=`.
 //!
-//!     whoami --listen 127.0.0.1:7000 --control-socket /tmp/control     # in a first terminal, with --example whoami
-//!     cargo run --example ctl -- /tmp/control upgrade                  # upgraded: generation 2 serves as pid 812, …
-//!     cargo run --example ctl -- /tmp/control status                   # pid 812, generation 2, up 3.1 s, serving …
-//!     cargo run --example ctl -- /tmp/control stop                     # stopped: the process has ended
+//!     cargo run --example http -- 127.0.0.1:8000 /tmp/http.control     # and then in a second terminal:
+//!     cargo run --example ctl -- /tmp/http.control upgrade             # upgraded: generation 2 serves as pid 812, …
+//!     cargo run --example ctl -- /tmp/http.control status              # pid 812, generation 2, up 3.1 s, serving …
+//!     cargo run --example ctl -- /tmp/http.control stop                # stopped: the process has ended
 //!
 //!     ctl SOCKET upgrade|stop|partial-stop|status
 //!       --json               the outcome as one line of JSON
