@@ -76,9 +76,11 @@
 #![deny(unsafe_code)]
 #![warn(missing_docs, rust_2018_idioms)]
 
+mod builder;
 mod ecdysis;
 mod error;
 mod event;
+mod exit;
 #[cfg(any(test, fuzzing))]
 #[doc(hidden)]
 #[allow(missing_docs, clippy::missing_panics_doc)]
@@ -93,6 +95,7 @@ mod pass;
 mod pid_file;
 mod program;
 mod seqpacket;
+mod service;
 mod shutdown;
 mod sockets;
 mod sys;
@@ -131,9 +134,11 @@ pub mod guide {
     pub mod moving {}
 }
 
-pub use crate::ecdysis::{Builder, Ecdysis, Exit, ExitMode, ExitReason, Overlap, Starting, Upgraded};
+pub use crate::ecdysis::{Ecdysis, Starting};
+pub use builder::{Builder, Overlap};
 pub use error::Error;
 pub use event::Event;
+pub use exit::{Exit, ExitMode, ExitReason, Upgraded};
 pub use handover::link::Transport;
 pub use key::Key;
 pub use listen::Socket;

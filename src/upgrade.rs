@@ -18,15 +18,17 @@ use rustix::fs::{fstat, FileType};
 use rustix::io::Errno;
 use rustix::process::{kill_process, pidfd_send_signal, waitid, waitpid, Signal, WaitId, WaitIdOptions, WaitOptions};
 
-use crate::ecdysis::{Config, Core, Upgraded};
+use crate::builder::Config;
 use crate::error::Error;
 use crate::event::Event;
+use crate::exit::Upgraded;
 use crate::handover::frames::{preview, send, Lines, Next, Status, Word};
 use crate::handover::link::{self, wait_readable, Arrived, Link, Parcel, Transport};
 use crate::handover::manifest::{Entry, Manifest, Slot};
 use crate::handover::pipe::{Named, Way, VARIABLE};
 use crate::key::Key;
 use crate::pid_file;
+use crate::service::Core;
 use crate::shutdown::{passes, timespec, State};
 use crate::sockets::Held;
 use crate::sys::adopt::Adopter;

@@ -67,7 +67,6 @@ const TABLE: &[(i64, &str, &[i32])] = &[
     (SYS_rt_sigtimedwait, "rt_sigtimedwait", &[EAGAIN, EINTR, EPERM]),
     (SYS_restart_syscall, "restart_syscall", &[]),
     (SYS_sched_getaffinity, "sched_getaffinity", &[EPERM, ENOSYS]),
-    (SYS_sched_yield, "sched_yield", &[]),
     (SYS_sendto, "sendto", &[EPIPE, EAGAIN, ENOBUFS, EINTR]),
     (SYS_set_robust_list, "set_robust_list", &[ENOSYS, EPERM]),
     (SYS_set_tid_address, "set_tid_address", &[]),

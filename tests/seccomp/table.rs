@@ -112,7 +112,6 @@ pub const TABLE: &[Row] = &[
     row("rt_sigreturn", SYS_rt_sigreturn, &[Serving, Parent], "the end of a signal handler"),
     row("rt_sigtimedwait", SYS_rt_sigtimedwait, &[Serving], "the SIGPIPE of a pipe whose reader is gone"),
     row("sched_getaffinity", SYS_sched_getaffinity, &[Program], "std's stack of the main thread"),
-    row("sched_yield", SYS_sched_yield, &[Serving], "accept loops"),
     row("sendto", SYS_sendto, &[Serving, Program], "answers on control sockets; writing to sockets"),
     row("set_robust_list", SYS_set_robust_list, &[Before, Program], "fork and threads of the C library"),
     row("set_tid_address", SYS_set_tid_address, &[Program], "threads"),
