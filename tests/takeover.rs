@@ -119,6 +119,30 @@ fn who_comes_second_takes_over_from_the_first() {
     assert!(!meeting.socket.exists());
 }
 
+/// Its mode is there before its name, so there is no moment in which others may connect; whatever the umask is.
+#[test]
+fn the_socket_file_is_never_open_to_others() {
+    if !has_strace() {
+        return;
+    }
+    let meeting = Meeting::new(&[]);
+    let trace = meeting.dir.path().join("trace");
+    let mut command = Command::new("sh");
+    command.args(["-c", r#"umask 0 && exec strace -f -e trace=/chmod,bind,listen -o "$0" "$@""#]).arg(&trace);
+    meeting.arguments(command.arg(example("whoami")));
+    let mut server = Server::start(command);
+    server.wait("serving gen=1");
+    let trace = fs::read_to_string(trace).unwrap();
+    let calls: Vec<_> =
+        trace.lines().filter_map(|line| line.split_once(' ')).map(|(_, call)| call.trim_start()).collect();
+    let path = meeting.socket.to_str().unwrap();
+    let bound = calls.iter().position(|call| call.starts_with("bind(") && call.contains(path)).expect("its bind");
+    let (socket, _) = calls[bound]["bind(".len()..].split_once(',').unwrap();
+    assert!(calls[bound - 1].starts_with(&format!("fchmod({socket}, 0600)")), "{trace}");
+    assert!(calls[bound + 1..].iter().all(|call| !call.contains("chmod")), "{trace}");
+    assert_eq!(fs::metadata(path).unwrap().permissions().mode() & 0o777, 0o600);
+}
+
 #[test]
 fn a_stale_socket_means_a_first_generation() {
     let meeting = Meeting::new(&[]);
