@@ -252,7 +252,7 @@ impl fmt::Display for Error {
                 write!(f, "{} closed its status pipe without a word and was killed", Child(*pid))
             }
             Self::ChildLivesOn { pid } => {
-                write!(f, "{} closed its link and lives on: end it, for it may accept, too", Child(*pid))
+                write!(f, "{} closed its link and lives on: it may accept, too", Child(*pid))
             }
             Self::Refused { pid, reason } => write!(f, "{} refused: {reason}", Child(*pid)),
             Self::Timeout { pid, after } => {

@@ -38,6 +38,7 @@ fn server() {
         Some("kinds") => serve_kinds(),
         Some("many") => serve_many(),
         Some("loop") => serve_by_hand(),
+        Some("plain") => serve_plainly(),
         #[cfg(all(target_arch = "x86_64", target_env = "gnu"))]
         Some("filtered") => serve_filtered(),
         other => panic!("what is {other:?}?"),
@@ -72,6 +73,9 @@ fn builder() -> ecdysis::Builder {
         }
         _ => {}
     });
+    if env::var_os("TRUST").is_some_and(|whom| whom == "nobody") {
+        builder.trust_peers(|_| false);
+    }
     if env::var_os("CARRIER").is_some_and(|carrier| carrier == "socket") {
         builder.transport(Transport::Socket);
     }
@@ -250,6 +254,16 @@ fn serve_by_hand() -> Result<()> {
     }
     say(format!("ended gen={generation}"));
     Ok(())
+}
+
+/// With the takeover socket in the poll of `run`.
+fn serve_plainly() -> Result<()> {
+    let takeover = dir().join("takeover");
+    let starting = builder().take_over(&takeover).takeover_on_socket(&takeover).start()?;
+    let listener = starting.listen_tcp("127.0.0.1:0".parse()?)?;
+    say(format!("listening {} gen={}", listener.local_addr()?, starting.generation()));
+    answer_lines(listener, &starting.shutdown(), starting.generation());
+    finish(starting)
 }
 
 fn answer_lines(listener: TcpListener, shutdown: &ecdysis::Shutdown, generation: u64) {
@@ -471,6 +485,29 @@ fn a_program_with_its_own_loop_hands_over() {
     first.wait("ended gen=1");
     load.stop().assert_none_failed();
     assert_eq!(field::<u32>(&ask(&addr).unwrap(), "pid"), second.pid());
+}
+
+/// The program's own rule goes for either side, whatever the user is.
+#[test]
+fn a_rule_of_the_program_decides_who_may_take_over() {
+    for scenario in ["plain", "loop"] {
+        let start = |dir: &TempDir, trust: &str| {
+            let mut command = command(scenario, dir.path());
+            command.env("TRUST", trust);
+            Server::start(command)
+        };
+        for (old, new, expected) in [
+            ("nobody", "the same user", "NotHandedOver"),
+            ("the same user", "nobody", "Untrusted"),
+            ("the same user", "the same user", "serving gen=2"),
+        ] {
+            let dir = tempdir();
+            let mut server = start(&dir, old);
+            server.wait("serving gen=1");
+            let line = start(&dir, new).wait(expected);
+            assert!(expected != "NotHandedOver" || line.contains("denied"), "{line}");
+        }
+    }
 }
 
 /// A takeover needs neither fork nor execve: what it needs is in two columns of the guide's table.
