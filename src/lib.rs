@@ -53,6 +53,10 @@
 //! 7. The parent stops accepting and answers `commit`: from then on the child serves. The parent keeps its sockets for
 //!    the probation, a second; if the child dies, it accepts again. Then it drains and ends.
 //!
+//! A real one, drawn by `cargo run --release --example demo -- --picture FILE.svg`:
+//!
+#![doc = include_str!("guide/upgrade.svg")]
+//!
 //! # Promises and their limits
 //!
 //! - No connection is refused, reset or left unserved by an upgrade. Connections that a *new* version has accepted and then
