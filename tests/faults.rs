@@ -3,7 +3,8 @@
 //!
 //! `cargo test --test faults -- --nocapture` shows the figures; of the stops, which take their deadlines, it makes a
 //! part; `cargo test --test faults -- --ignored --nocapture` makes all.
-#![cfg(target_arch = "x86_64")]
+// The runtime of a sanitizer does not survive them.
+#![cfg(all(target_arch = "x86_64", not(sanitized)))]
 
 #[path = "faults/errors.rs"]
 mod errors;

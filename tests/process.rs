@@ -439,6 +439,8 @@ fn exclusive_state_waits_for_the_end_of_the_parent() {
     let mut held = connect(&addr).unwrap();
     held.write_all(b"who\n").unwrap();
     held.read_exact(&mut [0; 6]).unwrap();
+    // A line begun is waited for; an idle connection would end with the shutdown, and the parent with it.
+    held.write_all(b"w").unwrap();
     server.upgrade();
     assert!(!server.said().iter().any(|line| line.starts_with("parent ended")), "it drains");
     drop(held);
