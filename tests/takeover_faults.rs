@@ -10,7 +10,7 @@ mod support;
 use std::collections::HashMap;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::Command;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 use std::time::Instant;
@@ -334,15 +334,6 @@ fn sweep(title: &str, points: &[Point], at_a_time: usize) {
     );
     assert!(missed <= points.len() / 10, "{title}: too many calls did not come");
     assert!(lost.is_empty(), "{title}: not survived:\n{}", lost.join("\n"));
-}
-
-fn has_strace() -> bool {
-    let works = Command::new("strace").args(["-o", "/dev/null", "true"]).stderr(Stdio::null()).status();
-    let has = works.is_ok_and(|status| status.success());
-    if !has {
-        eprintln!("not run: needs a strace that may trace");
-    }
-    has
 }
 
 fn faults(calls: &[Call]) -> Vec<Point> {

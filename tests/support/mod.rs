@@ -48,6 +48,16 @@ pub fn install(name: &str, to: impl AsRef<Path>) {
     assert!(Command::new("cp").arg(example(name)).arg(to.as_ref()).status().unwrap().success());
 }
 
+/// Some faults cannot be had otherwise.
+pub fn has_strace() -> bool {
+    let works = Command::new("strace").args(["-o", "/dev/null", "true"]).stderr(Stdio::null()).status();
+    let has = works.is_ok_and(|status| status.success());
+    if !has {
+        eprintln!("not run: needs a strace that may trace");
+    }
+    has
+}
+
 /// A server and all its later generations, which write to one stderr and are in one process group. All are killed when
 /// this is dropped.
 pub struct Server {
