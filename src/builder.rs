@@ -291,7 +291,7 @@ impl Builder {
     }
 
     /// Calls `observer` at every [`Event`], in the thread that waits for triggers: it must return soon, and must not
-    /// call [`Ecdysis::upgrade`](crate::Ecdysis::upgrade).
+    /// call [`Ecdysis::upgrade`](crate::Ecdysis::upgrade). If it panics, that is logged and changes nothing.
     pub fn on_event(&mut self, observer: impl Fn(&Event<'_>) + Send + Sync + 'static) -> &mut Self {
         self.config.observer = Some(Arc::new(observer));
         self

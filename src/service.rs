@@ -2,6 +2,7 @@
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
+use std::panic::{self, AssertUnwindSafe};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
@@ -87,7 +88,10 @@ impl Core {
             self.manager().hear(event);
         }
         if let Some(observer) = &self.config.observer {
-            observer(event);
+            // In the middle of an upgrade a panic would leave a service that is neither here nor there.
+            if panic::catch_unwind(AssertUnwindSafe(|| observer(event))).is_err() {
+                log::error!("the observer panicked at {event:?}");
+            }
         }
     }
 

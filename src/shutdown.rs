@@ -180,10 +180,12 @@ impl Shutdown {
     /// Every connection until accepting is over, as [`accept`](Self::accept) gives them. After an error it ends.
     ///
     /// Each iterator waits with an epoll of its own, so that of many threads on one listener one is woken for a
-    /// connection and not all. [`drain`](Self::drain) waits until an iterator that was used has ended or was dropped,
-    /// so a [`guard`](Self::guard) taken in the loop's body is never missed.
+    /// connection and not all. [`drain`](Self::drain) waits until every iterator has ended or was dropped, so a
+    /// [`guard`](Self::guard) taken in the loop's body is never missed. One that is kept and not used costs the drain its
+    /// deadline: what waits in its queue at a stop would else be reset.
     pub fn incoming<'a, L: Accept>(&self, listener: &'a L) -> Incoming<'a, L> {
-        Incoming { listener, shutdown: self.clone(), waiter: Waiter::new(), counted: false, done: false }
+        self.begin_loop();
+        Incoming { listener, shutdown: self.clone(), waiter: Waiter::new(), done: false }
     }
 
     /// The next datagram, or `None` when it is over: [`UdpSocket::recv_from`] with the states of this handle; also for
@@ -240,8 +242,9 @@ impl Shutdown {
     }
 
     /// Waits until every accept loop has ended and every guard is dropped, at most `deadline`; returns how many are
-    /// left. To be called when accepting is over: before, the loops do not end. A loop counts from its first `next` on;
-    /// a thread that was spawned and has not come so far does not.
+    /// left. To be called when accepting is over: before, the loops do not end. A loop counts from
+    /// [`incoming`](Self::incoming) on. A thread that was spawned and has not come so far counts only if it was given a
+    /// guard.
     ///
     /// Also returns when a later generation, which was built with [`Overlap::AtMost`](crate::Overlap::AtMost), tells
     /// this one to end.
@@ -498,7 +501,6 @@ pub struct Incoming<'a, L> {
     listener: &'a L,
     shutdown: Shutdown,
     waiter: Waiter,
-    counted: bool,
     done: bool,
 }
 
@@ -508,10 +510,6 @@ impl<L: Accept> Iterator for Incoming<'_, L> {
     fn next(&mut self) -> Option<Self::Item> {
         if self.done {
             return None;
-        }
-        if !self.counted {
-            self.counted = true;
-            self.shutdown.begin_loop();
         }
         let listener = self.listener;
         let next = self.shutdown.gated(&mut self.waiter, listener.as_fd(), || listener.try_accept());
@@ -526,8 +524,7 @@ impl<L: Accept> FusedIterator for Incoming<'_, L> {}
 
 impl<L> Incoming<'_, L> {
     fn end(&mut self) {
-        self.done = true;
-        if std::mem::take(&mut self.counted) {
+        if !std::mem::replace(&mut self.done, true) {
             self.shutdown.end_loop();
         }
     }

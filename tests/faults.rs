@@ -296,8 +296,7 @@ fn spoken(call: &Call, signal: i32) -> bool {
 
 fn death_sweep(title: &str, setup: Setup, at_a_time: usize, points: &[(Call, i32)]) {
     let describe = |(call, signal): &(Call, i32)| {
-        let signal = if *signal == libc::SIGKILL { "SIGKILL" } else { "SIGSTOP" };
-        format!("{signal} of {:?} at {} number {}", call.role, name(call.number), call.nth)
+        format!("signal {signal} of {:?} at {} number {}", call.role, name(call.number), call.nth)
     };
     let lost = sweep(title, points, at_a_time, describe, |(call, signal)| die(setup, call, signal));
     assert!(lost.is_empty(), "{title}: {} not survived, the first: {}", lost.len(), lost[0]);
@@ -381,6 +380,22 @@ fn of_the_handover(calls: Vec<Call>) -> Vec<Call> {
 #[test]
 fn every_killing_is_survived() {
     death_sweep("killed", CLONE, 3, &all_deaths(libc::SIGKILL));
+}
+
+/// What ends the child before its execve, when it still has the parent's memory and might run its handlers, is not for the
+/// parent.
+#[test]
+fn a_stop_signal_to_the_child_alone_stops_nothing_else() {
+    let calls = deaths(&record(CLONE).calls).into_iter().filter(|call| call.role == Role::Forked);
+    let points: Vec<_> = calls.map(|call| (call, libc::SIGTERM)).collect();
+    death_sweep("stop signal to the child", CLONE, 3, &points);
+}
+
+/// As one whose program is on a dead file system; with vfork(2) the parent would wait for it.
+#[test]
+fn a_child_that_is_stopped_before_its_execve_costs_its_deadline() {
+    let first = record(STOPPED).calls.into_iter().find(|call| call.role == Role::Forked);
+    assert_eq!(die(STOPPED, first.unwrap(), libc::SIGSTOP), Ok(Survival::Survived));
 }
 
 #[test]

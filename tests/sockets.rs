@@ -6,6 +6,7 @@ use std::fs;
 use std::io::{Read, Write};
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::os::unix::net::UnixListener;
+use std::path::Path;
 use std::process::Command;
 
 use rustix::process::Signal;
@@ -44,10 +45,74 @@ fn a_child_takes_nothing_before_it_is_ready() {
     let load = Load::on(&addr, 2);
     for words in ["sleep=300 exit=3", "sleep=200 panic", "sleep=100 signal=9"] {
         fs::write(&how, words).unwrap();
-        server.fail_to_upgrade();
+        server.signal(Signal::HUP);
+        server.wait("gen=2 pid=");
+        let open: Vec<_> = (0..20).map(|_| connect(&addr).unwrap()).collect();
+        let line = server.wait("upgrade ");
+        assert!(line.starts_with("upgrade failed"), "{line}");
+        for mut stream in open {
+            stream.write_all(b"who\n").unwrap();
+            let mut answer = String::new();
+            stream.read_to_string(&mut answer).unwrap();
+            assert_eq!(field::<u64>(&answer, "gen"), 1);
+        }
     }
     load.stop().assert_none_failed();
-    assert_eq!(generation(&addr), 1);
+}
+
+/// There is no gap between the two, and no time in which clients wait for a new version to warm up.
+#[test]
+fn the_parent_accepts_until_the_child_is_ready() {
+    let dir = tempdir();
+    let how = dir.path().join("how");
+    fs::write(&how, "hang").unwrap();
+    let mut server = Server::whoami(["--listen", "127.0.0.1:0", "--misbehave", how.to_str().unwrap()]);
+    server.signal(Signal::HUP);
+    let child = server.wait("gen=2 pid=");
+    for _ in 0..10 {
+        assert_eq!(generation(&server.addr()), 1);
+    }
+    send_signal(field(&child, "pid"), Signal::KILL);
+    server.wait("upgrade failed");
+}
+
+/// With a plain poll a connection wakes every thread that waits for one.
+#[test]
+fn one_connection_wakes_one_thread() {
+    const THREADS: usize = 16;
+    let server = Server::whoami(["--listen", "127.0.0.1:0", "--threads", &THREADS.to_string()]);
+    let (addr, pid) = (server.addr(), server.first_pid());
+    eventually("all wait", || threads(pid).values().filter(|state| **state == 'S').count() == THREADS + 1);
+    let waiting = threads(pid);
+    // How often they have gone to sleep.
+    let sleeps = || {
+        let count = |tid: &u32| status_field(*tid, "voluntary_ctxt_switches").parse::<usize>().unwrap();
+        waiting.keys().map(count).sum::<usize>()
+    };
+    let before = sleeps();
+    for _ in 0..100 {
+        ask(&addr).unwrap();
+    }
+    let woken = sleeps() - before;
+    assert!(woken < 100 * THREADS / 2, "100 connections woke {woken} threads");
+}
+
+/// What the network did to one connection is no reason to leave the others alone.
+#[test]
+fn a_connection_that_is_lost_ends_no_loop() {
+    if !has_strace() {
+        return;
+    }
+    for errno in ["ECONNABORTED", "EINTR", "EPROTO", "ENOBUFS"] {
+        let mut command = Command::new("strace");
+        let inject = format!("inject=accept4:error={errno}:when=1+2");
+        command.args(["-f", "-o", "/dev/null", "-e", "trace=accept4", "-e", &inject]);
+        command.arg(example("whoami")).args(["--listen", "127.0.0.1:0"]);
+        let server = Server::serving(command);
+        for _ in 0..3 {
+            assert_eq!(generation(&server.addr()), 1, "{errno}");
+        }
+    }
 }
 
 #[test]
@@ -55,8 +120,14 @@ fn port_0_and_two_kinds_on_one_port() {
     // An address of this process's own, on which no port is taken.
     let [high, low] = (std::process::id() as u16).to_be_bytes();
     let own = format!("127.{}.{}.1:7000", high.max(1), low);
-    let args = [own.clone(), format!("udp:{own}"), "127.0.0.1:0".into(), "[::1]:0".into()];
-    let mut server = Server::whoami(args.iter().flat_map(|addr| ["--listen", addr]));
+    let mut args = [own.clone(), format!("udp:{own}"), "127.0.0.1:0".into(), "[::1]:0".into()];
+    let dir = tempdir();
+    let next = dir.path().join("next");
+    let listen = args.iter().flat_map(|addr| ["--listen", addr]);
+    let mut server = Server::whoami(listen.chain(["--exec", next.to_str().unwrap()]));
+    // The order matters only among sockets with the same address and of the same kind.
+    args.reverse();
+    script(&next, &format!("exec {} --listen {}", example("whoami").display(), args.join(" --listen ")));
     let before = server.addrs();
     server.upgrade();
     for addr in [&before[0], &before[2], &before[3]] {
@@ -70,6 +141,11 @@ fn port_0_and_two_kinds_on_one_port() {
     assert!(answer[..n].starts_with(b"gen=2 "));
 }
 
+fn script(path: &Path, line: &str) {
+    fs::write(path, format!("#!/bin/sh\n{line}\n")).unwrap();
+    fs::set_permissions(path, fs::Permissions::from_mode(0o755)).unwrap();
+}
+
 /// The kernel would complete handshakes for it, and nobody would ever answer.
 #[test]
 fn what_nobody_claims_is_closed() {
@@ -78,9 +154,7 @@ fn what_nobody_claims_is_closed() {
     let args = ["--listen", "127.0.0.1:0", "--listen", "127.0.0.2:0", "--exec", next.to_str().unwrap()];
     let mut server = Server::whoami(args.into_iter().chain(["--probation", "50"]));
     let addrs = server.addrs();
-    let whoami = example("whoami");
-    fs::write(&next, format!("#!/bin/sh\nexec {} --listen 127.0.0.1:0\n", whoami.display())).unwrap();
-    fs::set_permissions(&next, fs::Permissions::from_mode(0o755)).unwrap();
+    script(&next, &format!("exec {} --listen 127.0.0.1:0", example("whoami").display()));
     server.upgrade();
     server.wait("ended gen=1");
     wait_exit(server.first_pid());
@@ -175,18 +249,25 @@ fn of_many_that_find_a_stale_socket_one_wins() {
     let path = dir.path().join("s");
     let listen = format!("unix:{}", path.display());
     drop(UnixListener::bind(&path).unwrap());
-    let mut servers: Vec<_> = (0..8)
-        .map(|_| {
-            let mut command = Command::new(example("whoami"));
-            command.args(["--listen", &listen]);
-            Server::start(command)
-        })
-        .collect();
-    let mut serving = Vec::new();
+    let traced = has_strace();
+    let start = |number: usize| {
+        let mut command = Command::new(if traced { "strace".into() } else { example("whoami") });
+        if traced {
+            // Each removes the file, if it may, when those before it have bound theirs.
+            let inject = format!("inject=?unlink,unlinkat:delay_enter={}", number * 100_000);
+            command
+                .args(["-f", "-o", "/dev/null", "-e", "trace=?unlink,unlinkat", "-e", &inject])
+                .arg(example("whoami"));
+        }
+        command.args(["--listen", &listen]);
+        Server::start(command)
+    };
+    let mut servers: Vec<_> = (1..=8).map(start).collect();
+    let mut serving: Vec<u32> = Vec::new();
     for server in &mut servers {
         let line = server.wait("");
         if line.starts_with("listening") {
-            serving.push(server.first_pid());
+            serving.push(field(&line, "pid"));
         }
     }
     assert_eq!(serving.len(), 1, "{serving:?}");

@@ -371,14 +371,15 @@ mod tests {
 
     #[test]
     fn what_a_unit_passed_is_claimed_by_name_and_kept_for_the_next_generation() {
-        let listeners = [(); 3].map(|()| TcpListener::bind("127.0.0.1:0").unwrap());
+        let listeners = [(); 4].map(|()| TcpListener::bind("127.0.0.1:0").unwrap());
         let inodes = listeners.each_ref().map(inode);
         let key = |port: u16| Key::tcp(([127, 0, 0, 1], port).into());
-        let [a, b, c] = listeners;
+        let [a, b, c, d] = listeners;
         let sockets = Sockets::new(vec![
             (key(1), held(a, None)),
             (key(2), held(b, Some("http"))),
             (key(3), held(c, Some("admin"))),
+            (key(4), held(d, Some("admin"))),
         ]);
         let error = sockets.systemd_listen_tcp("http", "127.0.0.1:3".parse().unwrap()).unwrap_err().to_string();
         for part in ["tcp 127.0.0.1:3", "\"http\"", "tcp 127.0.0.1:2 as \"http\"", "tcp 127.0.0.1:3 as \"admin\""] {
@@ -388,13 +389,15 @@ mod tests {
         assert_eq!(inode(listener), inodes[1]);
         sockets.close_unclaimed();
         let (entries, _fds) = sockets.snapshot().unwrap();
-        let handed_on: Vec<_> = entries.iter().map(|entry| (&entry.key, entry.unit.as_deref())).collect();
-        assert_eq!(handed_on, [(&key(2), Some("http")), (&key(3), Some("admin"))]);
+        let mut handed_on: Vec<_> = entries.iter().map(|entry| (&entry.key, entry.unit.as_deref())).collect();
+        handed_on.sort_by_key(|(key, _)| key.to_string());
+        assert_eq!(handed_on, [(&key(2), Some("http")), (&key(3), Some("admin")), (&key(4), Some("admin"))]);
         let manifest = Manifest { generation: 1, entries, ..Manifest::default() };
         assert_eq!(Manifest::decode(manifest.encode().as_bytes()).unwrap(), manifest, "the names go along");
         // A later version asks for the group.
         let group = sockets.systemd_group("admin").unwrap();
-        assert_eq!(group.iter().map(|(key, fd)| (key.clone(), inode(fd))).collect::<Vec<_>>(), [(key(3), inodes[2])]);
+        let members: Vec<_> = group.iter().map(|(key, fd)| (key.clone(), inode(fd))).collect();
+        assert_eq!(members, [(key(3), inodes[2]), (key(4), inodes[3])]);
         assert!(sockets.systemd_group("admin").unwrap().is_empty());
     }
 

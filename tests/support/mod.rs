@@ -48,6 +48,7 @@ pub fn install(name: &str, to: impl AsRef<Path>) {
     assert!(Command::new("cp").arg(example(name)).arg(to.as_ref()).status().unwrap().success());
 }
 
+/// Some faults cannot be had otherwise.
 pub fn has_strace() -> bool {
     let works = Command::new("strace").args(["-o", "/dev/null", "true"]).stderr(Stdio::null()).status();
     let has = works.is_ok_and(|status| status.success());
