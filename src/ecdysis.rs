@@ -134,7 +134,7 @@ impl Builder {
     }
 
     /// Ends accepting and the triggers when this signal comes, and leaves the rest to the program: PID file and socket
-    /// files stay.
+    /// files stay, but those of control sockets, which nobody answers any more.
     pub fn partial_stop_on_signal(&mut self, signal: i32) -> &mut Self {
         self.on_signal(signal, Action::PartialStop)
     }
@@ -388,6 +388,7 @@ impl Builder {
             sockets,
             shutdown,
             manager: manager.map(OnceLock::from).unwrap_or_default(),
+            takes_sockets: AtomicBool::new(self.config.takes_sockets()),
             parent,
             older,
             calls,
@@ -405,16 +406,19 @@ impl Config {
     fn manager(&self, generation: u64, is_child: bool) -> Result<Option<Manager>, Error> {
         #[cfg(feature = "systemd_notify")]
         if self.systemd_notify {
-            #[cfg(feature = "systemd_sockets")]
-            let takes_sockets = self.systemd_sockets;
-            #[cfg(not(feature = "systemd_sockets"))]
-            let takes_sockets = false;
             let upgrade_time = self.ready_timeout.saturating_add(self.probation);
-            let manager = Manager::from_env(generation, is_child, upgrade_time, takes_sockets)?;
+            let manager = Manager::from_env(generation, is_child, upgrade_time)?;
             return Ok(Some(manager).filter(Manager::is_there));
         }
         let _ = (generation, is_child);
         Ok(None)
+    }
+
+    fn takes_sockets(&self) -> bool {
+        #[cfg(feature = "systemd_sockets")]
+        return self.systemd_sockets;
+        #[cfg(not(feature = "systemd_sockets"))]
+        false
     }
 
     /// What is inherited: from the parent, and then from the service manager.
@@ -535,9 +539,9 @@ impl Starting {
         Ok(())
     }
 
-    /// Has the service manager hear of this generation. False if there is none.
+    /// Has the service manager, if there is one, hear of this generation.
     #[cfg(feature = "systemd_notify")]
-    pub(crate) fn enable_manager(&self) -> Result<bool, Error> {
+    pub(crate) fn enable_manager(&self) -> Result<(), Error> {
         let config = Config { systemd_notify: true, ..self.0.config.clone() };
         if self.0.manager.get().is_none() {
             if let Some(manager) = config.manager(self.0.generation, self.is_child())?.map(Arc::new) {
@@ -545,23 +549,19 @@ impl Starting {
                 let _ = self.0.manager.set(manager);
             }
         }
-        Ok(self.0.manager.get().is_some())
-    }
-
-    #[cfg(feature = "systemd_notify")]
-    pub(crate) fn manager(&self) -> Arc<Manager> {
-        self.0.manager()
-    }
-
-    /// Takes what the service manager passed.
-    #[cfg(feature = "systemd_sockets")]
-    pub(crate) fn inherit_from_manager(&self) -> Result<(), Error> {
-        if !self.0.config.systemd_sockets {
-            let passed = crate::systemd::sockets::inherit()?;
-            self.0.sockets.inherit_more(passed.sockets);
-            self.0.sockets.forget_later(passed.stale);
-        }
         Ok(())
+    }
+
+    /// Takes what the service manager passed. False if that was done before.
+    #[cfg(feature = "systemd_sockets")]
+    pub(crate) fn inherit_from_manager(&self) -> Result<bool, Error> {
+        if self.0.takes_sockets.swap(true, Ordering::Relaxed) {
+            return Ok(false);
+        }
+        let passed = crate::systemd::sockets::inherit()?;
+        self.0.sockets.inherit_more(passed.sockets);
+        self.0.sockets.forget_later(passed.stale);
+        Ok(true)
     }
 
     pub(crate) fn set_pid_file(&self, path: &Path) {
@@ -875,6 +875,24 @@ impl Ecdysis {
     }
 }
 
+#[cfg(feature = "tokio_ecdysis")]
+impl Ecdysis {
+    /// Asks the service manager, if it listens to this process, for so much more time.
+    #[cfg(feature = "systemd_notify")]
+    pub(crate) fn extend_timeout(&self, time: Duration) -> Result<(), crate::systemd::NotifyError> {
+        let manager = self.0.manager();
+        match manager.notifier().filter(|_| manager.is_main() && !self.0.shutdown.is_handed_over()) {
+            Some(notifier) => notifier.extend_timeout(time),
+            None => Ok(()),
+        }
+    }
+
+    #[cfg(feature = "systemd_sockets")]
+    pub(crate) fn takes_sockets(&self) -> bool {
+        self.0.takes_sockets.load(Ordering::Relaxed)
+    }
+}
+
 impl Deref for Ecdysis {
     type Target = Sockets;
 
@@ -895,6 +913,8 @@ pub(crate) struct Core {
     pub(crate) shutdown: Shutdown,
     /// Empty if there is none, or nobody asked for it.
     manager: OnceLock<Arc<Manager>>,
+    /// What the manager passed is taken, so it may store what it is to pass.
+    takes_sockets: AtomicBool,
     pub(crate) parent: Option<Parent>,
     /// The generations before the parent that lived when this one began.
     older: Vec<DrainLink>,
@@ -965,7 +985,7 @@ impl Core {
     }
 
     fn store_sockets(&self) {
-        if self.manager().room() > 0 {
+        if self.takes_sockets.load(Ordering::Relaxed) && self.manager().room() > 0 {
             self.sockets.store_in(self.manager());
         }
     }
@@ -1093,7 +1113,7 @@ impl Turn<'_> {
         let (mode, state) = match action {
             Action::Stop => {
                 core.tell_parent(&Status::Stopping);
-                core.sockets.unlink_all();
+                core.sockets.unlink(|_| true);
                 if let Some(Err(e)) = core.pid_file().as_deref().map(pid_file::remove_if_ours) {
                     log::warn!("cannot remove the PID file: {e}");
                 }
@@ -1102,6 +1122,7 @@ impl Turn<'_> {
             }
             Action::PartialStop => {
                 core.tell_parent(&Status::Stopping);
+                core.sockets.unlink(|key| triggers.listens_on(key));
                 core.kept().stopping.extend(reply.stopping());
                 (ExitMode::PartiallyStopped, State::Stopped)
             }

@@ -12,12 +12,13 @@ use std::process::Command;
 use std::time::Duration;
 
 use ecdysis::tokio_ecdysis::{
-    ExitFuture, ExitMode, SignalKind, StopOnShutdown, Stoppable, StoppableStream, TokioEcdysis, TokioEcdysisBuilder,
+    ExitFuture, ExitMode, ExitReason, SignalKind, StopOnShutdown, Stoppable, StoppableStream, TokioEcdysis,
+    TokioEcdysisBuilder, UdpStream, UnixSeqpacketListenerStream,
 };
 use futures::StreamExt;
 use rustix::process::Signal;
 use support::{connect, control, example, fds, field, generation, send_signal, tempdir, wait_exit, Load, Server};
-use tokio::net::{TcpListener, UnixListener};
+use tokio_stream::wrappers::{TcpListenerStream, UnixListenerStream};
 
 const LOCAL: &str = "127.0.0.1:0";
 
@@ -395,9 +396,10 @@ fn descriptors_do_not_climb() {
 #[test]
 fn in_one_process() {
     fn send<T: Send>() {}
-    send::<StoppableStream<TcpListener>>();
-    send::<StoppableStream<UnixListener>>();
-    send::<StoppableStream<tokio::net::UdpSocket>>();
+    send::<StoppableStream<TcpListenerStream>>();
+    send::<StoppableStream<UnixListenerStream>>();
+    send::<StoppableStream<UnixSeqpacketListenerStream>>();
+    send::<StoppableStream<UdpStream>>();
     send::<Stoppable<tokio::net::UdpSocket>>();
     send::<TokioEcdysisBuilder>();
     send::<TokioEcdysis>();
@@ -438,6 +440,7 @@ fn in_one_process() {
         let (ecdysis, exit) = builder.ready().unwrap();
         let (mode, reason) = deadline(Box::pin(exit)).await.unwrap().unwrap();
         assert!(matches!(mode, ExitMode::FullStop), "{mode:?} {reason:?}");
+        assert_eq!((reason.clone(), format!("{reason:?}").as_str()), (ExitReason::CALL, "Call"));
         ecdysis.over().await;
         assert!(stream.next().await.is_none());
         assert_eq!(ecdysis.drain(Duration::from_secs(20)).await.unwrap(), 0);

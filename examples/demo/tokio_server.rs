@@ -27,7 +27,7 @@ async fn run(options: &Options) -> Result<(), Box<dyn Error>> {
         options.listen.clone()
     } else if let Some(address) = options.listen.strip_prefix("udp:") {
         let stream = builder.build_stream_udp(StopOnShutdown::Yes, address.parse()?, |socket, address| {
-            socket.bind(address)?;
+            socket.bind(&address.into())?;
             Ok(socket.into())
         })?;
         let address = stream.get_ref().local_addr()?;

@@ -423,3 +423,37 @@ fn few_rights_are_enough() {
         assert_eq!(machine.complaints(), Vec::<String>::new());
     });
 }
+
+/// The asynchronous face, which hears of the service manager only when it has started.
+#[cfg(feature = "tokio_ecdysis")]
+#[test]
+#[ignore = "needs root, cgroup2, overlayfs and apt"]
+fn tokio_is_reloaded_and_restarted_under_load() {
+    under_systemd("tokio_is_reloaded_and_restarted_under_load", |machine| {
+        machine.install("tokio_whoami");
+        let settings = "FileDescriptorStoreMax=4\nExecStart=\nExecStart=/usr/local/bin/tokio_whoami --systemd \
+                        --workers 2 --listen 127.0.0.1:8001";
+        let service = machine.service("notify-reload", settings);
+        service.start();
+        let mut pid = service.main_pid();
+        let load = Load::on("127.0.0.1:8001", 2);
+        for generation in 2..=11 {
+            service.succeed("reload");
+            let child = field::<u32>(&service.log.expect("upgrade ok"), "pid");
+            assert_ne!(child, pid);
+            pid = child;
+            assert_eq!(service.main_pid(), pid, "MainPID follows");
+            assert_eq!(ask("127.0.0.1:8001"), format!("gen={generation} pid={pid}"));
+        }
+        assert_eq!(service.get("NRestarts"), "0");
+        eventually("the last one has stored its listener", || service.get("NFileDescriptorStore") == "1");
+        service.succeed("restart");
+        assert_eq!(ask("127.0.0.1:8001"), format!("gen=1 pid={}", service.main_pid()));
+        assert_eq!(service.get("NFileDescriptorStore"), "1");
+        answered(load);
+        service.succeed("stop");
+        assert_eq!((service.get("Result").as_str(), service.get("ActiveState").as_str()), ("success", "inactive"));
+        assert_eq!(service.processes(), []);
+        assert_eq!(machine.complaints(), Vec::<String>::new());
+    });
+}

@@ -1,0 +1,2 @@
+extern crate new as ecdysis;
+include!("../program.rs");
