@@ -134,6 +134,8 @@ async fn serve(options: Options, mut choices: ecdysis::Builder) -> Result<()> {
         format!("{mode:?} ({reason:?})")
     };
     say(format!("over gen={gen} pid={pid} {how}"));
+    #[cfg(feature = "systemd")]
+    ecdysis.extend_systemd_timeouts(options.drain).await?;
     let left = ecdysis.drain(options.drain).await?;
     if options.keep {
         // Only a signal ends those that never stop.

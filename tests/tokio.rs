@@ -177,6 +177,11 @@ fn accepts_again_when_the_child_dies_on_probation() {
     for _ in 0..10 {
         assert_eq!(generation(&server.addr()), 2);
     }
+    // A stop of the parent is for both.
+    send_signal(server.first_pid(), Signal::TERM);
+    let over = server.wait("over gen=2");
+    assert!(over.ends_with("FullStop (Parent)"), "{over}");
+    server.wait_all_ended();
 }
 
 #[test]
@@ -269,6 +274,8 @@ fn under_a_service_manager() {
     server.signal(Signal::USR2);
     let over = server.wait("over gen=3");
     assert!(over.contains("PartialStopWithSystemd"), "{over}");
+    // As long as its drain may take, asked for when it has begun.
+    hear("EXTEND_TIMEOUT_USEC=10000000");
     server.wait_all_ended();
     assert!(file.exists(), "it is the unit's");
 }
@@ -349,7 +356,7 @@ fn partial_stop_and_its_reason() {
     let mut server = server(["--listen", LOCAL]);
     server.signal(Signal::USR2);
     let over = server.wait("over gen=1");
-    assert!(over.contains("PartialStop") && over.contains("SignalKind"), "{over}");
+    assert!(over.ends_with("PartialStop (Signal(SignalKind(12)))"), "{over}");
     server.wait_all_ended();
 }
 

@@ -23,6 +23,14 @@ use tokio::net::{TcpStream, UdpSocket, UnixDatagram, UnixStream};
 use tokio::task::JoinSet;
 use tokio_stream::wrappers::{TcpListenerStream, UnixListenerStream};
 
+/// One write a line: two generations share stderr.
+macro_rules! say {
+    ($($words:tt)*) => {{
+        use std::io::Write;
+        let _ = io::stderr().write_all((format!($($words)*) + "\n").as_bytes());
+    }};
+}
+
 struct Listeners {
     tcp: StoppableStream<TcpListenerStream>,
     built: supervisor::StoppableStream<TcpListenerStream>,
@@ -101,7 +109,7 @@ async fn datagrams(mut datagrams: StoppableStream<UdpStream>) {
 }
 
 fn heard(datagram: BytesMut, sender: SocketAddr) {
-    eprintln!("heard {} from {sender} pid={}", String::from_utf8_lossy(&datagram), process::id());
+    say!("heard {} from {sender} pid={}", String::from_utf8_lossy(&datagram), process::id());
 }
 
 async fn socket(mut socket: Stoppable<UdpSocket>, answer: &'static str) {
@@ -131,7 +139,7 @@ async fn passed(ecdysis: &TokioEcdysis, dir: &Path) -> Option<StoppableStream<Un
         ecdysis.systemd_socket_udp(name(), nowhere).await.err().map(missing),
         ecdysis.systemd_stream_udp(yes(), name(), nowhere).await.err().map(missing),
     ];
-    eprintln!("passed {} {none:?}", found.is_ok());
+    say!("passed {} {none:?}", found.is_ok());
     found.ok()
 }
 
@@ -197,7 +205,7 @@ async fn main() -> Result<(), String> {
     builder.stop_on_socket(dir.join("stop")).unwrap();
     builder.partial_stop_on_socket(dir.join("partial")).unwrap();
     builder.set_pid_file(dir.join("pid"));
-    eprintln!("systemd {} {} {}", notify(&mut builder), read(&mut builder), read(&mut builder));
+    say!("systemd {} {} {}", notify(&mut builder), read(&mut builder), read(&mut builder));
     builder.extend_systemd_timeouts(Duration::from_secs(1)).await.unwrap();
 
     let gen = if builder.is_child() { 2 } else { 1 };
@@ -212,14 +220,14 @@ async fn main() -> Result<(), String> {
     let child = child.unwrap();
     tokio::spawn(async move {
         let length = child.recv(&mut [0; 64]).await.unwrap();
-        eprintln!("greeted with {length} bytes");
+        say!("greeted with {length} bytes");
     });
 
     let (ecdysis, exit) = builder.ready().unwrap();
     let ecdysis: Arc<TokioEcdysis> = ecdysis;
-    eprintln!("serving gen={gen} pid={} child={}", process::id(), ecdysis.is_child());
+    say!("serving gen={gen} pid={} child={}", process::id(), ecdysis.is_child());
     let how = end(exit).await?;
     while serving.join_next().await.is_some() {}
-    eprintln!("ended {how} pid={}", process::id());
+    say!("ended {how} pid={}", process::id());
     Ok(())
 }

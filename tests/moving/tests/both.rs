@@ -17,7 +17,11 @@ use support::{field, generation, tempdir, wait_exit, Server, TempDir, DEADLINE};
 /// Every line that tells what a version does, without the numbers that differ from run to run.
 fn told(server: &Server) -> Vec<String> {
     let telling = |line: &&String| ["systemd ", "passed ", "greeted ", "ended "].iter().any(|w| line.starts_with(w));
-    server.said().iter().filter(telling).map(|line| line.split(" pid=").next().unwrap().to_owned()).collect()
+    let mut told: Vec<_> =
+        server.said().iter().filter(telling).map(|line| line.split(" pid=").next().unwrap().to_owned()).collect();
+    // Two generations speak at a time.
+    told.sort();
+    told
 }
 
 struct Program {
