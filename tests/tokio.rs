@@ -361,11 +361,14 @@ fn partial_stop_and_its_reason() {
 }
 
 #[test]
-fn a_want_of_descriptors_ends_no_stream() {
+fn a_want_of_descriptors_ends_no_stream_and_no_trigger() {
+    let dir = tempdir();
+    let control_socket = dir.path().join("control");
     let server = {
         let mut shell = Command::new("sh");
         let program = example("tokio_whoami");
-        shell.args(["-c", "ulimit -n 40; exec \"$0\" --listen 127.0.0.1:0 --hold", path(&program)]);
+        shell.args(["-c", "ulimit -n 40; exec \"$0\" \"$@\"", path(&program)]);
+        shell.args(["--listen", LOCAL, "--hold", "--control-socket", path(&control_socket)]);
         Server::serving(shell)
     };
     let mut held: Vec<_> = (0..60).map(|_| connect(&server.addr()).unwrap()).collect();
@@ -374,7 +377,13 @@ fn a_want_of_descriptors_ends_no_stream() {
     }
     support::eventually("no descriptor is left", || fds(server.pid()).len() >= 40);
     let last = held.pop().unwrap();
+    let mut asks = UnixStream::connect(&control_socket).unwrap();
+    asks.write_all(b"status\n").unwrap();
+    asks.set_read_timeout(Some(Duration::from_millis(300))).unwrap();
+    assert!(asks.read(&mut [0]).is_err(), "there is no descriptor for it");
     drop(held);
+    asks.set_read_timeout(Some(support::DEADLINE)).unwrap();
+    assert_eq!(asks.read(&mut [0]).unwrap(), 1);
     let mut answer = String::new();
     BufReader::new(last).read_line(&mut answer).unwrap();
     assert_eq!(field::<u64>(&answer, "gen"), 1);

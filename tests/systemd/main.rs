@@ -457,3 +457,35 @@ fn tokio_is_reloaded_and_restarted_under_load() {
         assert_eq!(machine.complaints(), Vec::<String>::new());
     });
 }
+
+/// `examples/tokio_echo.rs`, which has a port of its own choice: here that is free, because this network is.
+#[cfg(feature = "tokio_ecdysis")]
+#[test]
+#[ignore = "needs root, cgroup2, overlayfs and apt"]
+fn the_tokio_echo_server_on_its_port() {
+    fn echoes(connection: &mut dyn Conn) {
+        connection.write_all(b"hello").unwrap();
+        let mut back = [0; 5];
+        connection.read_exact(&mut back).unwrap();
+        assert_eq!(&back, b"hello");
+    }
+    under_systemd("the_tokio_echo_server_on_its_port", |_| {
+        let mut server = support::Server::start(std::process::Command::new(support::example("tokio_echo")));
+        eventually("it listens", || connect("127.0.0.1:8080").is_ok());
+        let mut open = connect("127.0.0.1:8080").unwrap();
+        echoes(&mut *open);
+        let old = server.first_pid();
+        server.signal_first(rustix::process::Signal::HUP);
+        eventually("the next one is there", || server.processes().len() == 2);
+        let new = server.processes().into_iter().find(|pid| *pid != old).unwrap();
+        // It says nothing; but the library's thread ends with the upgrade.
+        let comm = |thread| fs::read_to_string(format!("/proc/{old}/task/{thread}/comm")).unwrap_or_default();
+        eventually("it is over for the old one", || support::threads(old).into_keys().all(|t| comm(t) != "ecdysis\n"));
+        echoes(&mut *open);
+        echoes(&mut *connect("127.0.0.1:8080").unwrap());
+        drop(open);
+        support::wait_exit(old);
+        support::send_signal(new, rustix::process::Signal::USR1);
+        server.wait_all_ended();
+    });
+}

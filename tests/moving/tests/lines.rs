@@ -3,6 +3,8 @@
 use std::io;
 use std::net::{SocketAddr, TcpListener};
 use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixDatagram;
+use std::time::Duration;
 
 use futures::StreamExt;
 use new::tokio_ecdysis::{
@@ -37,9 +39,23 @@ fn blocking(ecdysis: &TokioEcdysis, addr: SocketAddr) -> io::Result<TcpListener>
     Ok(ecdysis.std_ecdysis().listen_tcp(addr)?)
 }
 
+/// What the table for synchronous programs names.
+fn synchronous(addr: SocketAddr) -> Result<(), new::Error> {
+    let starting = new::Ecdysis::builder().upgrade_on_signal(1).pid_file("pid").start()?;
+    let _: (bool, u64) = (starting.is_child(), starting.generation());
+    let listener: TcpListener = starting.listen_tcp(addr)?;
+    let _: std::os::unix::net::UnixListener = starting.listen_unix("socket")?;
+    let (_, _): (Option<UnixDatagram>, Result<UnixDatagram, _>) = starting.unix_datagram_pair("chain".to_string());
+    let server: new::Ecdysis = starting.ready()?;
+    for _connection in server.shutdown().incoming(&listener) {}
+    let _: (u32, u64, Duration) = server.upgrade().map(|new| (new.pid, new.generation, new.commit))?;
+    server.stop();
+    server.run().map(drop)
+}
+
 #[test]
 fn lines_compile_and_a_seqpacket_connection_works_as_the_other_type() {
-    let _ = (exited as fn(_) -> _, blocking as fn(_, _) -> _);
+    let _ = (exited as fn(_) -> _, blocking as fn(_, _) -> _, synchronous as fn(_) -> _);
     let dir = tempfile::tempdir().unwrap();
     tokio::runtime::Runtime::new().unwrap().block_on(async {
         let builder = new::tokio_ecdysis::TokioEcdysisBuilder::new(tokio::signal::unix::SignalKind::hangup()).unwrap();
