@@ -173,7 +173,7 @@ async fn listen(builder: &TokioEcdysisBuilder, address: &str, options: &Options)
             socket.bind(&address.into())?;
             Ok(socket.into())
         })?;
-        let real = stream.get_ref().local_addr()?;
+        let real = stream.get_ref().ok_or("over")?.local_addr()?;
         tokio::spawn(datagrams(stream, answer));
         Ok(format!("udp:{real}"))
     } else if let Some(address) = address.strip_prefix("stoppable-udp:") {
@@ -186,7 +186,7 @@ async fn listen(builder: &TokioEcdysisBuilder, address: &str, options: &Options)
         Ok(format!("stoppable-udp:{real}"))
     } else {
         let stream = builder.listen_tcp(stop, address.parse()?)?;
-        let real = stream.get_ref().local_addr()?;
+        let real = stream.get_ref().ok_or("over")?.local_addr()?;
         tokio::spawn(each(stream, shutdown, hold, answer));
         Ok(real.to_string())
     }
@@ -235,7 +235,8 @@ async fn records(mut connections: StoppableStream<UnixSeqpacketListenerStream>, 
 async fn datagrams(mut datagrams: StoppableStream<UdpStream>, answer: String) {
     while let Some(Ok((datagram, peer))) = datagrams.next().await {
         ACCEPTED.fetch_add(1, Ordering::SeqCst);
-        let _ = datagrams.get_ref().send_to(&[answer.as_bytes(), b" ", &datagram].concat(), peer).await;
+        let Some(socket) = datagrams.get_ref() else { break };
+        let _ = socket.send_to(&[answer.as_bytes(), b" ", &datagram].concat(), peer).await;
     }
 }
 

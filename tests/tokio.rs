@@ -438,7 +438,7 @@ fn in_one_process() {
         // Given up before `ready`: the stream ends, although a connection waits.
         let builder = new();
         let mut stream = listen(&builder).unwrap();
-        let addr = stream.get_ref().local_addr().unwrap();
+        let addr = stream.get_ref().unwrap().local_addr().unwrap();
         let _waiting = std::net::TcpStream::connect(addr).unwrap();
         tokio::select! {
             biased;
@@ -446,7 +446,7 @@ fn in_one_process() {
             _ = tokio::task::yield_now() => drop(builder),
         }
         assert!(stream.next().await.is_none());
-        assert!(stream.next().await.is_none());
+        assert!(stream.next().await.is_none() && stream.get_ref().is_none());
 
         // A call before `ready` is an error; a stop before it takes effect after it.
         let builder = new();

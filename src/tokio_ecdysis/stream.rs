@@ -36,7 +36,8 @@ pub enum StopOnShutdown {
 /// It yields nothing before [`ready`](super::TokioEcdysisBuilder::ready), so it may be polled earlier: what this
 /// generation may never serve is left to the parent. It yields nothing while a new generation is on probation. After
 /// an upgrade it ends at once, and what waits in the queue is the next generation's. At a stop it ends when the queue
-/// is empty, unless [`StopOnShutdown::No`] was chosen. A stream that has ended stays ended.
+/// is empty, unless [`StopOnShutdown::No`] was chosen. A stream that has ended stays ended, and has closed its listener or
+/// socket: as long as one process had it open, connections would be queued after the stop of the one that serves.
 ///
 /// Errors of one connection and a lack of descriptors are dealt with. Only an error of the listener itself is yielded,
 /// and then the stream ends.
@@ -44,7 +45,8 @@ pub enum StopOnShutdown {
 /// [`Shutdown::drain`] waits until the stream has ended or is dropped, so that a guard taken for what it yields is never
 /// missed: do not keep a stream that is polled no more.
 pub struct StoppableStream<S: Stream> {
-    source: S,
+    /// Until the end.
+    source: Option<S>,
     gate: Gate,
     /// [`item`] for this source. So a program can be generic over any `S: Stream`.
     next: Next<S>,
@@ -56,19 +58,29 @@ impl<S: Source> StoppableStream<S> {
     pub(super) fn new(source: S, shutdown: Shutdown, stop_on_shutdown: StopOnShutdown) -> Self {
         let mut gate = Gate::new(shutdown, stop_on_shutdown);
         gate.count();
-        Self { source, gate, next: item }
+        Self { source: Some(source), gate, next: item }
     }
 
-    /// The plain Tokio listener or socket. What is accepted from it is accepted in every state.
-    pub fn get_ref(&self) -> &S::Plain {
-        self.source.plain()
+    /// The plain Tokio listener or socket, unless the stream has ended. What is accepted from it is accepted in every
+    /// state.
+    pub fn get_ref(&self) -> Option<&S::Plain> {
+        self.source.as_ref().map(S::plain)
     }
 
     /// The plain Tokio listener or socket, for what cannot be given a stream. Accept from it only after `ready`, and
     /// no more when [`over`](super::TokioEcdysis::over) is: nothing here sees to that any more.
-    pub fn into_inner(self) -> S::Plain {
-        self.source.into_plain()
+    pub fn into_inner(self) -> Option<S::Plain> {
+        self.source.map(S::into_plain)
     }
+}
+
+/// Polls until the end, and then lets go of the source.
+fn until_end<S, T>(source: &mut Option<S>, poll: impl FnOnce(&mut S) -> Poll<Option<T>>) -> Poll<Option<T>> {
+    let next = source.as_mut().map_or(Poll::Ready(None), poll);
+    if let Poll::Ready(None) = next {
+        *source = None;
+    }
+    next
 }
 
 fn got<S: Source>(source: &mut S, gate: &mut Gate, cx: &mut Context<'_>) -> Poll<Option<io::Result<S::Got>>> {
@@ -83,14 +95,14 @@ impl StoppableStream<TcpListenerStream> {
     /// The next connection with its peer's address, or `None` when it is over: for the accept loops of others
     /// (`axum::serve` takes a `Listener`; the crate's axum example has one). May be cancelled.
     pub async fn accept(&mut self) -> Option<io::Result<(TcpStream, SocketAddr)>> {
-        poll_fn(|cx| got(&mut self.source, &mut self.gate, cx)).await
+        poll_fn(|cx| until_end(&mut self.source, |source| got(source, &mut self.gate, cx))).await
     }
 }
 
 impl StoppableStream<UnixListenerStream> {
     /// The next connection with its peer's address, or `None` when it is over. May be cancelled.
     pub async fn accept(&mut self) -> Option<io::Result<(UnixStream, tokio::net::unix::SocketAddr)>> {
-        poll_fn(|cx| got(&mut self.source, &mut self.gate, cx)).await
+        poll_fn(|cx| until_end(&mut self.source, |source| got(source, &mut self.gate, cx))).await
     }
 }
 
@@ -99,7 +111,7 @@ impl<S: Stream + Unpin> Stream for StoppableStream<S> {
 
     fn poll_next(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
         let Self { source, gate, next } = self.get_mut();
-        next(source, gate, cx)
+        until_end(source, |source| next(source, gate, cx))
     }
 }
 

@@ -478,9 +478,12 @@ fn the_tokio_echo_server_on_its_port() {
         server.signal_first(rustix::process::Signal::HUP);
         eventually("the next one is there", || server.processes().len() == 2);
         let new = server.processes().into_iter().find(|pid| *pid != old).unwrap();
-        // It says nothing; but the library's thread ends with the upgrade.
-        let comm = |thread| fs::read_to_string(format!("/proc/{old}/task/{thread}/comm")).unwrap_or_default();
-        eventually("it is over for the old one", || support::threads(old).into_keys().all(|t| comm(t) != "ecdysis\n"));
+        // Although its task has the ended stream until the last connection closes.
+        let sockets = |pid| support::fds(pid).into_values().filter(|fd| fd.starts_with("socket:")).collect::<Vec<_>>();
+        eventually("the old one has let go of the listener", || {
+            let of_new = sockets(new);
+            !of_new.is_empty() && sockets(old).iter().all(|socket| !of_new.contains(socket))
+        });
         echoes(&mut *open);
         echoes(&mut *connect("127.0.0.1:8080").unwrap());
         drop(open);

@@ -91,7 +91,7 @@ impl Listener for Connections {
     }
 
     fn local_addr(&self) -> io::Result<SocketAddr> {
-        self.0.get_ref().local_addr()
+        self.0.get_ref().ok_or(io::ErrorKind::NotConnected)?.local_addr()
     }
 }
 
