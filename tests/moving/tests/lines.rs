@@ -45,7 +45,7 @@ fn synchronous(addr: SocketAddr) -> Result<(), new::Error> {
     let _: (bool, u64) = (starting.is_child(), starting.generation());
     let listener: TcpListener = starting.listen_tcp(addr)?;
     let _: std::os::unix::net::UnixListener = starting.listen_unix("socket")?;
-    let (_, _): (Option<UnixDatagram>, Result<UnixDatagram, _>) = starting.unix_datagram_pair("chain".to_string());
+    let (_, _): (Option<UnixDatagram>, Result<UnixDatagram, _>) = starting.unix_datagram_pair("chain");
     let server: new::Ecdysis = starting.ready()?;
     for _connection in server.shutdown().incoming(&listener) {}
     let _: (u32, u64, Duration) = server.upgrade().map(|new| (new.pid, new.generation, new.commit))?;
