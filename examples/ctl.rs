@@ -1,10 +1,10 @@
 //! Gives a command to a server through its control socket (`Builder::control_on_socket`), and exits with the outcome:
 //! fit for `ExecReload=`.
 //!
-//!     whoami --listen 127.0.0.1:7000 --control-socket /tmp/control     # in a first terminal, with --example whoami
-//!     cargo run --example ctl -- /tmp/control upgrade                  # upgraded: generation 2 serves as pid 812, …
-//!     cargo run --example ctl -- /tmp/control status                   # pid 812, generation 2, up 3.1 s, serving …
-//!     cargo run --example ctl -- /tmp/control stop                     # stopped: the process has ended
+//!     cargo run --example http -- 127.0.0.1:8000 /tmp/http.control     # and then in a second terminal:
+//!     cargo run --example ctl -- /tmp/http.control upgrade             # upgraded: generation 2 serves as pid 812, …
+//!     cargo run --example ctl -- /tmp/http.control status              # pid 812, generation 2, up 3.1 s, serving …
+//!     cargo run --example ctl -- /tmp/http.control stop                # stopped: the process has ended
 //!
 //!     ctl SOCKET upgrade|stop|partial-stop|status
 //!       --json               the outcome as one line of JSON
@@ -14,6 +14,9 @@
 //! under way; or wrong usage. 3: nobody to be reached at the socket. 4: no answer in time, or the server ended
 //! without one. The outcome of 0 goes to stdout, any other to stderr; JSON always to stdout.
 
+use rustix::io::Errno;
+use rustix::net::sockopt::{set_socket_timeout, Timeout};
+use rustix::net::{connect, socket_with, AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use serde_json::{json, Map, Value};
 use std::io::{self, ErrorKind, IsTerminal, Read, Write};
 use std::os::unix::net::UnixStream;
@@ -198,9 +201,14 @@ fn status(fields: &Map<String, Value>) -> String {
 /// One command, one line back; and then the end of the connection, which after a stop is the end of the server.
 fn ask(options: &Options) -> Result<String, Outcome> {
     let cannot = |error| Outcome::new(3, "unreachable", format!("cannot reach {}: {error}", options.socket.display()));
+    let late = |what| Outcome::new(4, "no-answer", format!("{what} within {} s", options.timeout.as_secs_f64()));
     let deadline = Instant::now() + options.timeout;
     let stops = options.command.ends_with("stop");
-    let mut stream = UnixStream::connect(&options.socket).map_err(cannot)?;
+    let mut stream = match reach(options) {
+        Ok(stream) => stream,
+        Err(Errno::AGAIN) => return Err(late("not accepted")),
+        Err(error) => return Err(cannot(error.into())),
+    };
     stream.write_all(format!("{}\n", options.command).as_bytes()).map_err(cannot)?;
     stream.set_read_timeout(Some(Duration::from_millis(100))).map_err(cannot)?;
 
@@ -225,13 +233,19 @@ fn ask(options: &Options) -> Result<String, Outcome> {
             _ => {}
         }
         if Instant::now() >= deadline {
-            let waited = options.timeout.as_secs_f64();
-            let so_far = if answer.is_empty() { "no answer" } else { "told to stop, but not ended" };
-            return Err(Outcome::new(4, "no-answer", format!("{so_far} within {waited} s")));
+            return Err(late(if answer.is_empty() { "no answer" } else { "told to stop, but not ended" }));
         }
         spinner.turn();
     }
     Ok(String::from_utf8_lossy(&answer).trim_end().to_owned())
+}
+
+/// Connects. The standard library's connect would wait for ever at a queue that is full; the send timeout bounds it.
+fn reach(options: &Options) -> Result<UnixStream, Errno> {
+    let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
+    set_socket_timeout(&socket, Timeout::Send, Some(options.timeout.max(Duration::from_millis(1))))?;
+    connect(&socket, &SocketAddrUnix::new(&options.socket)?)?;
+    Ok(socket.into())
 }
 
 /// Shows on a terminal that something is waited for, and for how long it has been.

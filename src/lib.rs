@@ -53,6 +53,10 @@
 //! 7. The parent stops accepting and answers `commit`: from then on the child serves. The parent keeps its sockets for
 //!    the probation, a second; if the child dies, it accepts again. Then it drains and ends.
 //!
+//! A real one, drawn by `cargo run --release --example demo -- --picture FILE.svg`:
+//!
+#![doc = include_str!("guide/upgrade.svg")]
+//!
 //! # Promises and their limits
 //!
 //! - No connection is refused, reset or left unserved by an upgrade. Connections that a *new* version has accepted and then
@@ -76,9 +80,11 @@
 #![deny(unsafe_code)]
 #![warn(missing_docs, rust_2018_idioms)]
 
+mod builder;
 mod ecdysis;
 mod error;
 mod event;
+mod exit;
 #[cfg(any(test, fuzzing))]
 #[doc(hidden)]
 #[allow(missing_docs, clippy::missing_panics_doc)]
@@ -93,6 +99,7 @@ mod pass;
 mod pid_file;
 mod program;
 mod seqpacket;
+mod service;
 mod shutdown;
 mod sockets;
 mod sys;
@@ -131,9 +138,11 @@ pub mod guide {
     pub mod moving {}
 }
 
-pub use crate::ecdysis::{Builder, Ecdysis, Exit, ExitMode, ExitReason, Overlap, Starting, Upgraded};
+pub use crate::ecdysis::{Ecdysis, Starting};
+pub use builder::{Builder, Overlap};
 pub use error::Error;
 pub use event::Event;
+pub use exit::{Exit, ExitMode, ExitReason, Upgraded};
 pub use handover::link::Transport;
 pub use key::Key;
 pub use listen::Socket;

@@ -11,9 +11,10 @@ use std::time::{Duration, Instant};
 use rustix::event::{poll, PollFd, PollFlags};
 use rustix::io::Errno;
 
-use crate::ecdysis::{Core, ExitReason, Upgraded};
 use crate::error::{chain, Error};
+use crate::exit::{ExitReason, Upgraded};
 use crate::key::Key;
+use crate::service::Core;
 use crate::shutdown::{passes, timespec};
 use crate::sys::peer::PeerCred;
 use crate::sys::signal::{self, Handlers};

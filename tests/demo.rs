@@ -69,11 +69,18 @@ fn five_upgrades(args: &[&str]) -> Value {
 #[test]
 fn tcp() {
     let dir = tempdir();
-    let file = dir.path().join("latency.svg");
-    five_upgrades(&["--plot", file.to_str().unwrap()]);
-    let svg = std::fs::read_to_string(file).unwrap();
-    assert!(svg.starts_with("<svg ") && svg.ends_with("</svg>\n"), "{svg}");
-    assert_eq!(svg.matches(r#"fill-opacity="0.55""#).count(), 5, "each upgrade is marked: {svg}");
+    let [latency, upgrade] = ["latency.svg", "upgrade.svg"].map(|name| dir.path().join(name));
+    five_upgrades(&["--plot", latency.to_str().unwrap(), "--picture", upgrade.to_str().unwrap()]);
+    let [latency, upgrade] = [latency, upgrade].map(|file| {
+        let svg = std::fs::read_to_string(file).unwrap();
+        assert!(svg.starts_with("<svg ") && svg.ends_with("</svg>\n"), "{svg}");
+        svg
+    });
+    assert_eq!(latency.matches(r#"fill-opacity="0.55""#).count(), 5, "each upgrade is marked: {latency}");
+    for word in ["SIGHUP", "the new program begins", "it is ready", "commit, "] {
+        assert_eq!(upgrade.matches(word).count(), 1, "{word}: {upgrade}");
+    }
+    assert!(upgrade.matches("generation ").count() >= 4, "two generations in either part: {upgrade}");
 }
 
 #[test]

@@ -6,7 +6,7 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::io::{self, BufRead, BufReader, ErrorKind, Read, Write};
 use std::net::{TcpStream, UdpSocket};
-use std::os::unix::net::UnixListener;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -110,6 +110,12 @@ fn ctl_gives_up_on_a_server_that_does_not_answer_and_on_wrong_usage() {
     drop(stream);
     let (code, _, err) = ended(closing);
     assert!(code == 4 && err.starts_with("ctl: no answer"), "{code} {err}");
+
+    // Nor on one that does not even accept: with this queue the second connect waits.
+    rustix::net::listen(&listener, 0).unwrap();
+    let _queued = UnixStream::connect(&socket).unwrap();
+    let full = Command::new(example("ctl")).arg(&socket).args(["status", "--timeout", "0.05"]).output().unwrap();
+    assert_eq!(full.status.code(), Some(4), "{full:?}");
 
     for wrong in [&["dance"][..], &[], &["stop", "now"], &["stop", "--timeout", "-1"], &["stop", "--fast"]] {
         let (code, out, err) = ctl(&socket, wrong);

@@ -52,6 +52,14 @@ pub struct Load {
     started: u64,
 }
 
+/// An answered request; start and latency in ns.
+pub struct Point {
+    pub start: u64,
+    pub latency: u64,
+    /// Who answered.
+    pub generation: u64,
+}
+
 /// What the clients saw.
 pub struct Seen {
     pub during: Histogram<u64>,
@@ -64,8 +72,8 @@ pub struct Seen {
     /// Requests that never left the client; not the server's failures.
     pub no_port: u64,
     pub first_error: Option<String>,
-    /// Start and latency in ns, of each request; only for the plot.
-    pub points: Vec<(u64, u64)>,
+    /// Each answered request; only for the pictures.
+    pub points: Vec<Point>,
     /// When requests failed.
     pub failed_at: Vec<u64>,
     pub seconds: f64,
@@ -145,14 +153,17 @@ fn ask_until_told(mut client: Client, shared: &Shared, keep_points: bool) -> See
         let start = now();
         let result = client.ask();
         let end = now();
-        let Err(error) = result else {
-            let histogram = if shared.window.touches(start, end) { &mut seen.during } else { &mut seen.between };
-            histogram.saturating_record(end - start);
-            shared.answered.fetch_add(1, Relaxed);
-            if keep_points {
-                seen.points.push((start, end - start));
+        let error = match result {
+            Err(error) => error,
+            Ok(answer) => {
+                let histogram = if shared.window.touches(start, end) { &mut seen.during } else { &mut seen.between };
+                histogram.saturating_record(end - start);
+                shared.answered.fetch_add(1, Relaxed);
+                if keep_points {
+                    seen.points.push(Point { start, latency: end - start, generation: answer.generation });
+                }
+                continue;
             }
-            continue;
         };
         let kind = Failure::of(&error);
         let count = match kind {

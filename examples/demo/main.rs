@@ -11,15 +11,18 @@
 //!     --tokio          the server runs on Tokio; needs `--features tokio`
 //!     --json           print one line of JSON, and the table on stderr
 //!     --plot FILE.svg  draw latency over time, with each upgrade marked
+//!     --picture F.svg  draw one upgrade, in milliseconds: who answers when
 //!     --timeout MS     the longest wait for anything: an answer, a commit, an end (5000)
 //!
 //! Exit status: 1 if one request or one upgrade failed, 2 if the options are wrong, 130 after Ctrl-C.
 //!
 //! `server.rs` is the server: this program again, in a process of its own. `load.rs` are the clients, `request.rs` is one
-//! request, `operator.rs` starts, upgrades and ends the server, `report.rs` and `plot.rs` show the result.
+//! request, `operator.rs` starts, upgrades and ends the server, `report.rs`, `plot.rs`
+//! and `picture.rs` show the result.
 
 mod load;
 mod operator;
+mod picture;
 mod plot;
 mod report;
 mod request;
@@ -43,6 +46,7 @@ pub struct Options {
     tokio: bool,
     json: bool,
     plot: Option<PathBuf>,
+    picture: Option<PathBuf>,
     timeout: Duration,
     /// Be the server.
     serve: bool,
@@ -68,6 +72,7 @@ impl Options {
             tokio: false,
             json: false,
             plot: None,
+            picture: None,
             timeout: Duration::from_secs(5),
             serve: false,
             listen: String::new(),
@@ -86,6 +91,7 @@ impl Options {
                 Long("tokio") => options.tokio = true,
                 Long("json") => options.json = true,
                 Long("plot") => options.plot = Some(args.value()?.into()),
+                Long("picture") => options.picture = Some(args.value()?.into()),
                 Long("timeout") => options.timeout = Duration::from_millis(args.value()?.parse()?),
                 Long("serve") => options.serve = true,
                 Long("listen") => options.listen = args.value()?.string()?,
@@ -148,7 +154,8 @@ fn demo(options: &Options) -> Result<ExitCode, Box<dyn std::error::Error>> {
         waited?;
     }
 
-    let load = Load::start(&target, options.clients, options.timeout, options.plot.is_some());
+    let draws = options.plot.is_some() || options.picture.is_some();
+    let load = Load::start(&target, options.clients, options.timeout, draws);
     let start = now();
     let problem = drive(options, &mut operator, &load).err();
     let seen = load.stop();
@@ -165,9 +172,11 @@ fn demo(options: &Options) -> Result<ExitCode, Box<dyn std::error::Error>> {
     } else {
         print!("{}", report.table());
     }
-    if let Some(file) = &options.plot {
-        std::fs::write(file, plot::svg(&report)).map_err(|e| format!("cannot write {}: {e}", file.display()))?;
-        eprintln!("drawn: {}", file.display());
+    for (file, draw) in [(&options.plot, plot::draw as fn(&_) -> _), (&options.picture, picture::draw)] {
+        if let Some(file) = file {
+            std::fs::write(file, draw(&report)?).map_err(|e| format!("cannot write {}: {e}", file.display()))?;
+            eprintln!("drawn: {}", file.display());
+        }
     }
     Ok(match problem {
         Some(operator::Problem::Interrupted) => ExitCode::from(130),

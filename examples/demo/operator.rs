@@ -44,6 +44,16 @@ pub struct Upgrade {
     pub error: Option<String>,
 }
 
+/// What a generation of the server said of itself, CLOCK_MONOTONIC in ns.
+pub struct Life {
+    pub generation: u64,
+    /// When its program began, and when it said that it was ready.
+    pub began: u64,
+    pub ready: u64,
+    /// When its last connection had ended, and with it the drain.
+    pub ended: Option<u64>,
+}
+
 impl Upgrade {
     pub fn ms(&self) -> f64 {
         self.end.saturating_sub(self.signal) as f64 / 1e6
@@ -75,6 +85,7 @@ pub struct Operator {
     /// Who served before a commit whose verdict has not come yet.
     before: Option<(u64, Pid)>,
     pub upgrades: Vec<Upgrade>,
+    pub lives: Vec<Life>,
 }
 
 impl Operator {
@@ -113,6 +124,7 @@ impl Operator {
             probation: options.probation(),
             before: None,
             upgrades: vec![],
+            lives: vec![],
         };
         let deadline = Instant::now() + options.timeout;
         let line = operator.wait(deadline, |line| line.starts_with("listening ").then(|| line.to_string()));
@@ -162,17 +174,30 @@ impl Operator {
                 (self.generation, self.pid) = before;
                 last.error = Some(error.to_string());
             }
-        } else if !["listening ", "ended "].iter().any(|known| line.starts_with(known)) {
+        } else if line.starts_with("listening ") {
+            let number = |name| field(line, name);
+            let life = || {
+                Some(Life { generation: number("gen")?, began: number("began")?, ready: number("ready")?, ended: None })
+            };
+            self.lives.extend(life());
+        } else if line.starts_with("ended ") {
+            let generation = field(line, "gen");
+            if let Some(life) = self.lives.iter_mut().rfind(|life| Some(life.generation) == generation) {
+                life.ended = field(line, "at");
+            }
+        } else {
             eprintln!("server: {line}");
         }
     }
 
     /// Looks after the server until then, and lets `tick` be called meanwhile.
     pub fn watch(&mut self, until: Instant, mut tick: impl FnMut()) -> Result<(), Problem> {
+        // Once at least, because upgrades may take longer than the time from one to the next.
+        tick();
         while Instant::now() < until {
-            tick();
             let next = until.min(Instant::now() + Duration::from_millis(100));
             self.wait(next, |_| None::<()>)?;
+            tick();
         }
         Ok(())
     }

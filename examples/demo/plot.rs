@@ -1,5 +1,6 @@
 //! Latency over time as an SVG picture, each upgrade marked. SVG is text, so this writes text.
 
+use crate::load::Point;
 use crate::report::{thousands, Report};
 use std::fmt::{self, Write};
 
@@ -17,19 +18,15 @@ const SLOWEST: &str = "#555";
 const UPGRADE: &str = "#e8862e";
 const FAILED: &str = "#d01c1c";
 
-pub fn svg(report: &Report) -> String {
-    let mut out = String::new();
-    draw(&mut out, report).expect("a String takes everything");
-    out
-}
-
-fn draw(out: &mut String, report: &Report) -> fmt::Result {
+pub fn draw(report: &Report) -> Result<String, Box<dyn std::error::Error>> {
+    let mut svg = String::new();
+    let out = &mut svg;
     let (seen, upgrades) = (&report.seen, &report.operator.upgrades);
     let seconds = |at: u64| at.saturating_sub(report.start) as f64 / 1e9;
     let x = |at: u64| LEFT + (RIGHT - LEFT) * seconds(at) / seen.seconds;
 
     let mut columns = vec![vec![]; ((RIGHT - LEFT) / COLUMN) as usize + 1];
-    for &(start, latency) in &seen.points {
+    for &Point { start, latency, .. } in &seen.points {
         let column = ((x(start) - LEFT) / COLUMN) as usize;
         if let Some(column) = columns.get_mut(column) {
             column.push(latency);
@@ -119,9 +116,10 @@ fn draw(out: &mut String, report: &Report) -> fmt::Result {
         text(out, x + 18.0, 55.0, "start", "#222", label)?;
         x += 40.0 + 6.6 * label.len() as f64;
     }
-    writeln!(out, "</svg>")
+    writeln!(out, "</svg>")?;
+    Ok(svg)
 }
 
-fn text(out: &mut String, x: f64, y: f64, anchor: &str, colour: &str, text: &str) -> fmt::Result {
+pub fn text(out: &mut String, x: f64, y: f64, anchor: &str, colour: &str, text: &str) -> fmt::Result {
     writeln!(out, r#"<text x="{x:.1}" y="{y:.1}" text-anchor="{anchor}" fill="{colour}">{text}</text>"#)
 }

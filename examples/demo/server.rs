@@ -13,6 +13,7 @@ use crate::Options;
 const THREADS: usize = 4;
 
 pub fn serve(options: &Options) -> Result<(), Box<dyn Error>> {
+    let began = now();
     let starting = Ecdysis::builder()
         .upgrade_on_signal(libc::SIGHUP)
         .stop_on_signal(libc::SIGTERM)
@@ -50,8 +51,9 @@ pub fn serve(options: &Options) -> Result<(), Box<dyn Error>> {
         });
         address.to_string()
     };
+    let ready = now();
     let ecdysis = starting.ready()?;
-    say(format!("listening {address} gen={gen} pid={pid}"));
+    say(format!("listening {address} gen={gen} pid={pid} began={began} ready={ready}"));
 
     // The demo holds the other end of stdin, so every generation ends with it, however it ends.
     let stop = ecdysis.clone();
@@ -61,7 +63,7 @@ pub fn serve(options: &Options) -> Result<(), Box<dyn Error>> {
     });
     let exit = ecdysis.run()?;
     let left = shutdown.drain(options.timeout);
-    say(format!("ended gen={gen} pid={pid} left={left} {exit}"));
+    say(format!("ended gen={gen} pid={pid} left={left} at={} {exit}", now()));
     Ok(())
 }
 

@@ -6,6 +6,7 @@ use futures::{Stream, StreamExt};
 use std::{error::Error, io, process, thread};
 use tokio::io::{AsyncBufReadExt, AsyncRead, AsyncWrite, AsyncWriteExt, BufReader};
 
+use crate::load::now;
 use crate::server::{say, tell};
 use crate::Options;
 
@@ -14,6 +15,7 @@ pub fn serve(options: &Options) -> Result<(), Box<dyn Error>> {
 }
 
 async fn run(options: &Options) -> Result<(), Box<dyn Error>> {
+    let began = now();
     let mut builder = TokioEcdysisBuilder::from_builder(
         Ecdysis::builder().ready_timeout(options.timeout).probation(options.probation()).on_event(tell),
     )?;
@@ -39,8 +41,9 @@ async fn run(options: &Options) -> Result<(), Box<dyn Error>> {
         tokio::spawn(each(connections, shutdown, answer));
         address.to_string()
     };
+    let ready = now();
     let (ecdysis, exit) = builder.ready()?;
-    say(format!("listening {address} gen={gen} pid={pid}"));
+    say(format!("listening {address} gen={gen} pid={pid} began={began} ready={ready}"));
 
     // The demo holds the other end of stdin, so every generation ends with it, however it ends.
     let stop = ecdysis.clone();
@@ -50,7 +53,7 @@ async fn run(options: &Options) -> Result<(), Box<dyn Error>> {
     });
     let (mode, reason) = exit.await?;
     let left = ecdysis.drain(options.timeout).await?;
-    say(format!("ended gen={gen} pid={pid} left={left} {mode:?} ({reason:?})"));
+    say(format!("ended gen={gen} pid={pid} left={left} at={} {mode:?} ({reason:?})", now()));
     Ok(())
 }
 

@@ -1,6 +1,9 @@
 //! A real server to be mistreated, and a load on it that remembers every failure.
 #![allow(dead_code)] // Each test binary uses its part.
 
+#[path = "../support/mod.rs"]
+mod support;
+
 use std::collections::BTreeMap;
 use std::fs;
 use std::io::{self, BufRead, BufReader, Read, Write};
@@ -13,16 +16,10 @@ use std::sync::{Arc, Condvar, Mutex};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
+pub use support::example;
+
 /// Longer than anything may take on a busy machine.
 pub const PATIENCE: Duration = Duration::from_secs(30);
-
-/// An example, which cargo has built beside this test.
-pub fn example(name: &str) -> PathBuf {
-    let test = std::env::current_exe().expect("own path");
-    let path = test.parent().and_then(Path::parent).expect("target directory").join("examples").join(name);
-    assert!(path.exists(), "{} is missing: cargo test builds it, or cargo build --examples", path.display());
-    path
-}
 
 /// Looks again every few milliseconds until it holds: for what the kernel shows but sends no event for.
 pub fn eventually(what: &str, deadline: Duration, mut holds: impl FnMut() -> bool) -> Result<(), String> {

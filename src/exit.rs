@@ -1,0 +1,82 @@
+//! How a generation's service ends, and what it reports of an upgrade.
+
+use std::fmt;
+use std::path::PathBuf;
+use std::time::Duration;
+
+/// A successful upgrade.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Upgraded {
+    /// The process that serves now.
+    pub pid: u32,
+    /// Its generation.
+    pub generation: u64,
+    /// The time from the trigger to the moment from which it served.
+    pub commit: Duration,
+}
+
+/// Why [`Ecdysis::run`](crate::Ecdysis::run) returned.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Exit {
+    /// What happened.
+    pub mode: ExitMode,
+    /// What asked for it.
+    pub reason: ExitReason,
+}
+
+/// How a generation's service ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum ExitMode {
+    /// A new generation serves.
+    Upgraded(Upgraded),
+    /// Nobody serves any more.
+    Stopped,
+    /// Accepting and triggers have ended; the rest is the program's.
+    PartiallyStopped,
+}
+
+/// What asked for an upgrade or a stop.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum ExitReason {
+    /// This signal.
+    Signal(i32),
+    /// A connection to this control socket.
+    Socket(PathBuf),
+    /// [`Ecdysis::upgrade`](crate::Ecdysis::upgrade) or [`Ecdysis::stop`](crate::Ecdysis::stop).
+    Call,
+    /// The parent, which was asked to stop during this process's probation.
+    Parent,
+}
+
+impl fmt::Display for Exit {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} by {}", self.mode, self.reason)
+    }
+}
+
+impl fmt::Display for ExitMode {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Upgraded(Upgraded { pid, generation, .. }) => {
+                write!(f, "upgraded to pid {pid}, generation {generation},")
+            }
+            Self::Stopped => write!(f, "stopped"),
+            Self::PartiallyStopped => write!(f, "partially stopped"),
+        }
+    }
+}
+
+impl fmt::Display for ExitReason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Signal(signal) => write!(f, "signal {signal}"),
+            Self::Socket(path) => write!(f, "socket {}", path.display()),
+            Self::Call => write!(f, "a call"),
+            Self::Parent => write!(f, "the parent"),
+        }
+    }
+}
