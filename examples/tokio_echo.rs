@@ -6,8 +6,6 @@
 //!
 //! The `nc` that was open stays with the old process, which ends when `nc` does. A new `nc` talks to the new one.
 
-#![allow(clippy::useless_conversion)] // `addr.into()` is what programs for the 1.1.1 crate say
-
 use ecdysis::tokio_ecdysis::{SignalKind, StopOnShutdown, TokioEcdysisBuilder};
 use futures::StreamExt;
 use std::net::SocketAddr;

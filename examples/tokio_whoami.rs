@@ -18,7 +18,7 @@
 //!       --takeover-socket PATH            lets a process that is not a child take over; --take-over PATH is that process
 
 use ecdysis::tokio_ecdysis::{
-    SignalKind, StopOnShutdown, Stoppable, StoppableStream, TokioEcdysisBuilder, UnixSeqpacketListener,
+    SignalKind, StopOnShutdown, Stoppable, StoppableStream, TokioEcdysisBuilder, UdpStream, UnixSeqpacketListenerStream,
 };
 use ecdysis::{Event, Shutdown};
 use futures::{Stream, StreamExt};
@@ -64,7 +64,9 @@ async fn serve(options: Options, mut choices: ecdysis::Builder) -> Result<()> {
     #[cfg(feature = "systemd")]
     if options.systemd {
         builder.enable_systemd_notifications()?;
-        builder.read_systemd_sockets()?;
+        if let Err(why) = builder.read_systemd_sockets() {
+            say(format!("{why}"));
+        }
     }
     if let Some(path) = &options.pid_file {
         builder.set_pid_file(path);
@@ -132,6 +134,8 @@ async fn serve(options: Options, mut choices: ecdysis::Builder) -> Result<()> {
         format!("{mode:?} ({reason:?})")
     };
     say(format!("over gen={gen} pid={pid} {how}"));
+    #[cfg(feature = "systemd")]
+    ecdysis.extend_systemd_timeouts(options.drain).await?;
     let left = ecdysis.drain(options.drain).await?;
     if options.keep {
         // Only a signal ends those that never stop.
@@ -166,15 +170,15 @@ async fn listen(builder: &TokioEcdysisBuilder, address: &str, options: &Options)
         Ok(address.into())
     } else if let Some(address) = address.strip_prefix("udp:") {
         let stream = builder.build_stream_udp(stop, address.parse()?, |socket, address| {
-            socket.bind(address)?;
+            socket.bind(&address.into())?;
             Ok(socket.into())
         })?;
-        let real = stream.get_ref().local_addr()?;
+        let real = stream.get_ref().ok_or("over")?.local_addr()?;
         tokio::spawn(datagrams(stream, answer));
         Ok(format!("udp:{real}"))
     } else if let Some(address) = address.strip_prefix("stoppable-udp:") {
         let socket = builder.build_stoppable_socket_udp(stop, address.parse()?, |socket, address| {
-            socket.bind(address)?;
+            socket.bind(&address.into())?;
             Ok(socket.into())
         })?;
         let real = socket.as_unstoppable_ref().local_addr()?;
@@ -182,7 +186,7 @@ async fn listen(builder: &TokioEcdysisBuilder, address: &str, options: &Options)
         Ok(format!("stoppable-udp:{real}"))
     } else {
         let stream = builder.listen_tcp(stop, address.parse()?)?;
-        let real = stream.get_ref().local_addr()?;
+        let real = stream.get_ref().ok_or("over")?.local_addr()?;
         tokio::spawn(each(stream, shutdown, hold, answer));
         Ok(real.to_string())
     }
@@ -215,7 +219,7 @@ async fn reply(connection: impl AsyncRead + AsyncWrite + Unpin, hold: bool, answ
     Ok(())
 }
 
-async fn records(mut connections: StoppableStream<UnixSeqpacketListener>, shutdown: Shutdown, answer: String) {
+async fn records(mut connections: StoppableStream<UnixSeqpacketListenerStream>, shutdown: Shutdown, answer: String) {
     while let Some(Ok(connection)) = connections.next().await {
         let (guard, answer) = (shutdown.guard(), answer.clone());
         tokio::spawn(async move {
@@ -228,10 +232,11 @@ async fn records(mut connections: StoppableStream<UnixSeqpacketListener>, shutdo
     }
 }
 
-async fn datagrams(mut datagrams: StoppableStream<UdpSocket>, answer: String) {
+async fn datagrams(mut datagrams: StoppableStream<UdpStream>, answer: String) {
     while let Some(Ok((datagram, peer))) = datagrams.next().await {
         ACCEPTED.fetch_add(1, Ordering::SeqCst);
-        let _ = datagrams.get_ref().send_to(&[answer.as_bytes(), b" ", &datagram].concat(), peer).await;
+        let Some(socket) = datagrams.get_ref() else { break };
+        let _ = socket.send_to(&[answer.as_bytes(), b" ", &datagram].concat(), peer).await;
     }
 }
 

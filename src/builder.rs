@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Condvar, Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
@@ -127,7 +128,7 @@ impl Builder {
     }
 
     /// Ends accepting and the triggers when this signal comes, and leaves the rest to the program: PID file and socket
-    /// files stay.
+    /// files stay, but those of control sockets, which nobody answers any more.
     pub fn partial_stop_on_signal(&mut self, signal: i32) -> &mut Self {
         self.on_signal(signal, Action::PartialStop)
     }
@@ -381,6 +382,7 @@ impl Builder {
             sockets,
             shutdown,
             manager: manager.map(OnceLock::from).unwrap_or_default(),
+            takes_sockets: AtomicBool::new(self.config.takes_sockets()),
             parent,
             older,
             calls,
@@ -398,16 +400,19 @@ impl Config {
     pub(crate) fn manager(&self, generation: u64, is_child: bool) -> Result<Option<Manager>, Error> {
         #[cfg(feature = "systemd_notify")]
         if self.systemd_notify {
-            #[cfg(feature = "systemd_sockets")]
-            let takes_sockets = self.systemd_sockets;
-            #[cfg(not(feature = "systemd_sockets"))]
-            let takes_sockets = false;
             let upgrade_time = self.ready_timeout.saturating_add(self.probation);
-            let manager = Manager::from_env(generation, is_child, upgrade_time, takes_sockets)?;
+            let manager = Manager::from_env(generation, is_child, upgrade_time)?;
             return Ok(Some(manager).filter(Manager::is_there));
         }
         let _ = (generation, is_child);
         Ok(None)
+    }
+
+    fn takes_sockets(&self) -> bool {
+        #[cfg(feature = "systemd_sockets")]
+        return self.systemd_sockets;
+        #[cfg(not(feature = "systemd_sockets"))]
+        false
     }
 
     /// What is inherited: from the parent, and then from the service manager.
@@ -447,9 +452,9 @@ impl Starting {
         Ok(())
     }
 
-    /// Has the service manager hear of this generation. False if there is none.
+    /// Has the service manager, if there is one, hear of this generation.
     #[cfg(feature = "systemd_notify")]
-    pub(crate) fn enable_manager(&self) -> Result<bool, Error> {
+    pub(crate) fn enable_manager(&self) -> Result<(), Error> {
         let config = Config { systemd_notify: true, ..self.0.config.clone() };
         if self.0.manager.get().is_none() {
             if let Some(manager) = config.manager(self.0.generation, self.is_child())?.map(Arc::new) {
@@ -457,23 +462,19 @@ impl Starting {
                 let _ = self.0.manager.set(manager);
             }
         }
-        Ok(self.0.manager.get().is_some())
-    }
-
-    #[cfg(feature = "systemd_notify")]
-    pub(crate) fn manager(&self) -> Arc<Manager> {
-        self.0.manager()
-    }
-
-    /// Takes what the service manager passed.
-    #[cfg(feature = "systemd_sockets")]
-    pub(crate) fn inherit_from_manager(&self) -> Result<(), Error> {
-        if !self.0.config.systemd_sockets {
-            let passed = crate::systemd::sockets::inherit()?;
-            self.0.sockets.inherit_more(passed.sockets);
-            self.0.sockets.forget_later(passed.stale);
-        }
         Ok(())
+    }
+
+    /// Takes what the service manager passed. False if that was done before.
+    #[cfg(feature = "systemd_sockets")]
+    pub(crate) fn inherit_from_manager(&self) -> Result<bool, Error> {
+        if self.0.takes_sockets.swap(true, std::sync::atomic::Ordering::Relaxed) {
+            return Ok(false);
+        }
+        let passed = crate::systemd::sockets::inherit()?;
+        self.0.sockets.inherit_more(passed.sockets);
+        self.0.sockets.forget_later(passed.stale);
+        Ok(true)
     }
 
     pub(crate) fn set_pid_file(&self, path: &Path) {

@@ -311,6 +311,24 @@ impl Ecdysis {
     }
 }
 
+#[cfg(feature = "tokio_ecdysis")]
+impl Ecdysis {
+    /// Asks the service manager, if it listens to this process, for so much more time.
+    #[cfg(feature = "systemd_notify")]
+    pub(crate) fn extend_timeout(&self, time: Duration) -> Result<(), crate::systemd::NotifyError> {
+        let manager = self.0.manager();
+        match manager.notifier().filter(|_| manager.is_main() && !self.0.shutdown.is_handed_over()) {
+            Some(notifier) => notifier.extend_timeout(time),
+            None => Ok(()),
+        }
+    }
+
+    #[cfg(feature = "systemd_sockets")]
+    pub(crate) fn takes_sockets(&self) -> bool {
+        self.0.takes_sockets.load(std::sync::atomic::Ordering::Relaxed)
+    }
+}
+
 impl Deref for Ecdysis {
     type Target = Sockets;
 

@@ -153,3 +153,10 @@ pub use sockets::Sockets;
 pub use sys::peer::PeerCred;
 pub use sys::spawn::Spawn;
 pub use takeover::TakeoverSocket;
+// Where version 1.1.1 has them.
+#[cfg(feature = "tokio_ecdysis")]
+pub use tokio_ecdysis::UnixSeqpacketListenerStream;
+#[cfg(all(feature = "tokio_ecdysis", feature = "systemd_notify"))]
+pub use tokio_ecdysis::{SystemdNotifier, SystemdNotifierError};
+#[cfg(all(feature = "tokio_ecdysis", feature = "systemd_sockets"))]
+pub use tokio_ecdysis::{SystemdSocketError, SystemdSocketsReadError};

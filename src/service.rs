@@ -37,6 +37,8 @@ pub(crate) struct Core {
     pub(crate) shutdown: Shutdown,
     /// Empty if there is none, or nobody asked for it.
     pub(crate) manager: OnceLock<Arc<Manager>>,
+    /// What the manager passed is taken, so it may store what it is to pass.
+    pub(crate) takes_sockets: AtomicBool,
     pub(crate) parent: Option<Parent>,
     /// The generations before the parent that lived when this one began.
     pub(crate) older: Vec<DrainLink>,
@@ -110,7 +112,7 @@ impl Core {
     }
 
     pub(crate) fn store_sockets(&self) {
-        if self.manager().room() > 0 {
+        if self.takes_sockets.load(Ordering::Relaxed) && self.manager().room() > 0 {
             self.sockets.store_in(self.manager());
         }
     }
@@ -238,7 +240,7 @@ impl Turn<'_> {
         let (mode, state) = match action {
             Action::Stop => {
                 core.tell_parent(&Status::Stopping);
-                core.sockets.unlink_all();
+                core.sockets.unlink(|_| true);
                 if let Some(Err(e)) = core.pid_file().as_deref().map(pid_file::remove_if_ours) {
                     log::warn!("cannot remove the PID file: {e}");
                 }
@@ -247,6 +249,7 @@ impl Turn<'_> {
             }
             Action::PartialStop => {
                 core.tell_parent(&Status::Stopping);
+                core.sockets.unlink(|key| triggers.listens_on(key));
                 core.kept().stopping.extend(reply.stopping());
                 (ExitMode::PartiallyStopped, State::Stopped)
             }

@@ -402,6 +402,12 @@ impl Sockets {
         Arc::try_unwrap(held.fd).or_else(|shared| duplicate(shared.as_fd())).ok()
     }
 
+    /// Whether something is left that a unit passed by this name.
+    #[cfg(all(feature = "systemd_sockets", feature = "tokio_ecdysis"))]
+    pub(crate) fn has_passed(&self, name: &str) -> bool {
+        self.lock().inherited.iter().any(|(_, held)| held.unit.as_deref() == Some(name))
+    }
+
     /// Claims the first socket that a unit passed by this name and `wanted` picks.
     #[cfg(feature = "systemd_sockets")]
     pub(crate) fn claim_from_unit(
@@ -532,13 +538,13 @@ impl Sockets {
         state.inherited.clear();
     }
 
-    /// At a final stop: removes the files of our Unix sockets, unless the sockets outlive us in a store.
-    pub(crate) fn unlink_all(&self) {
+    /// At a stop: removes the files of those of our Unix sockets, unless the sockets outlive us in a store.
+    pub(crate) fn unlink(&self, which: impl Fn(&Key) -> bool) {
         let state = self.lock();
         if state.store.is_some() {
             return;
         }
-        for (key, held) in &state.ours {
+        for (key, held) in state.ours.iter().filter(|(key, _)| which(key)) {
             if let Some(file) = held.file {
                 let path = Path::new(OsStr::from_bytes(key.name()));
                 if let Err(e) = listen::unlink_if_ours(path, file) {

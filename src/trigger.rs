@@ -13,6 +13,7 @@ use rustix::io::Errno;
 
 use crate::error::{chain, Error};
 use crate::exit::{ExitReason, Upgraded};
+use crate::key::Key;
 use crate::service::Core;
 use crate::shutdown::{passes, timespec};
 use crate::sys::peer::PeerCred;
@@ -232,6 +233,11 @@ impl Triggers {
     #[cfg(feature = "tokio_ecdysis")]
     pub(crate) fn add_socket(&mut self, socket: ControlSocket) {
         self.sockets.push(socket);
+    }
+
+    /// Whether this is the key of one of the control sockets.
+    pub(crate) fn listens_on(&self, key: &Key) -> bool {
+        self.sockets.iter().any(|socket| Key::unix(&socket.path) == *key)
     }
 
     /// The next request: stops before upgrades, because a stop wins.

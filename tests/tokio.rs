@@ -12,12 +12,13 @@ use std::process::Command;
 use std::time::Duration;
 
 use ecdysis::tokio_ecdysis::{
-    ExitFuture, ExitMode, SignalKind, StopOnShutdown, Stoppable, StoppableStream, TokioEcdysis, TokioEcdysisBuilder,
+    ExitFuture, ExitMode, ExitReason, SignalKind, StopOnShutdown, Stoppable, StoppableStream, TokioEcdysis,
+    TokioEcdysisBuilder, UdpStream, UnixSeqpacketListenerStream,
 };
 use futures::StreamExt;
 use rustix::process::Signal;
 use support::{connect, control, example, fds, field, generation, send_signal, tempdir, wait_exit, Load, Server};
-use tokio::net::{TcpListener, UnixListener};
+use tokio_stream::wrappers::{TcpListenerStream, UnixListenerStream};
 
 const LOCAL: &str = "127.0.0.1:0";
 
@@ -176,6 +177,11 @@ fn accepts_again_when_the_child_dies_on_probation() {
     for _ in 0..10 {
         assert_eq!(generation(&server.addr()), 2);
     }
+    // A stop of the parent is for both.
+    send_signal(server.first_pid(), Signal::TERM);
+    let over = server.wait("over gen=2");
+    assert!(over.ends_with("FullStop (Parent)"), "{over}");
+    server.wait_all_ended();
 }
 
 #[test]
@@ -268,6 +274,8 @@ fn under_a_service_manager() {
     server.signal(Signal::USR2);
     let over = server.wait("over gen=3");
     assert!(over.contains("PartialStopWithSystemd"), "{over}");
+    // As long as its drain may take, asked for when it has begun.
+    hear("EXTEND_TIMEOUT_USEC=10000000");
     server.wait_all_ended();
     assert!(file.exists(), "it is the unit's");
 }
@@ -348,16 +356,19 @@ fn partial_stop_and_its_reason() {
     let mut server = server(["--listen", LOCAL]);
     server.signal(Signal::USR2);
     let over = server.wait("over gen=1");
-    assert!(over.contains("PartialStop") && over.contains("SignalKind"), "{over}");
+    assert!(over.ends_with("PartialStop (Signal(SignalKind(12)))"), "{over}");
     server.wait_all_ended();
 }
 
 #[test]
-fn a_want_of_descriptors_ends_no_stream() {
+fn a_want_of_descriptors_ends_no_stream_and_no_trigger() {
+    let dir = tempdir();
+    let control_socket = dir.path().join("control");
     let server = {
         let mut shell = Command::new("sh");
         let program = example("tokio_whoami");
-        shell.args(["-c", "ulimit -n 40; exec \"$0\" --listen 127.0.0.1:0 --hold", path(&program)]);
+        shell.args(["-c", "ulimit -n 40; exec \"$0\" \"$@\"", path(&program)]);
+        shell.args(["--listen", LOCAL, "--hold", "--control-socket", path(&control_socket)]);
         Server::serving(shell)
     };
     let mut held: Vec<_> = (0..60).map(|_| connect(&server.addr()).unwrap()).collect();
@@ -366,7 +377,13 @@ fn a_want_of_descriptors_ends_no_stream() {
     }
     support::eventually("no descriptor is left", || fds(server.pid()).len() >= 40);
     let last = held.pop().unwrap();
+    let mut asks = UnixStream::connect(&control_socket).unwrap();
+    asks.write_all(b"status\n").unwrap();
+    asks.set_read_timeout(Some(Duration::from_millis(300))).unwrap();
+    assert!(asks.read(&mut [0]).is_err(), "there is no descriptor for it");
     drop(held);
+    asks.set_read_timeout(Some(support::DEADLINE)).unwrap();
+    assert_eq!(asks.read(&mut [0]).unwrap(), 1);
     let mut answer = String::new();
     BufReader::new(last).read_line(&mut answer).unwrap();
     assert_eq!(field::<u64>(&answer, "gen"), 1);
@@ -395,9 +412,10 @@ fn descriptors_do_not_climb() {
 #[test]
 fn in_one_process() {
     fn send<T: Send>() {}
-    send::<StoppableStream<TcpListener>>();
-    send::<StoppableStream<UnixListener>>();
-    send::<StoppableStream<tokio::net::UdpSocket>>();
+    send::<StoppableStream<TcpListenerStream>>();
+    send::<StoppableStream<UnixListenerStream>>();
+    send::<StoppableStream<UnixSeqpacketListenerStream>>();
+    send::<StoppableStream<UdpStream>>();
     send::<Stoppable<tokio::net::UdpSocket>>();
     send::<TokioEcdysisBuilder>();
     send::<TokioEcdysis>();
@@ -420,7 +438,7 @@ fn in_one_process() {
         // Given up before `ready`: the stream ends, although a connection waits.
         let builder = new();
         let mut stream = listen(&builder).unwrap();
-        let addr = stream.get_ref().local_addr().unwrap();
+        let addr = stream.get_ref().unwrap().local_addr().unwrap();
         let _waiting = std::net::TcpStream::connect(addr).unwrap();
         tokio::select! {
             biased;
@@ -428,7 +446,7 @@ fn in_one_process() {
             _ = tokio::task::yield_now() => drop(builder),
         }
         assert!(stream.next().await.is_none());
-        assert!(stream.next().await.is_none());
+        assert!(stream.next().await.is_none() && stream.get_ref().is_none());
 
         // A call before `ready` is an error; a stop before it takes effect after it.
         let builder = new();
@@ -438,6 +456,7 @@ fn in_one_process() {
         let (ecdysis, exit) = builder.ready().unwrap();
         let (mode, reason) = deadline(Box::pin(exit)).await.unwrap().unwrap();
         assert!(matches!(mode, ExitMode::FullStop), "{mode:?} {reason:?}");
+        assert_eq!((reason.clone(), format!("{reason:?}").as_str()), (ExitReason::CALL, "Call"));
         ecdysis.over().await;
         assert!(stream.next().await.is_none());
         assert_eq!(ecdysis.drain(Duration::from_secs(20)).await.unwrap(), 0);

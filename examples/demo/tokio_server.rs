@@ -29,15 +29,15 @@ async fn run(options: &Options) -> Result<(), Box<dyn Error>> {
         options.listen.clone()
     } else if let Some(address) = options.listen.strip_prefix("udp:") {
         let stream = builder.build_stream_udp(StopOnShutdown::Yes, address.parse()?, |socket, address| {
-            socket.bind(address)?;
+            socket.bind(&address.into())?;
             Ok(socket.into())
         })?;
-        let address = stream.get_ref().local_addr()?;
+        let address = stream.get_ref().ok_or("over")?.local_addr()?;
         tokio::spawn(datagrams(stream, answer));
         format!("udp:{address}")
     } else {
         let connections = builder.listen_tcp(StopOnShutdown::Yes, options.listen.parse()?)?;
-        let address = connections.get_ref().local_addr()?;
+        let address = connections.get_ref().ok_or("over")?.local_addr()?;
         tokio::spawn(each(connections, shutdown, answer));
         address.to_string()
     };
@@ -76,6 +76,7 @@ where
 
 async fn datagrams(mut datagrams: StoppableStream<UdpStream>, answer: String) {
     while let Some(Ok((datagram, peer))) = datagrams.next().await {
-        let _ = datagrams.get_ref().send_to(&[answer.as_bytes(), b" ", &datagram].concat(), peer).await;
+        let Some(socket) = datagrams.get_ref() else { break };
+        let _ = socket.send_to(&[answer.as_bytes(), b" ", &datagram].concat(), peer).await;
     }
 }

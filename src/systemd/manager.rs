@@ -41,19 +41,14 @@ struct Link {
     watchdog: Option<Duration>,
     next_beat: Mutex<Instant>,
     last_progress: Mutex<Option<Instant>>,
-    /// How many descriptors the manager stores, if this program takes them back.
+    /// How many descriptors the manager stores.
     room: usize,
 }
 
 impl Manager {
     /// The manager that the environment names. A child of ours waits to be announced; but a generation that the
     /// manager started itself is main, wherever it got its sockets from.
-    pub(crate) fn from_env(
-        generation: u64,
-        is_child: bool,
-        upgrade_time: Duration,
-        takes_sockets: bool,
-    ) -> Result<Self, Error> {
+    pub(crate) fn from_env(generation: u64, is_child: bool, upgrade_time: Duration) -> Result<Self, Error> {
         let notifier = Notifier::from_env().map_err(|e| match e {
             NotifyError::Address { address, source } => {
                 Error::ServiceManager { what: format!("NOTIFY_SOCKET={}", address.to_string_lossy()), source }
@@ -72,7 +67,7 @@ impl Manager {
             watchdog: watchdog_interval(),
             next_beat: Mutex::new(Instant::now()),
             last_progress: Mutex::default(),
-            room: number("FDSTORE").filter(|_| takes_sockets).unwrap_or(0) as usize,
+            room: number("FDSTORE").unwrap_or(0) as usize,
         })))
     }
 
@@ -181,7 +176,7 @@ impl Manager {
     /// Stores a copy of a socket with the manager.
     #[cfg(feature = "systemd_sockets")]
     pub(crate) fn keep(&self, key: &Key, fd: BorrowedFd<'_>, file: Option<FileId>) {
-        let Some(Link { notifier, room: 1.., .. }) = &self.0 else { return };
+        let Some(Link { notifier, .. }) = &self.0 else { return };
         match crate::systemd::stored::name(key, file) {
             Some(name) => told(notifier.store(&name, fd)),
             None => log::debug!("{key} cannot be stored with the service manager"),
@@ -191,7 +186,7 @@ impl Manager {
     /// Has the manager close its copies.
     #[cfg(feature = "systemd_sockets")]
     pub(crate) fn forget(&self, key: &Key, file: Option<FileId>) {
-        let Some(Link { notifier, room: 1.., .. }) = &self.0 else { return };
+        let Some(Link { notifier, .. }) = &self.0 else { return };
         if let Some(name) = crate::systemd::stored::name(key, file) {
             told(notifier.forget(&name));
         }

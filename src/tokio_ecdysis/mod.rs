@@ -4,7 +4,10 @@
 
 mod gate;
 mod seqpacket;
+mod socket;
 mod stream;
+#[cfg(any(feature = "systemd_notify", feature = "systemd_sockets"))]
+mod systemd;
 
 use std::ffi::OsStr;
 use std::fmt;
@@ -22,15 +25,27 @@ use std::time::Duration;
 use tokio::net::{TcpListener, UdpSocket, UnixDatagram, UnixListener};
 use tokio::runtime::Handle;
 use tokio::sync::oneshot;
+use tokio_stream::wrappers::{TcpListenerStream, UnixListenerStream};
 
+use crate::error::chain;
 use crate::shutdown::{Phase, Shutdown};
 use crate::trigger::{Action, Meaning};
-use crate::{Builder, Ecdysis, Error, Exit, Key, Socket, Starting, Upgraded};
+use crate::{Builder, Ecdysis, Error, Exit, Key, Starting, Upgraded};
 
 use self::gate::Gate;
-pub use self::seqpacket::{UnixSeqpacketConn, UnixSeqpacketListener};
+pub use self::seqpacket::{UnixSeqpacketConn, UnixSeqpacketListener, UnixSeqpacketListenerStream};
+pub use self::socket::{SockAddr, Socket};
 pub use self::stream::{Source, StopOnShutdown, Stoppable, StoppableStream, UdpStream};
+#[cfg(feature = "systemd_notify")]
+pub use self::systemd::{SystemdNotifier, SystemdNotifierError};
+#[cfg(feature = "systemd_sockets")]
+pub use self::systemd::{SystemdSocketError, SystemdSocketsReadError};
 pub use tokio::signal::unix::SignalKind;
+
+/// Where version 1.1.1 has them too.
+pub mod supervisor {
+    pub use super::{StopOnShutdown, Stoppable, StoppableStream};
+}
 
 /// How a generation's service ended.
 #[derive(Debug)]
@@ -43,25 +58,48 @@ pub enum ExitMode {
     PartialStop,
     /// The same, and the service manager is the program's too: it has not been told that this process stops.
     #[cfg(feature = "systemd_notify")]
-    PartialStopWithSystemd(crate::systemd::Notifier),
+    PartialStopWithSystemd(SystemdNotifier),
 }
 
 /// What asked for the upgrade or the stop.
-#[derive(Clone, Debug, PartialEq, Eq)]
-#[non_exhaustive]
+///
+/// These two and no more, as in version 1.1.1, whose programs may match both and nothing else. What came neither by a
+/// signal nor by a socket has a number that no signal has: [`CALL`](Self::CALL) and [`PARENT`](Self::PARENT).
+#[derive(Clone, PartialEq, Eq)]
 pub enum ExitReason {
     /// This signal.
     Signal(SignalKind),
     /// A connection to the socket at this path.
     UnixListener(PathBuf),
+}
+
+impl ExitReason {
     /// [`TokioEcdysis::upgrade`] or [`TokioEcdysis::stop`].
-    Call,
+    pub const CALL: Self = Self::Signal(SignalKind::from_raw(0));
     /// The parent, which was asked to stop during this process's probation.
-    Parent,
+    pub const PARENT: Self = Self::Signal(SignalKind::from_raw(-1));
+}
+
+impl fmt::Debug for ExitReason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            &Self::CALL => f.write_str("Call"),
+            &Self::PARENT => f.write_str("Parent"),
+            Self::Signal(signal) => f.debug_tuple("Signal").field(signal).finish(),
+            Self::UnixListener(path) => f.debug_tuple("UnixListener").field(path).finish(),
+        }
+    }
 }
 
 /// What the future of [`TokioEcdysisBuilder::ready`] gives.
 pub type TokioEcdysisUpgradeResult = Result<(ExitMode, ExitReason), Error>;
+
+/// For the `?` of programs that pass on the error of 1.1.1, which is a `String`.
+impl From<Error> for String {
+    fn from(error: Error) -> Self {
+        chain(&error)
+    }
+}
 
 /// A generation that does not serve yet.
 ///
@@ -70,6 +108,8 @@ pub type TokioEcdysisUpgradeResult = Result<(ExitMode, ExitReason), Error>;
 pub struct TokioEcdysisBuilder {
     starting: Starting,
     tokio_ecdysis: TokioEcdysis,
+    #[cfg(feature = "systemd_notify")]
+    notifier: Option<SystemdNotifier>,
 }
 
 impl TokioEcdysisBuilder {
@@ -102,7 +142,12 @@ impl TokioEcdysisBuilder {
     pub fn from_builder(builder: &mut Builder) -> Result<Self, Error> {
         let starting = builder.start()?;
         let tokio_ecdysis = TokioEcdysis { ecdysis: starting.handle() };
-        Ok(Self { starting, tokio_ecdysis })
+        Ok(Self {
+            starting,
+            tokio_ecdysis,
+            #[cfg(feature = "systemd_notify")]
+            notifier: None,
+        })
     }
 
     /// Also upgrades when this signal comes.
@@ -213,14 +258,12 @@ impl TokioEcdysisBuilder {
             Ok(ecdysis) => ecdysis.run(),
             Err(_) => Err(Error::NotReady),
         })?;
-        #[cfg(feature = "systemd_notify")]
-        let notified = self.starting.manager().notifier().is_some();
         let ecdysis = self.starting.ready()?;
         let _ = hand.send(ecdysis);
         let future = ExitFuture {
             exit,
             #[cfg(feature = "systemd_notify")]
-            notified,
+            notifier: self.notifier,
         };
         Ok((Arc::new(self.tokio_ecdysis), future))
     }
@@ -229,39 +272,33 @@ impl TokioEcdysisBuilder {
     ///
     /// # Errors
     ///
-    /// [`Error::ServiceManager`] if there is none (`NOTIFY_SOCKET` is not set), or its address is unknown here. A program
-    /// that also runs without one goes on.
+    /// There is none (`NOTIFY_SOCKET` is not set), or its address is unknown here. A program that also runs without one
+    /// goes on.
     #[cfg(feature = "systemd_notify")]
-    pub fn enable_systemd_notifications(&mut self) -> Result<(), Error> {
-        if self.starting.enable_manager()? {
+    pub fn enable_systemd_notifications(&mut self) -> Result<(), SystemdNotifierError> {
+        let notifier = SystemdNotifier::new()?;
+        let enabled = self.starting.enable_manager();
+        enabled.map_err(|e| SystemdNotifierError::SocketConnectError(e.into()))?;
+        self.notifier = Some(notifier);
+        Ok(())
+    }
+
+    /// Takes what the service manager passed, before any of it is asked for: the sockets of its units, and, if
+    /// notifications are enabled too, those of its store, see [`Builder::systemd_sockets`]. In a child that is done with:
+    /// it has them from its parent.
+    ///
+    /// # Errors
+    ///
+    /// Nothing was passed, it cannot be used, or this is the second call. A program that also runs without goes on.
+    #[cfg(feature = "systemd_sockets")]
+    pub fn read_systemd_sockets(&mut self) -> Result<(), SystemdSocketsReadError> {
+        let inherited = self.starting.inherit_from_manager();
+        let first = inherited.map_err(|e| SystemdSocketsReadError::EnvironmentVariableError(chain(&e)))?;
+        if self.is_child() {
             return Ok(());
         }
-        Err(Error::ServiceManager { what: "NOTIFY_SOCKET".into(), source: io::ErrorKind::NotFound.into() })
-    }
-
-    /// Asks the service manager for so much more time to start, from now on. Without notifications nothing happens.
-    ///
-    /// # Errors
-    ///
-    /// That of the message, which may be lost.
-    #[cfg(feature = "systemd_notify")]
-    pub async fn extend_systemd_timeouts(&mut self, extension: Duration) -> io::Result<()> {
-        match self.starting.manager().notifier() {
-            Some(notifier) => notifier.extend_timeout(extension).map_err(io::Error::other),
-            None => Ok(()),
-        }
-    }
-
-    /// Takes the sockets that the service manager passed, before any of them is asked for. In a child there are none: it
-    /// has them from its parent. Sockets of the manager's store come only with [`Builder::systemd_sockets`] and
-    /// [`from_builder`](Self::from_builder), where this has been done already.
-    ///
-    /// # Errors
-    ///
-    /// [`Error::ServiceManager`], for what cannot be used, and for a second call.
-    #[cfg(feature = "systemd_sockets")]
-    pub fn read_systemd_sockets(&mut self) -> Result<(), Error> {
-        self.starting.inherit_from_manager()
+        systemd::passed_to_us()?;
+        first.then_some(()).ok_or(SystemdSocketsReadError::DuplicateSystemdSocketsRead)
     }
 
     /// Refuses to serve, in words for an operator, see [`Starting::refuse`]. Return the error from `main`.
@@ -308,7 +345,7 @@ fn thread_ended(_: oneshot::error::RecvError) -> Error {
 pub struct ExitFuture {
     exit: oneshot::Receiver<Result<Exit, Error>>,
     #[cfg(feature = "systemd_notify")]
-    notified: bool,
+    notifier: Option<SystemdNotifier>,
 }
 
 impl Future for ExitFuture {
@@ -318,11 +355,8 @@ impl Future for ExitFuture {
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let Exit { mode, reason } = ready!(Pin::new(&mut self.exit).poll(cx)).map_err(thread_ended)??;
         #[cfg(feature = "systemd_notify")]
-        if self.notified && mode == crate::ExitMode::PartiallyStopped {
-            // It was well at the start; the program gets a notifier of its own.
-            if let Ok(Some(notifier)) = crate::systemd::Notifier::from_env() {
-                return Poll::Ready(Ok((ExitMode::PartialStopWithSystemd(notifier), reason.into())));
-            }
+        if let (crate::ExitMode::PartiallyStopped, Some(notifier)) = (&mode, self.notifier.take()) {
+            return Poll::Ready(Ok((ExitMode::PartialStopWithSystemd(notifier), reason.into())));
         }
         Poll::Ready(Ok((mode.into(), reason.into())))
     }
@@ -343,8 +377,8 @@ impl From<crate::ExitReason> for ExitReason {
         match reason {
             crate::ExitReason::Signal(signal) => Self::Signal(SignalKind::from_raw(signal)),
             crate::ExitReason::Socket(path) => Self::UnixListener(path),
-            crate::ExitReason::Call => Self::Call,
-            crate::ExitReason::Parent => Self::Parent,
+            crate::ExitReason::Call => Self::CALL,
+            crate::ExitReason::Parent => Self::PARENT,
         }
     }
 }
@@ -427,6 +461,19 @@ impl TokioEcdysis {
         in_thread("ecdysis-parent", move || ecdysis.wait_for_parent(deadline))?.await.map_err(thread_ended)?
     }
 
+    /// Asks the service manager for so much more time to start or to stop, from now on. Nothing happens without
+    /// [`enable_systemd_notifications`](TokioEcdysisBuilder::enable_systemd_notifications), nor in a process that the
+    /// manager does not listen to: a child before it is announced, whose parent has asked for what an upgrade may take;
+    /// and one that was replaced.
+    ///
+    /// # Errors
+    ///
+    /// That of the message, which may be lost.
+    #[cfg(feature = "systemd_notify")]
+    pub async fn extend_systemd_timeouts(&self, extension: Duration) -> io::Result<()> {
+        self.ecdysis.extend_timeout(extension).map_err(io::Error::other)
+    }
+
     /// The connections of a TCP listener on `addr`, see [`Sockets::listen_tcp`](crate::Sockets::listen_tcp).
     ///
     /// # Errors
@@ -436,8 +483,8 @@ impl TokioEcdysis {
         &self,
         stop_on_shutdown: StopOnShutdown,
         addr: SocketAddr,
-    ) -> io::Result<StoppableStream<TcpListener>> {
-        self.stream(stop_on_shutdown, Key::tcp(addr), || self.ecdysis.listen_tcp(addr), TcpListener::from_std)
+    ) -> io::Result<StoppableStream<TcpListenerStream>> {
+        self.stream(stop_on_shutdown, Key::tcp(addr), || self.ecdysis.listen_tcp(addr), tcp)
     }
 
     /// As [`listen_tcp`](Self::listen_tcp), with a socket made by `sock_build` unless the parent handed it over.
@@ -450,12 +497,12 @@ impl TokioEcdysis {
         stop_on_shutdown: StopOnShutdown,
         addr: SocketAddr,
         sock_build: F,
-    ) -> io::Result<StoppableStream<TcpListener>>
+    ) -> io::Result<StoppableStream<TcpListenerStream>>
     where
         F: FnOnce(Socket, SocketAddr) -> io::Result<std::net::TcpListener>,
     {
-        let make = || self.ecdysis.build_listen_tcp(addr, sock_build);
-        self.stream(stop_on_shutdown, Key::tcp(addr), make, TcpListener::from_std)
+        let make = || self.ecdysis.build_listen_tcp(addr, |socket, addr| sock_build(Socket::new(socket), addr));
+        self.stream(stop_on_shutdown, Key::tcp(addr), make, tcp)
     }
 
     /// The connections of a Unix stream listener at `path`, or at an abstract name after an `@`, see
@@ -468,10 +515,9 @@ impl TokioEcdysis {
         &self,
         stop_on_shutdown: StopOnShutdown,
         path: P,
-    ) -> io::Result<StoppableStream<UnixListener>> {
+    ) -> io::Result<StoppableStream<UnixListenerStream>> {
         let path = path.as_ref();
-        let stream =
-            self.stream(stop_on_shutdown, Key::unix(path), || self.ecdysis.listen_unix(path), UnixListener::from_std)?;
+        let stream = self.stream(stop_on_shutdown, Key::unix(path), || self.ecdysis.listen_unix(path), unix)?;
         if stop_on_shutdown == StopOnShutdown::No {
             self.ecdysis.keep_files(&Key::unix(path));
         }
@@ -488,10 +534,10 @@ impl TokioEcdysis {
         &self,
         stop_on_shutdown: StopOnShutdown,
         path: P,
-    ) -> io::Result<StoppableStream<UnixSeqpacketListener>> {
+    ) -> io::Result<StoppableStream<UnixSeqpacketListenerStream>> {
         let (path, key) = (path.as_ref(), Key::unix_seqpacket(path.as_ref()));
         let make = || self.ecdysis.listen_unix_seqpacket(path);
-        let stream = self.stream(stop_on_shutdown, key.clone(), make, UnixSeqpacketListener::from_std)?;
+        let stream = self.stream(stop_on_shutdown, key.clone(), make, seqpacket)?;
         if stop_on_shutdown == StopOnShutdown::No {
             self.ecdysis.keep_files(&key);
         }
@@ -535,8 +581,8 @@ impl TokioEcdysis {
     where
         F: FnOnce(Socket, SocketAddr) -> io::Result<std::net::UdpSocket>,
     {
-        let make = || self.ecdysis.build_socket_udp(addr, sock_build);
-        self.stream(stop_on_shutdown, Key::udp(addr), make, UdpSocket::from_std)
+        let make = || self.ecdysis.build_socket_udp(addr, |socket, addr| sock_build(Socket::new(socket), addr));
+        self.stream(stop_on_shutdown, Key::udp(addr), make, |socket| UdpSocket::from_std(socket).map(UdpStream::new))
     }
 
     /// A UDP socket on `addr`, made by `sock_build` unless the parent handed it over, whose operations end when it is
@@ -554,7 +600,7 @@ impl TokioEcdysis {
     where
         F: FnOnce(Socket, SocketAddr) -> io::Result<std::net::UdpSocket>,
     {
-        let make = || self.ecdysis.build_socket_udp(addr, sock_build);
+        let make = || self.ecdysis.build_socket_udp(addr, |socket, addr| sock_build(Socket::new(socket), addr));
         let socket = on_runtime(Key::udp(addr), make, UdpSocket::from_std)?;
         Ok(Stoppable::new(socket, self.shutdown(), stop_on_shutdown))
     }
@@ -564,16 +610,15 @@ impl TokioEcdysis {
     ///
     /// # Errors
     ///
-    /// [`Error::NotPassed`], which says what was passed instead; [`Error::Socket`] without a runtime.
+    /// It was not passed, or there is no runtime here.
     #[cfg(feature = "systemd_sockets")]
     pub async fn systemd_listen_tcp(
         &self,
         stop_on_shutdown: StopOnShutdown,
         name: String,
         addr: SocketAddr,
-    ) -> Result<StoppableStream<TcpListener>, Error> {
-        let make = || self.ecdysis.systemd_listen_tcp(&name, addr);
-        let listener = on_runtime(Key::tcp(addr), make, TcpListener::from_std)?;
+    ) -> Result<StoppableStream<TcpListenerStream>, SystemdSocketError> {
+        let listener = self.passed(&name, Key::tcp(addr), |name| self.ecdysis.systemd_listen_tcp(name, addr), tcp)?;
         Ok(StoppableStream::new(listener, self.shutdown(), stop_on_shutdown))
     }
 
@@ -588,10 +633,10 @@ impl TokioEcdysis {
         stop_on_shutdown: StopOnShutdown,
         name: String,
         path: P,
-    ) -> Result<StoppableStream<UnixListener>, Error> {
+    ) -> Result<StoppableStream<UnixListenerStream>, SystemdSocketError> {
         let path = path.as_ref();
-        let make = || self.ecdysis.systemd_listen_unix(&name, path);
-        let listener = on_runtime(Key::unix(path), make, UnixListener::from_std)?;
+        let listener =
+            self.passed(&name, Key::unix(path), |name| self.ecdysis.systemd_listen_unix(name, path), unix)?;
         Ok(StoppableStream::new(listener, self.shutdown(), stop_on_shutdown))
     }
 
@@ -606,10 +651,10 @@ impl TokioEcdysis {
         stop_on_shutdown: StopOnShutdown,
         name: String,
         path: P,
-    ) -> Result<StoppableStream<UnixSeqpacketListener>, Error> {
+    ) -> Result<StoppableStream<UnixSeqpacketListenerStream>, SystemdSocketError> {
         let path = path.as_ref();
-        let make = || self.ecdysis.systemd_listen_unix_seqpacket(&name, path);
-        let listener = on_runtime(Key::unix_seqpacket(path), make, UnixSeqpacketListener::from_std)?;
+        let make = |name: &str| self.ecdysis.systemd_listen_unix_seqpacket(name, path);
+        let listener = self.passed(&name, Key::unix_seqpacket(path), make, seqpacket)?;
         Ok(StoppableStream::new(listener, self.shutdown(), stop_on_shutdown))
     }
 
@@ -619,8 +664,9 @@ impl TokioEcdysis {
     ///
     /// As for [`systemd_listen_tcp`](Self::systemd_listen_tcp).
     #[cfg(feature = "systemd_sockets")]
-    pub async fn systemd_socket_udp(&self, name: String, addr: SocketAddr) -> Result<UdpSocket, Error> {
-        on_runtime(Key::udp(addr), || self.ecdysis.systemd_socket_udp(&name, addr), UdpSocket::from_std)
+    pub async fn systemd_socket_udp(&self, name: String, addr: SocketAddr) -> Result<UdpSocket, SystemdSocketError> {
+        let make = |name: &str| self.ecdysis.systemd_socket_udp(name, addr);
+        self.passed(&name, Key::udp(addr), make, UdpSocket::from_std)
     }
 
     /// The datagrams of the UDP socket on `addr` that a unit passed by this name.
@@ -634,9 +680,31 @@ impl TokioEcdysis {
         stop_on_shutdown: StopOnShutdown,
         name: String,
         addr: SocketAddr,
-    ) -> Result<StoppableStream<UdpStream>, Error> {
-        let socket = self.systemd_socket_udp(name, addr).await?;
-        Ok(StoppableStream::new(socket, self.shutdown(), stop_on_shutdown))
+    ) -> Result<StoppableStream<UdpStream>, SystemdSocketError> {
+        let stream = UdpStream::new(self.systemd_socket_udp(name, addr).await?);
+        Ok(StoppableStream::new(stream, self.shutdown(), stop_on_shutdown))
+    }
+
+    #[cfg(feature = "systemd_sockets")]
+    fn passed<S, L>(
+        &self,
+        name: &str,
+        key: Key,
+        make: impl FnOnce(&str) -> Result<S, Error>,
+        register: impl FnOnce(S) -> io::Result<L>,
+    ) -> Result<L, SystemdSocketError> {
+        use SystemdSocketError::{
+            SockInfoIncorrect, SocketNotFoundInChildRegistry, SocketNotFoundInParent, SystemdSocketsNotInitialized,
+        };
+        on_runtime(key, || make(name), register).map_err(|error| match error {
+            Error::NotPassed { .. } if self.is_child() => SocketNotFoundInChildRegistry(error.to_string()),
+            Error::NotPassed { .. } if !self.ecdysis.takes_sockets() || systemd::passed_to_us().is_err() => {
+                SystemdSocketsNotInitialized
+            }
+            Error::NotPassed { .. } if self.ecdysis.has_passed(name) => SockInfoIncorrect(error.to_string()),
+            Error::NotPassed { .. } => SocketNotFoundInParent(error.to_string()),
+            other => SystemdSocketError::IoError(other.into()),
+        })
     }
 
     fn stream<S, L: Source>(
@@ -655,6 +723,18 @@ impl fmt::Debug for TokioEcdysis {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("TokioEcdysis").field("generation", &self.generation()).finish_non_exhaustive()
     }
+}
+
+fn tcp(listener: std::net::TcpListener) -> io::Result<TcpListenerStream> {
+    TcpListener::from_std(listener).map(TcpListenerStream::new)
+}
+
+fn unix(listener: std::os::unix::net::UnixListener) -> io::Result<UnixListenerStream> {
+    UnixListener::from_std(listener).map(UnixListenerStream::new)
+}
+
+fn seqpacket(listener: crate::UnixSeqpacketListener) -> io::Result<UnixSeqpacketListenerStream> {
+    UnixSeqpacketListener::from_std(listener).map(UnixSeqpacketListenerStream::new)
 }
 
 /// Makes a socket, and registers it with the runtime that we are on.

@@ -1,10 +1,12 @@
 //! Unix seqpacket sockets on Tokio, which has no type for them.
 
 use std::io;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::Path;
+use std::pin::Pin;
 use std::task::{ready, Context, Poll};
 
+use futures_core::Stream;
 use tokio::io::unix::AsyncFd;
 
 use super::stream::Source;
@@ -63,15 +65,15 @@ impl UnixSeqpacketConn {
         Self::from_std(crate::UnixSeqpacketConn::connect(path)?)
     }
 
-    /// Sends `record` as a whole. May be cancelled.
+    /// Sends `record` as a whole, and returns its length. May be cancelled.
     ///
     /// # Errors
     ///
     /// As for [`UnixSeqpacketConn::send`](crate::UnixSeqpacketConn::send).
-    pub async fn send(&self, record: &[u8]) -> io::Result<()> {
+    pub async fn send(&self, record: &[u8]) -> io::Result<usize> {
         loop {
             if let Ok(sent) = self.0.writable().await?.try_io(|connection| connection.get_ref().send(record)) {
-                return sent;
+                return sent.map(|()| record.len());
             }
         }
     }
@@ -95,25 +97,59 @@ impl UnixSeqpacketConn {
     }
 }
 
-impl Source for UnixSeqpacketListener {
-    type Item = UnixSeqpacketConn;
-    type Got = UnixSeqpacketConn;
-    type Buffer = ();
+/// For what has a type of its own for it: `tokio_seqpacket::UnixSeqpacket::try_from(OwnedFd::from(connection))`. It stays
+/// nonblocking.
+impl From<UnixSeqpacketConn> for OwnedFd {
+    fn from(connection: UnixSeqpacketConn) -> Self {
+        connection.0.into_inner().into()
+    }
+}
 
-    fn item(got: Self::Got) -> Self::Item {
+/// The connections of a seqpacket listener.
+#[derive(Debug)]
+pub struct UnixSeqpacketListenerStream(UnixSeqpacketListener);
+
+impl UnixSeqpacketListenerStream {
+    /// Makes a stream of it, which knows no end.
+    pub fn new(listener: UnixSeqpacketListener) -> Self {
+        Self(listener)
+    }
+}
+
+impl Stream for UnixSeqpacketListenerStream {
+    type Item = io::Result<UnixSeqpacketConn>;
+
+    fn poll_next(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        self.get_mut().poll(cx).map(Some)
+    }
+}
+
+impl Source for UnixSeqpacketListenerStream {
+    type Plain = UnixSeqpacketListener;
+    type Got = UnixSeqpacketConn;
+
+    fn plain(&self) -> &UnixSeqpacketListener {
+        &self.0
+    }
+
+    fn into_plain(self) -> UnixSeqpacketListener {
+        self.0
+    }
+
+    fn item(got: io::Result<Self::Got>) -> Self::Item {
         got
     }
 
-    fn poll(&self, _: &mut (), cx: &mut Context<'_>) -> Poll<io::Result<Self::Got>> {
+    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<Self::Got>> {
         loop {
-            let mut ready = ready!(self.0.poll_read_ready(cx))?;
+            let mut ready = ready!(self.0 .0.poll_read_ready(cx))?;
             if let Ok(accepted) = ready.try_io(|listener| listener.get_ref().accept()) {
                 return Poll::Ready(accepted.and_then(UnixSeqpacketConn::from_std));
             }
         }
     }
 
-    fn now(&self, _: &mut ()) -> io::Result<Self::Got> {
+    fn now(&mut self) -> io::Result<Self::Got> {
         self.0.get_ref().accept().and_then(UnixSeqpacketConn::from_std)
     }
 }

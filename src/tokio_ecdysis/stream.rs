@@ -8,12 +8,15 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::pin::{pin, Pin};
 use std::task::{Context, Poll};
 
+use bytes::BytesMut;
 use futures_core::Stream;
 use rustix::net::SocketFlags;
 use tokio::io::ReadBuf;
 use tokio::net::{TcpListener, TcpStream, UdpSocket, UnixListener, UnixStream};
+use tokio_stream::wrappers::{TcpListenerStream, UnixListenerStream};
 
 use super::gate::Gate;
+use super::UnixSeqpacketListenerStream;
 use crate::shutdown::{Phase, Shutdown};
 
 /// Whether a stream ends at a stop. At an upgrade every stream ends.
@@ -26,113 +29,130 @@ pub enum StopOnShutdown {
     No,
 }
 
-/// The connections of a listener, or the datagrams of a UDP socket, as a [`Stream`] of `io::Result`s.
+/// The connections of a listener, or the datagrams of a UDP socket, as a [`Stream`] of `io::Result`s: that of
+/// tokio-stream's `TcpListenerStream` or `UnixListenerStream`, of [`UnixSeqpacketListenerStream`] or [`UdpStream`], with
+/// an end.
 ///
 /// It yields nothing before [`ready`](super::TokioEcdysisBuilder::ready), so it may be polled earlier: what this
 /// generation may never serve is left to the parent. It yields nothing while a new generation is on probation. After
 /// an upgrade it ends at once, and what waits in the queue is the next generation's. At a stop it ends when the queue
-/// is empty, unless [`StopOnShutdown::No`] was chosen. A stream that has ended stays ended.
+/// is empty, unless [`StopOnShutdown::No`] was chosen. A stream that has ended stays ended, and has closed its listener or
+/// socket: as long as one process had it open, connections would be queued after the stop of the one that serves.
 ///
 /// Errors of one connection and a lack of descriptors are dealt with. Only an error of the listener itself is yielded,
 /// and then the stream ends.
 ///
 /// [`Shutdown::drain`] waits until the stream has ended or is dropped, so that a guard taken for what it yields is never
 /// missed: do not keep a stream that is polled no more.
-pub struct StoppableStream<L: Source> {
-    source: L,
-    buffer: L::Buffer,
+pub struct StoppableStream<S: Stream> {
+    /// Until the end.
+    source: Option<S>,
     gate: Gate,
+    /// [`item`] for this source. So a program can be generic over any `S: Stream`.
+    next: Next<S>,
 }
 
-/// The stream of a UDP socket: every datagram with its sender.
-pub type UdpStream = UdpSocket;
+type Next<S> = fn(&mut S, &mut Gate, &mut Context<'_>) -> Poll<Option<<S as Stream>::Item>>;
 
-impl<L: Source> StoppableStream<L> {
-    pub(super) fn new(source: L, shutdown: Shutdown, stop_on_shutdown: StopOnShutdown) -> Self {
+impl<S: Source> StoppableStream<S> {
+    pub(super) fn new(source: S, shutdown: Shutdown, stop_on_shutdown: StopOnShutdown) -> Self {
         let mut gate = Gate::new(shutdown, stop_on_shutdown);
         gate.count();
-        Self { source, buffer: L::Buffer::default(), gate }
+        Self { source: Some(source), gate, next: item }
     }
 
-    /// The plain Tokio listener or socket. What is accepted from it is accepted in every state.
-    pub fn get_ref(&self) -> &L {
-        &self.source
+    /// The plain Tokio listener or socket, unless the stream has ended. What is accepted from it is accepted in every
+    /// state.
+    pub fn get_ref(&self) -> Option<&S::Plain> {
+        self.source.as_ref().map(S::plain)
     }
 
     /// The plain Tokio listener or socket, for what cannot be given a stream. Accept from it only after `ready`, and
     /// no more when [`over`](super::TokioEcdysis::over) is: nothing here sees to that any more.
-    pub fn into_inner(self) -> L {
-        self.source
-    }
-
-    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Option<io::Result<L::Got>>> {
-        let mut source = (&self.source, &mut self.buffer);
-        self.gate.poll_next(
-            cx,
-            &mut source,
-            |(source, buffer), cx| source.poll(buffer, cx),
-            |(source, buffer)| source.now(buffer),
-        )
+    pub fn into_inner(self) -> Option<S::Plain> {
+        self.source.map(S::into_plain)
     }
 }
 
-impl StoppableStream<TcpListener> {
+/// Polls until the end, and then lets go of the source.
+fn until_end<S, T>(source: &mut Option<S>, poll: impl FnOnce(&mut S) -> Poll<Option<T>>) -> Poll<Option<T>> {
+    let next = source.as_mut().map_or(Poll::Ready(None), poll);
+    if let Poll::Ready(None) = next {
+        *source = None;
+    }
+    next
+}
+
+fn got<S: Source>(source: &mut S, gate: &mut Gate, cx: &mut Context<'_>) -> Poll<Option<io::Result<S::Got>>> {
+    gate.poll_next(cx, source, S::poll, S::now)
+}
+
+fn item<S: Source>(source: &mut S, gate: &mut Gate, cx: &mut Context<'_>) -> Poll<Option<S::Item>> {
+    got(source, gate, cx).map(|next| next.map(S::item))
+}
+
+impl StoppableStream<TcpListenerStream> {
     /// The next connection with its peer's address, or `None` when it is over: for the accept loops of others
     /// (`axum::serve` takes a `Listener`; the crate's axum example has one). May be cancelled.
     pub async fn accept(&mut self) -> Option<io::Result<(TcpStream, SocketAddr)>> {
-        poll_fn(|cx| self.poll(cx)).await
+        poll_fn(|cx| until_end(&mut self.source, |source| got(source, &mut self.gate, cx))).await
     }
 }
 
-impl StoppableStream<UnixListener> {
+impl StoppableStream<UnixListenerStream> {
     /// The next connection with its peer's address, or `None` when it is over. May be cancelled.
     pub async fn accept(&mut self) -> Option<io::Result<(UnixStream, tokio::net::unix::SocketAddr)>> {
-        poll_fn(|cx| self.poll(cx)).await
+        poll_fn(|cx| until_end(&mut self.source, |source| got(source, &mut self.gate, cx))).await
     }
 }
 
-impl<L: Source> Stream for StoppableStream<L> {
-    type Item = io::Result<L::Item>;
+impl<S: Stream + Unpin> Stream for StoppableStream<S> {
+    type Item = S::Item;
 
     fn poll_next(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
-        self.get_mut().poll(cx).map(|next| next.map(|got| got.map(L::item)))
+        let Self { source, gate, next } = self.get_mut();
+        until_end(source, |source| next(source, gate, cx))
     }
 }
 
-impl<L: Source + fmt::Debug> fmt::Debug for StoppableStream<L> {
+impl<S: Stream + fmt::Debug> fmt::Debug for StoppableStream<S> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("StoppableStream").field("source", &self.source).finish_non_exhaustive()
     }
 }
 
-/// What a [`StoppableStream`] may be of: Tokio's TCP and Unix listeners, its UDP socket, and [`UnixSeqpacketListener`](super::UnixSeqpacketListener).
-pub trait Source: sealed::Sealed + Unpin {
-    /// What the stream yields: a connection, or a datagram with its sender.
-    type Item;
+/// What a [`StoppableStream`] of this crate may be of.
+pub trait Source: Stream + sealed::Sealed + Unpin {
+    /// Tokio's type of it, without the stream.
+    type Plain;
+
+    /// The plain listener or socket.
+    #[doc(hidden)]
+    fn plain(&self) -> &Self::Plain;
+
+    #[doc(hidden)]
+    fn into_plain(self) -> Self::Plain;
 
     #[doc(hidden)]
     type Got;
 
     #[doc(hidden)]
-    type Buffer: Default + Unpin;
+    fn item(got: io::Result<Self::Got>) -> Self::Item;
 
     #[doc(hidden)]
-    fn item(got: Self::Got) -> Self::Item;
-
-    #[doc(hidden)]
-    fn poll(&self, buffer: &mut Self::Buffer, cx: &mut Context<'_>) -> Poll<io::Result<Self::Got>>;
+    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<Self::Got>>;
 
     /// What the kernel has now; `WouldBlock` if nothing.
     #[doc(hidden)]
-    fn now(&self, buffer: &mut Self::Buffer) -> io::Result<Self::Got>;
+    fn now(&mut self) -> io::Result<Self::Got>;
 }
 
 mod sealed {
     pub trait Sealed {}
-    impl Sealed for tokio::net::TcpListener {}
-    impl Sealed for tokio::net::UnixListener {}
-    impl Sealed for tokio::net::UdpSocket {}
-    impl Sealed for crate::tokio_ecdysis::UnixSeqpacketListener {}
+    impl Sealed for super::TcpListenerStream {}
+    impl Sealed for super::UnixListenerStream {}
+    impl Sealed for super::UdpStream {}
+    impl Sealed for super::UnixSeqpacketListenerStream {}
 }
 
 fn accept(listener: impl AsFd) -> io::Result<OwnedFd> {
@@ -144,41 +164,55 @@ fn gone(_: io::Error) -> io::Error {
     rustix::io::Errno::CONNABORTED.into()
 }
 
-impl Source for TcpListener {
-    type Item = TcpStream;
+impl Source for TcpListenerStream {
+    type Plain = TcpListener;
     type Got = (TcpStream, SocketAddr);
-    type Buffer = ();
 
-    fn item((stream, _): Self::Got) -> TcpStream {
-        stream
+    fn plain(&self) -> &TcpListener {
+        self.as_ref()
     }
 
-    fn poll(&self, _: &mut (), cx: &mut Context<'_>) -> Poll<io::Result<Self::Got>> {
-        self.poll_accept(cx)
+    fn into_plain(self) -> TcpListener {
+        self.into_inner()
     }
 
-    fn now(&self, _: &mut ()) -> io::Result<Self::Got> {
-        let stream = TcpStream::from_std(accept(self)?.into())?;
+    fn item(got: io::Result<Self::Got>) -> Self::Item {
+        got.map(|(stream, _)| stream)
+    }
+
+    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<Self::Got>> {
+        self.plain().poll_accept(cx)
+    }
+
+    fn now(&mut self) -> io::Result<Self::Got> {
+        let stream = TcpStream::from_std(accept(self.plain())?.into())?;
         let peer = stream.peer_addr().map_err(gone)?;
         Ok((stream, peer))
     }
 }
 
-impl Source for UnixListener {
-    type Item = UnixStream;
+impl Source for UnixListenerStream {
+    type Plain = UnixListener;
     type Got = (UnixStream, tokio::net::unix::SocketAddr);
-    type Buffer = ();
 
-    fn item((stream, _): Self::Got) -> UnixStream {
-        stream
+    fn plain(&self) -> &UnixListener {
+        self.as_ref()
     }
 
-    fn poll(&self, _: &mut (), cx: &mut Context<'_>) -> Poll<io::Result<Self::Got>> {
-        self.poll_accept(cx)
+    fn into_plain(self) -> UnixListener {
+        self.into_inner()
     }
 
-    fn now(&self, _: &mut ()) -> io::Result<Self::Got> {
-        let stream = UnixStream::from_std(accept(self)?.into())?;
+    fn item(got: io::Result<Self::Got>) -> Self::Item {
+        got.map(|(stream, _)| stream)
+    }
+
+    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<Self::Got>> {
+        self.plain().poll_accept(cx)
+    }
+
+    fn now(&mut self) -> io::Result<Self::Got> {
+        let stream = UnixStream::from_std(accept(self.plain())?.into())?;
         let peer = stream.peer_addr().map_err(gone)?;
         Ok((stream, peer))
     }
@@ -187,27 +221,56 @@ impl Source for UnixListener {
 /// The largest datagram there is.
 const DATAGRAM: usize = 1 << 16;
 
-impl Source for UdpSocket {
-    type Item = (Vec<u8>, SocketAddr);
-    type Got = (Vec<u8>, SocketAddr);
-    type Buffer = Vec<u8>;
+/// The datagrams of a UDP socket, each with its sender.
+#[derive(Debug)]
+pub struct UdpStream {
+    socket: UdpSocket,
+    buffer: Vec<u8>,
+}
 
-    fn item(got: Self::Got) -> Self::Item {
+impl UdpStream {
+    pub(super) fn new(socket: UdpSocket) -> Self {
+        Self { socket, buffer: Vec::new() }
+    }
+}
+
+impl Stream for UdpStream {
+    type Item = io::Result<(BytesMut, SocketAddr)>;
+
+    fn poll_next(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        self.get_mut().poll(cx).map(Some)
+    }
+}
+
+impl Source for UdpStream {
+    type Plain = UdpSocket;
+    type Got = (BytesMut, SocketAddr);
+
+    fn plain(&self) -> &UdpSocket {
+        &self.socket
+    }
+
+    fn into_plain(self) -> UdpSocket {
+        self.socket
+    }
+
+    fn item(got: io::Result<Self::Got>) -> Self::Item {
         got
     }
 
-    fn poll(&self, buffer: &mut Vec<u8>, cx: &mut Context<'_>) -> Poll<io::Result<Self::Got>> {
-        buffer.resize(DATAGRAM, 0);
-        let mut read = ReadBuf::new(buffer);
-        self.poll_recv_from(cx, &mut read).map_ok(|sender| (read.filled().to_vec(), sender))
+    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<Self::Got>> {
+        self.buffer.resize(DATAGRAM, 0);
+        let mut read = ReadBuf::new(&mut self.buffer);
+        self.socket.poll_recv_from(cx, &mut read).map_ok(|sender| (BytesMut::from(read.filled()), sender))
     }
 
-    fn now(&self, buffer: &mut Vec<u8>) -> io::Result<Self::Got> {
-        buffer.resize(DATAGRAM, 0);
-        let (_, length, sender) = rustix::net::recvfrom(self, buffer.as_mut_slice(), rustix::net::RecvFlags::DONTWAIT)?;
+    fn now(&mut self) -> io::Result<Self::Got> {
+        self.buffer.resize(DATAGRAM, 0);
+        let buffer = self.buffer.as_mut_slice();
+        let (_, length, sender) = rustix::net::recvfrom(&self.socket, buffer, rustix::net::RecvFlags::DONTWAIT)?;
         let sender = sender.and_then(|sender| SocketAddr::try_from(sender).ok());
         let sender = sender.ok_or(io::ErrorKind::InvalidData)?;
-        Ok((buffer[..length].to_vec(), sender))
+        Ok((BytesMut::from(&self.buffer[..length]), sender))
     }
 }
 

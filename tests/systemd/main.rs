@@ -423,3 +423,72 @@ fn few_rights_are_enough() {
         assert_eq!(machine.complaints(), Vec::<String>::new());
     });
 }
+
+/// The asynchronous face, which hears of the service manager only when it has started.
+#[cfg(feature = "tokio_ecdysis")]
+#[test]
+#[ignore = "needs root, cgroup2, overlayfs and apt"]
+fn tokio_is_reloaded_and_restarted_under_load() {
+    under_systemd("tokio_is_reloaded_and_restarted_under_load", |machine| {
+        machine.install("tokio_whoami");
+        let settings = "FileDescriptorStoreMax=4\nExecStart=\nExecStart=/usr/local/bin/tokio_whoami --systemd \
+                        --workers 2 --listen 127.0.0.1:8001";
+        let service = machine.service("notify-reload", settings);
+        service.start();
+        let mut pid = service.main_pid();
+        let load = Load::on("127.0.0.1:8001", 2);
+        for generation in 2..=11 {
+            service.succeed("reload");
+            let child = field::<u32>(&service.log.expect("upgrade ok"), "pid");
+            assert_ne!(child, pid);
+            pid = child;
+            assert_eq!(service.main_pid(), pid, "MainPID follows");
+            assert_eq!(ask("127.0.0.1:8001"), format!("gen={generation} pid={pid}"));
+        }
+        assert_eq!(service.get("NRestarts"), "0");
+        eventually("the last one has stored its listener", || service.get("NFileDescriptorStore") == "1");
+        service.succeed("restart");
+        assert_eq!(ask("127.0.0.1:8001"), format!("gen=1 pid={}", service.main_pid()));
+        assert_eq!(service.get("NFileDescriptorStore"), "1");
+        answered(load);
+        service.succeed("stop");
+        assert_eq!((service.get("Result").as_str(), service.get("ActiveState").as_str()), ("success", "inactive"));
+        assert_eq!(service.processes(), []);
+        assert_eq!(machine.complaints(), Vec::<String>::new());
+    });
+}
+
+/// `examples/tokio_echo.rs`, which has a port of its own choice: here that is free, because this network is.
+#[cfg(feature = "tokio_ecdysis")]
+#[test]
+#[ignore = "needs root, cgroup2, overlayfs and apt"]
+fn the_tokio_echo_server_on_its_port() {
+    fn echoes(connection: &mut dyn Conn) {
+        connection.write_all(b"hello").unwrap();
+        let mut back = [0; 5];
+        connection.read_exact(&mut back).unwrap();
+        assert_eq!(&back, b"hello");
+    }
+    under_systemd("the_tokio_echo_server_on_its_port", |_| {
+        let mut server = support::Server::start(std::process::Command::new(support::example("tokio_echo")));
+        eventually("it listens", || connect("127.0.0.1:8080").is_ok());
+        let mut open = connect("127.0.0.1:8080").unwrap();
+        echoes(&mut *open);
+        let old = server.first_pid();
+        server.signal_first(rustix::process::Signal::HUP);
+        eventually("the next one is there", || server.processes().len() == 2);
+        let new = server.processes().into_iter().find(|pid| *pid != old).unwrap();
+        // Although its task has the ended stream until the last connection closes.
+        let sockets = |pid| support::fds(pid).into_values().filter(|fd| fd.starts_with("socket:")).collect::<Vec<_>>();
+        eventually("the old one has let go of the listener", || {
+            let of_new = sockets(new);
+            !of_new.is_empty() && sockets(old).iter().all(|socket| !of_new.contains(socket))
+        });
+        echoes(&mut *open);
+        echoes(&mut *connect("127.0.0.1:8080").unwrap());
+        drop(open);
+        support::wait_exit(old);
+        support::send_signal(new, rustix::process::Signal::USR1);
+        server.wait_all_ended();
+    });
+}

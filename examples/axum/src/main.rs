@@ -7,7 +7,8 @@
 //!
 //! At the upgrade a connection is in one of three states. A request that runs is answered, with `Connection: close`. So
 //! is the next request on a connection that is between two. A connection that stays idle is closed after [`GRACE`]: to
-//! close it at once would reset a request that is just on its way.
+//! close it at once would reset a request that is just on its way. One that is on its way when the grace ends meets the
+//! same fate, as it does with every server that closes idle connections; a client sends it again.
 
 use axum::extract::{Path, State};
 use axum::http::{header::CONNECTION, HeaderValue, Request};
@@ -21,7 +22,8 @@ use std::future::{pending, IntoFuture};
 use std::io::{self, Write};
 use std::net::SocketAddr;
 use std::time::Duration;
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::TcpStream;
+use tokio_stream::wrappers::TcpListenerStream;
 
 /// How long a connection may be idle after the upgrade.
 const GRACE: Duration = Duration::from_millis(500);
@@ -70,7 +72,7 @@ async fn main() -> io::Result<()> {
 
 /// What axum accepts from. It asks in a loop and knows no end: after ours it is answered no more, and stops when its
 /// graceful shutdown begins.
-struct Connections(StoppableStream<TcpListener>);
+struct Connections(StoppableStream<TcpListenerStream>);
 
 impl Listener for Connections {
     type Io = TcpStream;
@@ -89,7 +91,7 @@ impl Listener for Connections {
     }
 
     fn local_addr(&self) -> io::Result<SocketAddr> {
-        self.0.get_ref().local_addr()
+        self.0.get_ref().ok_or(io::ErrorKind::NotConnected)?.local_addr()
     }
 }
 

@@ -1,13 +1,16 @@
-//! HTTP with keep-alive while the server is replaced: no request fails.
+//! HTTP with keep-alive while the server is replaced: no request fails. Needs the examples: `cargo build --examples` in
+//! the repository's root.
 
 #[path = "../../../tests/support/mod.rs"]
 mod support;
 
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
+use std::path::Path;
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
+use std::time::Duration;
 
 use support::{field, wait_exit, Server, DEADLINE};
 
@@ -76,20 +79,25 @@ fn no_request_fails_over_upgrades() {
     let (addr, stop) = (server.addr(), AtomicBool::new(false));
     server.wait("serving gen=1");
     thread::scope(|scope| {
-        let clients: Vec<_> = (0..8)
-            .map(|_| {
-                scope.spawn(|| {
+        // Half of them without a break; the others pause, but not for as long as the server closes idle connections after.
+        let clients: Vec<_> = (0..16)
+            .map(|number| {
+                let (addr, stop) = (&addr, &stop);
+                scope.spawn(move || {
                     let (mut requests, mut closes, mut failures) = (0_u64, 0_u64, Vec::new());
-                    let mut client = Client::connect(&addr).unwrap();
+                    let mut client = Client::connect(addr).unwrap();
                     while !stop.load(Ordering::Relaxed) {
                         requests += 1;
+                        if number % 2 == 1 {
+                            thread::sleep(Duration::from_millis(requests * 37 % 200));
+                        }
                         let close = client.get("/").map(|answer| answer.close);
                         match close {
                             Ok(false) => continue,
                             Ok(true) => closes += 1,
                             Err(error) => failures.push(error.to_string()),
                         }
-                        client = Client::connect(&addr).unwrap();
+                        client = Client::connect(addr).unwrap();
                     }
                     (requests, closes, failures)
                 })
@@ -112,6 +120,36 @@ fn no_request_fails_over_upgrades() {
         assert!(closes >= UPGRADES as u64, "{closes}");
         println!("{requests} requests over {UPGRADES} upgrades, {closes} connections closed, none failed");
     });
+}
+
+/// From this server to one with threads, whose ecdysis is built with other features, and back.
+#[test]
+fn hands_over_to_threads_with_other_features_and_back() {
+    let dir = support::tempdir();
+    let current = dir.path().join("current");
+    // Their arguments differ, and each generation hands on its own.
+    let install = |command: &str| {
+        let script = format!("#!/bin/bash\nexec -a \"$0\" {command}\n");
+        let by = "printf %s \"$1\" >\"$0.new\" && chmod +x \"$0.new\" && mv \"$0.new\" \"$0\"";
+        assert!(Command::new("sh").args(["-c", by]).arg(&current).arg(script).status().unwrap().success());
+    };
+    let axum = format!("{} 127.0.0.1:0", env!("CARGO_BIN_EXE_ecdysis-axum"));
+    let whoami = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../target/debug/examples/whoami");
+    let threads = format!("{} --listen 127.0.0.1:0 --probation 20", whoami.display());
+    install(&axum);
+    let mut server = Server::serving(Command::new(&current));
+    for (gen, next) in (2..=5).zip([&threads, &axum].into_iter().cycle()) {
+        install(next);
+        let old = server.pid();
+        server.signal(rustix::process::Signal::HUP);
+        server.wait(&format!("serving gen={gen}"));
+        wait_exit(old);
+        let answered = match next {
+            next if *next == axum => field(&Client::connect(&server.addr()).unwrap().get("/").unwrap().body, "gen"),
+            _ => support::generation(&server.addr()),
+        };
+        assert_eq!(answered, gen);
+    }
 }
 
 #[test]

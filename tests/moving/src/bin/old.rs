@@ -1,0 +1,2 @@
+extern crate old as ecdysis;
+include!("../program.rs");
