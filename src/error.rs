@@ -55,7 +55,8 @@ pub enum Error {
         /// Its answer: `busy`, `stopping`, `denied`, or `failed: …`.
         answer: String,
     },
-    /// The parent gave the upgrade up before the commit: its deadline had passed, or it was asked to stop.
+    /// The parent gave the upgrade up: its deadline had passed, or it was asked to stop, or it took the commit back
+    /// because this process did not answer it in time. The parent serves on, unless it was asked to stop.
     GivenUp,
     /// A socket could not be bound, or an inherited one not used.
     Socket {
@@ -147,6 +148,12 @@ pub enum Error {
     },
     /// The child closed the status pipe without a word and lived on. It was killed.
     ChildSilent {
+        /// The child.
+        pid: u32,
+    },
+    /// A process that took over closed its link and lives on. This one serves on. The other is not killed, because it belongs to
+    /// somebody else; end it, since it has the listeners, too, and may accept.
+    ChildLivesOn {
         /// The child.
         pid: u32,
     },
@@ -243,6 +250,9 @@ impl fmt::Display for Error {
             Self::ChildEnded { pid, status: None } => write!(f, "{} ended before it was ready", Child(*pid)),
             Self::ChildSilent { pid } => {
                 write!(f, "{} closed its status pipe without a word and was killed", Child(*pid))
+            }
+            Self::ChildLivesOn { pid } => {
+                write!(f, "{} closed its link and lives on: end it, for it may accept, too", Child(*pid))
             }
             Self::Refused { pid, reason } => write!(f, "{} refused: {reason}", Child(*pid)),
             Self::Timeout { pid, after } => {

@@ -369,10 +369,15 @@ impl Shutdown {
         fd: BorrowedFd<'_>,
         mut attempt: impl FnMut() -> io::Result<T>,
     ) -> Option<io::Result<T>> {
-        let (mut told, mut gave_turn, mut lingered) = (false, false, false);
+        let (mut told, mut waited, mut lingered) = (false, false, false);
         loop {
             let phase = self.phase();
             match phase {
+                Phase::Try if !waited && waiter.waits_first() => {
+                    waiter.wait(fd, &self.0.gate);
+                    waited = true;
+                    continue;
+                }
                 Phase::Try => {}
                 Phase::Last => self.count_last(),
                 Phase::Wait => {
@@ -392,8 +397,11 @@ impl Shutdown {
                     let _ = poll(&mut [PollFd::from_borrowed_fd(fd, PollFlags::IN)], Some(&timespec(HANDSHAKE)));
                     lingered = true;
                 }
-                Trouble::Empty if !std::mem::replace(&mut gave_turn, true) && waiter.give_turn() => {}
-                Trouble::Empty => waiter.wait(fd, &self.0.gate),
+                Trouble::Empty => {
+                    waiter.wait_first = WAIT_FIRST;
+                    waiter.wait(fd, &self.0.gate);
+                    waited = true;
+                }
                 Trouble::Passing => {}
                 Trouble::Exhausted => {
                     if !told {
@@ -695,9 +703,8 @@ impl Datagram for UnixDatagram {
 #[derive(Debug)]
 struct Waiter {
     on: On,
-    /// How many waits to go without a turn for others, and how many the next time.
-    skip: u32,
-    skip_next: u32,
+    /// How many times to wait without an attempt before.
+    wait_first: u32,
 }
 
 #[derive(Debug)]
@@ -708,40 +715,25 @@ enum On {
     Poll,
 }
 
-/// A turn that lasts longer was not the clients': somebody computes.
-const TURN: Duration = Duration::from_micros(500);
-const SKIP: u32 = 64;
-const SKIP_MOST: u32 = 1 << 16;
+/// An attempt in vain makes the kernel make a socket and throw it away, which costs more than a wait that returns at
+/// once. So after one in vain the next few connections are waited for.
+const WAIT_FIRST: u32 = 8;
 
 impl Waiter {
     /// For a loop.
     fn new() -> Self {
-        Self { on: On::Nothing, skip: 0, skip_next: SKIP }
+        Self { on: On::Nothing, wait_first: 0 }
     }
 
     /// For a single wait.
     fn poll() -> Self {
-        Self { on: On::Poll, skip: u32::MAX, skip_next: SKIP }
+        Self { on: On::Poll, wait_first: 0 }
     }
 
-    /// Lets other threads run before a wait, which makes batches of what would be a wakeup a connection: measured with
-    /// 16 threads, half the CPU time. Where more threads compute than there are cores, they would take a turn of
-    /// milliseconds each, and a connection would wait for them: measured with 8 on 2 cores, 13 ms. So after a long turn
-    /// there is none for a while. True if there was one.
-    fn give_turn(&mut self) -> bool {
-        if self.skip > 0 {
-            self.skip -= 1;
-            return false;
-        }
-        let began = Instant::now();
-        std::thread::yield_now();
-        if began.elapsed() > TURN {
-            self.skip = self.skip_next;
-            self.skip_next = (self.skip_next * 2).min(SKIP_MOST);
-        } else {
-            self.skip_next = (self.skip_next - self.skip_next / 16).max(SKIP);
-        }
-        true
+    fn waits_first(&mut self) -> bool {
+        let waits = self.wait_first > 0;
+        self.wait_first = self.wait_first.saturating_sub(1);
+        waits
     }
 
     /// Returns when there may be something; errors show themselves at the next attempt.

@@ -3,7 +3,7 @@
 //! Asking is the same line of code in every generation: where the parent handed the socket over it is claimed, else it
 //! is made. Each socket is held twice, once here for the handover and once by the program.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{HashSet, VecDeque};
 use std::ffi::OsStr;
 use std::io;
 use std::net::{SocketAddr, TcpListener, UdpSocket};
@@ -47,8 +47,9 @@ struct State {
     ours: Vec<(Key, Held)>,
     /// Made for the next generation when an upgrade begins.
     producers: Vec<(Key, Producer)>,
-    /// From the parent or the service manager, until claimed.
-    inherited: HashMap<Key, VecDeque<Held>>,
+    /// From the parent or the service manager, until claimed. In the order of the handover, which is as a rule that of
+    /// the claims: then each is found at the front.
+    inherited: VecDeque<(Key, Held)>,
     /// Keys of what was inherited and closed, for the service manager to forget.
     closed: Vec<(Key, Option<FileId>)>,
     /// Keeps copies of what is ours.
@@ -92,13 +93,13 @@ impl Sockets {
     }
 
     pub(crate) fn inherit_more(&self, inherited: Vec<(Key, Held)>) {
-        let mut state = self.lock();
-        state.inherited.reserve(inherited.len());
+        let known = &mut self.lock().inherited;
+        let mut inodes: HashSet<u64> = known.iter().map(|(_, held)| held.inode).collect();
         for (key, held) in inherited {
-            let same_key = state.inherited.entry(key).or_default();
             // Two sources may know the very same socket.
-            if same_key.iter().all(|known| known.inode != held.inode) {
-                same_key.push_back(held);
+            let is_new = |(of, known): &(Key, Held)| known.inode != held.inode || *of != key;
+            if inodes.insert(held.inode) || known.iter().all(is_new) {
+                known.push_back((key, held));
             }
         }
     }
@@ -311,13 +312,11 @@ impl Sockets {
 
     fn try_claim(&self, key: &Key) -> io::Result<Option<OwnedFd>> {
         let mut state = self.lock();
-        let Some(held) = state.take_inherited(key) else { return Ok(None) };
-        let fd = duplicate(held.fd.as_fd());
-        match fd {
-            Ok(_) => state.ours.push((key.clone(), held)),
-            Err(_) => state.inherited.entry(key.clone()).or_default().push_front(held),
-        }
-        fd.map(Some)
+        let Some(at) = state.position(key) else { return Ok(None) };
+        let fd = duplicate(state.inherited[at].1.fd.as_fd())?;
+        let claimed = state.inherited.remove(at);
+        state.ours.extend(claimed);
+        Ok(Some(fd))
     }
 
     /// What a claim failed of, if one did and could not say so: then this generation must not serve.
@@ -342,7 +341,7 @@ impl Sockets {
             ours != key
         });
         producers.retain(|(held, _)| held != key);
-        inherited.remove(key);
+        inherited.retain(|(inherited, _)| inherited != key);
         before - ours.len() - producers.len()
     }
 
@@ -395,7 +394,10 @@ impl Sockets {
 
     /// Takes what the parent handed over under this key, for good.
     pub(crate) fn take(&self, key: &Key) -> Option<OwnedFd> {
-        let held = self.lock().take_inherited(key)?;
+        let mut state = self.lock();
+        let at = state.position(key)?;
+        let (_, held) = state.inherited.remove(at)?;
+        drop(state);
         // Shared only if an upgrade is handing it on just now.
         Arc::try_unwrap(held.fd).or_else(|shared| duplicate(shared.as_fd())).ok()
     }
@@ -408,21 +410,13 @@ impl Sockets {
         wanted: impl Fn(&Key) -> bool,
     ) -> io::Result<Option<(Key, OwnedFd)>> {
         let mut state = self.lock();
-        let State { inherited, ours, .. } = &mut *state;
-        let mut found: Vec<_> = inherited
-            .iter_mut()
-            .filter(|(key, _)| wanted(key))
-            .filter_map(|(key, list)| {
-                let at = list.iter().position(|held| held.unit.as_deref() == Some(name))?;
-                Some((key, list, at))
-            })
-            .collect();
-        found.sort_by_key(|(key, ..)| key.to_string());
-        let Some((key, list, at)) = found.into_iter().next() else { return Ok(None) };
-        let fd = duplicate(list[at].fd.as_fd())?;
-        let held = list.remove(at);
-        ours.extend(held.map(|held| (key.clone(), held)));
-        Ok(Some((key.clone(), fd)))
+        let is_it = |(key, held): &(Key, Held)| held.unit.as_deref() == Some(name) && wanted(key);
+        let Some(at) = state.inherited.iter().position(is_it) else { return Ok(None) };
+        let (key, held) = &state.inherited[at];
+        let claimed = (key.clone(), duplicate(held.fd.as_fd())?);
+        let held = state.inherited.remove(at);
+        state.ours.extend(held);
+        Ok(Some(claimed))
     }
 
     /// The inherited socket with this key, else what `make` makes: the fork in a listener's life.
@@ -480,7 +474,7 @@ impl Sockets {
     /// What a unit passed and nobody claimed, in words.
     pub(crate) fn passed(&self) -> String {
         let state = self.lock();
-        let units = state.inherited.iter().flat_map(|(key, list)| list.iter().map(move |held| (key, held)));
+        let units = state.inherited.iter();
         let mut words: Vec<_> =
             units.filter_map(|(key, held)| Some(format!("{key} as {:?}", held.unit.as_ref()?))).collect();
         words.sort();
@@ -496,18 +490,12 @@ impl Sockets {
         }
         let mut state = self.lock();
         let State { inherited, closed, .. } = &mut *state;
-        inherited.retain(|key, list| {
-            let before = list.len();
-            list.retain(|held| {
-                if held.unit.is_none() {
-                    closed.push((key.clone(), held.file));
-                }
-                held.unit.is_some()
-            });
-            if list.len() < before {
-                log::info!("closed {} inherited and unclaimed: {key}", before - list.len());
+        inherited.retain(|(key, held)| {
+            if held.unit.is_none() {
+                log::info!("closed an inherited and unclaimed {key}");
+                closed.push((key.clone(), held.file));
             }
-            !list.is_empty()
+            held.unit.is_some()
         });
     }
 
@@ -578,7 +566,7 @@ impl Sockets {
             let state = self.lock();
             let ours = state.ours.iter().map(|(key, held)| (key, held));
             // Inherited and still here is what a unit passed and nobody has asked for yet.
-            let unclaimed = state.inherited.iter().flat_map(|(key, list)| list.iter().map(move |held| (key, held)));
+            let unclaimed = state.inherited.iter().map(|(key, held)| (key, held));
             (ours.chain(unclaimed).map(|(key, held)| entry(key, held)).collect(), state.producers.clone())
         };
         for (key, producer) in producers {
@@ -607,8 +595,9 @@ fn check_name(key: &Key) -> io::Result<()> {
 }
 
 impl State {
-    fn take_inherited(&mut self, key: &Key) -> Option<Held> {
-        self.inherited.get_mut(key)?.pop_front()
+    /// Where the first inherited socket with this key is.
+    fn position(&self, key: &Key) -> Option<usize> {
+        self.inherited.iter().position(|(inherited, _)| inherited == key)
     }
 }
 

@@ -162,15 +162,19 @@ fn wait_ready(child: &mut Child<'_>, core: &Core, triggers: &mut Triggers, since
 fn commit(mut child: Child<'_>, core: &Core, triggers: &mut Triggers, since: Instant) -> Result<Upgraded, Error> {
     core.shutdown.set(State::Paused);
     let committed = Instant::now();
+    let pid = child.process.pid();
     let resume = |error| {
         core.shutdown.set(State::Accepting);
         core.rewrite_pid_file();
-        Err(error)
+        let died = |status| Error::DiedAfterReady { pid, status, after: committed.elapsed() };
+        Err(match error {
+            Error::ChildEnded { status, .. } => died(status),
+            Error::ChildSilent { .. } => died(None),
+            other => other,
+        })
     };
-    let pid = child.process.pid();
     if child.link.say(Word::Commit).is_err() {
-        let status = child.process.end();
-        return resume(Error::DiedAfterReady { pid, status, after: Duration::ZERO });
+        return resume(child.link_ended());
     }
     // Whoever watches us must not take our end for a death from here on.
     core.tell_parent(&Status::HandedOver);
@@ -178,8 +182,7 @@ fn commit(mut child: Child<'_>, core: &Core, triggers: &mut Triggers, since: Ins
     core.emit(&Event::Committed(&upgraded));
 
     let verdict_at = committed + core.config.probation;
-    // A stranger could not be ended for its silence, only asked to stop when it speaks again.
-    let mut serving = matches!(child.process.who, Who::Stranger { .. }) || core.config.probation.is_zero();
+    let mut serving = core.config.probation.is_zero();
     loop {
         // Read first, whatever the clock says: this process may have been stopped since, and the child serves.
         match child.next_status() {
@@ -190,15 +193,15 @@ fn commit(mut child: Child<'_>, core: &Core, triggers: &mut Triggers, since: Ins
             }
             Ok(Some(_)) => continue,
             Ok(None) => {}
-            // It serves, and that is more than its manners count for.
             Err(error @ Error::Garbage { .. }) => {
-                log::warn!("{error}");
-                break;
+                // If it serves, that is more than its manners count for.
+                if serving || !child.take_back() {
+                    log::warn!("{error}");
+                    break;
+                }
+                return resume(error);
             }
-            Err(error) => {
-                let status = if let Error::ChildEnded { status, .. } = error { status } else { None };
-                return resume(Error::DiedAfterReady { pid, status, after: committed.elapsed() });
-            }
+            Err(error) => return resume(error),
         }
         triggers.answer_busy(core, "probation");
         if triggers.stop_asked() {
@@ -212,11 +215,10 @@ fn commit(mut child: Child<'_>, core: &Core, triggers: &mut Triggers, since: Ins
         let now = Instant::now();
         let until = if serving { verdict_at } else { committed + COMMIT };
         if now >= until {
-            if until == verdict_at {
+            // It was stopped between the two words, say; nobody accepts.
+            if serving || !child.take_back() {
                 break;
             }
-            // It was stopped between the two words, say; nobody accepts.
-            child.process.end();
             return resume(Error::Timeout { pid, after: COMMIT });
         }
         let (mut fds, _) = child.link.poll_for();
@@ -254,17 +256,34 @@ impl Child<'_> {
             },
             Ok(Next::Garbage(received)) => garbage(received),
             Ok(Next::Wait) if !self.process.ends_within(Duration::ZERO) => Ok(None),
-            Ok(Next::Wait | Next::End) | Err(_) => {
-                // A process closes its descriptors a little before it has ended.
-                let by_itself = self.process.ends_within(ENDING);
-                match self.process.end() {
-                    Some(status) if !by_itself && status.signal() == Some(Signal::KILL.as_raw()) => {
-                        Err(Error::ChildSilent { pid })
-                    }
-                    status => Err(Error::ChildEnded { pid, status }),
-                }
+            Ok(Next::Wait | Next::End) | Err(_) => Err(self.link_ended()),
+        }
+    }
+
+    /// The link has ended, and so must the child.
+    fn link_ended(&mut self) -> Error {
+        let pid = self.process.pid();
+        // A process closes its descriptors a little before it has ended.
+        let by_itself = self.process.ends_within(ENDING);
+        let lives_on = !by_itself && matches!(self.process.who, Who::Stranger { pidfd: Some(_), .. });
+        match self.process.end() {
+            Some(status) if !by_itself && status.signal() == Some(Signal::KILL.as_raw()) => Error::ChildSilent { pid },
+            None if lives_on => Error::ChildLivesOn { pid },
+            status => Error::ChildEnded { pid, status },
+        }
+    }
+
+    /// Takes the commit back, unless the child has just answered it.
+    fn take_back(&mut self) -> bool {
+        // A stranger cannot be killed. But it must say `serving` before it accepts, and now it cannot, however late it goes on.
+        self.link.stop_hearing();
+        while let Ok(Next::Line(line)) = self.link.next() {
+            if Status::parse(&line) == Some(Status::Serving) {
+                return false;
             }
         }
+        self.process.end();
+        true
     }
 }
 
@@ -512,38 +531,37 @@ pub(crate) fn ready(core: &Core) -> Result<(), Error> {
         Err(e) if matches!(e.kind(), io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset) => {}
         other => other.map_err(|source| Error::Ready { source })?,
     }
-    let deadline = Instant::now() + COMMIT;
+    let mut deadline = Instant::now() + COMMIT;
+    let mut unheard = false;
     loop {
         match parent.next_word() {
-            Some(Word::Commit) => {
-                // Before the first accept: a parent that does not hear this ends us, and then nothing is lost.
-                core.tell_parent(&Status::Serving);
-                return Ok(());
-            }
+            Some(Word::Commit) => {}
             // A child would have been killed; this process belongs to somebody else.
-            Some(Word::Stop) => {
-                if let Some((path, before)) = before {
-                    if let Err(e) = pid_file::put_back(path, before.as_deref()) {
-                        log::warn!("cannot put back PID file {}: {e}", path.display());
-                    }
-                }
-                return Err(Error::GivenUp);
-            }
+            Some(Word::Stop) => break,
             // Not before the verdict.
-            Some(Word::Main) => {}
+            Some(Word::Main) => continue,
             None if parent.has_ended() => {
                 log::warn!("the parent ended before it could commit: serving without it");
                 return Ok(());
             }
-            None if wait_readable(&parent.reader, deadline.saturating_duration_since(Instant::now())) => {}
-            None => {
-                // It is stopped, or hangs, and so accepts nothing. When it goes on, it will read this first.
-                log::warn!("the parent did not answer within {COMMIT:?}: serving without it");
-                core.tell_parent(&Status::Serving);
-                return Ok(());
-            }
+            None if wait_readable(&parent.reader, deadline.saturating_duration_since(Instant::now())) => continue,
+            None if unheard => break,
+            // It is stopped, or hangs, and so accepts nothing. When it goes on, it will read this first.
+            None => log::warn!("the parent did not answer within {COMMIT:?}: serving without it"),
+        }
+        // Before the first accept: a parent that does not hear this has ended, or takes the commit back and says so.
+        match parent.tell(&Status::Serving) {
+            Ok(()) => return Ok(()),
+            Err(e) => log::debug!("the parent does not hear that this process serves: {e}"),
+        }
+        (unheard, deadline) = (true, Instant::now() + COMMIT);
+    }
+    if let Some((path, before)) = before {
+        if let Err(e) = pid_file::put_back(path, before.as_deref()) {
+            log::warn!("cannot put back PID file {}: {e}", path.display());
         }
     }
+    Err(Error::GivenUp)
 }
 
 /// The child's end of the link.

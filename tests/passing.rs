@@ -4,13 +4,16 @@
 //! The server is this test program itself, which runs the test `server` when its environment says so.
 
 mod support;
+#[cfg(all(target_arch = "x86_64", target_env = "gnu"))]
+#[path = "seccomp/table.rs"]
+mod table;
 
 use std::env;
 use std::fs;
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::fd::AsFd;
-use std::os::unix::net::UnixDatagram;
+use std::os::unix::net::{UnixDatagram, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{self, Command, Stdio};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -20,6 +23,8 @@ use std::time::{Duration, Instant};
 use ecdysis::{Ecdysis, Event, Key, Readable, Starting, Transport, UnixSeqpacketConn};
 use rustix::process::{getrlimit, setrlimit, Resource, Signal};
 use support::*;
+#[cfg(all(target_arch = "x86_64", target_env = "gnu"))]
+use table::When;
 
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
 
@@ -33,6 +38,7 @@ fn server() {
         Some("kinds") => serve_kinds(),
         Some("many") => serve_many(),
         Some("loop") => serve_by_hand(),
+        #[cfg(all(target_arch = "x86_64", target_env = "gnu"))]
         Some("filtered") => serve_filtered(),
         other => panic!("what is {other:?}?"),
     };
@@ -257,41 +263,33 @@ fn answer_lines(listener: TcpListener, shutdown: &ecdysis::Shutdown, generation:
     });
 }
 
-/// Under a profile that knows no new processes and no new programs.
+/// Under a profile that is these columns of the guide's table.
+#[cfg(all(target_arch = "x86_64", target_env = "gnu"))]
 fn serve_filtered() -> Result<()> {
-    forbid_new_processes();
     let takeover = dir().join("takeover");
-    let starting = builder().take_over(&takeover).takeover_on_socket(&takeover).start()?;
+    let mut builder = builder();
+    builder.take_over(&takeover).takeover_on_socket(&takeover).pid_file(dir().join("pid"));
+    let allow = |columns: &[When]| {
+        let filters = table::allow_list(&[&[When::Serving, When::Program], columns].concat());
+        filters.iter().try_for_each(|filter| seccompiler::apply_filter_all_threads(filter))
+    };
+    let role = env::var("ROLE")?;
+    match role.as_str() {
+        "takes over" => allow(&[When::TakesOver])?,
+        "both" => allow(&[When::HandsOver, When::TakesOver])?,
+        _ => {}
+    }
+    let starting = builder.start()?;
+    let state = starting.take_bytes("state")?.unwrap_or_default();
+    starting.pass_bytes("state", move || io::Result::Ok([&state[..], b"x"].concat()))?;
+    let _unix = starting.listen_unix(dir().join("unix"))?;
     let listener = starting.listen_tcp("127.0.0.1:0".parse()?)?;
     say(format!("listening {} gen={}", listener.local_addr()?, starting.generation()));
     answer_lines(listener, &starting.shutdown(), starting.generation());
+    if role == "hands over" {
+        allow(&[When::HandsOver])?;
+    }
     finish(starting)
-}
-
-/// Ends the process at once for fork, vfork, execve, execveat, and a clone that is not a thread.
-fn forbid_new_processes() {
-    use seccompiler::{
-        apply_filter_all_threads, BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition,
-        SeccompFilter, SeccompRule,
-    };
-    let thread = libc::CLONE_THREAD as u64;
-    let no_thread = SeccompCondition::new(0, SeccompCmpArgLen::Qword, SeccompCmpOp::MaskedEq(thread), 0).unwrap();
-    let mut rules = vec![
-        (libc::SYS_clone, vec![SeccompRule::new(vec![no_thread]).unwrap()]),
-        (libc::SYS_execve, vec![]),
-        (libc::SYS_execveat, vec![]),
-    ];
-    #[cfg(target_arch = "x86_64")]
-    rules.extend([(libc::SYS_fork, vec![]), (libc::SYS_vfork, vec![])]);
-    let apply = |rules: Vec<(i64, Vec<SeccompRule>)>, action| {
-        let arch = env::consts::ARCH.try_into().unwrap();
-        let filter = SeccompFilter::new(rules.into_iter().collect(), SeccompAction::Allow, action, arch).unwrap();
-        let program: BpfProgram = filter.try_into().unwrap();
-        apply_filter_all_threads(&program).unwrap();
-    };
-    apply(rules, SeccompAction::KillProcess);
-    // Its flags are in memory, where a filter cannot look; the C library then uses clone.
-    apply(vec![(libc::SYS_clone3, vec![])], SeccompAction::Errno(libc::ENOSYS as u32));
 }
 
 // ---- the tests --------------------------------------------------------------------------------------------------
@@ -460,10 +458,10 @@ fn a_program_with_its_own_loop_hands_over() {
     let addr = first.addr();
     let load = Load::on(&addr, 2);
     // Somebody who asks for nothing, and somebody who fails.
-    let mut stream = std::os::unix::net::UnixStream::connect(dir.path().join("takeover")).unwrap();
+    let mut stream = UnixStream::connect(dir.path().join("takeover")).unwrap();
     stream.write_all(b"hello?\n").unwrap();
     first.wait("nobody asked");
-    let mut stream = std::os::unix::net::UnixStream::connect(dir.path().join("takeover")).unwrap();
+    let mut stream = UnixStream::connect(dir.path().join("takeover")).unwrap();
     stream.write_all(b"takeover 1\n").unwrap();
     stream.read_exact(&mut [0; 10]).unwrap();
     drop(stream);
@@ -475,15 +473,21 @@ fn a_program_with_its_own_loop_hands_over() {
     assert_eq!(field::<u32>(&ask(&addr).unwrap(), "pid"), second.pid());
 }
 
-/// A takeover needs neither fork nor execve.
+/// A takeover needs neither fork nor execve: what it needs is in two columns of the guide's table.
 #[test]
+#[cfg(all(target_arch = "x86_64", target_env = "gnu"))]
 fn under_a_filter_that_forbids_new_processes() {
+    let filtered = |dir: &TempDir, role: &str| {
+        let mut command = command("filtered", dir.path());
+        command.env("ROLE", role);
+        Server::serving(command)
+    };
     let dir = tempdir();
-    let mut server = Server::serving(command("filtered", dir.path()));
+    let mut server = filtered(&dir, "both");
     let addr = server.addr();
     let load = Load::on(&addr, 2);
     for generation in 2..=11 {
-        let next = Server::serving(command("filtered", dir.path()));
+        let next = filtered(&dir, "both");
         assert_eq!(field::<u64>(&server.wait("upgrade ok"), "gen"), generation);
         server.wait("ended ");
         server = next;
@@ -493,4 +497,19 @@ fn under_a_filter_that_forbids_new_processes() {
     server.signal(Signal::HUP);
     server.wait_all_ended();
     assert_eq!(server.exit_signal(), Some(libc::SIGSYS));
+
+    // Each process needs its own column, and one that fails to hand over needs no more. The second of these is silent
+    // after its `ready`.
+    let dir = tempdir();
+    let mut old = filtered(&dir, "hands over");
+    for word in ["garbage\n", "ready\n"] {
+        let mut stream = UnixStream::connect(dir.path().join("takeover")).unwrap();
+        stream.write_all(b"takeover 1\n").unwrap();
+        stream.read_exact(&mut [0; 10]).unwrap();
+        stream.write_all(word.as_bytes()).unwrap();
+        old.wait("upgrade failed");
+    }
+    let new = filtered(&dir, "takes over");
+    old.wait("ended ");
+    assert_eq!(field::<u32>(&ask(&old.addr()).unwrap(), "pid"), new.pid());
 }

@@ -120,6 +120,27 @@ fn nobody_accepts_for_the_paused_parent() {
     server.wait("upgrade ok");
 }
 
+/// The default.
+#[test]
+fn overlap_allowed_each_generation_finishes_its_own() {
+    let dir = tempdir();
+    let ctl = dir.path().join("ctl");
+    let (mut server, _) =
+        server(&dir, &["--probation", "20", "--drain", "60", "--control-socket", ctl.to_str().unwrap()]);
+    let addr = server.addr();
+    let mut held = Vec::new();
+    for _ in 0..4 {
+        held.push(hold(&addr, &ctl));
+        upgrade(&ctl);
+        server.wait_serving();
+    }
+    eventually("all four drain", || control(&ctl, "status\n").unwrap().contains("draining=1,2,3,4 "));
+    for (stream, generation) in held.iter_mut().zip(1..) {
+        assert_eq!(answer(stream), generation);
+    }
+    eventually("none drains", || control(&ctl, "status\n").unwrap().contains("draining= "));
+}
+
 #[test]
 fn overlap_refused_while_the_grandparent_drains() {
     let dir = tempdir();

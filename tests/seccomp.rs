@@ -16,11 +16,8 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use robust::{eventually, example, fds, gone, Load, Server, PATIENCE};
-use seccompiler::{
-    apply_filter, BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
-    SeccompRule, TargetArch,
-};
-use table::{markdown, When, TABLE};
+use seccompiler::{apply_filter, BpfProgram, SeccompAction, SeccompCmpOp};
+use table::{allow_list, argument, filter, markdown, Rules, When, TABLE};
 use trace::Role;
 
 const ARGS: [&str; 12] = [
@@ -38,38 +35,12 @@ const ARGS: [&str; 12] = [
     "DIR/misbehave",
 ];
 
-type Rules = BTreeMap<i64, Vec<SeccompRule>>;
-
-/// A filter: `matching` for the calls in the rules, `otherwise` for all others.
-fn filter(rules: Rules, matching: SeccompAction, otherwise: SeccompAction) -> BpfProgram {
-    SeccompFilter::new(rules, otherwise, matching, TargetArch::x86_64).unwrap().try_into().unwrap()
-}
-
-fn argument(index: u8, op: SeccompCmpOp, value: u64) -> SeccompRule {
-    SeccompRule::new(vec![SeccompCondition::new(index, SeccompCmpArgLen::Qword, op, value).unwrap()]).unwrap()
-}
-
-/// The rows of the table as an allow-list that kills, and ENOSYS for clone3.
-fn strict(rows: impl Fn(&[When]) -> bool) -> Vec<BpfProgram> {
-    let mut rules: Rules = TABLE.iter().filter(|row| rows(row.when)).map(|row| (row.number, vec![])).collect();
-    let fork = (libc::CLONE_CHILD_SETTID | libc::CLONE_CHILD_CLEARTID | libc::SIGCHLD) as u64;
-    let thread = libc::CLONE_THREAD as u64;
-    rules.insert(
-        libc::SYS_clone,
-        vec![argument(0, SeccompCmpOp::Eq, fork), argument(0, SeccompCmpOp::MaskedEq(thread), thread)],
-    );
-    // The stricter of two filters counts; ENOSYS is stricter than to allow.
-    rules.insert(libc::SYS_clone3, vec![]);
-    let no_clone3 = BTreeMap::from([(libc::SYS_clone3, vec![])]);
-    vec![
-        filter(no_clone3, SeccompAction::Errno(libc::ENOSYS as u32), SeccompAction::Allow),
-        filter(rules, SeccompAction::Allow, SeccompAction::KillProcess),
-    ]
-}
-
 fn refusing(rules: Rules, errno: i32) -> Vec<BpfProgram> {
     vec![filter(rules, SeccompAction::Errno(errno as u32), SeccompAction::Allow)]
 }
+
+/// What an upgrade that succeeds needs.
+const UPGRADE: [When; 5] = [When::Serving, When::Parent, When::Before, When::Child, When::Program];
 
 /// A descriptor that the first generation got without close-on-exec, and no later one may have.
 const STRAY: i32 = 77;
@@ -121,20 +92,20 @@ fn the_guide_shows_the_table() {
 
 #[test]
 fn the_table_alone_is_enough_for_an_upgrade() {
-    let success = |when: &[When]| when.iter().any(|when| *when != When::Failed);
-    let allowed: Vec<_> = TABLE.iter().filter(|row| success(row.when)).map(|row| row.number).collect();
-    for forbidden in [libc::SYS_kill, libc::SYS_wait4, libc::SYS_waitid, libc::SYS_pidfd_send_signal, libc::SYS_clone3]
-    {
-        assert!(!allowed.contains(&forbidden));
+    for row in TABLE.iter().filter(|row| row.when.iter().any(|when| UPGRADE.contains(when))) {
+        assert!(!["kill", "wait4", "waitid", "pidfd_send_signal", "clone3"].contains(&row.name));
     }
-    let server = start(&["--fork"], strict(success));
-    upgrades(&server, 5).unwrap();
+    for transport in ["pipes", "socket"] {
+        let server = start(&["--fork", "--transport", transport], allow_list(&UPGRADE));
+        upgrades(&server, 5).unwrap_or_else(|e| panic!("{transport}: {e}"));
+    }
 }
 
 #[test]
 fn the_whole_table_is_enough_for_a_failed_upgrade() {
     for how in ["exit=3", "refuse=not today", "hang", "signal=9", "close-status"] {
-        let server = start(&["--fork", "--ready-timeout", "3000"], strict(|_| true));
+        let whole = [&UPGRADE[..], &[When::Failed]].concat();
+        let server = start(&["--fork", "--ready-timeout", "3000"], allow_list(&whole));
         std::fs::write(server.dir.path().join("misbehave"), how).unwrap();
         let verdict = server.upgrade(server.pid).unwrap();
         assert!(verdict.starts_with("upgrade failed: child "), "{how}: {verdict}");

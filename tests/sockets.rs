@@ -133,6 +133,31 @@ fn a_stale_unix_socket_is_replaced_and_a_live_one_is_not() {
     drop(server);
 }
 
+/// Whoever binds the path of a live control socket by mistake looks whether it is stale, and must not ask for anything
+/// by looking: a connection to one of these stops the server.
+#[test]
+fn looking_whether_a_socket_is_stale_triggers_nothing() {
+    let dir = tempdir();
+    let path = |name: &str| dir.path().join(name).to_str().unwrap().to_owned();
+    let mut args = vec!["--listen".to_owned(), "127.0.0.1:0".into()];
+    let sockets = ["stop", "partial-stop", "upgrade", "control", "takeover"];
+    for name in sockets {
+        args.extend([format!("--{name}-socket"), path(name)]);
+    }
+    let mut server = Server::whoami(&args);
+    let addr = server.addr();
+    for name in sockets {
+        let mut second = Command::new(example("whoami"));
+        second.args(["--listen", &format!("unix:{}", path(name))]);
+        let line = Server::start(second).wait("whoami: ");
+        assert!(line.contains("in use"), "{name}: {line}");
+    }
+    server.upgrade();
+    let line = server.wait_any("ended gen=1 ");
+    assert!(line.contains("(signal 1)"), "{line}");
+    assert_eq!(generation(&addr), 2);
+}
+
 #[test]
 fn a_file_that_is_no_socket_is_left_alone() {
     let dir = tempdir();

@@ -197,14 +197,14 @@ fn run(point: &Point) -> Result<bool, String> {
 }
 
 /// Where the new process need not wait for an answer, the count of its calls is another, and the fault strikes when the
-/// takeover is over, or the word is said after which a stopped process is a stopped server.
+/// takeover is over, or it has said `serving`, after which a stopped process is a stopped server.
 fn strayed(point: &Point, trace: &Path) -> bool {
     let trace = fs::read_to_string(trace).unwrap_or_default();
     let at = |what: &str| trace.find(what).unwrap_or(usize::MAX);
     let struck = at("(INJECTED)").min(at("+++ killed by SIGKILL"));
     let stopped = at("--- SIGSTOP");
     let late = at("\"serving gen=") < struck && struck < usize::MAX;
-    point.call.role == Role::New && (late || at("\"ready\\n\"") < stopped && stopped < usize::MAX)
+    point.call.role == Role::New && (late || at("\"serving\\n\"") < stopped && stopped < usize::MAX)
 }
 
 /// What must hold whatever happened.
@@ -224,7 +224,7 @@ fn attempt(point: &Point, setting: &Setting) -> Result<bool, String> {
 
     let output = setting.path("trace");
     let killed_old = point.call.role == Role::Old && point.fault == "signal=KILL";
-    let (mut new, _tracer) = match point.call.role {
+    let (mut new, mut tracer) = match point.call.role {
         Role::New => (setting.new_traced(&output, Some(point)), None),
         Role::Old => {
             let tracer = setting.old_traced(&old, &output, Some(point));
@@ -246,6 +246,8 @@ fn attempt(point: &Point, setting: &Setting) -> Result<bool, String> {
         while !stopped() && begun.elapsed().as_secs() < 2 {
             thread::yield_now();
         }
+        // Later it shall not come: nobody would wake it.
+        tracer = None;
         eventually("the old process goes on", || {
             old.signal_all(Signal::CONT);
             !matches!(state(old_pid), Some('T' | 't'))
@@ -262,13 +264,7 @@ fn attempt(point: &Point, setting: &Setting) -> Result<bool, String> {
     }
     if serves(&new) {
         if !killed_old {
-            eventually("the old process ends", || {
-                if stopped_old {
-                    // The stop may have come since.
-                    old.signal_all(Signal::CONT);
-                }
-                ended(&old)
-            });
+            eventually("the old process ends", || ended(&old));
         }
     } else if killed_old {
         return Err(format!("nobody serves: {:?}", new.said()));
@@ -286,8 +282,6 @@ fn attempt(point: &Point, setting: &Setting) -> Result<bool, String> {
     let excused = |failure: &String| match (point.call.role, point.fault.as_str()) {
         (Role::Old, "signal=KILL") => !point.call.late || !failure.contains("refused"),
         (Role::New, "signal=KILL") => point.call.late && !failure.contains("refused"),
-        // A stopped process answers what it has accepted when it goes on, which may be too late for the client.
-        (Role::Old, "signal=STOP") => failure.starts_with("WouldBlock"),
         _ => false,
     };
     if let Some(failure) = failures.iter().find(|failure| !excused(failure)) {
@@ -300,7 +294,7 @@ fn attempt(point: &Point, setting: &Setting) -> Result<bool, String> {
         return Err(format!("the PID file names {:?}, {now} serves", fs::read_to_string(setting.path("pid"))));
     }
     if now == old_pid {
-        drop(_tracer);
+        drop(tracer);
         eventually("no descriptor is left over", || level(old_pid) == before);
     }
     // And the next one.
@@ -356,16 +350,17 @@ fn faults(calls: &[Call]) -> Vec<Point> {
     calls.iter().flat_map(|call| errors(call).iter().map(|error| point(call, error))).collect()
 }
 
-/// A stop is for what can still be given up: once both have said their word, a stopped process is a stopped server.
+/// A stop of the new process is for what can still be taken back: once it has said `serving`, it is a stopped server.
 fn deaths(calls: &[Call]) -> Vec<Point> {
     let kills = calls.iter().map(|call| Point { call: call.clone(), fault: "signal=KILL".into() });
-    let is_word = |call: &Call| call.text.contains(r#""ready\n""#) || call.text.contains(r#""commit\n""#);
-    let committed = calls.iter().position(|call| call.text.contains(r#""commit\n""#)).unwrap_or(calls.len());
+    // strace's signal comes after the call.
+    let said = |call: &Call| call.role == Role::New && call.text.contains(r#""serving\n""#);
+    let serving = calls.iter().position(said).unwrap_or(calls.len());
     // Nor is it anybody's business before it has asked.
     let asked = calls.iter().position(|call| call.text.contains("takeover 1") && call.role == Role::New).unwrap_or(0);
     let can_stop = |(at, call): &(usize, &Call)| match call.role {
-        Role::New => *at >= asked && !call.late && !is_word(call),
-        Role::Old => *at < committed,
+        Role::New => (asked..serving).contains(at),
+        Role::Old => true,
     };
     let stopped = calls.iter().enumerate().filter(can_stop);
     let stops = stopped.map(|(_, call)| Point { call: call.clone(), fault: "signal=STOP".into() });

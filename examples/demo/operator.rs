@@ -192,10 +192,12 @@ impl Operator {
 
     /// Looks after the server until then, and lets `tick` be called meanwhile.
     pub fn watch(&mut self, until: Instant, mut tick: impl FnMut()) -> Result<(), Problem> {
+        // Once at least, because upgrades may take longer than the time from one to the next.
+        tick();
         while Instant::now() < until {
-            tick();
             let next = until.min(Instant::now() + Duration::from_millis(100));
             self.wait(next, |_| None::<()>)?;
+            tick();
         }
         Ok(())
     }

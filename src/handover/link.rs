@@ -14,7 +14,7 @@ use rustix::buffer::spare_capacity;
 use rustix::event::{poll, PollFd, PollFlags};
 use rustix::fs::{fcntl_getfl, fcntl_setfl, fstat, OFlags};
 use rustix::io::Errno;
-use rustix::net::{socketpair, AddressFamily, SocketFlags, SocketType};
+use rustix::net::{shutdown, socketpair, AddressFamily, Shutdown, SocketFlags, SocketType};
 use rustix::pipe::{fcntl_setpipe_size, pipe_with, PipeFlags};
 
 use super::frames::{send, Lines, Next, Word};
@@ -179,6 +179,13 @@ impl Link {
         send(&self.to, word.line())
     }
 
+    /// Over a socket: from here on the child gets an error for whatever it says. What it has said before is still to be
+    /// read, and the kernel lets no word fall between the two.
+    pub(crate) fn stop_hearing(&self) {
+        // An error for a pipe, whose child is killed and needs none.
+        let _ = shutdown(&self.from, Shutdown::Read);
+    }
+
     /// The next line that the child has said.
     pub(crate) fn next(&mut self) -> io::Result<Next> {
         self.lines.next(self.from.as_fd())
@@ -307,4 +314,32 @@ pub(crate) fn wait_for(fd: impl AsFd, events: PollFlags, time: Duration) -> bool
 /// For the end of a connection that this process accepted or made. Its other end is not touched by it.
 pub(crate) fn nonblocking(fd: impl AsFd) -> io::Result<()> {
     Ok(fcntl_setfl(&fd, fcntl_getfl(&fd)? | OFlags::NONBLOCK)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::Barrier;
+    use std::thread;
+
+    /// Whether a late `serving` counts is decided once, for both.
+    #[test]
+    fn a_word_is_heard_or_refused() {
+        for _ in 0..2000 {
+            let parcel = Parcel { manifest: Manifest::default(), descriptors: Vec::new() };
+            let (mut link, childs) = Link::socketpair(parcel).unwrap();
+            let begin = Barrier::new(2);
+            thread::scope(|scope| {
+                let child = scope.spawn(|| {
+                    begin.wait();
+                    send(&childs.ends[0], "serving\n").is_ok()
+                });
+                begin.wait();
+                link.stop_hearing();
+                let read = link.next().unwrap();
+                let told = child.join().unwrap();
+                assert_eq!(read, if told { Next::Line("serving".into()) } else { Next::End });
+            });
+        }
+    }
 }

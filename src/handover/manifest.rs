@@ -13,8 +13,7 @@
 //! name, percent-escaped, and attributes. Lines, kinds and attributes that a version does not know it skips; the
 //! descriptors of unknown kinds it closes. So later versions may add to all three, and never change what is here.
 
-use std::collections::HashSet;
-use std::fmt;
+use std::fmt::{self, Write};
 
 use super::escape::{escape, unescape};
 use crate::key::{Key, Kind};
@@ -59,10 +58,11 @@ impl Manifest {
     pub(crate) fn encode(&self) -> String {
         let mut text = format!("{FIRST_LINE}\ngeneration {}\n", self.generation);
         for Entry { slot, key, file, unit } in &self.entries {
-            text.push_str(&format!("fd {} {} {} ", slot.number, slot.inode, key.kind().word()));
+            // Writing to a string cannot fail.
+            let _ = write!(text, "fd {} {} {} ", slot.number, slot.inode, key.kind().word());
             escape(key.name(), &mut text);
             if let Some((device, inode)) = file {
-                text.push_str(&format!(" file={device}:{inode}"));
+                let _ = write!(text, " file={device}:{inode}");
             }
             if let Some(unit) = unit {
                 text.push_str(" unit=");
@@ -80,7 +80,7 @@ impl Manifest {
         let text = std::str::from_utf8(text).map_err(|_| Malformed::new(0, "not UTF-8"))?;
         let mut lines = text.split('\n').enumerate().map(|(at, line)| (at + 1, line));
         let mut manifest = Self::default();
-        let mut numbers = HashSet::new();
+        let mut numbers = Vec::new();
         if lines.next() != Some((1, FIRST_LINE)) {
             return Err(Malformed::new(1, "not a manifest of a version known here"));
         }
@@ -95,9 +95,7 @@ impl Manifest {
                 }
                 "fd" => {
                     let (slot, entry) = fd_line(rest).ok_or(Malformed::new(at, "descriptor"))?;
-                    if !numbers.insert(slot.number) {
-                        return Err(Malformed::new(at, "descriptor named twice"));
-                    }
+                    numbers.push(slot.number);
                     if numbers.len() > MAX_ENTRIES {
                         return Err(Malformed::new(at, "too many descriptors"));
                     }
@@ -107,6 +105,10 @@ impl Manifest {
                     }
                 }
                 LAST_LINE if rest.is_empty() => {
+                    numbers.sort_unstable();
+                    if numbers.windows(2).any(|pair| pair[0] == pair[1]) {
+                        return Err(Malformed::new(0, "descriptor named twice"));
+                    }
                     return match (lines.next(), lines.next()) {
                         (Some((_, "")), None) if manifest.generation > 0 => Ok(manifest),
                         _ => Err(Malformed::new(at, "end")),

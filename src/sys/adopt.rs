@@ -1,6 +1,5 @@
 //! Turning a descriptor number from the parent into an owned descriptor, after a proof that it is the one meant.
 
-use std::collections::HashSet;
 use std::io;
 use std::os::fd::{BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -10,7 +9,8 @@ use rustix::io::{fcntl_setfd, FdFlags};
 
 /// The right to adopt descriptors by number. There is one in a process, because a number may be adopted once.
 pub(crate) struct Adopter {
-    adopted: HashSet<RawFd>,
+    /// By number.
+    adopted: Vec<bool>,
 }
 
 impl Adopter {
@@ -21,12 +21,13 @@ impl Adopter {
         // SAFETY: getauxval(3) reads a table that the kernel made.
         let secure = unsafe { libc::getauxval(libc::AT_SECURE) } != 0;
         let free = !secure && !TAKEN.swap(true, Ordering::AcqRel);
-        free.then(|| Self { adopted: HashSet::new() })
+        free.then(|| Self { adopted: Vec::new() })
     }
 
     /// Owns descriptor `fd` if it is open, of that type and inode, and not adopted before; marks it close-on-exec.
     pub(crate) fn adopt(&mut self, fd: RawFd, file_type: Option<FileType>, inode: u64) -> io::Result<OwnedFd> {
-        if fd <= libc::STDERR_FILENO || self.adopted.contains(&fd) {
+        let index = usize::try_from(fd).unwrap_or_default();
+        if fd <= libc::STDERR_FILENO || self.adopted.get(index) == Some(&true) {
             return Err(io::ErrorKind::InvalidInput.into());
         }
         // SAFETY: used for two calls that are harmless on any number; a closed one gives EBADF.
@@ -37,7 +38,9 @@ impl Adopter {
             return Err(io::Error::new(io::ErrorKind::NotFound, "the descriptor is another file"));
         }
         fcntl_setfd(borrowed, FdFlags::CLOEXEC)?;
-        self.adopted.insert(fd);
+        // No longer than the table of descriptors, because this one is open.
+        self.adopted.resize(self.adopted.len().max(index + 1), false);
+        self.adopted[index] = true;
         // SAFETY: the parent left this descriptor, known by its inode, open over the execve for us to own, so nobody
         // else in this process opened it; `adopted` and the single `Adopter` see to it that it is owned once.
         Ok(unsafe { OwnedFd::from_raw_fd(fd) })

@@ -1,7 +1,13 @@
-//! Which system calls the library makes, and when: the source of the guide's chapter and of the test's allow-list.
+//! Which system calls the library makes, and when: the source of the guide's chapter and of the tests' allow-lists.
+#![allow(dead_code)] // Each test binary uses its part.
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
 
 use libc::*;
-use std::fmt::Write as _;
+use seccompiler::{
+    BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule, TargetArch,
+};
 
 /// When a call is made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -12,8 +18,12 @@ pub enum When {
     Parent,
     /// The new process, between fork and execve.
     Before,
-    /// The new program, from its start to `ready`.
+    /// The new program of an upgrade, from its start to `ready`.
     Child,
+    /// The old process in a takeover, also in one that fails.
+    HandsOver,
+    /// The new process in a takeover, from its start to `ready`.
+    TakesOver,
     /// The parent, after an upgrade that failed; and what is tried where another call was refused.
     Failed,
     /// Not the library: what the loader, std and the allocator do in any Rust program with threads.
@@ -33,8 +43,8 @@ const fn row(name: &'static str, number: i64, when: &'static [When], what_for: &
 }
 
 pub const TABLE: &[Row] = &[
-    row("accept4", SYS_accept4, &[Serving], "connections, and control connections"),
-    row("access", SYS_access, &[Child, Program], "`argv[0]` resolved; the loader"),
+    row("accept4", SYS_accept4, &[Serving, HandsOver], "connections, and control connections"),
+    row("access", SYS_access, &[Child, TakesOver, Program], "`argv[0]` resolved; the loader"),
     row("arch_prctl", SYS_arch_prctl, &[Program], "thread-local storage"),
     row("bind", SYS_bind, &[Serving], "new sockets"),
     row("brk", SYS_brk, &[Program], "memory"),
@@ -46,38 +56,39 @@ pub const TABLE: &[Row] = &[
         &[Parent, Program],
         "the fork, flags `CLONE_CHILD_SETTID \\| CLONE_CHILD_CLEARTID \\| SIGCHLD`; threads, flags with `CLONE_THREAD`",
     ),
-    row("close", SYS_close, &[Serving, Parent, Child, Program], ""),
+    row("close", SYS_close, &[Serving, Parent, Child, HandsOver, TakesOver, Program], ""),
     row("close_range", SYS_close_range, &[Before], "the sweep; may be refused with an error"),
-    row("connect", SYS_connect, &[Serving], "whether a Unix socket's file is stale"),
+    row("connect", SYS_connect, &[Serving, TakesOver], "whether a Unix socket's file is stale; the takeover socket"),
     row("epoll_create1", SYS_epoll_create1, &[Serving], "accept loops; may be refused with an error"),
     row("epoll_ctl", SYS_epoll_ctl, &[Serving], "accept loops; may be refused with an error"),
     row("epoll_pwait", SYS_epoll_pwait, &[Serving], "accept loops"),
-    row("eventfd2", SYS_eventfd2, &[Child], "wake-ups and the shutdown handle"),
+    row("eventfd2", SYS_eventfd2, &[Child, TakesOver], "wake-ups and the shutdown handle"),
     row("execve", SYS_execve, &[Before], "the new program"),
     row("exit", SYS_exit, &[Program], "the end of a thread"),
     row("exit_group", SYS_exit_group, &[Failed, Program], "the end; of a child that could not execute"),
-    row("fchmod", SYS_fchmod, &[Serving, Parent, Child], "control sockets, PID file"),
+    row("fchmod", SYS_fchmod, &[Serving, Parent, Child, HandsOver, TakesOver], "control sockets, PID file"),
     row(
         "fcntl",
         SYS_fcntl,
-        &[Serving, Parent, Before, Child, Program],
+        &[Serving, Parent, Before, Child, HandsOver, TakesOver, Program],
         "`F_SETFD`, `F_DUPFD_CLOEXEC`; `F_SETPIPE_SZ` for thousands of sockets, may be refused with an error",
     ),
-    row("fstat", SYS_fstat, &[Serving, Parent, Child, Program], "inodes"),
+    row("fstat", SYS_fstat, &[Serving, Parent, Child, HandsOver, TakesOver, Program], "inodes"),
     row("futex", SYS_futex, &[Serving, Program], "locks"),
-    row("getcwd", SYS_getcwd, &[Child], "the start directory, where `PWD` does not name it"),
+    row("getcwd", SYS_getcwd, &[Child, TakesOver], "the start directory, where `PWD` does not name it"),
     row("getdents64", SYS_getdents64, &[Failed], "the sweep without close_range; may be refused with an error"),
-    row("geteuid", SYS_geteuid, &[Serving], "who may use a control socket"),
-    row("getpid", SYS_getpid, &[Child, Parent], "PID file"),
+    row("geteuid", SYS_geteuid, &[Serving, HandsOver, TakesOver], "who may use a control or takeover socket"),
+    row("getpid", SYS_getpid, &[Parent, Child, HandsOver, TakesOver], "PID file"),
     row("getrandom", SYS_getrandom, &[Program], "the keys of hash tables"),
     row("getsockname", SYS_getsockname, &[Program], "`local_addr`, if the program asks"),
-    row("getsockopt", SYS_getsockopt, &[Serving, Child], "the kind of an inherited socket; peers of control sockets"),
+    row("getsockopt", SYS_getsockopt, &[Serving, Child, HandsOver, TakesOver], "the kind of a socket that came; who is at the other end of a control or takeover socket"),
     row("gettid", SYS_gettid, &[Program], "threads"),
     row("ioctl", SYS_ioctl, &[Serving], "`FIONBIO` on new sockets"),
     row("kill", SYS_kill, &[Failed], "the end of a failed child, by `Spawn::Fork`"),
     row("listen", SYS_listen, &[Serving], "new sockets"),
     row("lseek", SYS_lseek, &[Program], "files"),
     row("madvise", SYS_madvise, &[Program], "memory"),
+    row("memfd_create", SYS_memfd_create, &[Parent, HandsOver], "state, if the program passes any"),
     row("mmap", SYS_mmap, &[Program], "memory"),
     row("mprotect", SYS_mprotect, &[Program], "memory"),
     row("mremap", SYS_mremap, &[Program], "memory"),
@@ -86,7 +97,7 @@ pub const TABLE: &[Row] = &[
     row(
         "openat",
         SYS_openat,
-        &[Parent, Before, Child, Failed, Program],
+        &[Parent, Before, Child, HandsOver, TakesOver, Failed, Program],
         "`/proc/self/status`, which signals to reset, may be refused with an error; PID file; `/proc/self/fd` for the sweep without close_range; the loader",
     ),
     row(
@@ -97,46 +108,79 @@ pub const TABLE: &[Row] = &[
     ),
     row("pipe2", SYS_pipe2, &[Parent], "the two pipes"),
     row("poll", SYS_poll, &[Program], "std's look at stdin, stdout and stderr"),
-    row("ppoll", SYS_ppoll, &[Serving, Parent, Child, Failed], "every wait"),
+    row("ppoll", SYS_ppoll, &[Serving, Parent, Child, HandsOver, TakesOver, Failed], "every wait"),
     row("prctl", SYS_prctl, &[Program], "names of memory"),
-    row("pread64", SYS_pread64, &[Program], "the loader"),
+    row("pread64", SYS_pread64, &[Child, TakesOver, Program], "state, if any was passed; the loader"),
     row("prlimit64", SYS_prlimit64, &[Failed, Program], "the sweep without close_range and `/proc`; stacks"),
-    row("read", SYS_read, &[Serving, Parent, Before, Child, Program], ""),
-    row("readlink", SYS_readlink, &[Child], "`/proc/self/exe`, where `argv[0]` leads nowhere"),
-    row("recvfrom", SYS_recvfrom, &[Serving, Program], "control sockets, UDP; reading from sockets"),
-    row("rename", SYS_rename, &[Child, Parent], "PID file"),
+    row("read", SYS_read, &[Serving, Parent, Before, Child, HandsOver, TakesOver, Program], ""),
+    row("readlink", SYS_readlink, &[Child, TakesOver], "`/proc/self/exe`, where `argv[0]` leads nowhere"),
+    row("recvfrom", SYS_recvfrom, &[Serving, HandsOver, Program], "control and takeover sockets, UDP; reading from sockets"),
+    row("recvmsg", SYS_recvmsg, &[Child, TakesOver], "what comes over a socket: a takeover, `Transport::Socket`"),
+    row("rename", SYS_rename, &[Parent, Child, HandsOver, TakesOver], "PID file"),
     row("restart_syscall", SYS_restart_syscall, &[Serving], "after SIGSTOP and SIGCONT"),
     row("rseq", SYS_rseq, &[Program], "threads"),
-    row("rt_sigaction", SYS_rt_sigaction, &[Serving, Before, Child, Program], "signals to their defaults; handlers"),
-    row("rt_sigprocmask", SYS_rt_sigprocmask, &[Serving, Parent, Before, Child, Program], "signal masks"),
+    row("rt_sigaction", SYS_rt_sigaction, &[Serving, Before, Child, TakesOver, Program], "signals to their defaults; handlers"),
+    row("rt_sigprocmask", SYS_rt_sigprocmask, &[Serving, Parent, Before, Child, HandsOver, TakesOver, Program], "signal masks"),
     row("rt_sigreturn", SYS_rt_sigreturn, &[Serving, Parent], "the end of a signal handler"),
-    row("rt_sigtimedwait", SYS_rt_sigtimedwait, &[Serving], "the SIGPIPE of a pipe whose reader is gone"),
+    row("rt_sigtimedwait", SYS_rt_sigtimedwait, &[Serving, HandsOver, TakesOver], "the SIGPIPE of a pipe whose reader is gone"),
     row("sched_getaffinity", SYS_sched_getaffinity, &[Program], "std's stack of the main thread"),
-    row("sched_yield", SYS_sched_yield, &[Serving], "accept loops"),
-    row("sendto", SYS_sendto, &[Serving, Program], "answers on control sockets; writing to sockets"),
+    row("sendmsg", SYS_sendmsg, &[Parent, HandsOver], "what goes over a socket"),
+    row("sendto", SYS_sendto, &[Serving, TakesOver, Program], "answers on control sockets; what asks for a takeover; writing to sockets"),
     row("set_robust_list", SYS_set_robust_list, &[Before, Program], "fork and threads of the C library"),
     row("set_tid_address", SYS_set_tid_address, &[Program], "threads"),
     row("setsockopt", SYS_setsockopt, &[Serving], "new sockets"),
+    row("shutdown", SYS_shutdown, &[HandsOver], "a commit taken back"),
     row("sigaltstack", SYS_sigaltstack, &[Program], "std's stack for SIGSEGV"),
-    row("socket", SYS_socket, &[Serving], "new sockets"),
-    row("statx", SYS_statx, &[Serving, Child, Program], "files"),
-    row("unlink", SYS_unlink, &[Serving, Child, Parent], "PID file, the files of Unix sockets at a stop"),
+    row("socket", SYS_socket, &[Serving, TakesOver], "new sockets"),
+    row("socketpair", SYS_socketpair, &[Parent], "`Transport::Socket`"),
+    row("statx", SYS_statx, &[Serving, Child, TakesOver, Program], "files"),
+    row("unlink", SYS_unlink, &[Serving, Parent, Child, HandsOver, TakesOver], "PID file, the files of Unix sockets at a stop"),
     row("wait4", SYS_wait4, &[Failed], "the end of a failed child"),
     row("waitid", SYS_waitid, &[Failed], "the end of a failed child"),
-    row("write", SYS_write, &[Serving, Parent, Child, Failed, Program], ""),
+    row("write", SYS_write, &[Serving, Parent, Child, HandsOver, TakesOver, Failed, Program], ""),
 ];
 
 /// The table as the guide shows it.
 pub fn markdown() -> String {
     let mut text = String::from(
-        "| call | serving | parent | before `execve` | new program to `ready` | failure, fallback | any program | what for |\n|---|---|---|---|---|---|---|---|\n",
+        "| call | serving | parent | before `execve` | new program to `ready` | hands over | takes over | failure, fallback | any program | what for |\n|---|---|---|---|---|---|---|---|---|---|\n",
     );
     for Row { name, when, what_for, .. } in TABLE {
         let _ = write!(text, "| `{name}` |");
-        for column in [Serving, Parent, Before, Child, Failed, Program] {
+        for column in [Serving, Parent, Before, Child, HandsOver, TakesOver, Failed, Program] {
             text.push_str(if when.contains(&column) { " × |" } else { " |" });
         }
         let _ = writeln!(text, " {what_for} |");
     }
     text
+}
+
+pub type Rules = BTreeMap<i64, Vec<SeccompRule>>;
+
+/// A filter: `matching` for the calls in the rules, `otherwise` for all others.
+pub fn filter(rules: Rules, matching: SeccompAction, otherwise: SeccompAction) -> BpfProgram {
+    SeccompFilter::new(rules, otherwise, matching, TargetArch::x86_64).unwrap().try_into().unwrap()
+}
+
+pub fn argument(index: u8, op: SeccompCmpOp, value: u64) -> SeccompRule {
+    SeccompRule::new(vec![SeccompCondition::new(index, SeccompCmpArgLen::Qword, op, value).unwrap()]).unwrap()
+}
+
+/// The rows with one of these columns as an allow-list that kills, and ENOSYS for clone3.
+pub fn allow_list(columns: &[When]) -> Vec<BpfProgram> {
+    let rows = TABLE.iter().filter(|row| row.when.iter().any(|when| columns.contains(when)));
+    let mut rules: Rules = rows.map(|row| (row.number, vec![])).collect();
+    let (fork, thread) = ((CLONE_CHILD_SETTID | CLONE_CHILD_CLEARTID | SIGCHLD) as u64, CLONE_THREAD as u64);
+    let mut clones = vec![argument(0, SeccompCmpOp::MaskedEq(thread), thread)];
+    if columns.contains(&Parent) {
+        clones.push(argument(0, SeccompCmpOp::Eq, fork));
+    }
+    rules.insert(SYS_clone, clones);
+    // The stricter of two filters counts; ENOSYS is stricter than to allow.
+    rules.insert(SYS_clone3, vec![]);
+    let no_clone3 = BTreeMap::from([(SYS_clone3, vec![])]);
+    vec![
+        filter(no_clone3, SeccompAction::Errno(ENOSYS as u32), SeccompAction::Allow),
+        filter(rules, SeccompAction::Allow, SeccompAction::KillProcess),
+    ]
 }
