@@ -32,12 +32,14 @@ impl Panel {
         let (operator, mut y) = (report.operator, self.top);
         let end = |life: &Life| life.ended.unwrap_or(u64::MAX);
         for life in operator.lives.iter().filter(|life| life.began < self.to && end(life) > self.from) {
-            // The successor's commit ends the service of this one.
-            let handed_over = operator.upgrades.iter().filter(|u| u.error.is_none()).nth(life.generation as usize - 1);
-            let handed_over = handed_over.map_or(u64::MAX, |u| u.end);
+            // One commit lets it serve, and the next ends that. The first generation serves when it is ready.
+            let ok = operator.upgrades.iter().filter(|u| u.error.is_none()).map(|u| u.end);
+            let mut commits = [life.ready].into_iter().chain(ok).skip(life.generation as usize - 1);
+            let serves = commits.next().unwrap_or(life.ready);
+            let handed_over = commits.next().unwrap_or(u64::MAX);
             text(out, LEFT - 10.0, y + 0.5 * LANE, "end", "#222", &format!("generation {}", life.generation))?;
             for (from, to, colour) in
-                [(life.began, life.ready, STARTS), (life.ready, handed_over, SERVES), (handed_over, end(life), DRAINS)]
+                [(life.began, serves, STARTS), (serves, handed_over, SERVES), (handed_over, end(life), DRAINS)]
             {
                 let (x, width, height) = (self.x(from), self.x(to) - self.x(from), LANE - 8.0);
                 if width > 0.0 {
@@ -77,8 +79,9 @@ impl Panel {
 
 pub fn draw(report: &Report) -> Result<String, Box<dyn std::error::Error>> {
     let operator = report.operator;
-    // The one of median length, so that it is neither the best nor the worst.
+    // The one of median length, so that it is neither the best nor the worst; but not the last, after which the load ends.
     let mut ok: Vec<_> = operator.upgrades.iter().filter(|u| u.error.is_none()).collect();
+    ok.truncate(ok.len().saturating_sub(1).max(1));
     ok.sort_by_key(|u| u.end.saturating_sub(u.signal));
     let upgrade = ok.get(ok.len() / 2).ok_or("no upgrade to draw")?;
     let new = operator.lives.iter().find(|life| (upgrade.signal..upgrade.end).contains(&life.began));
@@ -100,7 +103,7 @@ pub fn draw(report: &Report) -> Result<String, Box<dyn std::error::Error>> {
     mark(&mut body, upgrade.signal, "end", "SIGHUP")?;
     if let Some(new) = new {
         let y = close_end - 0.5 * LANE;
-        text(&mut body, close.x(new.began) - 6.0, y, "end", MARK, "the new program begins")?;
+        text(&mut body, close.x(new.began) + 6.0, y, "start", MARK, "the new program begins")?;
         mark(&mut body, new.ready, "end", "it is ready")?;
     }
     mark(&mut body, upgrade.end, "start", &format!("commit, {:.1} ms", upgrade.ms()))?;

@@ -397,8 +397,10 @@ fn with_fork_alone_exec_stop_waits() {
         service.log.expect("ended gen=2");
         service.succeed("stop");
         assert_eq!(service.get("Result"), "success");
-        let not_our_child = |line: &String| line.contains("Supervising");
-        assert!(machine.complaints().iter().all(not_our_child), "{:?}", machine.complaints());
+        // `ctl` returns when the connection ends, a moment before the kernel has done with the process: systemd may still see
+        // it, and kill what has drained and said so above.
+        let harmless = |line: &String| ["Supervising", "Killing"].iter().any(|words| line.contains(words));
+        assert!(machine.complaints().iter().all(harmless), "{:?}", machine.complaints());
     });
 }
 
