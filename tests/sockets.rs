@@ -222,9 +222,8 @@ fn a_stale_unix_socket_is_replaced_and_a_live_one_is_not() {
     assert_eq!(generation(&listen), 1);
 
     let mut second = Command::new(example("whoami"));
-    let second = second.args(["--listen", &listen]).output().unwrap();
-    assert!(!second.status.success());
-    let said = String::from_utf8_lossy(&second.stderr);
+    second.args(["--listen", &listen]);
+    let said = Server::start(second).wait("whoami: ");
     assert!(said.contains(&format!("unix {}", path.display())) && said.contains("in use"), "{said}");
     assert_eq!(generation(&listen), 1, "the live one was harmed");
     drop(server);
