@@ -35,6 +35,29 @@ fn no_old_code_accepts_after_an_upgrade() {
     }
 }
 
+/// The flag is in what parent and child share: who changed it would change the accept loop of the other.
+#[test]
+fn a_listener_is_nonblocking_in_every_generation() {
+    let name = format!("unix:@nonblocking-{}", std::process::id());
+    let mut server = Server::whoami(["--listen", "127.0.0.1:0", "--listen", &name, "--probation", "20000"]);
+    let nonblocking = |pid: u32| {
+        let listeners = fds(pid).into_iter().filter(|(_, target)| target.starts_with("socket:"));
+        let flags = |(fd, _)| {
+            let info = fs::read_to_string(format!("/proc/{pid}/fdinfo/{fd}")).unwrap();
+            let flags = info.lines().find_map(|line| line.strip_prefix("flags:")).unwrap();
+            i32::from_str_radix(flags.trim(), 8).unwrap() & libc::O_NONBLOCK != 0
+        };
+        listeners.map(flags).collect::<Vec<_>>()
+    };
+    assert_eq!(nonblocking(server.first_pid()), [true; 4], "two listeners, each held twice");
+    server.signal(Signal::HUP);
+    server.wait("serving gen=2");
+    for pid in [server.first_pid(), server.pid()] {
+        let all = nonblocking(pid);
+        assert!(all.len() >= 4 && all.iter().all(|is| *is), "{all:?}");
+    }
+}
+
 /// A child that accepted before its ready would take connections along when it then fails.
 #[test]
 fn a_child_takes_nothing_before_it_is_ready() {
@@ -199,9 +222,8 @@ fn a_stale_unix_socket_is_replaced_and_a_live_one_is_not() {
     assert_eq!(generation(&listen), 1);
 
     let mut second = Command::new(example("whoami"));
-    let second = second.args(["--listen", &listen]).output().unwrap();
-    assert!(!second.status.success());
-    let said = String::from_utf8_lossy(&second.stderr);
+    second.args(["--listen", &listen]);
+    let said = Server::start(second).wait("whoami: ");
     assert!(said.contains(&format!("unix {}", path.display())) && said.contains("in use"), "{said}");
     assert_eq!(generation(&listen), 1, "the live one was harmed");
     drop(server);
