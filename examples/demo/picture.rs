@@ -103,7 +103,7 @@ pub fn draw(report: &Report) -> Result<String, Box<dyn std::error::Error>> {
     mark(&mut body, upgrade.signal, "end", "SIGHUP")?;
     if let Some(new) = new {
         let y = close_end - 0.5 * LANE;
-        text(&mut body, close.x(new.began) + 6.0, y, "start", MARK, "the new program begins")?;
+        text(&mut body, close.x(new.began) - 6.0, y, "end", MARK, "the new program begins")?;
         mark(&mut body, new.ready, "end", "it is ready")?;
     }
     mark(&mut body, upgrade.end, "start", &format!("commit, {:.1} ms", upgrade.ms()))?;
