@@ -7,6 +7,7 @@ use std::io;
 use std::net::TcpStream;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::{UnixDatagram, UnixStream};
+use std::panic::{self, AssertUnwindSafe};
 use std::sync::Arc;
 
 use rustix::net::{sockopt, AddressFamily};
@@ -25,7 +26,9 @@ pub(crate) struct Producer(Arc<Callback>);
 impl Producer {
     pub(crate) fn produce(&self, key: &Key) -> Result<OwnedFd, Error> {
         let failed = |source| Error::State { name: String::from_utf8_lossy(key.name()).into_owned(), source };
-        let bytes = (self.0)().map_err(failed)?;
+        // Unwinding on would end the service for a fault in what is only handed on.
+        let produced = panic::catch_unwind(AssertUnwindSafe(|| (self.0)()));
+        let bytes = produced.unwrap_or_else(|_| Err("the callback panicked".into())).map_err(failed)?;
         blob::seal(&bytes, blob::LIMIT).map_err(|e| failed(e.into()))
     }
 }
@@ -42,7 +45,7 @@ impl Sockets {
     /// is started, in the thread that upgrades; what changes after that call is not in them. An earlier callback of the
     /// same name is replaced.
     ///
-    /// They travel in memory, sealed, at most 64 MiB. If `produce` fails, so does the upgrade, with [`Error::State`],
+    /// They travel in memory, sealed, at most 64 MiB. If `produce` fails or panics, so does the upgrade, with [`Error::State`],
     /// and this process serves on.
     ///
     /// ```

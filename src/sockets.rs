@@ -271,7 +271,8 @@ impl Sockets {
     }
 
     /// Hands a socket to the next generation that came from elsewhere, under a key of the program's choice. There
-    /// [`claim`](Self::claim) gives it back; so does `listen_tcp` and its like if the key is theirs.
+    /// [`claim`](Self::claim) gives it back; so does `listen_tcp` and its like if the key is theirs. A listener, or a
+    /// bound datagram socket, becomes nonblocking by this, through every handle to it.
     ///
     /// ```
     /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -282,7 +283,6 @@ impl Sockets {
     ///     Some(fd) => fd.into(),
     ///     None => {
     ///         let listener = std::net::TcpListener::bind(addr)?;
-    ///         listener.set_nonblocking(true)?;
     ///         starting.adopt(Key::tcp(addr), listener.try_clone()?)?;
     ///         listener
     ///     }
@@ -439,7 +439,6 @@ impl Sockets {
                 return Ok(fd);
             }
             let (fd, file) = make(&key).map_err(|e| self.explain(e))?;
-            ioctl_fionbio(&fd, true)?;
             self.hold(&key, fd.as_fd(), file)?;
             log::debug!("opened {key}");
             Ok(fd)
@@ -449,6 +448,10 @@ impl Sockets {
 
     fn hold(&self, key: &Key, fd: BorrowedFd<'_>, file: Option<FileId>) -> io::Result<()> {
         check_kind(key.kind(), fd)?;
+        if key.kind().has_address() {
+            // Before any other generation has it: the mode is that of all who hold the socket.
+            ioctl_fionbio(fd, true)?;
+        }
         let held = Held::duplicate(fd, file)?;
         let mut state = self.lock();
         if let Some(store) = &state.store {

@@ -148,8 +148,9 @@ fn serve_kinds() -> Result<()> {
         Some(fd) => fd.into(),
         None => {
             let listener = TcpListener::bind("127.0.0.1:0")?;
-            listener.set_nonblocking(true)?;
             starting.adopt(key, listener.try_clone()?)?;
+            // Else whoever accepts through the shutdown handle would hang when it is over.
+            assert_eq!(listener.accept().unwrap_err().kind(), io::ErrorKind::WouldBlock);
             listener
         }
     };
@@ -160,6 +161,7 @@ fn serve_kinds() -> Result<()> {
     tell(format!("count {}", before.as_deref().unwrap_or("none")));
     let count = AtomicU64::new(before.map_or(0, |count| count.parse().unwrap()));
     starting.pass_bytes("count", move || {
+        assert!(!dir().join("panic").exists(), "as asked");
         if dir().join("no-state").exists() {
             return Err("the database is locked");
         }
@@ -379,14 +381,16 @@ fn everything_goes_over() {
         assert_eq!(datagram(b"a datagram"), "gen=1 a datagram");
 
         // The state cannot be produced: nothing is started, and the old one serves on.
-        fs::write(dir.path().join("no-state"), "").unwrap();
-        let refused = next(carrier, &mut servers[0], command());
-        let expected = "cannot produce state \"count\" for the next generation: the database is locked";
-        servers[0].wait(&format!("upgrade failed: {expected}"));
-        if let Some(mut refused) = refused {
-            refused.wait(r#"answer: "failed: cannot produce state"#);
+        for (fault, reason) in [("no-state", "the database is locked"), ("panic", "the callback panicked")] {
+            fs::write(dir.path().join(fault), "").unwrap();
+            let refused = next(carrier, &mut servers[0], command());
+            let expected = "cannot produce state \"count\" for the next generation: ";
+            servers[0].wait(&format!("upgrade failed: {expected}{reason}"));
+            if let Some(mut refused) = refused {
+                refused.wait(r#"answer: "failed: cannot produce state"#);
+            }
+            fs::remove_file(dir.path().join(fault)).unwrap();
         }
-        fs::remove_file(dir.path().join("no-state")).unwrap();
         assert_eq!(record(b"x"), "gen=1 x");
 
         // The new one fails when it has taken everything: the next one gets it all again.
