@@ -354,6 +354,28 @@ fn signals_to_every_generation_leave_one() {
     });
 }
 
+#[test]
+fn a_late_signal_does_not_end_the_drain() {
+    let mut server = Server::whoami(LISTEN.iter().chain(&["--hold", "--probation", "20"]));
+    let (addr, old) = (server.addr(), server.pid());
+    let answer = format!("gen=1 pid={old}\n");
+    let [mut begun, mut idle] = [(); 2].map(|()| {
+        let mut held = connect(&addr).unwrap();
+        held.write_all(b"who\n").unwrap();
+        held.read_exact(&mut vec![0; answer.len()]).unwrap();
+        held
+    });
+    begun.write_all(b"w").unwrap();
+    server.upgrade();
+    // The old process ends it when its service is over.
+    assert_eq!(idle.read(&mut [0]).unwrap(), 0);
+    send_signal(old, Signal::HUP);
+    begun.write_all(b"ho\n").unwrap();
+    let mut rest = String::new();
+    begun.read_to_string(&mut rest).unwrap();
+    assert_eq!(rest, answer);
+}
+
 /// In every peer `ready` then fails with EPIPE, and the service is gone.
 #[test]
 fn when_the_parent_is_killed_the_child_serves() {
