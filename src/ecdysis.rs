@@ -9,7 +9,7 @@ use crate::builder::Builder;
 use crate::error::{chain, Error};
 use crate::event::Event;
 use crate::exit::{Exit, ExitMode, ExitReason, Upgraded};
-use crate::handover::frames::Status;
+use crate::handover::lines::FromChild;
 use crate::service::{Core, Turn};
 use crate::shutdown::{Shutdown, State};
 use crate::sockets::Sockets;
@@ -48,7 +48,7 @@ impl Starting {
     /// [`Error::PidFile`], [`Error::Ready`]: this generation does not serve, and the parent does.
     pub fn ready(self) -> Result<Ecdysis, Error> {
         if let Err(error) = upgrade::ready(&self.0) {
-            self.0.tell_parent(&Status::Refused(chain(&error)));
+            self.0.tell_parent(&FromChild::Refused(chain(&error)));
             return Err(error);
         }
         self.0.shutdown.set(State::Accepting);
@@ -76,7 +76,7 @@ impl Starting {
     /// ```
     pub fn refuse(self, reason: impl fmt::Display) -> Error {
         let reason = reason.to_string();
-        self.0.tell_parent(&Status::Refused(reason.clone()));
+        self.0.tell_parent(&FromChild::Refused(reason.clone()));
         Error::RefusedHere { reason }
     }
 }

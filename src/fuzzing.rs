@@ -2,10 +2,10 @@
 
 use std::os::fd::AsFd;
 
-use crate::handover::frames::{Lines, Next, Status, Word};
+use crate::handover::lines::{FromChild, FromParent, Lines, Read};
 use crate::handover::manifest::{Entry, Manifest, Slot};
-use crate::handover::pipe::Way;
 use crate::handover::scm::{Limits, Receiver};
+use crate::handover::variable::Carrier;
 use crate::key::{Key, Kind};
 
 /// Any bytes are a manifest or an error; what was understood is said again in the same words.
@@ -26,14 +26,14 @@ pub fn frames(data: &[u8]) {
     let Ok(nothing) = std::fs::File::open("/dev/null") else { return };
     let mut lines = Lines::with(data.to_vec());
     let mut taken = 0;
-    while let Ok(Next::Line(line)) = lines.next(nothing.as_fd()) {
+    while let Ok(Read::Line(line)) = lines.next(nothing.as_fd()) {
         taken += line.len() + 1;
         assert!(taken <= data.len());
-        let _ = Word::parse(&line);
-        if let Some(status) = Status::parse(&line) {
+        let _ = FromParent::parse(&line);
+        if let Some(status) = FromChild::parse(&line) {
             // A reason is cut, and a number loses its zeros; what is left then stays.
             let again = status.line();
-            let status = Status::parse(again.trim_end_matches('\n'));
+            let status = FromChild::parse(again.trim_end_matches('\n'));
             assert_eq!(status.map(|status| status.line()), Some(again));
         }
     }
@@ -41,13 +41,13 @@ pub fn frames(data: &[u8]) {
 
 /// Any value of the variable names two pipes, a socket or nothing.
 pub fn variable(data: &[u8]) {
-    let Some(way) = std::str::from_utf8(data).ok().and_then(Way::parse) else { return };
-    let lowest = match way {
-        Way::Pipes { manifest, status } => manifest.fd.min(status.fd),
-        Way::Socket(socket) => socket.fd,
+    let Some(carrier) = std::str::from_utf8(data).ok().and_then(Carrier::parse) else { return };
+    let lowest = match carrier {
+        Carrier::Pipes { manifest, status } => manifest.fd.min(status.fd),
+        Carrier::Socket(socket) => socket.fd,
     };
     assert!(lowest > 2);
-    assert_eq!(Way::parse(&way.value()), Some(way));
+    assert_eq!(Carrier::parse(&carrier.value()), Some(carrier));
 }
 
 /// Any bytes over a takeover socket are a text with an end, or an error within the limits.

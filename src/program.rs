@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::{access, Access};
 
-use crate::handover::pipe::VARIABLE;
+use crate::handover::variable::VARIABLE;
 use crate::sys::spawn::OrStay;
 
 /// By these a service manager speaks to the process that it has started itself, and to no other. NOTIFY_SOCKET and

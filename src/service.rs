@@ -15,7 +15,7 @@ use crate::error::{chain, Error};
 use crate::event::Event;
 use crate::exit::{Exit, ExitMode, ExitReason, Upgraded};
 use crate::handover::escape::escape;
-use crate::handover::frames::{send, Status, Word};
+use crate::handover::lines::{send, FromChild, FromParent};
 use crate::manager::{Manager, ANNOUNCE};
 use crate::pid_file;
 use crate::program::Program;
@@ -132,7 +132,7 @@ impl Core {
         }
         if is_child {
             // It may have ended since, on purpose.
-            let _ = send(link, Word::Main.line());
+            let _ = send(link, FromParent::Main.line());
         }
     }
 
@@ -142,7 +142,7 @@ impl Core {
     }
 
     /// Says something to a parent that may be gone, which then does not matter.
-    pub(crate) fn tell_parent(&self, status: &Status) {
+    pub(crate) fn tell_parent(&self, status: &FromChild) {
         if let Some(Err(e)) = self.parent.as_ref().map(|parent| parent.tell(status)) {
             log::debug!("the parent does not hear {status:?}: {e}");
         }
@@ -231,7 +231,7 @@ impl Turn<'_> {
             // The announcement is among what the parent may have said.
             core.is_main();
             // In the probation the parent is still the one that is asked to stop.
-            if parent.and_then(Parent::next_word) == Some(Word::Stop) {
+            if parent.and_then(Parent::next_word) == Some(FromParent::Stop) {
                 let (reason, since) = (ExitReason::Parent, Instant::now());
                 triggers.requests.push_back(Request { action: Action::Stop, reason, since, reply: Reply::Nobody });
             }
@@ -239,7 +239,7 @@ impl Turn<'_> {
         };
         let (mode, state) = match action {
             Action::Stop => {
-                core.tell_parent(&Status::Stopping);
+                core.tell_parent(&FromChild::Stopping);
                 core.sockets.unlink(|_| true);
                 if let Some(Err(e)) = core.pid_file().as_deref().map(pid_file::remove_if_ours) {
                     log::warn!("cannot remove the PID file: {e}");
@@ -248,7 +248,7 @@ impl Turn<'_> {
                 (ExitMode::Stopped, State::Stopped)
             }
             Action::PartialStop => {
-                core.tell_parent(&Status::Stopping);
+                core.tell_parent(&FromChild::Stopping);
                 core.sockets.unlink(|key| triggers.listens_on(key));
                 core.kept().stopping.extend(reply.stopping());
                 (ExitMode::PartiallyStopped, State::Stopped)

@@ -15,7 +15,7 @@ use rustix::io::Errno;
 use crate::seqpacket::{UnixSeqpacketConn, UnixSeqpacketListener};
 use rustix::net::SocketFlags;
 
-use crate::handover::frames::{Lines, Next, Status};
+use crate::handover::lines::{FromChild, Lines, Read};
 use crate::manager::Manager;
 
 /// Tells every thread whether this generation accepts, and when that is over.
@@ -273,8 +273,8 @@ impl Shutdown {
             clear(&inner.drained);
             if let Some((pipe, lines)) = &mut *successor {
                 match lines.next(pipe.as_fd()) {
-                    Ok(Next::Line(line)) if Status::parse(&line) == Some(Status::EndDrain) => self.end_drain(),
-                    Ok(Next::Line(_) | Next::Wait) => {}
+                    Ok(Read::Line(line)) if FromChild::parse(&line) == Some(FromChild::EndDrain) => self.end_drain(),
+                    Ok(Read::Line(_) | Read::Wait) => {}
                     // All later generations have ended, or talk nonsense.
                     _ => *successor = None,
                 }

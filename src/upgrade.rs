@@ -22,10 +22,10 @@ use crate::builder::Config;
 use crate::error::Error;
 use crate::event::Event;
 use crate::exit::Upgraded;
-use crate::handover::frames::{preview, send, Lines, Next, Status, Word};
-use crate::handover::link::{self, wait_readable, Arrived, Link, Parcel, Transport};
+use crate::handover::lines::{preview, send, FromChild, FromParent, Lines, Read};
+use crate::handover::link::{self, wait_readable, Arrived, ChildLink, Handover, Transport};
 use crate::handover::manifest::{Entry, Manifest, Slot};
-use crate::handover::pipe::{Named, Way, VARIABLE};
+use crate::handover::variable::{Carrier, FdRef, VARIABLE};
 use crate::key::Key;
 use crate::pid_file;
 use crate::service::Core;
@@ -64,40 +64,40 @@ pub(crate) fn upgrade(
     since: Instant,
 ) -> Result<Upgraded, Error> {
     core.emit(&Event::Upgrading);
-    let parcel = pack(core)?;
+    let handover = pack(core)?;
     let mut child = match taker {
-        None => start(core, parcel)?,
-        Some(taker) => begin(core, taker, parcel)?,
+        None => start(core, handover)?,
+        Some(taker) => begin(core, taker, handover)?,
     };
     wait_ready(&mut child, core, triggers, since)?;
     commit(child, core, triggers, since)
 }
 
 /// Step 2: everything that is handed over, whatever carries it.
-fn pack(core: &Core) -> Result<Parcel, Error> {
+fn pack(core: &Core) -> Result<Handover, Error> {
     let (mut entries, mut descriptors) = core.sockets.snapshot()?;
     for link in core.draining() {
         entries.push(link.entry());
         descriptors.push(link.pipe.clone());
     }
-    Ok(Parcel { manifest: Manifest { generation: core.generation, entries, ..Manifest::default() }, descriptors })
+    Ok(Handover { manifest: Manifest { generation: core.generation, entries, ..Manifest::default() }, descriptors })
 }
 
 /// Step 3 with a child. What needs memory is built before it exists.
-fn start(core: &Core, parcel: Parcel) -> Result<Child<'_>, Error> {
-    let (link, childs) = match core.config.transport {
-        Transport::Pipes => Link::pipes(parcel)?,
-        Transport::Socket => Link::socketpair(parcel)?,
+fn start(core: &Core, handover: Handover) -> Result<Child<'_>, Error> {
+    let (link, child_end) = match core.config.transport {
+        Transport::Pipes => ChildLink::pipes(handover)?,
+        Transport::Socket => ChildLink::socketpair(handover)?,
     };
     let prepare = |what| move |source| Error::Prepare { what, source };
     let program = &core.program;
     let plan = Plan {
         program: program.path_c().map_err(prepare("program"))?,
         argv: program.argv().map_err(prepare("arguments"))?,
-        envp: program.envp(&childs.way.value()).map_err(prepare("environment"))?,
+        envp: program.envp(&child_end.carrier.value()).map_err(prepare("environment"))?,
         directory: program.directory_c().map_err(prepare("directory"))?,
-        keep: childs.keep(),
-        status: childs.status,
+        keep: child_end.keep(),
+        status: child_end.status,
         mask: core.mask,
         // systemd waits at a stop for its own children only; the others it kills at once (`unit_kill_context`).
         parent: if core.is_main() { ParentIs::OurParent } else { ParentIs::Us },
@@ -105,20 +105,20 @@ fn start(core: &Core, parcel: Parcel) -> Result<Child<'_>, Error> {
     let spawned =
         spawn(plan, core.config.spawn).map_err(|source| Error::Spawn { program: program.path.clone(), source })?;
     // Else the link would not end with the child.
-    drop(childs);
+    drop(child_end);
     let child = Child { process: Process { core, who: Who::Child(spawned), armed: true }, link };
     core.emit(&Event::Spawned { pid: child.process.pid() });
     Ok(child)
 }
 
 /// Step 3 with a process that runs already.
-fn begin<'a>(core: &'a Core, taker: &Taker, parcel: Parcel) -> Result<Child<'a>, Error> {
+fn begin<'a>(core: &'a Core, taker: &Taker, handover: Handover) -> Result<Child<'a>, Error> {
     let socket = taker.begin();
     let pid = taker.peer.pid.unwrap_or(0);
     log::info!("takeover pid={pid} uid={}", taker.peer.uid);
     let who = Who::Stranger { pid, pidfd: peer_pidfd(&socket), socket: socket.clone() };
     let process = Process { core, who, armed: true };
-    let mut link = Link::socket(socket, parcel)?;
+    let mut link = ChildLink::socket(socket, handover)?;
     link.send_some().map_err(|source| Error::Send { pid, source })?;
     Ok(Child { process, link })
 }
@@ -131,9 +131,9 @@ fn wait_ready(child: &mut Child<'_>, core: &Core, triggers: &mut Triggers, since
     loop {
         // What the child said comes before everything else: after `ready` it may be serving without us.
         match if waited { child.next_status()? } else { None } {
-            Some(Status::Ready) if child.link.is_sent() => return Ok(()),
-            Some(Status::Refused(reason)) => return Err(Error::Refused { pid, reason }),
-            Some(Status::Failed { step, errno }) => {
+            Some(FromChild::Ready) if child.link.is_sent() => return Ok(()),
+            Some(FromChild::Refused(reason)) => return Err(Error::Refused { pid, reason }),
+            Some(FromChild::Failed { step, errno }) => {
                 let (program, source) = (core.program.path.clone(), io::Error::from_raw_os_error(errno));
                 return Err(Error::Exec { program, pid, step, source });
             }
@@ -173,11 +173,11 @@ fn commit(mut child: Child<'_>, core: &Core, triggers: &mut Triggers, since: Ins
             other => other,
         })
     };
-    if child.link.say(Word::Commit).is_err() {
+    if child.link.say(FromParent::Commit).is_err() {
         return resume(child.link_ended());
     }
     // Whoever watches us must not take our end for a death from here on.
-    core.tell_parent(&Status::HandedOver);
+    core.tell_parent(&FromChild::HandedOver);
     let upgraded = Upgraded { pid, generation: core.generation + 1, commit: committed - since };
     core.emit(&Event::Committed(&upgraded));
 
@@ -186,8 +186,8 @@ fn commit(mut child: Child<'_>, core: &Core, triggers: &mut Triggers, since: Ins
     loop {
         // Read first, whatever the clock says: this process may have been stopped since, and the child serves.
         match child.next_status() {
-            Ok(Some(Status::Stopping | Status::HandedOver)) => break,
-            Ok(Some(Status::Serving)) => {
+            Ok(Some(FromChild::Stopping | FromChild::HandedOver)) => break,
+            Ok(Some(FromChild::Serving)) => {
                 serving = true;
                 continue;
             }
@@ -208,7 +208,7 @@ fn commit(mut child: Child<'_>, core: &Core, triggers: &mut Triggers, since: Ins
             // The stop is for the service, and that is the child now. A process that took over has a master of its own,
             // whose doing this may be: a new container is ready, and the old one goes.
             if matches!(child.process.who, Who::Child(_)) {
-                let _ = child.link.say(Word::Stop);
+                let _ = child.link.say(FromParent::Stop);
             }
             break;
         }
@@ -231,7 +231,7 @@ fn commit(mut child: Child<'_>, core: &Core, triggers: &mut Triggers, since: Ins
     }
     child.process.armed = false;
     let is_child = matches!(child.process.who, Who::Child(_));
-    let Link { to, from, lines, .. } = child.link;
+    let ChildLink { to, from, lines, .. } = child.link;
     core.announce(&upgraded, is_child, &to);
     core.kept().link = Some(to);
     core.shutdown.keep_successor(from, lines);
@@ -241,22 +241,22 @@ fn commit(mut child: Child<'_>, core: &Core, triggers: &mut Triggers, since: Ins
 /// The new process, and the link to it.
 struct Child<'a> {
     process: Process<'a>,
-    link: Link,
+    link: ChildLink,
 }
 
 impl Child<'_> {
     /// What the child has said, if anything. Its end without a word is an error.
-    fn next_status(&mut self) -> Result<Option<Status>, Error> {
+    fn next_status(&mut self) -> Result<Option<FromChild>, Error> {
         let pid = self.process.pid();
         let garbage = |received| Err(Error::Garbage { pid, received });
         match self.link.next() {
-            Ok(Next::Line(line)) => match Status::parse(&line) {
+            Ok(Read::Line(line)) => match FromChild::parse(&line) {
                 Some(status) => Ok(Some(status)),
                 None => garbage(preview(line.as_bytes())),
             },
-            Ok(Next::Garbage(received)) => garbage(received),
-            Ok(Next::Wait) if !self.process.ends_within(Duration::ZERO) => Ok(None),
-            Ok(Next::Wait | Next::End) | Err(_) => Err(self.link_ended()),
+            Ok(Read::Garbage(received)) => garbage(received),
+            Ok(Read::Wait) if !self.process.ends_within(Duration::ZERO) => Ok(None),
+            Ok(Read::Wait | Read::End) | Err(_) => Err(self.link_ended()),
         }
     }
 
@@ -277,8 +277,8 @@ impl Child<'_> {
     fn take_back(&mut self) -> bool {
         // A stranger cannot be killed. But it must say `serving` before it accepts, and now it cannot, however late it goes on.
         self.link.stop_hearing();
-        while let Ok(Next::Line(line)) = self.link.next() {
-            if Status::parse(&line) == Some(Status::Serving) {
+        while let Ok(Read::Line(line)) = self.link.next() {
+            if FromChild::parse(&line) == Some(FromChild::Serving) {
                 return false;
             }
         }
@@ -352,7 +352,7 @@ impl Process<'_> {
             Who::Child(spawned) => kill_and_reap(spawned),
             Who::Stranger { socket, .. } => {
                 // Without this word it would take our closing for our death, and serve.
-                let _ = send(socket, Word::Stop.line());
+                let _ = send(socket, FromParent::Stop.line());
                 None
             }
         };
@@ -437,19 +437,19 @@ pub(crate) fn inherit(config: &Config) -> Result<Option<Inherited>, Error> {
 /// From the parent that started this process. Proves first that the environment means this process.
 fn from_environment() -> Result<Option<Inherited>, Error> {
     let value = env::var_os(VARIABLE);
-    let Some(way) = value.as_ref().and_then(|value| Way::parse(value.to_str()?)) else { return Ok(None) };
+    let Some(carrier) = value.as_ref().and_then(|value| Carrier::parse(value.to_str()?)) else { return Ok(None) };
     let Some(mut adopter) = Adopter::take() else { return Ok(None) };
-    let mut adopt = |end: Named, file_type| adopter.adopt(end.fd, Some(file_type), end.inode).map(Arc::new);
+    let mut adopt = |end: FdRef, file_type| adopter.adopt(end.fd, Some(file_type), end.inode).map(Arc::new);
     let failed = |what| move |source| Error::Handover { what, source };
-    let (reader, writer, arrived) = match way {
-        Way::Pipes { manifest, status } => {
+    let (reader, writer, arrived) = match carrier {
+        Carrier::Pipes { manifest, status } => {
             let (Ok(reader), Ok(writer)) = (adopt(manifest, FileType::Fifo), adopt(status, FileType::Fifo)) else {
                 return Ok(not_meant());
             };
             let arrived = link::read(&reader, adopter, MANIFEST).map_err(failed("manifest"))?;
             (reader, writer, arrived)
         }
-        Way::Socket(socket) => {
+        Carrier::Socket(socket) => {
             let Ok(socket) = adopt(socket, FileType::Socket) else { return Ok(not_meant()) };
             let arrived = link::receive(&socket, MANIFEST).map_err(failed("manifest"))?;
             let arrived =
@@ -526,7 +526,7 @@ pub(crate) fn ready(core: &Core) -> Result<(), Error> {
     let pid_file = core.config.pid_file.as_deref().filter(|_| parent.is_stranger);
     let before = pid_file.map(|path| (path, std::fs::read(path).ok()));
     core.write_pid_file()?;
-    match parent.tell(&Status::Ready) {
+    match parent.tell(&FromChild::Ready) {
         // The parent is dead: we have the listeners. Or it has turned us away, and then its last word says so.
         Err(e) if matches!(e.kind(), io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset) => {}
         other => other.map_err(|source| Error::Ready { source })?,
@@ -535,11 +535,11 @@ pub(crate) fn ready(core: &Core) -> Result<(), Error> {
     let mut unheard = false;
     loop {
         match parent.next_word() {
-            Some(Word::Commit) => {}
+            Some(FromParent::Commit) => {}
             // A child would have been killed; this process belongs to somebody else.
-            Some(Word::Stop) => break,
+            Some(FromParent::Stop) => break,
             // Not before the verdict.
-            Some(Word::Main) => continue,
+            Some(FromParent::Main) => continue,
             None if parent.has_ended() => {
                 log::warn!("the parent ended before it could commit: serving without it");
                 return Ok(());
@@ -550,7 +550,7 @@ pub(crate) fn ready(core: &Core) -> Result<(), Error> {
             None => log::warn!("the parent did not answer within {COMMIT:?}: serving without it"),
         }
         // Before the first accept: a parent that does not hear this has ended, or takes the commit back and says so.
-        match parent.tell(&Status::Serving) {
+        match parent.tell(&FromChild::Serving) {
             Ok(()) => return Ok(()),
             Err(e) => log::debug!("the parent does not hear that this process serves: {e}"),
         }
@@ -580,7 +580,7 @@ pub(crate) struct Parent {
 struct Heard {
     lines: Lines,
     /// Not yet dealt with.
-    words: VecDeque<Word>,
+    words: VecDeque<FromParent>,
     /// It has announced us to the service manager.
     main: bool,
 }
@@ -596,7 +596,7 @@ pub(crate) enum Announced {
 
 impl Parent {
     /// What the parent has said since; nothing more once it has ended.
-    pub(crate) fn next_word(&self) -> Option<Word> {
+    pub(crate) fn next_word(&self) -> Option<FromParent> {
         self.hear().words.pop_front()
     }
 
@@ -629,14 +629,14 @@ impl Parent {
         let heard = &mut *guard;
         while !self.has_ended() {
             match heard.lines.next(self.reader.as_fd()) {
-                Ok(Next::Line(line)) => match Word::parse(&line) {
-                    Some(Word::Main) => heard.main = true,
+                Ok(Read::Line(line)) => match FromParent::parse(&line) {
+                    Some(FromParent::Main) => heard.main = true,
                     Some(word) => heard.words.push_back(word),
                     // A word that only later versions know.
                     None => log::debug!("the parent said {line:?}"),
                 },
-                Ok(Next::Wait) => break,
-                Ok(Next::End | Next::Garbage(_)) | Err(_) => self.ended.store(true, Ordering::Relaxed),
+                Ok(Read::Wait) => break,
+                Ok(Read::End | Read::Garbage(_)) | Err(_) => self.ended.store(true, Ordering::Relaxed),
             }
         }
         guard
@@ -648,7 +648,7 @@ impl Parent {
     }
 
     /// Says something that the parent may well be dead to hear.
-    pub(crate) fn tell(&self, status: &Status) -> io::Result<()> {
+    pub(crate) fn tell(&self, status: &FromChild) -> io::Result<()> {
         send(&self.writer.pipe, &status.line())
     }
 
@@ -688,7 +688,7 @@ impl DrainLink {
 
     pub(crate) fn end_drain(&self) {
         // If it has ended meanwhile, so has its drain.
-        let _ = send(&self.pipe, &Status::EndDrain.line());
+        let _ = send(&self.pipe, &FromChild::EndDrain.line());
     }
 
     fn entry(&self) -> Entry {

@@ -17,10 +17,10 @@ use rustix::io::Errno;
 use rustix::net::{shutdown, socketpair, AddressFamily, Shutdown, SocketFlags, SocketType};
 use rustix::pipe::{fcntl_setpipe_size, pipe_with, PipeFlags};
 
-use super::frames::{send, Lines, Next, Word};
+use super::lines::{send, FromParent, Lines, Read};
 use super::manifest::{Manifest, Slot, MAX_ENTRIES, MAX_SIZE};
-use super::pipe::{Named, Way};
 use super::scm::{Limits, Receiver, Sender, Sent};
+use super::variable::{Carrier, FdRef};
 use crate::error::Error;
 use crate::shutdown::{passes, timespec};
 use crate::sys::adopt::Adopter;
@@ -40,7 +40,7 @@ pub enum Transport {
 
 /// What is handed over: the descriptors stand in the order of the manifest's entries, which name them by their numbers
 /// in this process.
-pub(crate) struct Parcel {
+pub(crate) struct Handover {
     pub(crate) manifest: Manifest,
     /// Shared with their owners, so that they keep their numbers until the child has its own copies.
     pub(crate) descriptors: Vec<Arc<OwnedFd>>,
@@ -49,7 +49,7 @@ pub(crate) struct Parcel {
 // ---- the parent's end -------------------------------------------------------------------------------------------
 
 /// The parent's end. Nothing in it ever waits.
-pub(crate) struct Link {
+pub(crate) struct ChildLink {
     /// The manifest, and words after it. It stays open until this process ends, which the child sees.
     pub(crate) to: Arc<OwnedFd>,
     /// What the child says. The same as `to` if it is a socket.
@@ -74,15 +74,15 @@ const CROWDED: Duration = Duration::from_millis(10);
 
 /// What a spawned child holds besides stdin, stdout and stderr. Dropped after the spawn: else the link would not end
 /// with the child.
-pub(crate) struct ChildsEnd {
-    pub(crate) way: Way,
+pub(crate) struct ChildEnd {
+    pub(crate) carrier: Carrier,
     /// Where the child reports before it runs the new program.
     pub(crate) status: RawFd,
     ends: Vec<OwnedFd>,
     inherited: Vec<Arc<OwnedFd>>,
 }
 
-impl ChildsEnd {
+impl ChildEnd {
     /// What survives the execve.
     pub(crate) fn keep(&self) -> Vec<RawFd> {
         let inherited = self.inherited.iter().map(|fd| fd.as_raw_fd());
@@ -90,15 +90,15 @@ impl ChildsEnd {
     }
 }
 
-impl Link {
+impl ChildLink {
     /// To a child that inherits. As much of the manifest as fits is in its pipe already, so that as a rule the child
     /// needs nothing more from us to decide by itself, should we die.
-    pub(crate) fn pipes(parcel: Parcel) -> Result<(Self, ChildsEnd), Error> {
+    pub(crate) fn pipes(handover: Handover) -> Result<(Self, ChildEnd), Error> {
         // Nonblocking at both ends: neither process ever waits in a read or write, only in a poll with a deadline.
         let pipe = || pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK).map_err(io::Error::from);
         let (manifest_read, manifest_write) = pipe().map_err(prepare("manifest pipe"))?;
         let (status_read, status_write) = pipe().map_err(prepare("status pipe"))?;
-        let text = parcel.manifest.encode().into_bytes();
+        let text = handover.manifest.encode().into_bytes();
         // A larger pipe only saves the child a wait; without it the rest goes while we wait for `ready`.
         if text.len() > 64 * 1024 {
             let _ = fcntl_setpipe_size(&manifest_write, text.len());
@@ -107,25 +107,33 @@ impl Link {
         let status = named(&status_write).map_err(prepare("status pipe"))?;
         let mut link = Self::new(manifest_write.into(), status_read.into(), Unsent::Text(text));
         link.send_some().map_err(prepare("manifest"))?;
-        let way = Way::Pipes { manifest, status };
+        let carrier = Carrier::Pipes { manifest, status };
         let ends = vec![manifest_read, status_write];
-        Ok((link, ChildsEnd { way, status: status.fd, ends, inherited: parcel.descriptors }))
+        Ok((link, ChildEnd { carrier, status: status.fd, ends, inherited: handover.descriptors }))
     }
 
     /// To a child that receives.
-    pub(crate) fn socketpair(parcel: Parcel) -> Result<(Self, ChildsEnd), Error> {
+    pub(crate) fn socketpair(handover: Handover) -> Result<(Self, ChildEnd), Error> {
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-        let (ours, childs) = socketpair(AddressFamily::UNIX, SocketType::STREAM, flags, None)
+        let (ours, child_end) = socketpair(AddressFamily::UNIX, SocketType::STREAM, flags, None)
             .map_err(|e| prepare("handover socket")(e.into()))?;
-        let socket = named(&childs).map_err(prepare("handover socket"))?;
-        let mut link = Self::socket(ours.into(), parcel)?;
+        let socket = named(&child_end).map_err(prepare("handover socket"))?;
+        let mut link = Self::socket(ours.into(), handover)?;
         link.send_some().map_err(prepare("manifest"))?;
-        Ok((link, ChildsEnd { way: Way::Socket(socket), status: socket.fd, ends: vec![childs], inherited: Vec::new() }))
+        Ok((
+            link,
+            ChildEnd {
+                carrier: Carrier::Socket(socket),
+                status: socket.fd,
+                ends: vec![child_end],
+                inherited: Vec::new(),
+            },
+        ))
     }
 
     /// To whoever is at the other end of a nonblocking socket. Nothing is sent yet.
-    pub(crate) fn socket(socket: Arc<OwnedFd>, parcel: Parcel) -> Result<Self, Error> {
-        let Parcel { mut manifest, descriptors } = parcel;
+    pub(crate) fn socket(socket: Arc<OwnedFd>, handover: Handover) -> Result<Self, Error> {
+        let Handover { mut manifest, descriptors } = handover;
         for (index, entry) in manifest.entries.iter_mut().enumerate() {
             // Numbers mean nothing in the other process.
             entry.slot.number = index as u32;
@@ -175,7 +183,7 @@ impl Link {
     }
 
     /// Says something to the child; never waits.
-    pub(crate) fn say(&self, word: Word) -> io::Result<()> {
+    pub(crate) fn say(&self, word: FromParent) -> io::Result<()> {
         send(&self.to, word.line())
     }
 
@@ -187,7 +195,7 @@ impl Link {
     }
 
     /// The next line that the child has said.
-    pub(crate) fn next(&mut self) -> io::Result<Next> {
+    pub(crate) fn next(&mut self) -> io::Result<Read> {
         self.lines.next(self.from.as_fd())
     }
 }
@@ -196,8 +204,8 @@ fn prepare(what: &'static str) -> impl FnOnce(io::Error) -> Error {
     move |source| Error::Prepare { what, source }
 }
 
-fn named(fd: &OwnedFd) -> io::Result<Named> {
-    Ok(Named { fd: fd.as_raw_fd(), inode: fstat(fd)?.st_ino })
+fn named(fd: &OwnedFd) -> io::Result<FdRef> {
+    Ok(FdRef { fd: fd.as_raw_fd(), inode: fstat(fd)?.st_ino })
 }
 
 /// Writes as much as goes in without waiting, and removes it from `unsent`.
@@ -326,19 +334,19 @@ mod tests {
     #[test]
     fn a_word_is_heard_or_refused() {
         for _ in 0..2000 {
-            let parcel = Parcel { manifest: Manifest::default(), descriptors: Vec::new() };
-            let (mut link, childs) = Link::socketpair(parcel).unwrap();
+            let handover = Handover { manifest: Manifest::default(), descriptors: Vec::new() };
+            let (mut link, child_end) = ChildLink::socketpair(handover).unwrap();
             let begin = Barrier::new(2);
             thread::scope(|scope| {
                 let child = scope.spawn(|| {
                     begin.wait();
-                    send(&childs.ends[0], "serving\n").is_ok()
+                    send(&child_end.ends[0], "serving\n").is_ok()
                 });
                 begin.wait();
                 link.stop_hearing();
                 let read = link.next().unwrap();
                 let told = child.join().unwrap();
-                assert_eq!(read, if told { Next::Line("serving".into()) } else { Next::End });
+                assert_eq!(read, if told { Read::Line("serving".into()) } else { Read::End });
             });
         }
     }

@@ -1,9 +1,9 @@
-//! Everything that passes between two generations: the manifest, and the frames that go with it.
+//! Everything that passes between two generations: the manifest, the descriptors, and the lines that go with them.
 
 pub(crate) mod blob;
 pub(crate) mod escape;
-pub(crate) mod frames;
+pub(crate) mod lines;
 pub(crate) mod link;
 pub(crate) mod manifest;
-pub(crate) mod pipe;
 pub(crate) mod scm;
+pub(crate) mod variable;

@@ -12,14 +12,14 @@ use crate::sys::signal::without_sigpipe;
 
 /// What a child says to its parent.
 #[derive(Debug, PartialEq, Eq)]
-pub(crate) enum Status {
-    /// It serves as soon as it hears [`Word::Commit`].
+pub(crate) enum FromChild {
+    /// It serves as soon as it hears [`FromParent::Commit`].
     Ready,
     /// It will not serve, and why.
     Refused(String),
     /// A step between fork and execve failed with this errno.
     Failed { step: String, errno: i32 },
-    /// It serves from here on: it has heard [`Word::Commit`], or nothing for too long.
+    /// It serves from here on: it has heard [`FromParent::Commit`], or nothing for too long.
     Serving,
     /// After the commit: it stops on purpose.
     Stopping,
@@ -29,7 +29,7 @@ pub(crate) enum Status {
     EndDrain,
 }
 
-impl Status {
+impl FromChild {
     pub(crate) fn line(&self) -> String {
         match self {
             Self::Ready => "ready\n".into(),
@@ -69,7 +69,7 @@ impl Status {
 
 /// What a parent says to its child, after the manifest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Word {
+pub(crate) enum FromParent {
     /// The child is the one that serves now.
     Commit,
     /// The service was asked to stop.
@@ -78,7 +78,7 @@ pub(crate) enum Word {
     Main,
 }
 
-impl Word {
+impl FromParent {
     pub(crate) fn line(self) -> &'static str {
         match self {
             Self::Commit => "commit\n",
@@ -113,7 +113,7 @@ pub(crate) struct Lines {
 
 /// The next line, or why there is none.
 #[derive(Debug, PartialEq, Eq)]
-pub(crate) enum Next {
+pub(crate) enum Read {
     Line(String),
     /// Nothing more for now.
     Wait,
@@ -130,38 +130,38 @@ impl Lines {
     }
 
     /// The next line that is not for others only.
-    pub(crate) fn next(&mut self, fd: BorrowedFd<'_>) -> io::Result<Next> {
+    pub(crate) fn next(&mut self, fd: BorrowedFd<'_>) -> io::Result<Read> {
         loop {
             match self.buffered() {
-                Some(Next::Line(line)) if line.starts_with('?') => continue,
+                Some(Read::Line(line)) if line.starts_with('?') => continue,
                 Some(next) => return Ok(next),
                 None => {}
             }
             let mut chunk = [0; 512];
             match rustix::io::read(fd, &mut chunk) {
-                Ok(0) if self.buffer.is_empty() => return Ok(Next::End),
-                Ok(0) => return Ok(Next::Garbage(preview(&self.buffer))),
+                Ok(0) if self.buffer.is_empty() => return Ok(Read::End),
+                Ok(0) => return Ok(Read::Garbage(preview(&self.buffer))),
                 Ok(n) => self.buffer.extend_from_slice(&chunk[..n]),
-                Err(Errno::AGAIN) => return Ok(Next::Wait),
+                Err(Errno::AGAIN) => return Ok(Read::Wait),
                 // A Unix socket whose peer closed with data unread.
-                Err(Errno::CONNRESET) => return Ok(Next::End),
+                Err(Errno::CONNRESET) => return Ok(Read::End),
                 Err(Errno::INTR) => {}
                 Err(e) => return Err(e.into()),
             }
         }
     }
 
-    fn buffered(&mut self) -> Option<Next> {
+    fn buffered(&mut self) -> Option<Read> {
         match self.buffer.iter().position(|&byte| byte == b'\n') {
             Some(end) if end <= MAX_LINE => {
                 let line: Vec<u8> = self.buffer.drain(..=end).collect();
                 Some(match std::str::from_utf8(&line[..end]) {
-                    Ok(line) => Next::Line(line.to_owned()),
-                    Err(_) => Next::Garbage(preview(&line)),
+                    Ok(line) => Read::Line(line.to_owned()),
+                    Err(_) => Read::Garbage(preview(&line)),
                 })
             }
             None if self.buffer.len() <= MAX_LINE => None,
-            _ => Some(Next::Garbage(preview(&self.buffer))),
+            _ => Some(Read::Garbage(preview(&self.buffer))),
         }
     }
 }
@@ -191,41 +191,41 @@ mod tests {
     #[test]
     fn status_lines_survive_the_way() {
         for status in [
-            Status::Ready,
-            Status::Refused("config: line 3\nis bad %".into()),
-            Status::Failed { step: "execve".into(), errno: 2 },
-            Status::Serving,
-            Status::Stopping,
-            Status::HandedOver,
-            Status::EndDrain,
+            FromChild::Ready,
+            FromChild::Refused("config: line 3\nis bad %".into()),
+            FromChild::Failed { step: "execve".into(), errno: 2 },
+            FromChild::Serving,
+            FromChild::Stopping,
+            FromChild::HandedOver,
+            FromChild::EndDrain,
         ] {
             let line = status.line();
-            assert_eq!(Status::parse(line.strip_suffix('\n').unwrap()), Some(status));
+            assert_eq!(FromChild::parse(line.strip_suffix('\n').unwrap()), Some(status));
         }
         for garbage in ["", "readyish", "ready now", "failed execve", "failed execve x", "refused %4"] {
-            assert_eq!(Status::parse(garbage), None, "{garbage:?}");
+            assert_eq!(FromChild::parse(garbage), None, "{garbage:?}");
         }
     }
 
     #[test]
     fn a_long_reason_is_cut_not_lost() {
-        let line = Status::Refused("ä".repeat(5000)).line();
+        let line = FromChild::Refused("ä".repeat(5000)).line();
         assert!(line.len() < MAX_LINE, "{}", line.len());
-        assert!(matches!(Status::parse(line.trim_end()), Some(Status::Refused(r)) if r.len() == MAX_REASON));
+        assert!(matches!(FromChild::parse(line.trim_end()), Some(FromChild::Refused(r)) if r.len() == MAX_REASON));
     }
 
     #[test]
     fn lines_come_in_pieces_and_end() {
         let (reader, writer) = pipe_with(PipeFlags::NONBLOCK).unwrap();
         let mut lines = Lines::default();
-        assert_eq!(lines.next(reader.as_fd()).unwrap(), Next::Wait);
+        assert_eq!(lines.next(reader.as_fd()).unwrap(), Read::Wait);
         send(&writer, "rea").unwrap();
-        assert_eq!(lines.next(reader.as_fd()).unwrap(), Next::Wait);
+        assert_eq!(lines.next(reader.as_fd()).unwrap(), Read::Wait);
         send(&writer, "dy\n?progress 50\nserving\n").unwrap();
-        assert_eq!(lines.next(reader.as_fd()).unwrap(), Next::Line("ready".into()));
-        assert_eq!(lines.next(reader.as_fd()).unwrap(), Next::Line("serving".into()));
+        assert_eq!(lines.next(reader.as_fd()).unwrap(), Read::Line("ready".into()));
+        assert_eq!(lines.next(reader.as_fd()).unwrap(), Read::Line("serving".into()));
         drop(writer);
-        assert_eq!(lines.next(reader.as_fd()).unwrap(), Next::End);
+        assert_eq!(lines.next(reader.as_fd()).unwrap(), Read::End);
     }
 
     #[test]
@@ -233,7 +233,7 @@ mod tests {
         let (reader, writer) = pipe_with(PipeFlags::NONBLOCK).unwrap();
         send(&writer, &"x".repeat(MAX_LINE + 600)).unwrap();
         let mut lines = Lines::default();
-        assert!(matches!(lines.next(reader.as_fd()).unwrap(), Next::Garbage(_)));
+        assert!(matches!(lines.next(reader.as_fd()).unwrap(), Read::Garbage(_)));
         assert!(lines.buffer.len() <= MAX_LINE + 600);
     }
 }

@@ -10,19 +10,19 @@ pub(crate) const VARIABLE: &str = "ECDYSIS_HANDOVER";
 
 /// One descriptor, by number and inode.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Named {
+pub(crate) struct FdRef {
     pub(crate) fd: RawFd,
     pub(crate) inode: u64,
 }
 
 /// What a child talks to its parent through.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Way {
-    Pipes { manifest: Named, status: Named },
-    Socket(Named),
+pub(crate) enum Carrier {
+    Pipes { manifest: FdRef, status: FdRef },
+    Socket(FdRef),
 }
 
-impl Way {
+impl Carrier {
     pub(crate) fn value(&self) -> String {
         match self {
             Self::Pipes { manifest, status } => {
@@ -45,7 +45,7 @@ impl Way {
                 _ => continue,
             };
             let (fd, inode) = place.split_once('@')?;
-            *slot = Some(Named { fd: fd.parse().ok().filter(|fd| *fd > 2)?, inode: inode.parse().ok()? });
+            *slot = Some(FdRef { fd: fd.parse().ok().filter(|fd| *fd > 2)?, inode: inode.parse().ok()? });
         }
         match socket {
             Some(socket) => Some(Self::Socket(socket)),
@@ -60,19 +60,19 @@ mod tests {
 
     #[test]
     fn the_value_is_the_contract() {
-        let (manifest, status) = (Named { fd: 5, inode: 48211 }, Named { fd: 7, inode: 48212 });
-        for (way, value) in [
-            (Way::Pipes { manifest, status }, "v1:manifest=5@48211,status=7@48212"),
-            (Way::Socket(manifest), "v1:socket=5@48211"),
+        let (manifest, status) = (FdRef { fd: 5, inode: 48211 }, FdRef { fd: 7, inode: 48212 });
+        for (carrier, value) in [
+            (Carrier::Pipes { manifest, status }, "v1:manifest=5@48211,status=7@48212"),
+            (Carrier::Socket(manifest), "v1:socket=5@48211"),
         ] {
-            assert_eq!(way.value(), value);
-            assert_eq!(Way::parse(value), Some(way));
+            assert_eq!(carrier.value(), value);
+            assert_eq!(Carrier::parse(value), Some(carrier));
         }
     }
 
     #[test]
     fn later_versions_may_add_and_nonsense_is_nothing() {
-        assert!(Way::parse("v1:color=blue,manifest=5@1,status=7@2").is_some());
+        assert!(Carrier::parse("v1:color=blue,manifest=5@1,status=7@2").is_some());
         let nonsense = [
             "",
             "yes",
@@ -84,7 +84,7 @@ mod tests {
             "v1:socket=2@2",
         ];
         for nonsense in nonsense {
-            assert_eq!(Way::parse(nonsense), None, "{nonsense:?}");
+            assert_eq!(Carrier::parse(nonsense), None, "{nonsense:?}");
         }
     }
 }
