@@ -1,43 +1,35 @@
-//! A complete threaded server that is replaced by its next version without losing a connection.
+//! The server in README: threads, one listener, upgraded without losing a connection.
 //!
-//!     cargo run --example echo                        # or: echo 127.0.0.1:7001
-//!     nc 127.0.0.1 7000                               # in a second terminal: what you type comes back
-//!     kill -HUP $(pgrep -n -x echo)                   # in a third: the upgrade
+//!     cargo run --example echo                # writes its PID into ./echo.pid; or: echo 127.0.0.1:7001
+//!     nc 127.0.0.1 7000                       # in a second terminal: it sends back what you type
+//!     kill -HUP $(cat echo.pid)               # in a third: the upgrade
 //!
-//! The `nc` that was open stays with the old process, which ends when `nc` does. A new `nc` talks to the new one.
-//! (A protocol that may close an idle connection ends it at the upgrade with `shutdown.readable(&stream, None)`.)
+//! The open `nc` stays with the old process, which exits when `nc` does. A new `nc` reaches the new process.
 
-use ecdysis::Ecdysis;
-use std::{env, error::Error, io, net::SocketAddr, thread, time::Duration};
+use std::io::{self, Write};
+use std::{thread, time::Duration};
 
-fn main() -> Result<(), Box<dyn Error>> {
-    let address: SocketAddr = env::args().nth(1).as_deref().unwrap_or("127.0.0.1:7000").parse()?;
-
-    let starting = Ecdysis::builder()
+fn main() -> Result<(), Box<dyn std::error::Error>> {
+    let address = std::env::args().nth(1).unwrap_or("127.0.0.1:7000".into());
+    let starting = ecdysis::Ecdysis::builder()
         .upgrade_on_signal(libc::SIGHUP)
         .stop_on_signal(libc::SIGTERM)
-        .stop_on_signal(libc::SIGINT)
+        .pid_file("echo.pid")
         .start()?;
-    // The first generation binds here. Every later one is handed the same socket.
-    let listener = starting.listen_tcp(address)?;
-    // From here on this process serves, and the one before it stops accepting.
-    let ecdysis = starting.ready()?;
-    eprintln!("generation {} serves {} as pid {}", ecdysis.generation(), listener.local_addr()?, std::process::id());
+    let listener = starting.listen_tcp(address.parse()?)?; // the first generation binds, later ones inherit
+    let server = starting.ready()?; // from here this process accepts, and the previous one no longer does
+    let (generation, pid) = (server.generation(), std::process::id());
+    let _ = writeln!(io::stderr(), "generation {generation} serves {} as pid {pid}", listener.local_addr()?);
 
-    let shutdown = ecdysis.shutdown();
-    let accepting = shutdown.clone();
+    let (shutdown, accepting) = (server.shutdown(), server.shutdown());
     thread::spawn(move || {
         for stream in accepting.incoming(&listener).flatten() {
-            let guard = accepting.guard(); // what `drain` waits for
-            thread::spawn(move || {
-                let _ = io::copy(&mut &stream, &mut &stream);
-                drop(guard);
-            });
+            let guard = accepting.guard(); // `drain` waits until it is dropped
+            thread::spawn(move || io::copy(&mut &stream, &mut &stream).map(|_| drop(guard)));
         }
     });
-
-    let exit = ecdysis.run()?; // until a successor serves, or a stop
+    let exit = server.run()?; // returns when a successor serves, or at a stop
     let left = shutdown.drain(Duration::from_secs(60));
-    eprintln!("generation {} ends: {exit}, {left} connections cut", ecdysis.generation());
+    let _ = writeln!(io::stderr(), "generation {generation} ends: {exit}; {left} connections cut");
     Ok(())
 }

@@ -75,7 +75,7 @@
 //! None is on by default. `tokio_ecdysis` (also called `tokio`): the async face, in the module of that name.
 //! `systemd_notify` and `systemd_sockets` (together `systemd`): see [`guide::systemd`].
 //!
-//! The [`guide`] has chapters on each of these, on operations, and on moving from other libraries.
+//! The [`guide`] has chapters on each of these, on operations, and on migrating from other libraries.
 
 #![deny(unsafe_code)]
 #![warn(missing_docs, rust_2018_idioms)]
@@ -134,8 +134,12 @@ pub mod guide {
     pub mod protocol {}
     #[doc = include_str!("guide/gotchas.md")]
     pub mod gotchas {}
-    #[doc = include_str!("guide/moving.md")]
-    pub mod moving {}
+    #[doc = include_str!("guide/migrating.md")]
+    pub mod migrating {}
+    #[doc = include_str!("guide/comparison.md")]
+    pub mod comparison {}
+    #[doc = include_str!("guide/why_not.md")]
+    pub mod why_not {}
 }
 
 pub use crate::ecdysis::{Ecdysis, Starting};

@@ -5,7 +5,7 @@ mod support;
 use std::process::Command;
 
 use rustix::process::Signal;
-use support::{connect, example, send_signal, wait_exit, Conn, Server};
+use support::{connect, example, send_signal, tempdir, wait_exit, Conn, Server};
 
 fn echoes(connection: &mut dyn Conn, text: &[u8]) {
     connection.write_all(text).unwrap();
@@ -17,7 +17,8 @@ fn echoes(connection: &mut dyn Conn, text: &[u8]) {
 #[test]
 fn an_open_connection_outlives_the_upgrade() {
     let mut command = Command::new(example("echo"));
-    command.arg("127.0.0.1:0");
+    let directory = tempdir(); // for its PID file
+    command.arg("127.0.0.1:0").current_dir(directory.path());
     let mut server = Server::start(command);
     // generation 1 serves 127.0.0.1:4711 as pid 815
     let serves = server.wait("generation 1 serves ");
@@ -42,5 +43,5 @@ fn an_open_connection_outlives_the_upgrade() {
 #[test]
 fn readme_shows_it() {
     let (readme, echo) = (include_str!("../README.md"), include_str!("../examples/echo.rs"));
-    assert!(readme.contains(&echo[echo.find("use ecdysis").unwrap()..]), "README and examples/echo.rs differ");
+    assert!(readme.contains(&echo[echo.find("use std::io").unwrap()..]), "README and examples/echo.rs differ");
 }

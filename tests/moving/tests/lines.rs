@@ -1,4 +1,4 @@
-//! The lines that `src/guide/moving.md` says to change to, as far as they are code: they compile.
+//! The lines that `src/guide/migrating.md` says to change to, as far as they are code: they compile.
 
 use std::io;
 use std::net::{SocketAddr, TcpListener};
