@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicBool, AtomicU8, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
-use rustix::event::{epoll, eventfd, poll, EventfdFlags, PollFd, PollFlags, Timespec};
+use rustix::event::{epoll, eventfd, poll, EventfdFlags, PollFd, PollFlags};
 use rustix::io::Errno;
 
 use crate::seqpacket::{UnixSeqpacketConn, UnixSeqpacketListener};
@@ -17,6 +17,7 @@ use rustix::net::SocketFlags;
 
 use crate::handover::lines::{FromChild, Lines, Read};
 use crate::manager::Manager;
+use crate::sys::poll::{should_retry, timespec};
 
 /// Tells every thread whether this generation accepts, and when that is over.
 ///
@@ -214,7 +215,7 @@ impl Shutdown {
                 Ok(0) => return Ok(Readable::TimedOut),
                 Ok(_) if !fds[0].revents().is_empty() => return Ok(Readable::Ready),
                 Ok(_) => return Ok(Readable::Over),
-                Err(e) if passes(e) => {}
+                Err(e) if should_retry(e) => {}
                 Err(e) => return Err(e.into()),
             }
         }
@@ -767,19 +768,4 @@ fn raise(event: &OwnedFd) {
 
 fn clear(event: &OwnedFd) {
     let _ = rustix::io::read(event, &mut [0; 8]);
-}
-
-/// Whether a poll(2) that failed so should be tried again, after a pause if the kernel is short of memory: a server
-/// that ended for that would take the service with it.
-pub(crate) fn passes(e: Errno) -> bool {
-    let scarce = matches!(e, Errno::NOMEM | Errno::AGAIN);
-    if scarce {
-        std::thread::sleep(EXHAUSTED);
-    }
-    scarce || e == Errno::INTR
-}
-
-pub(crate) fn timespec(time: Duration) -> Timespec {
-    // A deadline beyond what the kernel can count is none.
-    Timespec::try_from(time).unwrap_or(Timespec { tv_sec: i64::MAX, tv_nsec: 0 })
 }

@@ -15,9 +15,10 @@ use rustix::io::{retry_on_intr, Errno};
 use rustix::net::{RecvFlags, SendFlags};
 
 use crate::error::Error;
-use crate::handover::link::{nonblocking, wait_readable};
+use crate::handover::link::nonblocking;
 use crate::listen;
 use crate::sys::peer::{peer, PeerCred};
+use crate::sys::poll::wait_readable;
 
 /// What a process that takes over says first.
 const HELLO: &str = "takeover 1\n";

@@ -15,8 +15,8 @@ use crate::error::{chain, Error};
 use crate::exit::{ExitReason, Upgraded};
 use crate::key::Key;
 use crate::service::Core;
-use crate::shutdown::{passes, timespec};
 use crate::sys::peer::PeerCred;
+use crate::sys::poll::{should_retry, timespec};
 use crate::sys::signal::{self, Handlers};
 use crate::takeover::{self, Taker, Trust};
 
@@ -313,7 +313,7 @@ impl Triggers {
             let time = until.map(|until| timespec(until.saturating_duration_since(now)));
             match poll(&mut polled, time.as_ref()) {
                 Ok(_) => {}
-                Err(e) if passes(e) => match deadline {
+                Err(e) if should_retry(e) => match deadline {
                     Some(deadline) if Instant::now() >= deadline => return Ok(Woken::Deadline),
                     _ => continue,
                 },

@@ -23,16 +23,17 @@ use crate::error::Error;
 use crate::event::Event;
 use crate::exit::Upgraded;
 use crate::handover::lines::{preview, send, FromChild, FromParent, Lines, Read};
-use crate::handover::link::{self, wait_readable, Arrived, ChildLink, Handover, Transport};
+use crate::handover::link::{self, Arrived, ChildLink, Handover, Transport};
 use crate::handover::manifest::{Entry, Manifest, Slot};
 use crate::handover::variable::{Carrier, FdRef, VARIABLE};
 use crate::key::Key;
 use crate::pid_file;
 use crate::service::Core;
-use crate::shutdown::{passes, timespec, State};
+use crate::shutdown::State;
 use crate::sockets::Held;
 use crate::sys::adopt::Adopter;
 use crate::sys::peer::peer_pidfd;
+use crate::sys::poll::{should_retry, timespec, wait_for, wait_readable};
 use crate::sys::spawn::{exit_status, spawn, ParentIs, Plan, Spawned};
 use crate::takeover::{self, Taker};
 use crate::trigger::{Sockets, Triggers};
@@ -398,7 +399,7 @@ fn kill_and_reap(child: &Spawned) -> Option<ExitStatus> {
     }
     if let (Some(pidfd), ParentIs::OurParent) = (&child.pidfd, child.parent) {
         // Our parent reaps it, and only then does the kernel say how it ended.
-        link::wait_for(pidfd, PollFlags::empty(), ENDING);
+        wait_for(pidfd, PollFlags::empty(), ENDING);
         return exit_status(pidfd);
     }
     loop {
@@ -664,7 +665,7 @@ impl Parent {
             let left = deadline.map(|deadline| timespec(deadline.saturating_duration_since(Instant::now())));
             // No event is asked for: POLLHUP comes all the same.
             match poll(&mut [PollFd::new(&self.reader, PollFlags::empty())], left.as_ref()) {
-                Err(e) if passes(e) && deadline.is_none_or(|deadline| Instant::now() < deadline) => {}
+                Err(e) if should_retry(e) && deadline.is_none_or(|deadline| Instant::now() < deadline) => {}
                 result => return Ok(result? > 0),
             }
         }

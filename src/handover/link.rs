@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use rustix::buffer::spare_capacity;
-use rustix::event::{poll, PollFd, PollFlags};
+use rustix::event::PollFlags;
 use rustix::fs::{fcntl_getfl, fcntl_setfl, fstat, OFlags};
 use rustix::io::Errno;
 use rustix::net::{shutdown, socketpair, AddressFamily, Shutdown, SocketFlags, SocketType};
@@ -22,8 +22,8 @@ use super::manifest::{Manifest, Slot, MAX_ENTRIES, MAX_SIZE};
 use super::scm::{Limits, Receiver, Sender, Sent};
 use super::variable::{Carrier, FdRef};
 use crate::error::Error;
-use crate::shutdown::{passes, timespec};
 use crate::sys::adopt::Adopter;
+use crate::sys::poll::wait_readable;
 use crate::sys::signal::without_sigpipe;
 
 /// How a child gets its handover. A process that takes over always gets it through its socket.
@@ -300,23 +300,6 @@ fn wait_until(fd: &OwnedFd, deadline: Instant) -> io::Result<()> {
         return Ok(());
     }
     Err(io::ErrorKind::TimedOut.into())
-}
-
-/// Whether `fd` is readable, or at its end, within that time.
-pub(crate) fn wait_readable(fd: impl AsFd, time: Duration) -> bool {
-    wait_for(fd, PollFlags::IN, time)
-}
-
-/// Waits for these events, or for the hangup that always counts.
-pub(crate) fn wait_for(fd: impl AsFd, events: PollFlags, time: Duration) -> bool {
-    let deadline = Instant::now() + time;
-    loop {
-        let left = timespec(deadline.saturating_duration_since(Instant::now()));
-        match poll(&mut [PollFd::new(&fd, events)], Some(&left)) {
-            Err(e) if passes(e) && Instant::now() < deadline => {}
-            result => return result.is_ok_and(|ready| ready > 0),
-        }
-    }
 }
 
 /// For the end of a connection that this process accepted or made. Its other end is not touched by it.

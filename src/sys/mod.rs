@@ -6,6 +6,7 @@ pub(crate) mod adopt;
 #[cfg(feature = "systemd_sockets")]
 pub(crate) mod listen_fds;
 pub(crate) mod peer;
+pub(crate) mod poll;
 pub(crate) mod raw;
 pub(crate) mod signal;
 pub(crate) mod spawn;
