@@ -12,6 +12,7 @@ use rustix::fs::Mode;
 use crate::ecdysis::Starting;
 use crate::error::Error;
 use crate::event::Event;
+use crate::handover::ancestors::Ancestors;
 use crate::handover::link::Transport;
 use crate::key::Key;
 use crate::manager::Manager;
@@ -350,9 +351,9 @@ impl Builder {
         let mask = signal::mask().map_err(prepare("signal mask"))?;
         let program = Program::resolve(&self.changes);
         let inherited = upgrade::inherit(&self.config)?;
-        let (generation, sockets, parent, older) = match inherited {
-            Some(Inherited { generation, sockets, parent, older }) => (generation + 1, sockets, Some(parent), older),
-            None => (1, Vec::new(), None, Vec::new()),
+        let (generation, sockets, ancestors) = match inherited {
+            Some(Inherited { generation, sockets, ancestors }) => (generation + 1, sockets, ancestors),
+            None => (1, Vec::new(), Ancestors::default()),
         };
 
         signal::wake_fd().map_err(prepare("wake descriptor"))?;
@@ -360,7 +361,7 @@ impl Builder {
         for &(signal, _) in &self.signals {
             handlers.install(signal).map_err(|source| Error::Signal { signal, source })?;
         }
-        let manager = self.config.manager(generation, parent.is_some())?.map(Arc::new);
+        let manager = self.config.manager(generation, ancestors.parent.is_some())?.map(Arc::new);
         let sockets = self.config.sockets(sockets)?;
         let mut control = Vec::new();
         for (path, meaning) in &self.sockets {
@@ -383,8 +384,7 @@ impl Builder {
             shutdown,
             manager: manager.map(OnceLock::from).unwrap_or_default(),
             takes_sockets: AtomicBool::new(self.config.takes_sockets()),
-            parent,
-            older,
+            ancestors,
             calls,
             pid_file: Mutex::new(self.config.pid_file.clone()),
             driver: Mutex::new(Driver { triggers: Some(triggers), exit: None, stop: None }),

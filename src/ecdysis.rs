@@ -26,7 +26,7 @@ pub struct Starting(pub(crate) Arc<Core>);
 impl Starting {
     /// Whether another generation handed over to this one: it was started by an upgrade, or took over.
     pub fn is_child(&self) -> bool {
-        self.0.parent.is_some()
+        self.0.ancestors.parent.is_some()
     }
 
     /// This process's generation. The first is 1.
@@ -48,7 +48,7 @@ impl Starting {
     /// [`Error::PidFile`], [`Error::Ready`]: this generation does not serve, and the parent does.
     pub fn ready(self) -> Result<Ecdysis, Error> {
         if let Err(error) = upgrade::ready(&self.0) {
-            self.0.tell_parent(&FromChild::Refused(chain(&error)));
+            self.0.ancestors.send_to_parent(&FromChild::Refused(chain(&error)));
             return Err(error);
         }
         self.0.shutdown.set(State::Accepting);
@@ -76,7 +76,7 @@ impl Starting {
     /// ```
     pub fn refuse(self, reason: impl fmt::Display) -> Error {
         let reason = reason.to_string();
-        self.0.tell_parent(&FromChild::Refused(reason.clone()));
+        self.0.ancestors.send_to_parent(&FromChild::Refused(reason.clone()));
         Error::RefusedHere { reason }
     }
 }
@@ -110,7 +110,7 @@ impl Ecdysis {
 
     /// Whether another generation handed over to this one: it was started by an upgrade, or took over.
     pub fn is_child(&self) -> bool {
-        self.0.parent.is_some()
+        self.0.ancestors.parent.is_some()
     }
 
     /// This process's generation. The first is 1.
@@ -261,7 +261,7 @@ impl Ecdysis {
     ///
     /// [`Error::ParentLives`] after `deadline`; [`Error::Wait`] if poll(2) fails.
     pub fn wait_for_parent(&self, deadline: Duration) -> Result<(), Error> {
-        let Some(parent) = &self.0.parent else { return Ok(()) };
+        let Some(parent) = &self.0.ancestors.parent else { return Ok(()) };
         match parent.wait_end(deadline) {
             Ok(true) => Ok(()),
             Ok(false) => Err(Error::ParentLives { after: deadline }),

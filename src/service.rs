@@ -14,6 +14,7 @@ use crate::builder::{Config, Overlap};
 use crate::error::{chain, Error};
 use crate::event::Event;
 use crate::exit::{Exit, ExitMode, ExitReason, Upgraded};
+use crate::handover::ancestors::{Ancestors, Announced, ParentLink};
 use crate::handover::escape::escape;
 use crate::handover::lines::{send, FromChild, FromParent};
 use crate::manager::{Manager, ANNOUNCE};
@@ -23,7 +24,7 @@ use crate::shutdown::{Shutdown, State};
 use crate::sockets::Sockets;
 use crate::sys::signal::Mask;
 use crate::trigger::{self, Action, Calls, Reply, Request, Triggers};
-use crate::upgrade::{self, Announced, DrainLink, Parent};
+use crate::upgrade;
 
 /// What all handles of a generation share.
 pub(crate) struct Core {
@@ -39,9 +40,7 @@ pub(crate) struct Core {
     pub(crate) manager: OnceLock<Arc<Manager>>,
     /// What the manager passed is taken, so it may store what it is to pass.
     pub(crate) takes_sockets: AtomicBool,
-    pub(crate) parent: Option<Parent>,
-    /// The generations before the parent that lived when this one began.
-    pub(crate) older: Vec<DrainLink>,
+    pub(crate) ancestors: Ancestors,
     pub(crate) calls: Arc<Calls>,
     pub(crate) pid_file: Mutex<Option<PathBuf>>,
     pub(crate) driver: Mutex<Driver>,
@@ -102,7 +101,7 @@ impl Core {
         if !self.manager().is_there() || self.manager().is_main() {
             return self.manager().is_there();
         }
-        match self.parent.as_ref().map(Parent::announced) {
+        match self.ancestors.parent.as_ref().map(ParentLink::announced) {
             Some(Announced::Yes) => self.manager().become_main(true),
             Some(Announced::Never) => self.manager().become_main(false),
             Some(Announced::NotYet) | None => return false,
@@ -124,7 +123,7 @@ impl Core {
             return;
         }
         // We may be a child whose own parent is about to announce it.
-        if let Some(parent) = self.parent.as_ref().filter(|_| !self.manager().is_main()) {
+        if let Some(parent) = self.ancestors.parent.as_ref().filter(|_| !self.manager().is_main()) {
             parent.wait_announced(ANNOUNCE);
         }
         if self.is_main() {
@@ -139,13 +138,6 @@ impl Core {
     /// Keeps the service manager's watchdog content, and says when that has to be done again.
     pub(crate) fn beat(&self) -> Option<Instant> {
         self.manager().beat(|| self.is_main())
-    }
-
-    /// Says something to a parent that may be gone, which then does not matter.
-    pub(crate) fn tell_parent(&self, status: &FromChild) {
-        if let Some(Err(e)) = self.parent.as_ref().map(|parent| parent.tell(status)) {
-            log::debug!("the parent does not hear {status:?}: {e}");
-        }
     }
 
     fn pid_file(&self) -> Option<PathBuf> {
@@ -166,15 +158,9 @@ impl Core {
         }
     }
 
-    /// The older generations that still live, oldest first, with the pipe on which each can be told something.
-    pub(crate) fn draining(&self) -> impl Iterator<Item = &DrainLink> {
-        let parent = self.parent.as_ref().map(Parent::drain_link);
-        self.older.iter().chain(parent).filter(|link| link.lives())
-    }
-
     /// The answer to `status`.
     pub(crate) fn status(&self, phase: &str) -> String {
-        let draining: Vec<_> = self.draining().map(|link| link.generation.to_string()).collect();
+        let draining: Vec<_> = self.ancestors.draining().map(|link| link.generation.to_string()).collect();
         let mut line = format!(
             "pid={} generation={} uptime_ms={} phase={phase} connections={} draining={}",
             std::process::id(),
@@ -194,7 +180,7 @@ impl Core {
     /// After a successful upgrade: ends the drains that are too many.
     fn bound_overlap(&self) {
         let Overlap::AtMost(most) = self.config.overlap else { return };
-        let draining: Vec<_> = self.draining().collect();
+        let draining: Vec<_> = self.ancestors.draining().collect();
         let too_many = (draining.len() + 1).saturating_sub(most);
         for link in draining.iter().take(too_many) {
             log::info!("tells generation {} to end its drain", link.generation);
@@ -225,13 +211,13 @@ impl Turn<'_> {
         let core = self.core;
         let Some(triggers) = &mut self.triggers else { return Ok(true) };
         let Some(Request { action, reason, since, reply }) = triggers.next_request() else {
-            let parent = core.parent.as_ref().filter(|parent| !parent.has_ended());
+            let parent = core.ancestors.parent.as_ref().filter(|parent| !parent.has_ended());
             let fds: Vec<_> = parent.iter().map(|parent| (parent.reader.as_fd(), PollFlags::IN)).collect();
             triggers.wait(core, &fds, None, trigger::Sockets::Answer)?;
             // The announcement is among what the parent may have said.
             core.is_main();
             // In the probation the parent is still the one that is asked to stop.
-            if parent.and_then(Parent::next_word) == Some(FromParent::Stop) {
+            if parent.and_then(ParentLink::next_message) == Some(FromParent::Stop) {
                 let (reason, since) = (ExitReason::Parent, Instant::now());
                 triggers.requests.push_back(Request { action: Action::Stop, reason, since, reply: Reply::Nobody });
             }
@@ -239,7 +225,7 @@ impl Turn<'_> {
         };
         let (mode, state) = match action {
             Action::Stop => {
-                core.tell_parent(&FromChild::Stopping);
+                core.ancestors.send_to_parent(&FromChild::Stopping);
                 core.sockets.unlink(|_| true);
                 if let Some(Err(e)) = core.pid_file().as_deref().map(pid_file::remove_if_ours) {
                     log::warn!("cannot remove the PID file: {e}");
@@ -248,7 +234,7 @@ impl Turn<'_> {
                 (ExitMode::Stopped, State::Stopped)
             }
             Action::PartialStop => {
-                core.tell_parent(&FromChild::Stopping);
+                core.ancestors.send_to_parent(&FromChild::Stopping);
                 core.sockets.unlink(|key| triggers.listens_on(key));
                 core.kept().stopping.extend(reply.stopping());
                 (ExitMode::PartiallyStopped, State::Stopped)
@@ -258,7 +244,7 @@ impl Turn<'_> {
                 return Ok(false);
             }
             Action::Upgrade => {
-                let refused = core.config.overlap == Overlap::Refuse && core.draining().next().is_some();
+                let refused = core.config.overlap == Overlap::Refuse && core.ancestors.draining().next().is_some();
                 let outcome = if refused {
                     Err(Error::ParentDrains)
                 } else {

@@ -2,19 +2,17 @@
 //!
 //! Step 1, registering, is `sockets.rs`: by the time a trigger fires every socket is there.
 
-use std::collections::VecDeque;
 use std::env;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 use std::process::ExitStatus;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use rustix::event::{poll, PollFd, PollFlags};
-use rustix::fs::{fstat, FileType};
+use rustix::event::{poll, PollFlags};
+use rustix::fs::FileType;
 use rustix::io::Errno;
 use rustix::process::{kill_process, pidfd_send_signal, waitid, waitpid, Signal, WaitId, WaitIdOptions, WaitOptions};
 
@@ -22,9 +20,10 @@ use crate::builder::Config;
 use crate::error::Error;
 use crate::event::Event;
 use crate::exit::Upgraded;
+use crate::handover::ancestors::{Ancestors, DrainLink, ParentLink};
 use crate::handover::lines::{preview, send, FromChild, FromParent, Lines, Read};
 use crate::handover::link::{self, Arrived, ChildLink, Handover, Transport};
-use crate::handover::manifest::{Entry, Manifest, Slot};
+use crate::handover::manifest::{Entry, Manifest};
 use crate::handover::variable::{Carrier, FdRef, VARIABLE};
 use crate::key::Key;
 use crate::pid_file;
@@ -33,7 +32,7 @@ use crate::shutdown::State;
 use crate::sockets::Held;
 use crate::sys::adopt::Adopter;
 use crate::sys::peer::peer_pidfd;
-use crate::sys::poll::{should_retry, timespec, wait_for, wait_readable};
+use crate::sys::poll::{timespec, wait_for, wait_readable};
 use crate::sys::spawn::{exit_status, spawn, ParentIs, Plan, Spawned};
 use crate::takeover::{self, Taker};
 use crate::trigger::{Sockets, Triggers};
@@ -77,9 +76,9 @@ pub(crate) fn upgrade(
 /// Step 2: everything that is handed over, whatever carries it.
 fn pack(core: &Core) -> Result<Handover, Error> {
     let (mut entries, mut descriptors) = core.sockets.snapshot()?;
-    for link in core.draining() {
+    for link in core.ancestors.draining() {
         entries.push(link.entry());
-        descriptors.push(link.pipe.clone());
+        descriptors.push(link.fd.clone());
     }
     Ok(Handover { manifest: Manifest { generation: core.generation, entries, ..Manifest::default() }, descriptors })
 }
@@ -178,7 +177,7 @@ fn commit(mut child: Child<'_>, core: &Core, triggers: &mut Triggers, since: Ins
         return resume(child.link_ended());
     }
     // Whoever watches us must not take our end for a death from here on.
-    core.tell_parent(&FromChild::HandedOver);
+    core.ancestors.send_to_parent(&FromChild::HandedOver);
     let upgraded = Upgraded { pid, generation: core.generation + 1, commit: committed - since };
     core.emit(&Event::Committed(&upgraded));
 
@@ -419,9 +418,7 @@ pub(crate) struct Inherited {
     /// The parent's generation.
     pub(crate) generation: u64,
     pub(crate) sockets: Vec<(Key, Held)>,
-    pub(crate) parent: Parent,
-    /// The generations before the parent that still drain, oldest first.
-    pub(crate) older: Vec<DrainLink>,
+    pub(crate) ancestors: Ancestors,
 }
 
 /// Step 5: takes what a parent handed over to this process. `None` means that this is a first generation.
@@ -493,14 +490,14 @@ fn from_stranger(path: &Path, config: &Config) -> Result<Option<Inherited>, Erro
 }
 
 /// Adopts the descriptors that the manifest names; the same for every link.
-fn unpack(arrived: Arrived, reader: Arc<OwnedFd>, writer: Arc<OwnedFd>, is_stranger: bool) -> Result<Inherited, Error> {
+fn unpack(arrived: Arrived, reader: Arc<OwnedFd>, writer: Arc<OwnedFd>, is_takeover: bool) -> Result<Inherited, Error> {
     let Arrived { manifest, mut descriptors, rest } = arrived;
     let mut sockets = Vec::with_capacity(manifest.entries.len());
     let mut older = Vec::new();
     for Entry { slot, key, file, unit } in manifest.entries {
         let fd = descriptors.take(slot).map_err(|source| Error::Socket { key: key.clone(), source })?;
         match key.drain_generation() {
-            Some(generation) => older.push(DrainLink { generation, inode: slot.inode, pipe: Arc::new(fd) }),
+            Some(generation) => older.push(DrainLink { generation, inode: slot.inode, fd: Arc::new(fd) }),
             None => sockets.push((key, Held::new(fd, slot.inode, file).of_unit(unit))),
         }
     }
@@ -510,11 +507,9 @@ fn unpack(arrived: Arrived, reader: Arc<OwnedFd>, writer: Arc<OwnedFd>, is_stran
         log::info!("closed a descriptor of a kind not known here");
     }
     let generation = manifest.generation;
-    let inode = fstat(&writer).map_err(|e| Error::Handover { what: "status link", source: e.into() })?.st_ino;
-    let writer = DrainLink { generation, inode, pipe: writer };
-    let heard = Heard { lines: Lines::with(rest), ..Heard::default() };
-    let parent = Parent { reader, writer, heard: Mutex::new(heard), ended: AtomicBool::new(false), is_stranger };
-    Ok(Inherited { generation, sockets, parent, older })
+    let parent = ParentLink::new(generation, reader, writer, Lines::with(rest), is_takeover)
+        .map_err(|source| Error::Handover { what: "status link", source })?;
+    Ok(Inherited { generation, sockets, ancestors: Ancestors { parent: Some(parent), older } })
 }
 
 /// Step 6, after the claims: nothing unclaimed stays open, the PID file names us, and the parent hears `ready`. We
@@ -522,12 +517,12 @@ fn unpack(arrived: Arrived, reader: Arc<OwnedFd>, writer: Arc<OwnedFd>, is_stran
 pub(crate) fn ready(core: &Core) -> Result<(), Error> {
     core.sockets.failed_claim()?;
     core.sockets.close_unclaimed();
-    let Some(parent) = &core.parent else { return core.write_pid_file() };
+    let Some(parent) = &core.ancestors.parent else { return core.write_pid_file() };
     // A stranger may be too late without knowing it yet, and then the file is the old process's still.
-    let pid_file = core.config.pid_file.as_deref().filter(|_| parent.is_stranger);
+    let pid_file = core.config.pid_file.as_deref().filter(|_| parent.is_takeover);
     let before = pid_file.map(|path| (path, std::fs::read(path).ok()));
     core.write_pid_file()?;
-    match parent.tell(&FromChild::Ready) {
+    match parent.send(&FromChild::Ready) {
         // The parent is dead: we have the listeners. Or it has turned us away, and then its last word says so.
         Err(e) if matches!(e.kind(), io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset) => {}
         other => other.map_err(|source| Error::Ready { source })?,
@@ -535,7 +530,7 @@ pub(crate) fn ready(core: &Core) -> Result<(), Error> {
     let mut deadline = Instant::now() + COMMIT;
     let mut unheard = false;
     loop {
-        match parent.next_word() {
+        match parent.next_message() {
             Some(FromParent::Commit) => {}
             // A child would have been killed; this process belongs to somebody else.
             Some(FromParent::Stop) => break,
@@ -551,7 +546,7 @@ pub(crate) fn ready(core: &Core) -> Result<(), Error> {
             None => log::warn!("the parent did not answer within {COMMIT:?}: serving without it"),
         }
         // Before the first accept: a parent that does not hear this has ended, or takes the commit back and says so.
-        match parent.tell(&FromChild::Serving) {
+        match parent.send(&FromChild::Serving) {
             Ok(()) => return Ok(()),
             Err(e) => log::debug!("the parent does not hear that this process serves: {e}"),
         }
@@ -563,137 +558,4 @@ pub(crate) fn ready(core: &Core) -> Result<(), Error> {
         }
     }
     Err(Error::GivenUp)
-}
-
-/// The child's end of the link.
-#[derive(Debug)]
-pub(crate) struct Parent {
-    pub(crate) reader: Arc<OwnedFd>,
-    writer: DrainLink,
-    heard: Mutex<Heard>,
-    ended: AtomicBool,
-    /// Whether this process took over, and was not started by it.
-    is_stranger: bool,
-}
-
-/// What the parent has said.
-#[derive(Debug, Default)]
-struct Heard {
-    lines: Lines,
-    /// Not yet dealt with.
-    words: VecDeque<FromParent>,
-    /// It has announced us to the service manager.
-    main: bool,
-}
-
-/// Whether the service manager listens to this process.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Announced {
-    Yes,
-    NotYet,
-    /// The parent has ended without a word of it.
-    Never,
-}
-
-impl Parent {
-    /// What the parent has said since; nothing more once it has ended.
-    pub(crate) fn next_word(&self) -> Option<FromParent> {
-        self.hear().words.pop_front()
-    }
-
-    /// Whether the parent has announced this process to the service manager.
-    pub(crate) fn announced(&self) -> Announced {
-        match self.hear().main {
-            true => Announced::Yes,
-            false if self.has_ended() => Announced::Never,
-            false => Announced::NotYet,
-        }
-    }
-
-    /// Waits for the parent's announcement, or its end. What else it says is left to be dealt with.
-    pub(crate) fn wait_announced(&self, time: Duration) -> Announced {
-        let deadline = Instant::now() + time;
-        loop {
-            match self.announced() {
-                Announced::NotYet => {}
-                known => return known,
-            }
-            if !wait_readable(&self.reader, deadline.saturating_duration_since(Instant::now())) {
-                return Announced::NotYet;
-            }
-        }
-    }
-
-    /// Reads what is there to be read.
-    fn hear(&self) -> MutexGuard<'_, Heard> {
-        let mut guard = self.heard.lock().unwrap_or_else(PoisonError::into_inner);
-        let heard = &mut *guard;
-        while !self.has_ended() {
-            match heard.lines.next(self.reader.as_fd()) {
-                Ok(Read::Line(line)) => match FromParent::parse(&line) {
-                    Some(FromParent::Main) => heard.main = true,
-                    Some(word) => heard.words.push_back(word),
-                    // A word that only later versions know.
-                    None => log::debug!("the parent said {line:?}"),
-                },
-                Ok(Read::Wait) => break,
-                Ok(Read::End | Read::Garbage(_)) | Err(_) => self.ended.store(true, Ordering::Relaxed),
-            }
-        }
-        guard
-    }
-
-    /// Whether the end of the parent has been read.
-    pub(crate) fn has_ended(&self) -> bool {
-        self.ended.load(Ordering::Relaxed)
-    }
-
-    /// Says something that the parent may well be dead to hear.
-    pub(crate) fn tell(&self, status: &FromChild) -> io::Result<()> {
-        send(&self.writer.pipe, &status.line())
-    }
-
-    /// The status pipe, on which the parent hears that it should end its drain.
-    pub(crate) fn drain_link(&self) -> &DrainLink {
-        &self.writer
-    }
-
-    /// Waits for the end of the parent, which closes the pipe; whatever it still says is left to be read.
-    pub(crate) fn wait_end(&self, time: Duration) -> io::Result<bool> {
-        let deadline = Instant::now().checked_add(time);
-        loop {
-            let left = deadline.map(|deadline| timespec(deadline.saturating_duration_since(Instant::now())));
-            // No event is asked for: POLLHUP comes all the same.
-            match poll(&mut [PollFd::new(&self.reader, PollFlags::empty())], left.as_ref()) {
-                Err(e) if should_retry(e) && deadline.is_none_or(|deadline| Instant::now() < deadline) => {}
-                result => return Ok(result? > 0),
-            }
-        }
-    }
-}
-
-/// The status pipe, or socket, to an older generation, handed on from child to child.
-#[derive(Debug)]
-pub(crate) struct DrainLink {
-    pub(crate) generation: u64,
-    inode: u64,
-    pipe: Arc<OwnedFd>,
-}
-
-impl DrainLink {
-    /// A pipe whose reader is gone has an error, a socket whose peer is gone a hangup (poll(2)).
-    pub(crate) fn lives(&self) -> bool {
-        let now = timespec(Duration::ZERO);
-        matches!(poll(&mut [PollFd::new(&self.pipe, PollFlags::empty())], Some(&now)), Ok(0))
-    }
-
-    pub(crate) fn end_drain(&self) {
-        // If it has ended meanwhile, so has its drain.
-        let _ = send(&self.pipe, &FromChild::EndDrain.line());
-    }
-
-    fn entry(&self) -> Entry {
-        let slot = Slot { number: self.pipe.as_raw_fd() as u32, inode: self.inode };
-        Entry { slot, key: Key::drain(self.generation), file: None, unit: None }
-    }
 }

@@ -1,5 +1,6 @@
 //! Everything that passes between two generations: the manifest, the descriptors, and the lines that go with them.
 
+pub(crate) mod ancestors;
 pub(crate) mod blob;
 pub(crate) mod escape;
 pub(crate) mod lines;
