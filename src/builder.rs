@@ -16,7 +16,7 @@ use crate::handover::ancestors::Ancestors;
 use crate::handover::link::Transport;
 use crate::key::Key;
 use crate::manager::Manager;
-use crate::program::{Changes, Program};
+use crate::program::{Program, ProgramOverrides};
 use crate::service::{Core, Driver, Started};
 use crate::shutdown::Shutdown;
 use crate::sockets::{Held, Sockets};
@@ -24,7 +24,7 @@ use crate::sys::peer::PeerCred;
 use crate::sys::signal::{self, Handlers};
 use crate::sys::spawn::Spawn;
 use crate::takeover::Trust;
-use crate::trigger::{Action, Calls, ControlSocket, Meaning, Triggers};
+use crate::trigger::{Action, Calls, ControlSocket, Purpose, Triggers};
 use crate::upgrade::{self, Inherited};
 
 /// Chooses triggers, deadlines, and what the next generation runs. Nothing happens before [`start`](Self::start).
@@ -46,8 +46,8 @@ use crate::upgrade::{self, Inherited};
 #[derive(Clone)]
 pub struct Builder {
     signals: Vec<(i32, Action)>,
-    sockets: Vec<(PathBuf, Meaning)>,
-    changes: Changes,
+    sockets: Vec<(PathBuf, Purpose)>,
+    changes: ProgramOverrides,
     config: Config,
 }
 
@@ -98,7 +98,7 @@ impl Builder {
         Self {
             signals: Vec::new(),
             sockets: Vec::new(),
-            changes: Changes::default(),
+            changes: ProgramOverrides::default(),
             config: Config {
                 pid_file: None,
                 ready_timeout: Duration::from_secs(60),
@@ -143,18 +143,18 @@ impl Builder {
     /// and root. The connection stays open until the upgrade is over, and then gets one line:
     /// `upgraded pid=… generation=… ms=…`, `failed: …`, `busy` or `stopping`.
     pub fn upgrade_on_socket(&mut self, path: impl AsRef<Path>) -> &mut Self {
-        self.on_socket(path.as_ref(), Meaning::Connect(Action::Upgrade))
+        self.on_socket(path.as_ref(), Purpose::Connect(Action::Upgrade))
     }
 
     /// Stops when somebody connects to this Unix socket. The connection gets the line `stopping`, and closes when this
     /// process ends.
     pub fn stop_on_socket(&mut self, path: impl AsRef<Path>) -> &mut Self {
-        self.on_socket(path.as_ref(), Meaning::Connect(Action::Stop))
+        self.on_socket(path.as_ref(), Purpose::Connect(Action::Stop))
     }
 
     /// As [`partial_stop_on_signal`](Self::partial_stop_on_signal), when somebody connects to this Unix socket.
     pub fn partial_stop_on_socket(&mut self, path: impl AsRef<Path>) -> &mut Self {
-        self.on_socket(path.as_ref(), Meaning::Connect(Action::PartialStop))
+        self.on_socket(path.as_ref(), Purpose::Connect(Action::PartialStop))
     }
 
     /// One socket for all: the first line of a connection says `upgrade`, `stop`, `partial-stop` or `status`, within 5
@@ -164,7 +164,7 @@ impl Builder {
     /// `upgrading`, `probation`), `connections` that hold a guard, `draining` generations, separated by commas, and a
     /// `socket` for each in the registry, percent-escaped.
     pub fn control_on_socket(&mut self, path: impl AsRef<Path>) -> &mut Self {
-        self.on_socket(path.as_ref(), Meaning::Command)
+        self.on_socket(path.as_ref(), Purpose::Command)
     }
 
     /// Hands everything over to a process that connects to this Unix socket and asks, as a process built with
@@ -178,10 +178,10 @@ impl Builder {
     /// The socket itself goes over too, so the next takeover finds the next generation at the same path. Programs that do
     /// not call [`run`](crate::Ecdysis::run) use [`Sockets::listen_takeover`] instead.
     pub fn takeover_on_socket(&mut self, path: impl AsRef<Path>) -> &mut Self {
-        self.on_socket(path.as_ref(), Meaning::Takeover)
+        self.on_socket(path.as_ref(), Purpose::Takeover)
     }
 
-    fn on_socket(&mut self, path: &Path, meaning: Meaning) -> &mut Self {
+    fn on_socket(&mut self, path: &Path, meaning: Purpose) -> &mut Self {
         self.sockets.push((path.to_owned(), meaning));
         self
     }
@@ -443,7 +443,7 @@ impl Starting {
         }
     }
 
-    pub(crate) fn add_socket(&self, path: &Path, meaning: Meaning) -> Result<(), Error> {
+    pub(crate) fn add_socket(&self, path: &Path, meaning: Purpose) -> Result<(), Error> {
         let listener = self.0.sockets.listen_unix_with_mode(path, Some(Mode::RUSR | Mode::WUSR))?;
         match &mut self.0.lock().triggers {
             Some(triggers) => triggers.add_socket(ControlSocket { path: path.to_owned(), listener, meaning }),

@@ -207,7 +207,7 @@ impl Ecdysis {
     /// As [`upgrade`](Self::upgrade), and [`Error::Connect`] if accept(2) fails.
     pub fn hand_over(&self, socket: &TakeoverSocket) -> Result<Option<Upgraded>, Error> {
         let Some(taker) = socket.accept(&self.0.config.trust)? else { return Ok(None) };
-        self.wait_upgraded(|outcome| Reply::Taker(taker, Some(outcome))).map(Some)
+        self.wait_upgraded(|outcome| Reply::TakeoverRequest(taker, Some(outcome))).map(Some)
     }
 
     fn wait_upgraded(&self, reply: impl FnOnce(Outcome) -> Reply) -> Result<Upgraded, Error> {

@@ -82,7 +82,7 @@ pub fn command(data: &[u8]) {
     let _ = crate::trigger::command(data);
 }
 
-/// Any manifest survives the way, whatever its names are, and its end is found.
+/// Any manifest survives the trip, whatever its names are, and its end is found.
 pub fn round_trip(data: &[u8]) {
     let mut manifest = Manifest { generation: 1 + data.len() as u64, ..Manifest::default() };
     for (number, chunk) in data.chunks(24).enumerate() {

@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{access, Access};
 
 use crate::handover::variable::VARIABLE;
-use crate::sys::spawn::OrStay;
+use crate::sys::spawn::IfMissing;
 
 /// By these a service manager speaks to the process that it has started itself, and to no other. NOTIFY_SOCKET and
 /// WATCHDOG_USEC, though, are for whoever is the main process.
@@ -32,7 +32,7 @@ pub(crate) struct Program {
 
 /// What the builder was told to change.
 #[derive(Clone, Debug, Default)]
-pub(crate) struct Changes {
+pub(crate) struct ProgramOverrides {
     pub(crate) exec: Option<PathBuf>,
     pub(crate) args: Option<Vec<OsString>>,
     pub(crate) directory: Option<PathBuf>,
@@ -41,7 +41,7 @@ pub(crate) struct Changes {
 
 impl Program {
     /// Resolves everything that a later chdir, or a later change of a link, would make unfindable.
-    pub(crate) fn resolve(changes: &Changes) -> Self {
+    pub(crate) fn resolve(changes: &ProgramOverrides) -> Self {
         let mut args = env::args_os();
         let argv0 = args.next().unwrap_or_default();
         let start = start_directory();
@@ -97,9 +97,9 @@ impl Program {
 
     /// The chosen directory; or the one this process started in, so that relative paths in the arguments mean what
     /// they meant, unless it is gone.
-    pub(crate) fn directory_c(&self) -> io::Result<Option<(CString, OrStay)>> {
-        let or_stay = if self.directory_chosen { OrStay::No } else { OrStay::IfMissing };
-        self.directory.as_ref().map(|path| Ok((c_string(path.as_os_str())?, or_stay))).transpose()
+    pub(crate) fn directory_c(&self) -> io::Result<Option<(CString, IfMissing)>> {
+        let if_missing = if self.directory_chosen { IfMissing::Fail } else { IfMissing::Stay };
+        self.directory.as_ref().map(|path| Ok((c_string(path.as_os_str())?, if_missing))).transpose()
     }
 }
 

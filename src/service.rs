@@ -22,6 +22,7 @@ use crate::pid_file;
 use crate::program::Program;
 use crate::shutdown::{Shutdown, State};
 use crate::sockets::Sockets;
+use crate::sys::poll::Deadline;
 use crate::sys::signal::Mask;
 use crate::trigger::{self, Action, Calls, Reply, Request, Triggers};
 use crate::upgrade;
@@ -213,7 +214,7 @@ impl Turn<'_> {
         let Some(Request { action, reason, since, reply }) = triggers.next_request() else {
             let parent = core.ancestors.parent.as_ref().filter(|parent| !parent.has_ended());
             let fds: Vec<_> = parent.iter().map(|parent| (parent.reader.as_fd(), PollFlags::IN)).collect();
-            triggers.wait(core, &fds, None, trigger::Sockets::Answer)?;
+            triggers.wait(core, &fds, Deadline::NEVER, trigger::Sockets::Answer)?;
             // The announcement is among what the parent may have said.
             core.is_main();
             // In the probation the parent is still the one that is asked to stop.
@@ -289,7 +290,7 @@ impl Turn<'_> {
                 return Ok(reason);
             }
             triggers.answer_over();
-            triggers.wait(core, &[], None, trigger::Sockets::Leave)?;
+            triggers.wait(core, &[], Deadline::NEVER, trigger::Sockets::Leave)?;
         }
     }
 }

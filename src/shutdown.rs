@@ -7,9 +7,9 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use rustix::event::{epoll, eventfd, poll, EventfdFlags, PollFd, PollFlags};
+use rustix::event::{epoll, eventfd, EventfdFlags, PollFd, PollFlags};
 use rustix::io::Errno;
 
 use crate::seqpacket::{UnixSeqpacketConn, UnixSeqpacketListener};
@@ -17,7 +17,7 @@ use rustix::net::SocketFlags;
 
 use crate::handover::lines::{FromChild, Lines, Read};
 use crate::manager::Manager;
-use crate::sys::poll::{should_retry, timespec};
+use crate::sys::poll::{poll, wait_readable, Deadline, SCARCE};
 
 /// Tells every thread whether this generation accepts, and when that is over.
 ///
@@ -131,9 +131,6 @@ const EMPTYING: usize = 1 << 14;
 /// At a stop, how long a handshake under way may take to get into the queue.
 pub(crate) const HANDSHAKE: Duration = Duration::from_millis(20);
 
-/// How long to leave a listener alone when there is no descriptor or memory for a connection.
-pub(crate) const EXHAUSTED: Duration = Duration::from_millis(50);
-
 /// Why [`Shutdown::readable`] returned.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Readable {
@@ -207,17 +204,11 @@ impl Shutdown {
     ///
     /// What poll(2) says; an interrupted wait goes on.
     pub fn readable(&self, fd: impl AsFd, timeout: Option<Duration>) -> io::Result<Readable> {
-        let deadline = timeout.and_then(|timeout| Instant::now().checked_add(timeout));
-        loop {
-            let mut fds = [PollFd::new(&fd, PollFlags::IN), PollFd::new(&self.0.over, PollFlags::IN)];
-            let left = deadline.map(|deadline| timespec(deadline.saturating_duration_since(Instant::now())));
-            match poll(&mut fds, left.as_ref()) {
-                Ok(0) => return Ok(Readable::TimedOut),
-                Ok(_) if !fds[0].revents().is_empty() => return Ok(Readable::Ready),
-                Ok(_) => return Ok(Readable::Over),
-                Err(e) if should_retry(e) => {}
-                Err(e) => return Err(e.into()),
-            }
+        let mut fds = [PollFd::new(&fd, PollFlags::IN), PollFd::new(&self.0.over, PollFlags::IN)];
+        match poll(&mut fds, timeout.map_or(Deadline::NEVER, Deadline::after))? {
+            0 => Ok(Readable::TimedOut),
+            _ if !fds[0].revents().is_empty() => Ok(Readable::Ready),
+            _ => Ok(Readable::Over),
         }
     }
 
@@ -251,7 +242,7 @@ impl Shutdown {
     /// this one to end.
     pub fn drain(&self, deadline: Duration) -> usize {
         let inner = &*self.0;
-        let started = Instant::now();
+        let deadline = Deadline::after(deadline);
         inner.draining.store(true, Ordering::SeqCst);
         let mut successor = inner.successor.lock().unwrap_or_else(PoisonError::into_inner);
         let mut least = None;
@@ -259,8 +250,7 @@ impl Shutdown {
             // The loops first: a guard that a loop's body has taken counts before that loop ends.
             let left = inner.loops.load(Ordering::SeqCst);
             let left = left + self.guarded();
-            let time = deadline.saturating_sub(started.elapsed());
-            if left == 0 || time.is_zero() || inner.end_drain.load(Ordering::SeqCst) {
+            if left == 0 || deadline.has_passed() || inner.end_drain.load(Ordering::SeqCst) {
                 return left;
             }
             if let Some(manager) = inner.manager.get().filter(|_| self.state() == State::Stopped) {
@@ -270,7 +260,7 @@ impl Shutdown {
             }
             let mut fds = vec![PollFd::new(&inner.drained, PollFlags::IN)];
             fds.extend(successor.iter().map(|(pipe, _)| PollFd::new(pipe, PollFlags::IN)));
-            let _ = poll(&mut fds, Some(&timespec(time)));
+            let _ = poll(&mut fds, deadline);
             clear(&inner.drained);
             if let Some((pipe, lines)) = &mut *successor {
                 match lines.next(pipe.as_fd()) {
@@ -394,34 +384,34 @@ impl Shutdown {
                 Ok(value) => return Some(Ok(value)),
                 Err(error) => error,
             };
-            match Trouble::of(&error) {
-                Trouble::Empty if phase == Phase::Last && lingered => return None,
-                Trouble::Empty if phase == Phase::Last => {
+            match AcceptFailure::of(&error) {
+                AcceptFailure::Empty if phase == Phase::Last && lingered => return None,
+                AcceptFailure::Empty if phase == Phase::Last => {
                     // A client may think it is connected before its last packet has got it into the queue.
-                    let _ = poll(&mut [PollFd::from_borrowed_fd(fd, PollFlags::IN)], Some(&timespec(HANDSHAKE)));
+                    wait_readable(fd, Deadline::after(HANDSHAKE));
                     lingered = true;
                 }
-                Trouble::Empty => {
+                AcceptFailure::Empty => {
                     waiter.wait_first = WAIT_FIRST;
                     waiter.wait(fd, &self.0.gate);
                     waited = true;
                 }
-                Trouble::Passing => {}
-                Trouble::Exhausted => {
+                AcceptFailure::Passing => {}
+                AcceptFailure::Exhausted => {
                     if !told {
                         log::warn!("cannot accept for want of resources, waiting: {error}");
                         told = true;
                     }
                     // The listener is readable all the time: to poll it would be to spin.
-                    self.wait_over(EXHAUSTED);
+                    self.wait_over(SCARCE);
                 }
-                Trouble::Fatal => return Some(Err(error)),
+                AcceptFailure::Fatal => return Some(Err(error)),
             }
         }
     }
 
     fn wait_over(&self, time: Duration) {
-        let _ = poll(&mut [PollFd::new(&self.0.over, PollFlags::IN)], Some(&timespec(time)));
+        wait_readable(&self.0.over, Deadline::after(time));
     }
 
     fn look_again(&self) {
@@ -439,7 +429,7 @@ impl AsFd for Shutdown {
 
 /// What a failed accept means.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Trouble {
+pub(crate) enum AcceptFailure {
     /// There is nothing.
     Empty,
     /// One connection is lost; the next may be well.
@@ -450,7 +440,7 @@ pub(crate) enum Trouble {
     Fatal,
 }
 
-impl Trouble {
+impl AcceptFailure {
     pub(crate) fn of(error: &io::Error) -> Self {
         match Errno::from_io_error(error) {
             Some(Errno::AGAIN) => Self::Empty,
@@ -747,8 +737,8 @@ impl Waiter {
                 let _ = epoll::wait(epoll, &mut events, None);
             }
             _ => {
-                let _ =
-                    poll(&mut [PollFd::from_borrowed_fd(fd, PollFlags::IN), PollFd::new(gate, PollFlags::IN)], None);
+                let mut fds = [PollFd::from_borrowed_fd(fd, PollFlags::IN), PollFd::new(gate, PollFlags::IN)];
+                let _ = poll(&mut fds, Deadline::NEVER);
             }
         }
     }

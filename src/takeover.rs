@@ -9,7 +9,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use rustix::io::{retry_on_intr, Errno};
 use rustix::net::{RecvFlags, SendFlags};
@@ -18,7 +18,7 @@ use crate::error::Error;
 use crate::handover::link::nonblocking;
 use crate::listen;
 use crate::sys::peer::{peer, PeerCred};
-use crate::sys::poll::wait_readable;
+use crate::sys::poll::{wait_readable, Deadline};
 
 /// What a process that takes over says first.
 const HELLO: &str = "takeover 1\n";
@@ -48,7 +48,7 @@ impl AsFd for TakeoverSocket {
 
 impl TakeoverSocket {
     /// The next process that asks to take over; `None` if nobody has connected. Waits for its first line only.
-    pub(crate) fn accept(&self, trust: &Trust) -> Result<Option<Taker>, Error> {
+    pub(crate) fn accept(&self, trust: &Trust) -> Result<Option<TakeoverRequest>, Error> {
         let failed = |source| Error::Connect { path: self.path.clone(), source };
         let stream = match self.listener.accept() {
             Ok((stream, _)) => OwnedFd::from(stream),
@@ -61,17 +61,17 @@ impl TakeoverSocket {
             answer(&stream, "denied");
             return Ok(None);
         };
-        let (mut line, deadline) = (Vec::new(), Instant::now() + HELLO_TIME);
+        let (mut line, deadline) = (Vec::new(), Deadline::after(HELLO_TIME));
         while !line.contains(&b'\n') {
             let mut chunk = [0; HELLO.len()];
             match rustix::net::recv(&stream, &mut chunk, RecvFlags::DONTWAIT) {
                 Ok((_, n)) if n > 0 && line.len() < HELLO.len() => line.extend_from_slice(&chunk[..n]),
                 Err(Errno::INTR) => {}
-                Err(Errno::AGAIN) if wait_readable(&stream, deadline.saturating_duration_since(Instant::now())) => {}
+                Err(Errno::AGAIN) if wait_readable(&stream, deadline) => {}
                 _ => break,
             }
         }
-        Ok(Taker::new(stream, peer, &line))
+        Ok(TakeoverRequest::new(stream, peer, &line))
     }
 }
 
@@ -98,14 +98,14 @@ pub(crate) fn answer(socket: impl AsFd, words: &str) {
 
 /// A process that has asked to take over.
 #[derive(Debug)]
-pub(crate) struct Taker {
+pub(crate) struct TakeoverRequest {
     pub(crate) socket: Arc<OwnedFd>,
     pub(crate) peer: PeerCred,
     /// Whether the handover has begun. From then on what it hears is not an answer.
     begun: Cell<bool>,
 }
 
-impl Taker {
+impl TakeoverRequest {
     /// `None` for a connection whose first line asks for something else.
     pub(crate) fn new(socket: OwnedFd, peer: PeerCred, line: &[u8]) -> Option<Self> {
         if line != HELLO.as_bytes() {

@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use rustix::event::{poll, PollFd, PollFlags};
+use rustix::event::{PollFd, PollFlags};
 use rustix::io::Errno;
 
 use crate::error::{chain, Error};
@@ -16,9 +16,9 @@ use crate::exit::{ExitReason, Upgraded};
 use crate::key::Key;
 use crate::service::Core;
 use crate::sys::peer::PeerCred;
-use crate::sys::poll::{should_retry, timespec};
+use crate::sys::poll::{poll, Deadline};
 use crate::sys::signal::{self, Handlers};
-use crate::takeover::{self, Taker, Trust};
+use crate::takeover::{self, TakeoverRequest, Trust};
 
 /// What a trigger asks for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -38,7 +38,7 @@ impl Action {
 
 /// What a connection to a control socket means.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Meaning {
+pub(crate) enum Purpose {
     /// The connection itself asks for this.
     Connect(Action),
     /// The first line says what is asked for.
@@ -63,7 +63,7 @@ pub(crate) enum Reply {
     Socket(UnixStream),
     Call(Outcome),
     /// A process that takes over, and the call that let it in, if any.
-    Taker(Taker, Option<Outcome>),
+    TakeoverRequest(TakeoverRequest, Option<Outcome>),
 }
 
 /// Where a call finds what came of it.
@@ -83,7 +83,7 @@ impl Reply {
                 tell(&stream, &in_words(&outcome));
                 Some(stream)
             }
-            Self::Taker(taker, cell) => {
+            Self::TakeoverRequest(taker, cell) => {
                 taker.refuse(&in_words(&outcome));
                 if let Some(cell) = cell {
                     call(cell, outcome);
@@ -94,9 +94,9 @@ impl Reply {
     }
 
     /// The process to hand over to, if it is not to be started first.
-    pub(crate) fn taker(&self) -> Option<&Taker> {
+    pub(crate) fn taker(&self) -> Option<&TakeoverRequest> {
         match self {
-            Self::Taker(taker, _) => Some(taker),
+            Self::TakeoverRequest(taker, _) => Some(taker),
             _ => None,
         }
     }
@@ -151,16 +151,16 @@ impl Calls {
 pub(crate) struct ControlSocket {
     pub(crate) path: PathBuf,
     pub(crate) listener: UnixListener,
-    pub(crate) meaning: Meaning,
+    pub(crate) meaning: Purpose,
 }
 
 /// A connection whose first line has not come yet.
 #[derive(Debug)]
-struct Talk {
+struct PendingCommand {
     stream: UnixStream,
     peer: PeerCred,
     path: PathBuf,
-    meaning: Meaning,
+    meaning: Purpose,
     line: Vec<u8>,
     since: Instant,
 }
@@ -181,7 +181,7 @@ pub(crate) struct Triggers {
     _handlers: Handlers,
     sockets: Vec<ControlSocket>,
     trust: Trust,
-    talks: Vec<Talk>,
+    talks: Vec<PendingCommand>,
     accept_again: Option<Instant>,
     calls: Arc<Calls>,
     /// Asked and not dealt with.
@@ -190,7 +190,7 @@ pub(crate) struct Triggers {
 
 /// Why a wait ended.
 #[derive(Debug, PartialEq, Eq)]
-pub(crate) enum Woken {
+pub(crate) enum Wake {
     /// Some of the descriptors given are ready; or there are requests.
     Ready,
     Deadline,
@@ -287,9 +287,9 @@ impl Triggers {
         &mut self,
         core: &Core,
         fds: &[(BorrowedFd<'_>, PollFlags)],
-        deadline: Option<Instant>,
+        deadline: Deadline,
         sockets: Sockets,
-    ) -> Result<Woken, Error> {
+    ) -> Result<Wake, Error> {
         let asked_before = self.requests.len();
         loop {
             let beat = core.beat();
@@ -309,16 +309,9 @@ impl Triggers {
             }
 
             let talk_ends = self.talks.iter().map(|talk| talk.since + TALK_TIME).min();
-            let until = [deadline, talk_ends, self.accept_again, beat].into_iter().flatten().min();
-            let time = until.map(|until| timespec(until.saturating_duration_since(now)));
-            match poll(&mut polled, time.as_ref()) {
-                Ok(_) => {}
-                Err(e) if should_retry(e) => match deadline {
-                    Some(deadline) if Instant::now() >= deadline => return Ok(Woken::Deadline),
-                    _ => continue,
-                },
-                Err(e) => return Err(Error::Wait { source: e.into() }),
-            }
+            let others = [talk_ends, self.accept_again, beat].into_iter().flatten().min();
+            let until = others.map_or(deadline, |other| deadline.min(Deadline::at(other)));
+            poll(&mut polled, until).map_err(|e| Error::Wait { source: e.into() })?;
 
             let ready: Vec<bool> = polled.iter().map(|fd| !fd.revents().is_empty()).collect();
             drop(polled);
@@ -335,10 +328,10 @@ impl Triggers {
                 self.accept(at - sockets_at);
             }
             if ready[1..talks_at].contains(&true) || self.requests.len() > asked_before {
-                return Ok(Woken::Ready);
+                return Ok(Wake::Ready);
             }
-            if deadline.is_some_and(|deadline| Instant::now() >= deadline) {
-                return Ok(Woken::Deadline);
+            if deadline.has_passed() {
+                return Ok(Wake::Deadline);
             }
         }
     }
@@ -368,7 +361,7 @@ impl Triggers {
                 return;
             }
         };
-        let takes_over = *meaning == Meaning::Takeover;
+        let takes_over = *meaning == Purpose::Takeover;
         let trust = |peer: &PeerCred| if takes_over { (self.trust)(peer) } else { peer.is_same_user_or_root() };
         let Some(peer) = takeover::trusted(&stream, path, trust) else {
             if takes_over {
@@ -377,7 +370,7 @@ impl Triggers {
             return;
         };
         match *meaning {
-            Meaning::Connect(action) => self.requests.push_back(Request {
+            Purpose::Connect(action) => self.requests.push_back(Request {
                 action,
                 reason: ExitReason::Socket(path.clone()),
                 since: Instant::now(),
@@ -385,12 +378,12 @@ impl Triggers {
             }),
             meaning => {
                 let (path, since) = (path.clone(), Instant::now());
-                self.talks.push(Talk { stream, peer, path, meaning, line: Vec::new(), since });
+                self.talks.push(PendingCommand { stream, peer, path, meaning, line: Vec::new(), since });
                 if self.talks.len() > MAX_TALKS {
                     // Who has kept silent longest has least to say, and must not keep others out.
                     match self.talks.remove(0) {
-                        Talk { stream, meaning: Meaning::Takeover, .. } => takeover::answer(&stream, "busy"),
-                        Talk { stream, .. } => tell(&stream, "busy\n"),
+                        PendingCommand { stream, meaning: Purpose::Takeover, .. } => takeover::answer(&stream, "busy"),
+                        PendingCommand { stream, .. } => tell(&stream, "busy\n"),
                     }
                 }
             }
@@ -412,11 +405,11 @@ impl Triggers {
         if !talk.line.contains(&b'\n') && talk.line.len() < MAX_COMMAND {
             return;
         }
-        let Talk { stream, peer, path, meaning, line, .. } = self.talks.remove(at);
+        let PendingCommand { stream, peer, path, meaning, line, .. } = self.talks.remove(at);
         let (reason, since) = (ExitReason::Socket(path), Instant::now());
-        if meaning == Meaning::Takeover {
-            if let Some(taker) = Taker::new(stream.into(), peer, &line) {
-                let reply = Reply::Taker(taker, None);
+        if meaning == Purpose::Takeover {
+            if let Some(taker) = TakeoverRequest::new(stream.into(), peer, &line) {
+                let reply = Reply::TakeoverRequest(taker, None);
                 self.requests.push_back(Request { action: Action::Upgrade, reason, since, reply });
             }
             return;

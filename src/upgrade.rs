@@ -9,9 +9,10 @@ use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 use std::process::ExitStatus;
 use std::sync::Arc;
+use std::thread;
 use std::time::{Duration, Instant};
 
-use rustix::event::{poll, PollFlags};
+use rustix::event::PollFlags;
 use rustix::fs::FileType;
 use rustix::io::Errno;
 use rustix::process::{kill_process, pidfd_send_signal, waitid, waitpid, Signal, WaitId, WaitIdOptions, WaitOptions};
@@ -32,9 +33,9 @@ use crate::shutdown::State;
 use crate::sockets::Held;
 use crate::sys::adopt::Adopter;
 use crate::sys::peer::peer_pidfd;
-use crate::sys::poll::{timespec, wait_for, wait_readable};
-use crate::sys::spawn::{exit_status, spawn, ParentIs, Plan, Spawned};
-use crate::takeover::{self, Taker};
+use crate::sys::poll::{wait_hangup, wait_readable, Deadline};
+use crate::sys::spawn::{exit_status, spawn, Parentage, Plan, Spawned};
+use crate::takeover::{self, TakeoverRequest};
 use crate::trigger::{Sockets, Triggers};
 
 /// How long a child that has closed its status pipe may take to end by itself.
@@ -59,7 +60,7 @@ const COMMIT: Duration = Duration::from_secs(5);
 /// an error everything is as it was, and the child is gone.
 pub(crate) fn upgrade(
     core: &Core,
-    taker: Option<&Taker>,
+    taker: Option<&TakeoverRequest>,
     triggers: &mut Triggers,
     since: Instant,
 ) -> Result<Upgraded, Error> {
@@ -100,7 +101,7 @@ fn start(core: &Core, handover: Handover) -> Result<Child<'_>, Error> {
         status: child_end.status,
         mask: core.mask,
         // systemd waits at a stop for its own children only; the others it kills at once (`unit_kill_context`).
-        parent: if core.is_main() { ParentIs::OurParent } else { ParentIs::Us },
+        parent: if core.is_main() { Parentage::OurParent } else { Parentage::Us },
     };
     let spawned =
         spawn(plan, core.config.spawn).map_err(|source| Error::Spawn { program: program.path.clone(), source })?;
@@ -112,7 +113,7 @@ fn start(core: &Core, handover: Handover) -> Result<Child<'_>, Error> {
 }
 
 /// Step 3 with a process that runs already.
-fn begin<'a>(core: &'a Core, taker: &Taker, handover: Handover) -> Result<Child<'a>, Error> {
+fn begin<'a>(core: &'a Core, taker: &TakeoverRequest, handover: Handover) -> Result<Child<'a>, Error> {
     let socket = taker.begin();
     let pid = taker.peer.pid.unwrap_or(0);
     log::info!("takeover pid={pid} uid={}", taker.peer.uid);
@@ -126,7 +127,7 @@ fn begin<'a>(core: &'a Core, taker: &Taker, handover: Handover) -> Result<Child<
 /// Step 4: one poll over the link, triggers and deadline.
 fn wait_ready(child: &mut Child<'_>, core: &Core, triggers: &mut Triggers, since: Instant) -> Result<(), Error> {
     let pid = child.process.pid();
-    let deadline = since.checked_add(core.config.ready_timeout);
+    let deadline = Deadline::since(since, core.config.ready_timeout);
     let (mut waited, mut timed_out) = (false, false);
     loop {
         // What the child said comes before everything else: after `ready` it may be serving without us.
@@ -150,8 +151,8 @@ fn wait_ready(child: &mut Child<'_>, core: &Core, triggers: &mut Triggers, since
         let (mut fds, again) = child.link.poll_for();
         // Its death is seen by the link's end as a rule; but a process of its own may hold that open.
         fds.extend(child.process.pidfd());
-        triggers.wait(core, &fds, [deadline, again].into_iter().flatten().min(), Sockets::Answer)?;
-        timed_out = deadline.is_some_and(|deadline| Instant::now() >= deadline);
+        triggers.wait(core, &fds, deadline.min(again), Sockets::Answer)?;
+        timed_out = deadline.has_passed();
         waited = true;
         child.link.send_some().map_err(|source| Error::Send { pid, source })?;
     }
@@ -181,7 +182,7 @@ fn commit(mut child: Child<'_>, core: &Core, triggers: &mut Triggers, since: Ins
     let upgraded = Upgraded { pid, generation: core.generation + 1, commit: committed - since };
     core.emit(&Event::Committed(&upgraded));
 
-    let verdict_at = committed + core.config.probation;
+    let verdict_at = Deadline::since(committed, core.config.probation);
     let mut serving = core.config.probation.is_zero();
     loop {
         // Read first, whatever the clock says: this process may have been stopped since, and the child serves.
@@ -212,9 +213,8 @@ fn commit(mut child: Child<'_>, core: &Core, triggers: &mut Triggers, since: Ins
             }
             break;
         }
-        let now = Instant::now();
-        let until = if serving { verdict_at } else { committed + COMMIT };
-        if now >= until {
+        let until = if serving { verdict_at } else { Deadline::since(committed, COMMIT) };
+        if until.has_passed() {
             // It was stopped between the two words, say; nobody accepts.
             if serving || !child.take_back() {
                 break;
@@ -223,7 +223,7 @@ fn commit(mut child: Child<'_>, core: &Core, triggers: &mut Triggers, since: Ins
         }
         let (mut fds, _) = child.link.poll_for();
         fds.extend(child.process.pidfd());
-        if let Err(e) = triggers.wait(core, &fds, Some(until), Sockets::Leave) {
+        if let Err(e) = triggers.wait(core, &fds, until, Sockets::Leave) {
             // The child serves; a failing poll of ours is no reason to end it.
             log::warn!("{}", crate::error::chain(&e));
             break;
@@ -328,17 +328,16 @@ impl Process<'_> {
     /// Whether the child ends within that time.
     fn ends_within(&self, time: Duration) -> bool {
         if let Some(pidfd) = self.end_fd() {
-            return wait_readable(pidfd, time);
+            return wait_readable(pidfd, Deadline::after(time));
         }
         let Who::Child(child) = &self.who else { return false };
         // Without a pidfd there is no event for it, and this is asked with a time only when its pipe has ended.
-        let deadline = Instant::now() + time;
+        let deadline = Deadline::after(time);
         loop {
-            let left = deadline.saturating_duration_since(Instant::now());
-            if left.is_zero() || is_unreaped(child) != Ok(false) {
-                return !left.is_zero();
+            if deadline.has_passed() || is_unreaped(child) != Ok(false) {
+                return !deadline.has_passed();
             }
-            let _ = poll(&mut [], Some(&timespec(left.min(Duration::from_millis(2)))));
+            thread::sleep(Duration::from_millis(2));
         }
     }
 
@@ -379,11 +378,12 @@ fn kill_and_reap(child: &Spawned) -> Option<ExitStatus> {
     match &child.pidfd {
         Some(pidfd) => {
             // A filter may know only the older call. Nobody has reaped the child while its pidfd is silent.
-            if pidfd_send_signal(pidfd, Signal::KILL).is_err() && !wait_readable(pidfd, Duration::ZERO) {
+            if pidfd_send_signal(pidfd, Signal::KILL).is_err() && !wait_readable(pidfd, Deadline::after(Duration::ZERO))
+            {
                 let _ = kill_process(pid, Signal::KILL);
             }
             // SIGKILL ends a stopped process too, but not one that hangs in the kernel.
-            if !wait_readable(pidfd, KILLING) {
+            if !wait_readable(pidfd, Deadline::after(KILLING)) {
                 log::error!("child {pid} survives SIGKILL: it hangs in the kernel");
                 return None;
             }
@@ -396,9 +396,9 @@ fn kill_and_reap(child: &Spawned) -> Option<ExitStatus> {
             let _ = kill_process(pid, Signal::KILL);
         }
     }
-    if let (Some(pidfd), ParentIs::OurParent) = (&child.pidfd, child.parent) {
+    if let (Some(pidfd), Parentage::OurParent) = (&child.pidfd, child.parent) {
         // Our parent reaps it, and only then does the kernel say how it ended.
-        wait_for(pidfd, PollFlags::empty(), ENDING);
+        let _ = wait_hangup(pidfd, Deadline::after(ENDING));
         return exit_status(pidfd);
     }
     loop {
@@ -481,7 +481,7 @@ fn from_stranger(path: &Path, config: &Config) -> Result<Option<Inherited>, Erro
             // will do so soon, because an end closes one descriptor after the other.
             Err(e) if attempts < LOOK_AGAIN && takeover::is_end(&e) => {
                 attempts += 1;
-                let _ = poll(&mut [], Some(&timespec(LOOK_AGAIN_AFTER)));
+                thread::sleep(LOOK_AGAIN_AFTER);
             }
             Err(source) => return Err(Error::Handover { what: "manifest", source }),
         }
@@ -527,7 +527,7 @@ pub(crate) fn ready(core: &Core) -> Result<(), Error> {
         Err(e) if matches!(e.kind(), io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset) => {}
         other => other.map_err(|source| Error::Ready { source })?,
     }
-    let mut deadline = Instant::now() + COMMIT;
+    let mut deadline = Deadline::after(COMMIT);
     let mut unheard = false;
     loop {
         match parent.next_message() {
@@ -540,7 +540,7 @@ pub(crate) fn ready(core: &Core) -> Result<(), Error> {
                 log::warn!("the parent ended before it could commit: serving without it");
                 return Ok(());
             }
-            None if wait_readable(&parent.reader, deadline.saturating_duration_since(Instant::now())) => continue,
+            None if wait_readable(&parent.reader, deadline) => continue,
             None if unheard => break,
             // It is stopped, or hangs, and so accepts nothing. When it goes on, it will read this first.
             None => log::warn!("the parent did not answer within {COMMIT:?}: serving without it"),
@@ -550,7 +550,7 @@ pub(crate) fn ready(core: &Core) -> Result<(), Error> {
             Ok(()) => return Ok(()),
             Err(e) => log::debug!("the parent does not hear that this process serves: {e}"),
         }
-        (unheard, deadline) = (true, Instant::now() + COMMIT);
+        (unheard, deadline) = (true, Deadline::after(COMMIT));
     }
     if let Some((path, before)) = before {
         if let Err(e) = pid_file::put_back(path, before.as_deref()) {

@@ -5,15 +5,14 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use rustix::event::{poll, PollFd, PollFlags};
 use rustix::fs::fstat;
 
 use super::lines::{send, FromChild, FromParent, Lines, Read};
 use super::manifest::{Entry, Slot};
 use crate::key::Key;
-use crate::sys::poll::{should_retry, time_left, timespec, wait_readable};
+use crate::sys::poll::{wait_hangup, wait_readable, Deadline};
 
 /// The generations before this one that lived when it began.
 #[derive(Debug, Default)]
@@ -99,13 +98,13 @@ impl ParentLink {
 
     /// Waits for the parent's announcement, or its end, at most `time`. Other messages stay in the queue.
     pub(crate) fn wait_announced(&self, time: Duration) -> Announced {
-        let deadline = Instant::now() + time;
+        let deadline = Deadline::after(time);
         loop {
             match self.announced() {
                 Announced::NotYet => {}
                 known => return known,
             }
-            if !wait_readable(&self.reader, deadline.saturating_duration_since(Instant::now())) {
+            if !wait_readable(&self.reader, deadline) {
                 return Announced::NotYet;
             }
         }
@@ -142,15 +141,7 @@ impl ParentLink {
 
     /// Waits until the parent has ended, which closes its end of the link, at most `time`. Messages stay unread.
     pub(crate) fn wait_end(&self, time: Duration) -> io::Result<bool> {
-        let deadline = Instant::now().checked_add(time);
-        loop {
-            let left = deadline.map(time_left);
-            // No event is asked for: POLLHUP is reported all the same.
-            match poll(&mut [PollFd::new(&self.reader, PollFlags::empty())], left.as_ref()) {
-                Err(e) if should_retry(e) && deadline.is_none_or(|deadline| Instant::now() < deadline) => {}
-                result => return Ok(result? > 0),
-            }
-        }
+        Ok(wait_hangup(&self.reader, Deadline::after(time))?)
     }
 }
 
@@ -166,7 +157,7 @@ pub(crate) struct DrainLink {
 impl DrainLink {
     /// A pipe without a reader reports an error, a socket without a peer a hangup (poll(2)).
     fn is_alive(&self) -> bool {
-        matches!(poll(&mut [PollFd::new(&self.fd, PollFlags::empty())], Some(&timespec(Duration::ZERO))), Ok(0))
+        matches!(wait_hangup(&self.fd, Deadline::after(Duration::ZERO)), Ok(false))
     }
 
     pub(crate) fn end_drain(&self) {

@@ -8,7 +8,7 @@ use std::io;
 use std::mem;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use rustix::buffer::spare_capacity;
 use rustix::event::PollFlags;
@@ -23,7 +23,7 @@ use super::scm::{Limits, Receiver, Sender, Sent};
 use super::variable::{Carrier, FdRef};
 use crate::error::Error;
 use crate::sys::adopt::Adopter;
-use crate::sys::poll::wait_readable;
+use crate::sys::poll::{wait_readable, Deadline};
 use crate::sys::signal::without_sigpipe;
 
 /// How a child gets its handover. A process that takes over always gets it through its socket.
@@ -172,14 +172,14 @@ impl ChildLink {
     }
 
     /// What a poll must look at for news of the child, or for room to send more; and when to try again in any case.
-    pub(crate) fn poll_for(&self) -> (Vec<(BorrowedFd<'_>, PollFlags)>, Option<Instant>) {
+    pub(crate) fn poll_for(&self) -> (Vec<(BorrowedFd<'_>, PollFlags)>, Deadline) {
         let mut fds = vec![(self.from.as_fd(), PollFlags::IN)];
         match self.unsent {
             Unsent::Nothing => {}
             Unsent::Text(_) | Unsent::Message(_) => fds.push((self.to.as_fd(), PollFlags::OUT)),
-            Unsent::Crowded(_) => return (fds, Some(Instant::now() + CROWDED)),
+            Unsent::Crowded(_) => return (fds, Deadline::after(CROWDED)),
         }
-        (fds, None)
+        (fds, Deadline::NEVER)
     }
 
     /// Says something to the child; never waits.
@@ -262,7 +262,7 @@ impl Descriptors {
 /// Reads the manifest from its pipe. The descriptors are here already, for `adopter` to adopt.
 pub(crate) fn read(pipe: &OwnedFd, adopter: Adopter, time: Duration) -> io::Result<Arrived> {
     let mut text = Vec::new();
-    let deadline = Instant::now() + time;
+    let deadline = Deadline::after(time);
     let length = loop {
         if let Some(length) = Manifest::length(&text)? {
             break length;
@@ -281,7 +281,7 @@ pub(crate) fn read(pipe: &OwnedFd, adopter: Adopter, time: Duration) -> io::Resu
 
 /// Receives manifest and descriptors from a socket. What is no manifest is given back as the text that it is.
 pub(crate) fn receive(socket: &OwnedFd, time: Duration) -> io::Result<Result<Arrived, String>> {
-    let deadline = Instant::now() + time;
+    let deadline = Deadline::after(time);
     let mut receiver = Receiver::new(Limits { bytes: MAX_SIZE, descriptors: MAX_ENTRIES });
     while !receiver.step(socket)? {
         wait_until(socket, deadline)?;
@@ -295,8 +295,8 @@ pub(crate) fn receive(socket: &OwnedFd, time: Duration) -> io::Result<Result<Arr
     Ok(Ok(Arrived { manifest, descriptors: Descriptors::Received(received), rest }))
 }
 
-fn wait_until(fd: &OwnedFd, deadline: Instant) -> io::Result<()> {
-    if wait_readable(fd, deadline.saturating_duration_since(Instant::now())) {
+fn wait_until(fd: &OwnedFd, deadline: Deadline) -> io::Result<()> {
+    if wait_readable(fd, deadline) {
         return Ok(());
     }
     Err(io::ErrorKind::TimedOut.into())

@@ -44,7 +44,7 @@ pub(crate) struct Plan {
     pub(crate) argv: Vec<CString>,
     pub(crate) envp: Vec<CString>,
     /// Where the child starts, and whether it may start where the parent stands now when that directory is gone.
-    pub(crate) directory: Option<(CString, OrStay)>,
+    pub(crate) directory: Option<(CString, IfMissing)>,
     /// What survives the execve, besides stdin, stdout and stderr.
     pub(crate) keep: Vec<RawFd>,
     /// Where the child reports a failure before the new program runs. One of `keep`.
@@ -52,12 +52,12 @@ pub(crate) struct Plan {
     /// The signal mask of the new program.
     pub(crate) mask: Mask,
     /// Whose child it is to be.
-    pub(crate) parent: ParentIs,
+    pub(crate) parent: Parentage,
 }
 
 /// Whose child a new process is to be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum ParentIs {
+pub(crate) enum Parentage {
     /// Ours.
     Us,
     /// Our own parent's, where the kernel allows it; that reaps it then. For a service manager which at a stop waits for
@@ -67,9 +67,9 @@ pub(crate) enum ParentIs {
 
 /// Whether a missing directory is an error or means "stay where we are".
 #[derive(Clone, Copy, PartialEq, Eq)]
-pub(crate) enum OrStay {
-    No,
-    IfMissing,
+pub(crate) enum IfMissing {
+    Fail,
+    Stay,
 }
 
 /// A child process.
@@ -77,7 +77,7 @@ pub(crate) struct Spawned {
     pub(crate) pid: rustix::process::Pid,
     /// Readable once the child has ended. `None` where the kernel did not give one.
     pub(crate) pidfd: Option<OwnedFd>,
-    pub(crate) parent: ParentIs,
+    pub(crate) parent: Parentage,
     /// What the child still reads until its execve.
     _shared: SharedMemory,
 }
@@ -108,15 +108,15 @@ pub(crate) fn spawn(plan: Plan, how: Spawn) -> io::Result<Spawned> {
 /// a pidfd we could neither see nor surely end what is not our child.
 fn clone(memory: &Memory) -> io::Result<Made> {
     let pidfds = || pidfd_open(getpid(), PidfdFlags::empty()).is_ok();
-    if memory.plan.parent == ParentIs::OurParent && pidfds() {
+    if memory.plan.parent == Parentage::OurParent && pidfds() {
         if let Ok((pid, Some(pidfd))) = clone_with(memory, libc::CLONE_PARENT) {
-            return Ok((pid, Some(pidfd), ParentIs::OurParent));
+            return Ok((pid, Some(pidfd), Parentage::OurParent));
         }
     }
-    clone_with(memory, 0).map(|(pid, pidfd)| (pid, pidfd, ParentIs::Us))
+    clone_with(memory, 0).map(|(pid, pidfd)| (pid, pidfd, Parentage::Us))
 }
 
-type Made = (c_int, Option<OwnedFd>, ParentIs);
+type Made = (c_int, Option<OwnedFd>, Parentage);
 
 fn clone_with(memory: &Memory, flags: c_int) -> io::Result<(c_int, Option<OwnedFd>)> {
     let mut pidfd: RawFd = -1;
@@ -151,7 +151,7 @@ fn fork(memory: &Memory) -> io::Result<Made> {
     match unsafe { libc::fork() } {
         -1 => Err(io::Error::last_os_error()),
         0 => run(memory),
-        pid => Ok((pid, None, ParentIs::Us)),
+        pid => Ok((pid, None, Parentage::Us)),
     }
 }
 
@@ -204,9 +204,9 @@ fn execute(memory: &Memory) -> Result<(), (&'static str, i32)> {
     unsafe {
         signal::reset_all();
         sweep().map_err(|e| ("sweep", e))?;
-        if let Some((directory, or_stay)) = &plan.directory {
+        if let Some((directory, if_missing)) = &plan.directory {
             match call(libc::SYS_chdir, [directory.as_ptr() as usize, 0, 0, 0]) {
-                Err(libc::ENOENT) if *or_stay == OrStay::IfMissing => {}
+                Err(libc::ENOENT) if *if_missing == IfMissing::Stay => {}
                 Err(e) => return Err(("chdir", e)),
                 Ok(_) => {}
             }

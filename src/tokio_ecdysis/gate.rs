@@ -9,7 +9,8 @@ use std::time::Duration;
 
 use super::StopOnShutdown;
 use crate::shutdown::watch::Watch;
-use crate::shutdown::{Phase, Shutdown, Trouble, EXHAUSTED, HANDSHAKE};
+use crate::shutdown::{AcceptFailure, Phase, Shutdown, HANDSHAKE};
+use crate::sys::poll::SCARCE;
 
 /// One task's place at the gate.
 #[derive(Debug)]
@@ -96,22 +97,22 @@ impl Gate {
                 }
                 Err(error) => error,
             };
-            match Trouble::of(&error) {
+            match AcceptFailure::of(&error) {
                 // Only `now` says so. A client may think it is connected before its last packet has got it into the queue.
-                Trouble::Empty if !std::mem::replace(&mut self.lingered, true) => self.pause(cx, HANDSHAKE),
-                Trouble::Empty => {
+                AcceptFailure::Empty if !std::mem::replace(&mut self.lingered, true) => self.pause(cx, HANDSHAKE),
+                AcceptFailure::Empty => {
                     self.end();
                     return Poll::Ready(None);
                 }
-                Trouble::Passing => {}
-                Trouble::Exhausted => {
+                AcceptFailure::Passing => {}
+                AcceptFailure::Exhausted => {
                     if !std::mem::replace(&mut self.told, true) {
                         log::warn!("cannot accept for want of resources, waiting: {error}");
                     }
                     // It is readable all the time: to poll it would be to spin.
-                    self.pause(cx, EXHAUSTED);
+                    self.pause(cx, SCARCE);
                 }
-                Trouble::Fatal => {
+                AcceptFailure::Fatal => {
                     self.end();
                     return Poll::Ready(Some(Err(error)));
                 }

@@ -29,7 +29,7 @@ use tokio_stream::wrappers::{TcpListenerStream, UnixListenerStream};
 
 use crate::error::chain;
 use crate::shutdown::{Phase, Shutdown};
-use crate::trigger::{Action, Meaning};
+use crate::trigger::{Action, Purpose};
 use crate::{Builder, Ecdysis, Error, Exit, Key, Starting, Upgraded};
 
 use self::gate::Gate;
@@ -189,7 +189,7 @@ impl TokioEcdysisBuilder {
     ///
     /// [`Error::Socket`], with what bind(2) said.
     pub fn upgrade_on_socket<P: AsRef<Path>>(&mut self, listen_path: P) -> io::Result<()> {
-        self.on_socket(listen_path.as_ref(), Meaning::Connect(Action::Upgrade))
+        self.on_socket(listen_path.as_ref(), Purpose::Connect(Action::Upgrade))
     }
 
     /// Stops when somebody connects to this Unix socket, see [`Builder::stop_on_socket`].
@@ -198,7 +198,7 @@ impl TokioEcdysisBuilder {
     ///
     /// [`Error::Socket`], with what bind(2) said.
     pub fn stop_on_socket<P: AsRef<Path>>(&mut self, listen_path: P) -> io::Result<()> {
-        self.on_socket(listen_path.as_ref(), Meaning::Connect(Action::Stop))
+        self.on_socket(listen_path.as_ref(), Purpose::Connect(Action::Stop))
     }
 
     /// Stops partially when somebody connects to this Unix socket, see [`Builder::partial_stop_on_socket`].
@@ -207,7 +207,7 @@ impl TokioEcdysisBuilder {
     ///
     /// [`Error::Socket`], with what bind(2) said.
     pub fn partial_stop_on_socket<P: AsRef<Path>>(&mut self, listen_path: P) -> io::Result<()> {
-        self.on_socket(listen_path.as_ref(), Meaning::Connect(Action::PartialStop))
+        self.on_socket(listen_path.as_ref(), Purpose::Connect(Action::PartialStop))
     }
 
     /// One socket for all: the first line of a connection is the command, see [`Builder::control_on_socket`].
@@ -216,7 +216,7 @@ impl TokioEcdysisBuilder {
     ///
     /// [`Error::Socket`], with what bind(2) said.
     pub fn control_on_socket<P: AsRef<Path>>(&mut self, listen_path: P) -> io::Result<()> {
-        self.on_socket(listen_path.as_ref(), Meaning::Command)
+        self.on_socket(listen_path.as_ref(), Purpose::Command)
     }
 
     /// Hands everything over to a process that connects to this Unix socket and asks, see
@@ -227,10 +227,10 @@ impl TokioEcdysisBuilder {
     ///
     /// [`Error::Socket`], with what bind(2) said.
     pub fn takeover_on_socket<P: AsRef<Path>>(&mut self, listen_path: P) -> io::Result<()> {
-        self.on_socket(listen_path.as_ref(), Meaning::Takeover)
+        self.on_socket(listen_path.as_ref(), Purpose::Takeover)
     }
 
-    fn on_socket(&self, path: &Path, meaning: Meaning) -> io::Result<()> {
+    fn on_socket(&self, path: &Path, meaning: Purpose) -> io::Result<()> {
         Ok(self.starting.add_socket(path, meaning)?)
     }
 
