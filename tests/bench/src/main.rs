@@ -37,9 +37,10 @@ pub struct Summary {
 
 type Row = fn(quick: bool) -> Result<Outcome, Box<dyn Error>>;
 
-const ROWS: [(&str, &str, Row); 9] = [
+const ROWS: [(&str, &str, Row); 10] = [
     ("upgrade", "One upgrade, one listener, from the call to the commit", rows::upgrade::against_bare),
     ("old", "The same against `ecdysis` 1.1.1, from the signal to the commit", rows::upgrade::against_old),
+    ("static", "One upgrade of a static binary", rows::upgrade::of_static),
     ("listeners", "Many listeners", rows::upgrade::listeners),
     ("takeover", "A takeover beside an inheritance", rows::upgrade::takeover),
     ("stall", "How long a busy thread of the parent stands still", rows::stall::stall),
@@ -83,7 +84,7 @@ fn run() -> Result<(), Box<dyn Error>> {
     }
     sys::adopt_orphans();
     sys::raise_descriptor_limit();
-    build_servers()?;
+    build(&["--bins"], "", None)?;
     for (name, title, row) in ROWS {
         if !only.is_empty() && !only.iter().any(|only| only == name) {
             continue;
@@ -98,12 +99,20 @@ fn run() -> Result<(), Box<dyn Error>> {
     Ok(())
 }
 
-/// `cargo run` has built this program alone.
-fn build_servers() -> Result<(), Box<dyn Error>> {
+/// Builds servers: `cargo run` has built this program alone. With `flags` for the compiler they need a folder of their
+/// own, beside that of this program.
+fn build(which: &[&str], flags: &str, folder: Option<&str>) -> Result<(), Box<dyn Error>> {
+    let exe = std::env::current_exe()?;
+    let target = exe.parent().and_then(Path::parent).ok_or("this program lies in no target directory")?;
     let mut cargo = Command::new(env!("CARGO"));
-    cargo.args(["build", "--quiet", "--release", "--bins", "--manifest-path"]).arg(Path::new(HERE).join("Cargo.toml"));
-    if let Some(target) = std::env::current_exe()?.parent().and_then(Path::parent) {
-        cargo.arg("--target-dir").arg(target);
+    cargo
+        .args(["build", "--quiet", "--release", "--manifest-path"])
+        .arg(Path::new(HERE).join("Cargo.toml"))
+        .args(which);
+    cargo.arg("--target-dir").arg(folder.map_or(target.to_owned(), |folder| target.join(folder)));
+    if !flags.is_empty() {
+        // With a target named, the flags do not reach build scripts and procedural macros.
+        cargo.env("RUSTFLAGS", flags).args(["--target", TARGET]);
     }
     if cargo.status()?.success() {
         Ok(())
@@ -111,6 +120,9 @@ fn build_servers() -> Result<(), Box<dyn Error>> {
         Err("the servers do not build".into())
     }
 }
+
+/// The target that this program was built for.
+const TARGET: &str = env!("TARGET");
 
 /// Writes one row's section of RESULTS.md and its picture; the others stay as they are.
 fn keep(name: &str, title: &str, outcome: Outcome) -> io::Result<()> {

@@ -43,7 +43,7 @@ pub fn bare_spawn(way: Way, program: CString, argv: &[CString], envp: &[CString]
     // Leaked, because a child that shares memory may still read it when this returns; and this process ends soon.
     let plan = Box::leak(Box::new(Plan { program, argv: pointers(argv), envp: pointers(envp), keep }));
     let plan = ptr::from_mut(plan).cast::<c_void>();
-    let stack = || Box::leak(vec![0_u8; 64 * 1024].into_boxed_slice()).as_mut_ptr_range().end as usize & !15;
+    let stack = if way == Way::Fork { ptr::null_mut() } else { new_stack()? };
     // SAFETY: the child runs `child` alone, on a stack of its own or a copy of ours.
     let pid = unsafe {
         match way {
@@ -51,14 +51,27 @@ pub fn bare_spawn(way: Way, program: CString, argv: &[CString], envp: &[CString]
                 0 => libc::_exit(child(plan)),
                 pid => pid,
             },
-            Way::Vfork => libc::clone(child, stack() as _, libc::CLONE_VM | libc::CLONE_VFORK | libc::SIGCHLD, plan),
-            Way::Vm => libc::clone(child, stack() as _, libc::CLONE_VM | libc::SIGCHLD, plan),
+            Way::Vfork => libc::clone(child, stack, libc::CLONE_VM | libc::CLONE_VFORK | libc::SIGCHLD, plan),
+            Way::Vm => libc::clone(child, stack, libc::CLONE_VM | libc::SIGCHLD, plan),
         }
     };
     if pid < 0 {
         Err(io::Error::last_os_error())
     } else {
         Ok(pid)
+    }
+}
+
+/// The upper end of a stack that nobody has touched: the child pays for the pages that it uses, and for no others.
+fn new_stack() -> io::Result<*mut c_void> {
+    const SIZE: usize = 64 * 1024;
+    // SAFETY: a new mapping, never unmapped; its end is aligned to a page.
+    unsafe {
+        let (protection, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
+        match libc::mmap(ptr::null_mut(), SIZE, protection, flags | libc::MAP_STACK, -1, 0) {
+            libc::MAP_FAILED => Err(io::Error::last_os_error()),
+            start => Ok(start.byte_add(SIZE)),
+        }
     }
 }
 

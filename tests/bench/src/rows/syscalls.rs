@@ -83,8 +83,7 @@ fn count(server: Server) -> Result<Counted, Box<dyn Error>> {
     let port = free_port()?;
     let mut command = Command::new("strace");
     command.args(["-f", "-qq", "-s", "16", "-o"]).arg(&trace).arg(server.path()?);
-    command.args(&server.args).arg(format!("port={port}"));
-    let mut server = Driven::spawn(command)?;
+    let mut server = Driven::spawn(server.with("port", port).run_by(command)?)?;
     let parent: i32 = server.expect("serving")?.number("pid")?;
     // When a request is answered, the accepting threads have started.
     if !super::latency::request(port)? {
