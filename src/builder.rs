@@ -13,19 +13,20 @@ use crate::ecdysis::Starting;
 use crate::error::Error;
 use crate::event::Event;
 use crate::handover::ancestors::Ancestors;
+use crate::handover::entry::Entry;
 use crate::handover::link::Transport;
-use crate::key::Key;
+use crate::handover::receive::Inherited;
 use crate::manager::Manager;
 use crate::program::{Program, ProgramOverrides};
 use crate::service::{Core, Driver, Started};
 use crate::shutdown::Shutdown;
-use crate::sockets::{Held, Sockets};
+use crate::sockets::Sockets;
 use crate::sys::peer::PeerCred;
 use crate::sys::signal::{self, Handlers};
 use crate::sys::spawn::Spawn;
 use crate::takeover::Trust;
 use crate::trigger::{Action, Calls, ControlSocket, Purpose, Triggers};
-use crate::upgrade::{self, Inherited};
+use crate::upgrade;
 
 /// Chooses triggers, deadlines, and what the next generation runs. Nothing happens before [`start`](Self::start).
 ///
@@ -352,7 +353,7 @@ impl Builder {
         let program = Program::resolve(&self.changes);
         let inherited = upgrade::inherit(&self.config)?;
         let (generation, sockets, ancestors) = match inherited {
-            Some(Inherited { generation, sockets, ancestors }) => (generation + 1, sockets, ancestors),
+            Some(Inherited { generation, entries, ancestors }) => (generation + 1, entries, ancestors),
             None => (1, Vec::new(), Ancestors::default()),
         };
 
@@ -416,12 +417,12 @@ impl Config {
     }
 
     /// What is inherited: from the parent, and then from the service manager.
-    fn sockets(&self, from_parent: Vec<(Key, Held)>) -> Result<Sockets, Error> {
+    fn sockets(&self, from_parent: Vec<Entry>) -> Result<Sockets, Error> {
         #[cfg(feature = "systemd_sockets")]
         if self.systemd_sockets {
             let passed = crate::systemd::sockets::inherit()?;
             let sockets = Sockets::new(from_parent.into_iter().chain(passed.sockets).collect());
-            sockets.forget_later(passed.stale);
+            sockets.registry().forget_later(passed.stale);
             return Ok(sockets);
         }
         Ok(Sockets::new(from_parent))
@@ -472,8 +473,8 @@ impl Starting {
             return Ok(false);
         }
         let passed = crate::systemd::sockets::inherit()?;
-        self.0.sockets.inherit_more(passed.sockets);
-        self.0.sockets.forget_later(passed.stale);
+        self.0.sockets.registry().inherit(passed.sockets);
+        self.0.sockets.registry().forget_later(passed.stale);
         Ok(true)
     }
 

@@ -2,8 +2,9 @@
 
 use std::os::fd::AsFd;
 
+use crate::handover::entry::Entry;
 use crate::handover::lines::{FromChild, FromParent, Lines, Read};
-use crate::handover::manifest::{Entry, Manifest, Slot};
+use crate::handover::manifest::Manifest;
 use crate::handover::scm::{Limits, Receiver};
 use crate::handover::variable::Carrier;
 use crate::key::{Key, Kind};
@@ -89,8 +90,9 @@ pub fn round_trip(data: &[u8]) {
         let kind = Kind::ALL[usize::from(chunk[0]) % Kind::ALL.len()];
         let inode = chunk.iter().fold(0_u64, |all, byte| all.wrapping_mul(251).wrapping_add(u64::from(*byte)));
         manifest.entries.push(Entry {
-            slot: Slot { number: number as u32, inode },
             key: Key::from_parts(kind, chunk[1..].to_vec()),
+            fd: number as i32,
+            inode,
             file: (chunk.len() % 2 == 0).then_some((inode, u64::MAX - inode)),
             unit: (chunk.len() % 3 == 0).then(|| String::from_utf8_lossy(chunk).into_owned()),
         });
@@ -148,7 +150,7 @@ mod tests {
     /// What this version sends is, byte for byte, what the golden file of this version says.
     #[test]
     fn the_manifest_of_this_version_is_golden() {
-        let entry = |number, inode, key, file| Entry { slot: Slot { number, inode }, key, file, unit: None };
+        let entry = |fd, inode, key, file| Entry { key, fd, inode, file, unit: None };
         let unit = Some("web server".to_owned());
         let manifest = Manifest {
             generation: 4,

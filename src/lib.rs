@@ -95,7 +95,6 @@ mod listen;
 #[cfg_attr(feature = "systemd_notify", path = "systemd/manager.rs")]
 #[cfg_attr(not(feature = "systemd_notify"), path = "systemd/no_manager.rs")]
 mod manager;
-mod pass;
 mod pid_file;
 mod program;
 mod seqpacket;
@@ -150,9 +149,9 @@ pub use exit::{Exit, ExitMode, ExitReason, Upgraded};
 pub use handover::link::Transport;
 pub use key::Key;
 pub use listen::Socket;
-pub use pass::Stream;
 pub use seqpacket::{UnixSeqpacketConn, UnixSeqpacketListener};
 pub use shutdown::{Accept, Datagram, Guard, Incoming, Readable, Shutdown};
+pub use sockets::pass::Stream;
 pub use sockets::Sockets;
 pub use sys::peer::PeerCred;
 pub use sys::spawn::Spawn;

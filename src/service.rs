@@ -113,7 +113,7 @@ impl Core {
 
     pub(crate) fn store_sockets(&self) {
         if self.takes_sockets.load(Ordering::Relaxed) && self.manager().room() > 0 {
-            self.sockets.store_in(self.manager());
+            self.sockets.registry().store_in(self.manager());
         }
     }
 
@@ -170,7 +170,7 @@ impl Core {
             self.shutdown.guarded(),
             draining.join(","),
         );
-        for key in self.sockets.keys() {
+        for key in self.sockets.registry().keys() {
             line.push_str(" socket=");
             escape(key.to_string().as_bytes(), &mut line);
         }
@@ -227,7 +227,7 @@ impl Turn<'_> {
         let (mode, state) = match action {
             Action::Stop => {
                 core.ancestors.send_to_parent(&FromChild::Stopping);
-                core.sockets.unlink(|_| true);
+                core.sockets.registry().unlink(|_| true);
                 if let Some(Err(e)) = core.pid_file().as_deref().map(pid_file::remove_if_ours) {
                     log::warn!("cannot remove the PID file: {e}");
                 }
@@ -236,7 +236,7 @@ impl Turn<'_> {
             }
             Action::PartialStop => {
                 core.ancestors.send_to_parent(&FromChild::Stopping);
-                core.sockets.unlink(|key| triggers.listens_on(key));
+                core.sockets.registry().unlink(|key| triggers.listens_on(key));
                 core.kept().stopping.extend(reply.stopping());
                 (ExitMode::PartiallyStopped, State::Stopped)
             }
@@ -267,7 +267,7 @@ impl Turn<'_> {
                 }
             }
         };
-        core.sockets.close_all();
+        core.sockets.registry().close_all();
         core.lock().stop = triggers.stop_reason();
         core.kept().stopping.extend(triggers.answer_over());
         triggers.close_sockets();

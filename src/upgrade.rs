@@ -21,16 +21,15 @@ use crate::builder::Config;
 use crate::error::Error;
 use crate::event::Event;
 use crate::exit::Upgraded;
-use crate::handover::ancestors::{Ancestors, DrainLink, ParentLink};
-use crate::handover::lines::{preview, send, FromChild, FromParent, Lines, Read};
-use crate::handover::link::{self, Arrived, ChildLink, Handover, Transport};
-use crate::handover::manifest::{Entry, Manifest};
-use crate::handover::variable::{Carrier, FdRef, VARIABLE};
-use crate::key::Key;
+use crate::handover::ancestors::DrainLink;
+use crate::handover::entry::FdRef;
+use crate::handover::lines::{preview, send, FromChild, FromParent, Read};
+use crate::handover::link::{ChildLink, Handover, Transport};
+use crate::handover::receive::{self, Inherited};
+use crate::handover::variable::{Carrier, VARIABLE};
 use crate::pid_file;
 use crate::service::Core;
 use crate::shutdown::State;
-use crate::sockets::Held;
 use crate::sys::adopt::Adopter;
 use crate::sys::peer::peer_pidfd;
 use crate::sys::poll::{wait_hangup, wait_readable, Deadline};
@@ -76,12 +75,9 @@ pub(crate) fn upgrade(
 
 /// Step 2: everything that is handed over, whatever carries it.
 fn pack(core: &Core) -> Result<Handover, Error> {
-    let (mut entries, mut descriptors) = core.sockets.snapshot()?;
-    for link in core.ancestors.draining() {
-        entries.push(link.entry());
-        descriptors.push(link.fd.clone());
-    }
-    Ok(Handover { manifest: Manifest { generation: core.generation, entries, ..Manifest::default() }, descriptors })
+    let mut entries = core.sockets.snapshot()?;
+    entries.extend(core.ancestors.draining().map(DrainLink::entry));
+    Ok(Handover { generation: core.generation, entries })
 }
 
 /// Step 3 with a child. What needs memory is built before it exists.
@@ -174,7 +170,7 @@ fn commit(mut child: Child<'_>, core: &Core, triggers: &mut Triggers, since: Ins
             other => other,
         })
     };
-    if child.link.say(FromParent::Commit).is_err() {
+    if child.link.send(FromParent::Commit).is_err() {
         return resume(child.link_ended());
     }
     // Whoever watches us must not take our end for a death from here on.
@@ -209,7 +205,7 @@ fn commit(mut child: Child<'_>, core: &Core, triggers: &mut Triggers, since: Ins
             // The stop is for the service, and that is the child now. A process that took over has a master of its own,
             // whose doing this may be: a new container is ready, and the old one goes.
             if matches!(child.process.who, Who::Child(_)) {
-                let _ = child.link.say(FromParent::Stop);
+                let _ = child.link.send(FromParent::Stop);
             }
             break;
         }
@@ -276,7 +272,7 @@ impl Child<'_> {
     /// Takes the commit back, unless the child has just answered it.
     fn take_back(&mut self) -> bool {
         // A stranger cannot be killed. But it must say `serving` before it accepts, and now it cannot, however late it goes on.
-        self.link.stop_hearing();
+        self.link.stop_receiving();
         while let Ok(Read::Line(line)) = self.link.next() {
             if FromChild::parse(&line) == Some(FromChild::Serving) {
                 return false;
@@ -413,14 +409,6 @@ fn kill_and_reap(child: &Spawned) -> Option<ExitStatus> {
 
 // ---- the child --------------------------------------------------------------------------------------------------
 
-/// What a child got from its parent.
-pub(crate) struct Inherited {
-    /// The parent's generation.
-    pub(crate) generation: u64,
-    pub(crate) sockets: Vec<(Key, Held)>,
-    pub(crate) ancestors: Ancestors,
-}
-
 /// Step 5: takes what a parent handed over to this process. `None` means that this is a first generation.
 pub(crate) fn inherit(config: &Config) -> Result<Option<Inherited>, Error> {
     if let Some(inherited) = from_environment()? {
@@ -444,18 +432,18 @@ fn from_environment() -> Result<Option<Inherited>, Error> {
             let (Ok(reader), Ok(writer)) = (adopt(manifest, FileType::Fifo), adopt(status, FileType::Fifo)) else {
                 return Ok(not_meant());
             };
-            let arrived = link::read(&reader, adopter, MANIFEST).map_err(failed("manifest"))?;
+            let arrived = receive::read(&reader, adopter, MANIFEST).map_err(failed("manifest"))?;
             (reader, writer, arrived)
         }
         Carrier::Socket(socket) => {
             let Ok(socket) = adopt(socket, FileType::Socket) else { return Ok(not_meant()) };
-            let arrived = link::receive(&socket, MANIFEST).map_err(failed("manifest"))?;
+            let arrived = receive::receive(&socket, MANIFEST).map_err(failed("manifest"))?;
             let arrived =
                 arrived.map_err(|answer| failed("manifest")(io::Error::new(io::ErrorKind::InvalidData, answer)))?;
             (socket.clone(), socket, arrived)
         }
     };
-    unpack(arrived, reader, writer, false).map(Some)
+    arrived.unpack(reader, writer, false).map(Some)
 }
 
 fn not_meant() -> Option<Inherited> {
@@ -467,11 +455,11 @@ fn not_meant() -> Option<Inherited> {
 fn from_stranger(path: &Path, config: &Config) -> Result<Option<Inherited>, Error> {
     let mut attempts = 0;
     while let Some(socket) = takeover::connect(path, &config.trust)? {
-        match link::receive(&socket, config.ready_timeout) {
+        match receive::receive(&socket, config.ready_timeout) {
             Ok(Ok(arrived)) => {
                 log::info!("takes over from the process at {}", path.display());
                 let socket = Arc::new(socket);
-                return unpack(arrived, socket.clone(), socket, true).map(Some);
+                return arrived.unpack(socket.clone(), socket, true).map(Some);
             }
             Ok(Err(answer)) => {
                 let answer = answer.lines().next().unwrap_or_default().to_owned();
@@ -489,34 +477,11 @@ fn from_stranger(path: &Path, config: &Config) -> Result<Option<Inherited>, Erro
     Ok(None)
 }
 
-/// Adopts the descriptors that the manifest names; the same for every link.
-fn unpack(arrived: Arrived, reader: Arc<OwnedFd>, writer: Arc<OwnedFd>, is_takeover: bool) -> Result<Inherited, Error> {
-    let Arrived { manifest, mut descriptors, rest } = arrived;
-    let mut sockets = Vec::with_capacity(manifest.entries.len());
-    let mut older = Vec::new();
-    for Entry { slot, key, file, unit } in manifest.entries {
-        let fd = descriptors.take(slot).map_err(|source| Error::Socket { key: key.clone(), source })?;
-        match key.drain_generation() {
-            Some(generation) => older.push(DrainLink { generation, inode: slot.inode, fd: Arc::new(fd) }),
-            None => sockets.push((key, Held::new(fd, slot.inode, file).of_unit(unit))),
-        }
-    }
-    for slot in manifest.unknown {
-        // Taken to be closed: this version has no use for it.
-        drop(descriptors.take(slot));
-        log::info!("closed a descriptor of a kind not known here");
-    }
-    let generation = manifest.generation;
-    let parent = ParentLink::new(generation, reader, writer, Lines::with(rest), is_takeover)
-        .map_err(|source| Error::Handover { what: "status link", source })?;
-    Ok(Inherited { generation, sockets, ancestors: Ancestors { parent: Some(parent), older } })
-}
-
 /// Step 6, after the claims: nothing unclaimed stays open, the PID file names us, and the parent hears `ready`. We
 /// serve when it answers `commit`, so that at no time both think they are the one; or when it can answer no more.
 pub(crate) fn ready(core: &Core) -> Result<(), Error> {
-    core.sockets.failed_claim()?;
-    core.sockets.close_unclaimed();
+    core.sockets.registry().failed_claim()?;
+    core.sockets.registry().close_unclaimed();
     let Some(parent) = &core.ancestors.parent else { return core.write_pid_file() };
     // A stranger may be too late without knowing it yet, and then the file is the old process's still.
     let pid_file = core.config.pid_file.as_deref().filter(|_| parent.is_takeover);

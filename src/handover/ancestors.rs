@@ -2,15 +2,15 @@
 
 use std::collections::VecDeque;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use rustix::fs::fstat;
 
+use super::entry::Entry;
 use super::lines::{send, FromChild, FromParent, Lines, Read};
-use super::manifest::{Entry, Slot};
 use crate::key::Key;
 use crate::sys::poll::{wait_hangup, wait_readable, Deadline};
 
@@ -166,7 +166,7 @@ impl DrainLink {
     }
 
     pub(crate) fn entry(&self) -> Entry {
-        let slot = Slot { number: self.fd.as_raw_fd() as u32, inode: self.inode };
-        Entry { slot, key: Key::drain(self.generation), file: None, unit: None }
+        let (key, fd) = (Key::drain(self.generation), self.fd.clone());
+        Entry { key, fd, inode: self.inode, file: None, unit: None }
     }
 }

@@ -14,36 +14,20 @@
 //! descriptors of unknown kinds it closes. So later versions may add to all three, and never change what is here.
 
 use std::fmt::{self, Write};
+use std::os::fd::RawFd;
 
+use super::entry::{Entry, FdRef};
 use super::escape::{escape, unescape};
 use crate::key::{Key, Kind};
 
-/// What passes from one generation to the next.
+/// What one generation hands to the next, as the next one reads it.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(crate) struct Manifest {
     /// The parent's generation; the first is 1.
     pub(crate) generation: u64,
-    pub(crate) entries: Vec<Entry>,
-    /// Descriptors whose kind this version does not know, to be closed.
-    pub(crate) unknown: Vec<Slot>,
-}
-
-/// One descriptor handed over.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Entry {
-    pub(crate) slot: Slot,
-    pub(crate) key: Key,
-    /// Device and inode of a Unix socket's file, made by the generation that bound it.
-    pub(crate) file: Option<(u64, u64)>,
-    /// The name by which a unit of the service manager passed it.
-    pub(crate) unit: Option<String>,
-}
-
-/// Where the descriptor is, and the inode that proves it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Slot {
-    pub(crate) number: u32,
-    pub(crate) inode: u64,
+    pub(crate) entries: Vec<Entry<RawFd>>,
+    /// Descriptors of a kind that this version does not know, to be closed.
+    pub(crate) unknown: Vec<FdRef>,
 }
 
 /// What no manifest of ours exceeds.
@@ -54,25 +38,31 @@ pub(crate) const MAX_ENTRIES: usize = 1 << 16;
 const FIRST_LINE: &str = "ecdysis 1";
 const LAST_LINE: &str = "end";
 
-impl Manifest {
-    pub(crate) fn encode(&self) -> String {
-        let mut text = format!("{FIRST_LINE}\ngeneration {}\n", self.generation);
-        for Entry { slot, key, file, unit } in &self.entries {
-            // Writing to a string cannot fail.
-            let _ = write!(text, "fd {} {} {} ", slot.number, slot.inode, key.kind().word());
-            escape(key.name(), &mut text);
-            if let Some((device, inode)) = file {
-                let _ = write!(text, " file={device}:{inode}");
-            }
-            if let Some(unit) = unit {
-                text.push_str(" unit=");
-                escape(unit.as_bytes(), &mut text);
-            }
-            text.push('\n');
+/// The text for these entries, each with the number that names its descriptor.
+pub(crate) fn encode<'a, F: 'a>(generation: u64, entries: impl Iterator<Item = (RawFd, &'a Entry<F>)>) -> String {
+    let mut text = format!("{FIRST_LINE}\ngeneration {generation}\n");
+    for (number, Entry { key, inode, file, unit, .. }) in entries {
+        // Writing to a string cannot fail.
+        let _ = write!(text, "fd {number} {inode} {} ", key.kind().word());
+        escape(key.name(), &mut text);
+        if let Some((device, inode)) = file {
+            let _ = write!(text, " file={device}:{inode}");
         }
-        text.push_str(LAST_LINE);
+        if let Some(unit) = unit {
+            text.push_str(" unit=");
+            escape(unit.as_bytes(), &mut text);
+        }
         text.push('\n');
-        text
+    }
+    text.push_str(LAST_LINE);
+    text.push('\n');
+    text
+}
+
+impl Manifest {
+    #[cfg(any(test, fuzzing))]
+    pub(crate) fn encode(&self) -> String {
+        encode(self.generation, self.entries.iter().map(|entry| (entry.fd, entry)))
     }
 
     /// Decodes a whole manifest, from the first line to the last.
@@ -94,14 +84,14 @@ impl Manifest {
                     manifest.generation = number(rest).ok_or(Malformed::new(at, "generation"))?;
                 }
                 "fd" => {
-                    let (slot, entry) = fd_line(rest).ok_or(Malformed::new(at, "descriptor"))?;
-                    numbers.push(slot.number);
+                    let (fd, entry) = fd_line(rest).ok_or(Malformed::new(at, "descriptor"))?;
+                    numbers.push(fd.fd);
                     if numbers.len() > MAX_ENTRIES {
                         return Err(Malformed::new(at, "too many descriptors"));
                     }
                     match entry {
                         Some(entry) => manifest.entries.push(entry),
-                        None => manifest.unknown.push(slot),
+                        None => manifest.unknown.push(fd),
                     }
                 }
                 LAST_LINE if rest.is_empty() => {
@@ -136,23 +126,23 @@ impl Manifest {
     }
 }
 
-/// The slot, and the entry if its kind is known; `None` if the line is malformed.
-fn fd_line(line: &str) -> Option<(Slot, Option<Entry>)> {
+/// The descriptor, and the entry if its kind is known; `None` if the line is malformed.
+fn fd_line(line: &str) -> Option<(FdRef, Option<Entry<RawFd>>)> {
     let mut words = line.split(' ');
-    let slot = Slot { number: number(words.next()?)?, inode: number(words.next()?)? };
+    let (fd, inode) = (number(words.next()?)?, number(words.next()?)?);
     let (kind, name) = (words.next()?, unescape(words.next()?)?);
-    let Some(kind) = Kind::from_word(kind) else { return Some((slot, None)) };
-    let (mut file, mut unit) = (None, None);
+    let Some(kind) = Kind::from_word(kind) else { return Some((FdRef { fd, inode }, None)) };
+    let mut entry = Entry { key: Key::from_parts(kind, name), fd, inode, file: None, unit: None };
     for attribute in words {
         if let Some(value) = attribute.strip_prefix("file=") {
             let (device, inode) = value.split_once(':')?;
-            file = Some((number(device)?, number(inode)?));
+            entry.file = Some((number(device)?, number(inode)?));
         }
         if let Some(name) = attribute.strip_prefix("unit=") {
-            unit = Some(String::from_utf8(unescape(name)?).ok()?);
+            entry.unit = Some(String::from_utf8(unescape(name)?).ok()?);
         }
     }
-    Some((slot, Some(Entry { slot, key: Key::from_parts(kind, name), file, unit })))
+    Some((entry.fd_ref(), Some(entry)))
 }
 
 /// Digits only, because `parse` also takes a plus sign.

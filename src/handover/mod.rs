@@ -2,9 +2,11 @@
 
 pub(crate) mod ancestors;
 pub(crate) mod blob;
+pub(crate) mod entry;
 pub(crate) mod escape;
 pub(crate) mod lines;
 pub(crate) mod link;
 pub(crate) mod manifest;
+pub(crate) mod receive;
 pub(crate) mod scm;
 pub(crate) mod variable;

@@ -3,17 +3,10 @@
 //! `v1:manifest=5@48211,status=7@48212`: two pipes by descriptor number and inode; or `v1:socket=5@48211`. The inode is
 //! the proof that the variable means this process: in a grandchild that merely inherited the variable it names nothing.
 
-use std::os::fd::RawFd;
+use super::entry::FdRef;
 
 /// The variable's name: part of the contract between versions.
 pub(crate) const VARIABLE: &str = "ECDYSIS_HANDOVER";
-
-/// One descriptor, by number and inode.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct FdRef {
-    pub(crate) fd: RawFd,
-    pub(crate) inode: u64,
-}
 
 /// What a child talks to its parent through.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

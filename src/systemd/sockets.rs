@@ -16,8 +16,8 @@ use rustix::process::{getpid, pidfd_open, PidfdFlags};
 
 #[cfg(feature = "systemd_notify")]
 use super::stored;
+use crate::handover::entry::Entry;
 use crate::listen::FileId;
-use crate::sockets::Held;
 use crate::sys::listen_fds;
 use crate::{Error, Key, Sockets, UnixSeqpacketListener};
 
@@ -113,10 +113,15 @@ impl Sockets {
         Ok(group)
     }
 
+    /// Claims the first socket that a unit passed by this name and `wanted` picks.
+    fn claim_from_unit(&self, name: &str, wanted: impl Fn(&Key) -> bool) -> io::Result<Option<(Key, OwnedFd)>> {
+        self.registry().claim_if(|entry| entry.unit.as_deref() == Some(name) && wanted(&entry.key))
+    }
+
     fn systemd(&self, name: &str, key: Key) -> Result<OwnedFd, Error> {
         match self.claim_from_unit(name, |passed| *passed == key) {
             Ok(Some((_, fd))) => Ok(fd),
-            Ok(None) => Err(Error::NotPassed { key, name: name.to_owned(), passed: self.passed() }),
+            Ok(None) => Err(Error::NotPassed { key, name: name.to_owned(), passed: self.registry().passed() }),
             Err(source) => Err(Error::Socket { key, source }),
         }
     }
@@ -126,7 +131,7 @@ impl Sockets {
 #[derive(Default)]
 pub(crate) struct Inherited {
     /// For the registry: first what a former run stored, then what units passed.
-    pub(crate) sockets: Vec<(Key, Held)>,
+    pub(crate) sockets: Vec<Entry>,
     /// Stored and of no use any more.
     pub(crate) stale: Vec<(Key, Option<FileId>)>,
 }
@@ -137,13 +142,12 @@ pub(crate) fn inherit() -> Result<Inherited, Error> {
     let (mut inherited, mut from_units) = (Inherited::default(), Vec::new());
     for Passed { name, fd } in take().map_err(failed)? {
         let failed = |source: io::Error| Error::ServiceManager { what: format!("descriptor {name:?}"), source };
-        let inode = fstat(&fd).map_err(|e| failed(e.into()))?.st_ino;
         #[cfg(feature = "systemd_notify")]
         if let Some((key, file)) = stored::parse(&name) {
             // A file that was replaced meanwhile leads to another socket.
             let at = PathBuf::from(OsStr::from_bytes(key.name()));
             if file.is_none() || crate::listen::file_id(&at).ok() == file {
-                inherited.sockets.push((key, Held::new(fd, inode, file)));
+                inherited.sockets.push(Entry { file, ..Entry::new(key, fd).map_err(failed)? });
             } else {
                 log::info!("closed the stored {key}: its file is gone");
                 inherited.stale.push((key, file));
@@ -158,7 +162,8 @@ pub(crate) fn inherit() -> Result<Inherited, Error> {
             }
             None => Key::fd(&name),
         };
-        from_units.push((key, Held::new(fd, inode, None).of_unit(Some(name))));
+        let entry = Entry::new(key, fd).map_err(failed)?;
+        from_units.push(Entry { unit: Some(name), ..entry });
     }
     inherited.sockets.append(&mut from_units);
     Ok(inherited)
@@ -293,7 +298,7 @@ fn own_pidfd_id() -> Option<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::handover::manifest::Manifest;
+    use crate::handover::manifest::{self, Manifest};
 
     fn names(variables: &[(&str, &str)]) -> Result<Option<Vec<String>>, String> {
         let variable = |name: &str| variables.iter().find(|(n, _)| *n == name).map(|(_, value)| value.into());
@@ -344,10 +349,8 @@ mod tests {
         }
     }
 
-    fn held(socket: impl Into<OwnedFd>, unit: Option<&str>) -> Held {
-        let fd = socket.into();
-        let inode = fstat(&fd).unwrap().st_ino;
-        Held::new(fd, inode, None).of_unit(unit.map(str::to_owned))
+    fn entry(key: Key, socket: impl Into<OwnedFd>, unit: Option<&str>) -> Entry {
+        Entry { unit: unit.map(str::to_owned), ..Entry::new(key, socket.into()).unwrap() }
     }
 
     fn inode(fd: impl AsFd) -> u64 {
@@ -360,9 +363,9 @@ mod tests {
         let key = Key::tcp("127.0.0.1:80".parse().unwrap());
         let (first_inode, second_inode) = (inode(&first), inode(&second));
         let sockets = Sockets::new(vec![
-            (key.clone(), held(first.try_clone().unwrap(), None)),
-            (key.clone(), held(first, Some("http"))),
-            (key.clone(), held(second, Some("http"))),
+            entry(key.clone(), first.try_clone().unwrap(), None),
+            entry(key.clone(), first, Some("http")),
+            entry(key.clone(), second, Some("http")),
         ]);
         assert_eq!(inode(sockets.claim(&key).unwrap()), first_inode);
         assert_eq!(inode(sockets.claim(&key).unwrap()), second_inode);
@@ -376,10 +379,10 @@ mod tests {
         let key = |port: u16| Key::tcp(([127, 0, 0, 1], port).into());
         let [a, b, c, d] = listeners;
         let sockets = Sockets::new(vec![
-            (key(1), held(a, None)),
-            (key(2), held(b, Some("http"))),
-            (key(3), held(c, Some("admin"))),
-            (key(4), held(d, Some("admin"))),
+            entry(key(1), a, None),
+            entry(key(2), b, Some("http")),
+            entry(key(3), c, Some("admin")),
+            entry(key(4), d, Some("admin")),
         ]);
         let error = sockets.systemd_listen_tcp("http", "127.0.0.1:3".parse().unwrap()).unwrap_err().to_string();
         for part in ["tcp 127.0.0.1:3", "\"http\"", "tcp 127.0.0.1:2 as \"http\"", "tcp 127.0.0.1:3 as \"admin\""] {
@@ -387,13 +390,15 @@ mod tests {
         }
         let listener = sockets.systemd_listen_tcp("http", "127.0.0.1:2".parse().unwrap()).unwrap();
         assert_eq!(inode(listener), inodes[1]);
-        sockets.close_unclaimed();
-        let (entries, _fds) = sockets.snapshot().unwrap();
+        sockets.registry().close_unclaimed();
+        let entries = sockets.snapshot().unwrap();
         let mut handed_on: Vec<_> = entries.iter().map(|entry| (&entry.key, entry.unit.as_deref())).collect();
         handed_on.sort_by_key(|(key, _)| key.to_string());
         assert_eq!(handed_on, [(&key(2), Some("http")), (&key(3), Some("admin")), (&key(4), Some("admin"))]);
-        let manifest = Manifest { generation: 1, entries, ..Manifest::default() };
-        assert_eq!(Manifest::decode(manifest.encode().as_bytes()).unwrap(), manifest, "the names go along");
+        let text = manifest::encode(1, entries.iter().map(|entry| (entry.number(), entry)));
+        let read = Manifest::decode(text.as_bytes()).unwrap();
+        let numbered: Vec<_> = entries.iter().map(|entry| entry.clone().with_fd(entry.number())).collect();
+        assert_eq!(read.entries, numbered, "the names are handed on");
         // A later version asks for the group.
         let group = sockets.systemd_group("admin").unwrap();
         let members: Vec<_> = group.iter().map(|(key, fd)| (key.clone(), inode(fd))).collect();

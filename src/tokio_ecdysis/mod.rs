@@ -519,7 +519,7 @@ impl TokioEcdysis {
         let path = path.as_ref();
         let stream = self.stream(stop_on_shutdown, Key::unix(path), || self.ecdysis.listen_unix(path), unix)?;
         if stop_on_shutdown == StopOnShutdown::No {
-            self.ecdysis.keep_files(&Key::unix(path));
+            self.ecdysis.registry().keep_files(&Key::unix(path));
         }
         Ok(stream)
     }
@@ -539,7 +539,7 @@ impl TokioEcdysis {
         let make = || self.ecdysis.listen_unix_seqpacket(path);
         let stream = self.stream(stop_on_shutdown, key.clone(), make, seqpacket)?;
         if stop_on_shutdown == StopOnShutdown::No {
-            self.ecdysis.keep_files(&key);
+            self.ecdysis.registry().keep_files(&key);
         }
         Ok(stream)
     }
@@ -701,7 +701,7 @@ impl TokioEcdysis {
             Error::NotPassed { .. } if !self.ecdysis.takes_sockets() || systemd::passed_to_us().is_err() => {
                 SystemdSocketsNotInitialized
             }
-            Error::NotPassed { .. } if self.ecdysis.has_passed(name) => SockInfoIncorrect(error.to_string()),
+            Error::NotPassed { .. } if self.ecdysis.registry().has_passed(name) => SockInfoIncorrect(error.to_string()),
             Error::NotPassed { .. } => SocketNotFoundInParent(error.to_string()),
             other => SystemdSocketError::IoError(other.into()),
         })

@@ -12,10 +12,11 @@ use std::sync::Arc;
 
 use rustix::net::{sockopt, AddressFamily};
 
+use super::registry::check_kind;
+use super::Sockets;
 use crate::error::Error;
 use crate::handover::blob;
 use crate::key::{Key, Kind};
-use crate::sockets::{check_kind, Sockets};
 
 type Callback = dyn Fn() -> Result<Vec<u8>, Box<dyn StdError + Send + Sync>> + Send + Sync;
 
@@ -76,7 +77,9 @@ impl Sockets {
         E: Into<Box<dyn StdError + Send + Sync>>,
     {
         let produce = move || produce().map_err(Into::into);
-        self.pass_produced(Key::bytes(name), Producer(Arc::new(produce)))
+        let key = Key::bytes(name);
+        let passed = self.registry().produce(&key, Producer(Arc::new(produce)));
+        passed.map_err(|source| Error::Socket { key, source })
     }
 
     /// Takes the bytes that the parent passed by this name; `None` if there are none. They are this process's alone:

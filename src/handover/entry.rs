@@ -1,0 +1,72 @@
+//! A descriptor and what it is: in the registry, in a handover, and, by its number alone, in a manifest.
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::sync::Arc;
+
+use rustix::fs::fstat;
+use rustix::io::fcntl_dupfd_cloexec;
+
+use crate::key::Key;
+use crate::listen::FileId;
+
+/// A descriptor and what it is. In a manifest, `F` is its number.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Entry<F = Arc<OwnedFd>> {
+    pub(crate) key: Key,
+    /// Shared with an upgrade that is under way: a socket that is retired meanwhile keeps its number until then.
+    pub(crate) fd: F,
+    /// Proves that a number means this descriptor.
+    pub(crate) inode: u64,
+    /// The file of a Unix socket that some generation of this service bound.
+    pub(crate) file: Option<FileId>,
+    /// The name by which a unit of the service manager passed it. The manager keeps it open for as long as the unit is
+    /// active, whatever this process does.
+    pub(crate) unit: Option<String>,
+}
+
+impl Entry {
+    pub(crate) fn new(key: Key, fd: OwnedFd) -> io::Result<Self> {
+        let inode = fstat(&fd)?.st_ino;
+        Ok(Self { key, fd: Arc::new(fd), inode, file: None, unit: None })
+    }
+
+    pub(crate) fn duplicate(key: Key, fd: BorrowedFd<'_>) -> io::Result<Self> {
+        Self::new(key, duplicate(fd)?)
+    }
+
+    pub(crate) fn number(&self) -> RawFd {
+        self.fd.as_raw_fd()
+    }
+}
+
+impl Entry<RawFd> {
+    pub(crate) fn fd_ref(&self) -> FdRef {
+        FdRef { fd: self.fd, inode: self.inode }
+    }
+}
+
+impl<F> Entry<F> {
+    pub(crate) fn with_fd<G>(self, fd: G) -> Entry<G> {
+        let Self { key, inode, file, unit, .. } = self;
+        Entry { key, fd, inode, file, unit }
+    }
+}
+
+/// A descriptor of the parent, by number and inode. Over a socket the number is its index among those sent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct FdRef {
+    pub(crate) fd: RawFd,
+    pub(crate) inode: u64,
+}
+
+impl FdRef {
+    pub(crate) fn to(fd: &OwnedFd) -> io::Result<Self> {
+        Ok(Self { fd: fd.as_raw_fd(), inode: fstat(fd)?.st_ino })
+    }
+}
+
+/// A copy with the lowest free number from 3 up, so that numbers do not climb with the generations.
+pub(crate) fn duplicate(fd: impl AsFd) -> io::Result<OwnedFd> {
+    Ok(fcntl_dupfd_cloexec(fd, 3)?)
+}

@@ -1,0 +1,136 @@
+//! The child's half of a handover: reads the manifest, and owns the descriptors that it names.
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::time::Duration;
+
+use rustix::buffer::spare_capacity;
+use rustix::fs::fstat;
+use rustix::io::Errno;
+
+use super::ancestors::{Ancestors, DrainLink, ParentLink};
+use super::entry::{Entry, FdRef};
+use super::lines::Lines;
+use super::manifest::{Manifest, MAX_ENTRIES, MAX_SIZE};
+use super::scm::{Limits, Receiver};
+use crate::error::Error;
+use crate::sys::adopt::Adopter;
+use crate::sys::poll::{wait_readable, Deadline};
+
+/// What came from the parent, before anything in it was used.
+pub(crate) struct Arrived {
+    manifest: Manifest,
+    descriptors: Descriptors,
+    /// What was read after the manifest.
+    rest: Vec<u8>,
+}
+
+/// What a child got from its parent.
+pub(crate) struct Inherited {
+    /// The parent's generation.
+    pub(crate) generation: u64,
+    pub(crate) entries: Vec<Entry>,
+    pub(crate) ancestors: Ancestors,
+}
+
+impl Arrived {
+    /// Owns the descriptors that the manifest names. The link to the parent consists of `reader` and `writer`, which
+    /// may be one socket.
+    pub(crate) fn unpack(
+        self,
+        reader: Arc<OwnedFd>,
+        writer: Arc<OwnedFd>,
+        is_takeover: bool,
+    ) -> Result<Inherited, Error> {
+        let Self { manifest: Manifest { generation, entries: named, unknown }, mut descriptors, rest } = self;
+        let (mut entries, mut older) = (Vec::with_capacity(named.len()), Vec::new());
+        for entry in named {
+            let fd = descriptors.take(entry.fd_ref());
+            let fd = fd.map_err(|source| Error::Socket { key: entry.key.clone(), source })?;
+            let entry = entry.with_fd(Arc::new(fd));
+            match entry.key.drain_generation() {
+                Some(generation) => older.push(DrainLink { generation, inode: entry.inode, fd: entry.fd }),
+                None => entries.push(entry),
+            }
+        }
+        for fd in unknown {
+            // Owned in order to be closed: this version has no use for it.
+            drop(descriptors.take(fd));
+            log::info!("closed a descriptor of an unknown kind");
+        }
+        let parent = ParentLink::new(generation, reader, writer, Lines::with(rest), is_takeover)
+            .map_err(|source| Error::Handover { what: "status link", source })?;
+        Ok(Inherited { generation, entries, ancestors: Ancestors { parent: Some(parent), older } })
+    }
+}
+
+/// The descriptors that a manifest names.
+enum Descriptors {
+    /// They are open here under their own numbers.
+    Inherited(Adopter),
+    /// They came with the manifest, in its order.
+    Received(Vec<Option<OwnedFd>>),
+}
+
+impl Descriptors {
+    /// Owns the one that the manifest means, close-on-exec. Each can be owned once.
+    fn take(&mut self, fd: FdRef) -> io::Result<OwnedFd> {
+        match self {
+            Self::Inherited(adopter) => adopter.adopt(fd.fd, None, fd.inode),
+            Self::Received(received) => {
+                let index = usize::try_from(fd.fd).map_err(|_| io::ErrorKind::InvalidInput)?;
+                let owned = received.get_mut(index).and_then(Option::take);
+                let owned =
+                    owned.ok_or_else(|| io::Error::new(io::ErrorKind::NotFound, "the descriptor is missing"))?;
+                if fstat(&owned)?.st_ino != fd.inode {
+                    return Err(io::Error::new(io::ErrorKind::InvalidData, "the descriptor is another file"));
+                }
+                Ok(owned)
+            }
+        }
+    }
+}
+
+/// Reads the manifest from its pipe. The descriptors are already open here, for `adopter` to adopt.
+pub(crate) fn read(pipe: &OwnedFd, adopter: Adopter, time: Duration) -> io::Result<Arrived> {
+    let mut text = Vec::new();
+    let deadline = Deadline::after(time);
+    let length = loop {
+        if let Some(length) = Manifest::length(&text)? {
+            break length;
+        }
+        text.reserve(1 << 16);
+        match rustix::io::read(pipe, spare_capacity(&mut text)) {
+            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+            Ok(_) | Err(Errno::INTR) => {}
+            Err(Errno::AGAIN) => wait_until(pipe, deadline)?,
+            Err(e) => return Err(e.into()),
+        }
+    };
+    let rest = text.split_off(length);
+    Ok(Arrived { manifest: Manifest::decode(&text)?, descriptors: Descriptors::Inherited(adopter), rest })
+}
+
+/// Receives manifest and descriptors from a socket. A text that is no manifest is returned as the inner error.
+pub(crate) fn receive(socket: &OwnedFd, time: Duration) -> io::Result<Result<Arrived, String>> {
+    let deadline = Deadline::after(time);
+    let mut receiver = Receiver::new(Limits { bytes: MAX_SIZE, descriptors: MAX_ENTRIES });
+    while !receiver.step(socket)? {
+        wait_until(socket, deadline)?;
+    }
+    let (text, rest, received) = receiver.into_parts();
+    if !Manifest::is_meant(&text) {
+        return Ok(Err(String::from_utf8_lossy(&text).into_owned()));
+    }
+    let manifest = Manifest::decode(&text)?;
+    let received = received.into_iter().map(Some).collect();
+    Ok(Ok(Arrived { manifest, descriptors: Descriptors::Received(received), rest }))
+}
+
+fn wait_until(fd: &OwnedFd, deadline: Deadline) -> io::Result<()> {
+    if wait_readable(fd, deadline) {
+        return Ok(());
+    }
+    Err(io::ErrorKind::TimedOut.into())
+}

@@ -1,0 +1,351 @@
+//! How a program asks for its sockets.
+//!
+//! Asking is the same line of code in every generation: a socket that the parent handed over is claimed, any other is
+//! made.
+
+pub(crate) mod pass;
+mod registry;
+
+use std::ffi::OsStr;
+use std::io;
+use std::net::{SocketAddr, TcpListener, UdpSocket};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::{UnixDatagram, UnixListener};
+use std::path::Path;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use rustix::fs::Mode;
+use rustix::net::SocketType;
+
+use self::registry::Registry;
+use crate::error::Error;
+use crate::handover::entry::Entry;
+use crate::key::Key;
+use crate::listen::{self, FileId, Socket};
+use crate::seqpacket::UnixSeqpacketListener;
+use crate::takeover::TakeoverSocket;
+
+/// The sockets of this generation: makes them, or claims what the parent handed over.
+///
+/// [`Starting`](crate::Starting) and [`Ecdysis`](crate::Ecdysis) deref to this. It is a handle: clones share one set.
+///
+/// Every listener is a plain std value, close-on-exec, and **nonblocking**: parent and child share it, so a child that
+/// changed that would change the parent's accept loop. Accept through [`Shutdown`](crate::Shutdown).
+///
+/// # In the other generation
+///
+/// What is asked for here is handed to the next generation, which gets it by asking in the same words. Order matters
+/// only among sockets with the same address. What the next generation does not ask for before its `ready` is closed
+/// there. A socket asked for while an upgrade runs misses that upgrade.
+#[derive(Clone, Debug)]
+pub struct Sockets(Arc<Mutex<Registry>>);
+
+impl Sockets {
+    pub(crate) fn new(inherited: Vec<Entry>) -> Self {
+        let sockets = Self(Arc::default());
+        sockets.registry().inherit(inherited);
+        sockets
+    }
+
+    pub(crate) fn registry(&self) -> MutexGuard<'_, Registry> {
+        // No code of the program runs under the lock, so the registry is whole even after a panic.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A TCP listener on `addr`, with SO_REUSEADDR and the system's largest backlog.
+    ///
+    /// ```
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # let starting = ecdysis::Ecdysis::builder().start()?;
+    /// let listener = starting.listen_tcp("127.0.0.1:0".parse()?)?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Socket`], with what bind(2) or listen(2) said.
+    pub fn listen_tcp(&self, addr: SocketAddr) -> Result<TcpListener, Error> {
+        self.build_listen_tcp(addr, |socket, addr| {
+            socket.set_reuse_address(true)?;
+            socket.bind(addr)?;
+            socket.listen(listen::MAX_BACKLOG)?;
+            Ok(socket.into())
+        })
+    }
+
+    /// A TCP listener on `addr`, made by `build` unless the parent handed it over. `build` may ignore the socket it
+    /// gets and return a listener from elsewhere. [`Socket`] has an example.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Socket`], with what `build` returned.
+    pub fn build_listen_tcp<F>(&self, addr: SocketAddr, build: F) -> Result<TcpListener, Error>
+    where
+        F: FnOnce(Socket, SocketAddr) -> io::Result<TcpListener>,
+    {
+        self.claim_or(Key::tcp(addr), |_| {
+            let listener = build(Socket::new(addr, SocketType::STREAM)?, addr)?;
+            Ok((OwnedFd::from(listener), None))
+        })
+        .map(TcpListener::from)
+    }
+
+    /// A UDP socket on `addr`, made by `build` unless the parent handed it over.
+    ///
+    /// During an upgrade both generations hold it. Receive through
+    /// [`Shutdown::recv_from`](crate::Shutdown::recv_from), which leaves datagrams to the generation that serves.
+    ///
+    /// ```
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # let starting = ecdysis::Ecdysis::builder().start()?;
+    /// let socket = starting.build_socket_udp("127.0.0.1:0".parse()?, |socket, addr| {
+    ///     socket.set_recv_buffer_size(1 << 20)?;
+    ///     socket.bind(addr)?;
+    ///     Ok(socket.into())
+    /// })?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Socket`], with what `build` returned.
+    pub fn build_socket_udp<F>(&self, addr: SocketAddr, build: F) -> Result<UdpSocket, Error>
+    where
+        F: FnOnce(Socket, SocketAddr) -> io::Result<UdpSocket>,
+    {
+        self.claim_or(Key::udp(addr), |_| {
+            let socket = build(Socket::new(addr, SocketType::DGRAM)?, addr)?;
+            Ok((OwnedFd::from(socket), None))
+        })
+        .map(UdpSocket::from)
+    }
+
+    /// A Unix stream listener at `path`, or at an abstract name after an `@` (unix(7)).
+    ///
+    /// A stale file, where nobody listens, is replaced; a live one is "address in use". After an upgrade the old
+    /// process leaves the file alone; a final stop removes it if it is still this socket's own.
+    ///
+    /// ```
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # let starting = ecdysis::Ecdysis::builder().start()?;
+    /// let listener = starting.listen_unix(format!("@doc-{}", std::process::id()))?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Socket`], with what bind(2) or listen(2) said.
+    pub fn listen_unix(&self, path: impl AsRef<Path>) -> Result<UnixListener, Error> {
+        self.listen_unix_with_mode(path.as_ref(), None)
+    }
+
+    pub(crate) fn listen_unix_with_mode(&self, path: &Path, mode: Option<Mode>) -> Result<UnixListener, Error> {
+        self.claim_or(Key::unix(path), |_| {
+            let (socket, file) = listen::bind_unix(path, SocketType::STREAM, mode)?;
+            rustix::net::listen(&socket, listen::MAX_BACKLOG)?;
+            Ok((socket, file))
+        })
+        .map(UnixListener::from)
+    }
+
+    /// A Unix seqpacket listener at `path`, under the rules of [`listen_unix`](Self::listen_unix).
+    ///
+    /// ```
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # let starting = ecdysis::Ecdysis::builder().start()?;
+    /// let listener = starting.listen_unix_seqpacket(format!("@records-{}", std::process::id()))?;
+    /// let shutdown = starting.shutdown();
+    /// std::thread::spawn(move || {
+    ///     for connection in shutdown.incoming(&listener) {
+    ///         let (connection, mut record) = (connection?, [0; 1024]);
+    ///         let length = connection.recv(&mut record)?;
+    ///         connection.send(&record[..length])?;
+    ///     }
+    ///     std::io::Result::Ok(())
+    /// });
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Socket`], with what bind(2) or listen(2) said.
+    pub fn listen_unix_seqpacket(&self, path: impl AsRef<Path>) -> Result<UnixSeqpacketListener, Error> {
+        let path = path.as_ref();
+        self.claim_or(Key::unix_seqpacket(path), |_| {
+            let (socket, file) = listen::bind_unix(path, SocketType::SEQPACKET, None)?;
+            rustix::net::listen(&socket, listen::MAX_BACKLOG)?;
+            Ok((socket, file))
+        })
+        .map(UnixSeqpacketListener::from)
+    }
+
+    /// A Unix datagram socket at `path`, under the rules of [`listen_unix`](Self::listen_unix).
+    ///
+    /// During an upgrade both generations hold it. Receive through
+    /// [`Shutdown::recv_from`](crate::Shutdown::recv_from), which leaves datagrams to the generation that serves.
+    ///
+    /// ```
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # let starting = ecdysis::Ecdysis::builder().start()?;
+    /// let socket = starting.listen_unix_datagram(format!("@log-{}", std::process::id()))?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Socket`], with what bind(2) said.
+    pub fn listen_unix_datagram(&self, path: impl AsRef<Path>) -> Result<UnixDatagram, Error> {
+        let path = path.as_ref();
+        self.claim_or(Key::unix_datagram(path), |_| listen::bind_unix(path, SocketType::DGRAM, None))
+            .map(UnixDatagram::from)
+    }
+
+    /// A takeover socket at `path` for a program with a loop of its own, which calls
+    /// [`Ecdysis::hand_over`](crate::Ecdysis::hand_over) when it is readable. Others use
+    /// [`Builder::takeover_on_socket`](crate::Builder::takeover_on_socket). Its mode is 0600 from the first moment.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Socket`], with what bind(2) or listen(2) said.
+    pub fn listen_takeover(&self, path: impl AsRef<Path>) -> Result<TakeoverSocket, Error> {
+        let path = path.as_ref();
+        let listener = self.listen_unix_with_mode(path, Some(Mode::RUSR | Mode::WUSR))?;
+        Ok(TakeoverSocket { path: path.to_owned(), listener })
+    }
+
+    /// Hands a socket to the next generation that came from elsewhere, under a key of the program's choice. There
+    /// [`claim`](Self::claim) gives it back; so does `listen_tcp` and its like if the key is theirs. A listener, or a
+    /// bound datagram socket, becomes nonblocking by this, through every handle to it.
+    ///
+    /// ```
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # let starting = ecdysis::Ecdysis::builder().start()?;
+    /// use ecdysis::Key;
+    /// let addr = "127.0.0.1:0".parse()?;
+    /// let listener = match starting.claim(&Key::tcp(addr)) {
+    ///     Some(fd) => fd.into(),
+    ///     None => {
+    ///         let listener = std::net::TcpListener::bind(addr)?;
+    ///         starting.adopt(Key::tcp(addr), listener.try_clone()?)?;
+    ///         listener
+    ///     }
+    /// };
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Socket`] if it is not of the key's kind, or no descriptor is left.
+    pub fn adopt(&self, key: Key, socket: impl Into<OwnedFd>) -> Result<(), Error> {
+        self.hold(key, socket.into().as_fd())
+    }
+
+    /// Takes what the parent handed over under this key. It stays in the registry for the next generation. `None` if
+    /// there is none (left); or if there is no free descriptor for it, in which case `ready` fails.
+    pub fn claim(&self, key: &Key) -> Option<OwnedFd> {
+        let mut registry = self.registry();
+        registry.claim(key).unwrap_or_else(|e| {
+            log::error!("cannot duplicate the descriptor of {key}: {e}");
+            // A program that binds anew after this would lose the clients in the queue of the old socket.
+            registry.claim_failed(key, e);
+            None
+        })
+    }
+
+    /// Takes every socket with this key out of the registry, so that the next generation does not get it. The program
+    /// keeps its own handle, and closes it when it likes; a Unix socket's file it then removes itself. Returns how
+    /// many there were.
+    pub fn retire(&self, key: &Key) -> usize {
+        self.registry().retire(key)
+    }
+
+    /// Hands any descriptor to the next generation, by name: a lock file, a timer, a shared memory. The registry keeps
+    /// a duplicate; an earlier one of the same name is replaced.
+    ///
+    /// ```
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # let starting = ecdysis::Ecdysis::builder().start()?;
+    /// let lock = match starting.take_fd("lock") {
+    ///     Some(fd) => std::fs::File::from(fd),
+    ///     None => std::fs::File::open("/dev/null")?,
+    /// };
+    /// starting.pass_fd("lock", &lock)?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Socket`] if no descriptor is left, or the name is longer than 255 bytes.
+    pub fn pass_fd(&self, name: impl AsRef<OsStr>, fd: impl AsFd) -> Result<(), Error> {
+        self.pass(Key::fd(name), fd.as_fd())
+    }
+
+    /// Takes the descriptor that the parent passed by this name. It is the program's alone then: the next generation
+    /// gets it only if it is passed again.
+    pub fn take_fd(&self, name: impl AsRef<OsStr>) -> Option<OwnedFd> {
+        self.take(&Key::fd(name))
+    }
+
+    fn pass(&self, key: Key, fd: BorrowedFd<'_>) -> Result<(), Error> {
+        let passed = self.registry().replace(&key, fd);
+        passed.map_err(|source| Error::Socket { key, source })
+    }
+
+    fn take(&self, key: &Key) -> Option<OwnedFd> {
+        self.registry().take(key)
+    }
+
+    fn hold(&self, key: Key, fd: BorrowedFd<'_>) -> Result<(), Error> {
+        let held = self.registry().hold(&key, fd, None);
+        held.map_err(|source| Error::Socket { key, source })
+    }
+
+    /// The inherited socket with this key, or else the one that `make` makes: the fork in a listener's life.
+    fn claim_or(
+        &self,
+        key: Key,
+        make: impl FnOnce(&Key) -> io::Result<(OwnedFd, Option<FileId>)>,
+    ) -> Result<OwnedFd, Error> {
+        let claimed = (|| {
+            // The inode proves that it is what the parent held under this key, and `hold` checked its kind there. A
+            // failed claim must not become a bind: on port 0 that would succeed, on another port.
+            if let Some(fd) = self.registry().claim(&key)? {
+                log::debug!("claimed {key} from the parent");
+                return Ok(fd);
+            }
+            let (fd, file) = make(&key).map_err(|e| self.explain(e))?;
+            self.registry().hold(&key, fd.as_fd(), file)?;
+            log::debug!("opened {key}");
+            Ok(fd)
+        })();
+        claimed.map_err(|source| Error::Socket { key, source })
+    }
+
+    /// Names the sockets that the service manager passed in an "address in use" error: one of them is usually the
+    /// other socket on that address.
+    fn explain(&self, error: io::Error) -> io::Error {
+        let passed = self.registry().passed();
+        if error.kind() != io::ErrorKind::AddrInUse || passed.is_empty() {
+            return error;
+        }
+        let why = format!("{error}; the service manager passed {passed}, which nobody has asked for");
+        io::Error::new(io::ErrorKind::AddrInUse, why)
+    }
+
+    /// What an upgrade hands over. State is produced now, so that it is fresh.
+    pub(crate) fn snapshot(&self) -> Result<Vec<Entry>, Error> {
+        let (mut entries, producers) = self.registry().snapshot();
+        for (key, producer) in producers {
+            let fd = producer.produce(&key)?;
+            entries.push(Entry::new(key.clone(), fd).map_err(|source| Error::Socket { key, source })?);
+        }
+        Ok(entries)
+    }
+}

@@ -1,0 +1,278 @@
+//! The registry: every descriptor that the next generation is to get, and what the parent handed over until it is
+//! claimed. Each socket is held twice, once here for the handover and once by the program.
+
+use std::collections::{HashSet, VecDeque};
+use std::ffi::OsStr;
+use std::io;
+use std::mem;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+use std::sync::Arc;
+
+use rustix::io::ioctl_fionbio;
+use rustix::net::{sockopt, AddressFamily, SocketType};
+
+use super::pass::Producer;
+use crate::error::Error;
+use crate::handover::entry::{duplicate, Entry};
+use crate::key::{Key, Kind};
+use crate::listen::{self, FileId};
+use crate::manager::Manager;
+
+/// All descriptors of a generation that take part in a handover.
+#[derive(Debug, Default)]
+pub(crate) struct Registry {
+    /// Handed to the next generation, in the order asked for.
+    ours: Vec<Entry>,
+    /// Made for the next generation when an upgrade begins.
+    producers: Vec<(Key, Producer)>,
+    /// From the parent or the service manager, until claimed. In the order of the handover, which is usually the order
+    /// of the claims as well, so that each claim finds its entry at the front.
+    inherited: VecDeque<Entry>,
+    /// What was inherited and closed, for the service manager to forget.
+    closed: Vec<(Key, Option<FileId>)>,
+    /// Keeps copies of what is ours.
+    store: Option<Arc<Manager>>,
+    /// The first claim that failed for lack of descriptors.
+    failed: Option<(Key, io::Error)>,
+}
+
+impl Registry {
+    pub(crate) fn inherit(&mut self, entries: Vec<Entry>) {
+        let mut inodes: HashSet<u64> = self.inherited.iter().map(|entry| entry.inode).collect();
+        for entry in entries {
+            // Two sources may know the very same socket.
+            let is_new = |known: &Entry| known.inode != entry.inode || known.key != entry.key;
+            if inodes.insert(entry.inode) || self.inherited.iter().all(is_new) {
+                self.inherited.push_back(entry);
+            }
+        }
+    }
+
+    // ---- claim ------------------------------------------------------------------------------------------------------
+
+    /// Moves the first inherited socket that `wanted` picks to ours, and returns a duplicate for the program.
+    pub(crate) fn claim_if(&mut self, wanted: impl Fn(&Entry) -> bool) -> io::Result<Option<(Key, OwnedFd)>> {
+        let Some(at) = self.inherited.iter().position(wanted) else { return Ok(None) };
+        let entry = &self.inherited[at];
+        let claimed = (entry.key.clone(), duplicate(&entry.fd)?);
+        let entry = self.inherited.remove(at);
+        self.ours.extend(entry);
+        Ok(Some(claimed))
+    }
+
+    pub(super) fn claim(&mut self, key: &Key) -> io::Result<Option<OwnedFd>> {
+        Ok(self.claim_if(|entry| entry.key == *key)?.map(|(_, fd)| fd))
+    }
+
+    /// Remembers a claim whose failure its caller could not return.
+    pub(super) fn claim_failed(&mut self, key: &Key, error: io::Error) {
+        self.failed.get_or_insert((key.clone(), error));
+    }
+
+    /// The error of such a claim. Then this generation must not serve.
+    pub(crate) fn failed_claim(&mut self) -> Result<(), Error> {
+        match self.failed.take() {
+            Some((key, source)) => Err(Error::Socket { key, source }),
+            None => Ok(()),
+        }
+    }
+
+    /// Removes what the parent handed over under this key.
+    pub(super) fn take(&mut self, key: &Key) -> Option<OwnedFd> {
+        let at = self.inherited.iter().position(|entry| entry.key == *key)?;
+        let entry = self.inherited.remove(at)?;
+        // Shared only with an upgrade that is handing it on at this moment.
+        Arc::try_unwrap(entry.fd).or_else(duplicate).ok()
+    }
+
+    /// What a unit passed and nobody claimed, as text.
+    pub(crate) fn passed(&self) -> String {
+        let units = self.inherited.iter();
+        let mut list: Vec<_> =
+            units.filter_map(|entry| Some(format!("{} as {:?}", entry.key, entry.unit.as_ref()?))).collect();
+        list.sort();
+        list.join(", ")
+    }
+
+    /// Returns whether something is left that a unit passed by this name.
+    #[cfg(all(feature = "systemd_sockets", feature = "tokio_ecdysis"))]
+    pub(crate) fn has_passed(&self, name: &str) -> bool {
+        self.inherited.iter().any(|entry| entry.unit.as_deref() == Some(name))
+    }
+
+    // ---- hold -------------------------------------------------------------------------------------------------------
+
+    /// Holds a duplicate of a socket that is of the key's kind, and makes it nonblocking.
+    pub(super) fn hold(&mut self, key: &Key, fd: BorrowedFd<'_>, file: Option<FileId>) -> io::Result<()> {
+        check_kind(key.kind(), fd)?;
+        if key.kind().has_address() {
+            // Before any other generation has it: the mode is that of all who hold the socket.
+            ioctl_fionbio(fd, true)?;
+        }
+        let entry = Entry { file, ..Entry::duplicate(key.clone(), fd)? };
+        if let Some(store) = &self.store {
+            store.keep(key, entry.fd.as_fd(), file);
+        }
+        self.ours.push(entry);
+        Ok(())
+    }
+
+    /// Holds a duplicate of `fd`, replacing what had the same key.
+    pub(super) fn replace(&mut self, key: &Key, fd: BorrowedFd<'_>) -> io::Result<()> {
+        check_name(key)?;
+        let entry = Entry::duplicate(key.clone(), fd)?;
+        self.ours.retain(|held| held.key != *key);
+        self.ours.push(entry);
+        Ok(())
+    }
+
+    /// Has `producer` make a descriptor at every upgrade, replacing what had the same key.
+    pub(super) fn produce(&mut self, key: &Key, producer: Producer) -> io::Result<()> {
+        check_name(key)?;
+        self.producers.retain(|(held, _)| held != key);
+        self.producers.push((key.clone(), producer));
+        Ok(())
+    }
+
+    /// Drops everything with this key, and returns how many of ours there were.
+    pub(super) fn retire(&mut self, key: &Key) -> usize {
+        let Self { ours, producers, inherited, store, .. } = self;
+        let before = ours.len() + producers.len();
+        ours.retain(|entry| {
+            if let (true, Some(store)) = (entry.key == *key, &store) {
+                store.forget(key, entry.file);
+            }
+            entry.key != *key
+        });
+        producers.retain(|(held, _)| held != key);
+        inherited.retain(|entry| entry.key != *key);
+        before - ours.len() - producers.len()
+    }
+
+    /// Keeps the files of the Unix sockets with this key at a final stop, because the program still listens on them.
+    #[cfg(feature = "tokio_ecdysis")]
+    pub(crate) fn keep_files(&mut self, key: &Key) {
+        for entry in self.ours.iter_mut().filter(|entry| entry.key == *key) {
+            entry.file = None;
+        }
+    }
+
+    // ---- snapshot ---------------------------------------------------------------------------------------------------
+
+    /// The keys of what an upgrade would hand over.
+    pub(crate) fn keys(&self) -> impl Iterator<Item = &Key> {
+        let producers = self.producers.iter().map(|(key, _)| key);
+        self.ours.iter().map(|entry| &entry.key).chain(producers)
+    }
+
+    /// What an upgrade hands over, and what is to be produced for it.
+    pub(super) fn snapshot(&self) -> (Vec<Entry>, Vec<(Key, Producer)>) {
+        // Inherited and still here is what a unit passed and nobody has asked for yet.
+        (self.ours.iter().chain(&self.inherited).cloned().collect(), self.producers.clone())
+    }
+
+    // ---- close ------------------------------------------------------------------------------------------------------
+
+    /// Closes what nobody claimed. Otherwise the kernel would complete handshakes that nobody serves. What a unit passed
+    /// stays for the next generation: the manager keeps it open anyway, and passes it only once.
+    pub(crate) fn close_unclaimed(&mut self) {
+        let passed = self.passed();
+        if !passed.is_empty() {
+            log::warn!("the service manager passed {passed}, which nobody has asked for");
+        }
+        let Self { inherited, closed, .. } = self;
+        inherited.retain(|entry| {
+            if entry.unit.is_none() {
+                log::info!("closed an inherited and unclaimed {}", entry.key);
+                closed.push((entry.key.clone(), entry.file));
+            }
+            entry.unit.is_some()
+        });
+    }
+
+    /// Drops every socket. A successor holds its own copies, and the program its own handles.
+    pub(crate) fn close_all(&mut self) {
+        self.ours.clear();
+        self.producers.clear();
+        self.inherited.clear();
+    }
+
+    /// At a stop: removes the files of those of our Unix sockets, unless the sockets outlive this process in a store.
+    pub(crate) fn unlink(&self, which: impl Fn(&Key) -> bool) {
+        if self.store.is_some() {
+            return;
+        }
+        for entry in self.ours.iter().filter(|entry| which(&entry.key)) {
+            if let Some(file) = entry.file {
+                let path = Path::new(OsStr::from_bytes(entry.key.name()));
+                if let Err(e) = listen::unlink_if_ours(path, file) {
+                    log::warn!("cannot remove {}: {e}", path.display());
+                }
+            }
+        }
+    }
+
+    // ---- the service manager's store --------------------------------------------------------------------------------
+
+    /// Has the store forget these, too, which are of no use.
+    #[cfg(feature = "systemd_sockets")]
+    pub(crate) fn forget_later(&mut self, stale: Vec<(Key, Option<FileId>)>) {
+        self.closed.extend(stale);
+    }
+
+    /// From now on `store` keeps a copy of every socket that is made here, and forgets what is retired. It does not keep
+    /// what a unit keeps.
+    pub(crate) fn store_in(&mut self, store: Arc<Manager>) {
+        // The store forgets by name, and one of ours may have the same name, so this comes first.
+        for (key, file) in mem::take(&mut self.closed) {
+            store.forget(&key, file);
+        }
+        let own: Vec<_> =
+            self.ours.iter().filter(|entry| entry.unit.is_none() && entry.key.kind().has_address()).collect();
+        if own.len() > store.room() {
+            log::warn!("{} sockets, but FileDescriptorStoreMax= is {}", own.len(), store.room());
+        }
+        for entry in own {
+            store.keep(&entry.key, entry.fd.as_fd(), entry.file);
+        }
+        self.store = Some(store);
+    }
+}
+
+/// The longest name of a program's choice, in bytes.
+const MAX_NAME: usize = 255;
+
+fn check_name(key: &Key) -> io::Result<()> {
+    if key.name().len() > MAX_NAME {
+        let reason = format!("the name is longer than {MAX_NAME} bytes");
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, reason));
+    }
+    Ok(())
+}
+
+/// Checks that `fd` is of this kind. Otherwise it would fail only much later, in the accept loop.
+pub(super) fn check_kind(kind: Kind, fd: BorrowedFd<'_>) -> io::Result<()> {
+    const IP: &[AddressFamily] = &[AddressFamily::INET, AddressFamily::INET6];
+    const UNIX: &[AddressFamily] = &[AddressFamily::UNIX];
+    const ANY: &[AddressFamily] = &[AddressFamily::INET, AddressFamily::INET6, AddressFamily::UNIX];
+    let (families, socket_type, listening) = match kind {
+        Kind::Tcp => (IP, SocketType::STREAM, true),
+        Kind::Udp => (IP, SocketType::DGRAM, false),
+        Kind::Unix => (UNIX, SocketType::STREAM, true),
+        Kind::Seqpacket => (UNIX, SocketType::SEQPACKET, true),
+        Kind::UnixDatagram | Kind::DatagramPair => (UNIX, SocketType::DGRAM, false),
+        Kind::Stream => (ANY, SocketType::STREAM, false),
+        // Not a socket. Bytes are checked when they are read.
+        Kind::Bytes | Kind::Fd | Kind::Drain => return Ok(()),
+    };
+    if sockopt::socket_type(fd)? == socket_type
+        && families.contains(&sockopt::socket_domain(fd)?)
+        && sockopt::socket_acceptconn(fd)? == listening
+    {
+        return Ok(());
+    }
+    let wanted = if listening { "a listening socket" } else { "a socket" };
+    Err(io::Error::new(io::ErrorKind::InvalidInput, format!("not {wanted} of kind {}", kind.word())))
+}
