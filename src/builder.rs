@@ -371,7 +371,7 @@ impl Builder {
         }
         let shutdown = Shutdown::new().map_err(prepare("shutdown handle"))?;
         if let Some(manager) = &manager {
-            shutdown.report_to(manager.clone());
+            report_progress(&shutdown, manager);
         }
         let calls = Arc::new(Calls::default());
         let triggers = Triggers::new(self.signals.clone(), handlers, control, self.config.trust.clone(), calls.clone());
@@ -429,6 +429,12 @@ impl Config {
     }
 }
 
+/// Reports to `manager` when a drain makes progress.
+fn report_progress(shutdown: &Shutdown, manager: &Arc<Manager>) {
+    let manager = manager.clone();
+    shutdown.on_progress(move |left| manager.progress(left));
+}
+
 /// For the asynchronous face: its builder starts first, and hears of triggers later.
 #[cfg(feature = "tokio_ecdysis")]
 impl Starting {
@@ -459,7 +465,7 @@ impl Starting {
         let config = Config { systemd_notify: true, ..self.0.config.clone() };
         if self.0.manager.get().is_none() {
             if let Some(manager) = config.manager(self.0.generation, self.is_child())?.map(Arc::new) {
-                self.0.shutdown.report_to(manager.clone());
+                report_progress(&self.0.shutdown, &manager);
                 let _ = self.0.manager.set(manager);
             }
         }

@@ -8,7 +8,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 use std::process::ExitStatus;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -23,13 +23,13 @@ use crate::event::Event;
 use crate::exit::Upgraded;
 use crate::handover::ancestors::DrainLink;
 use crate::handover::entry::FdRef;
-use crate::handover::lines::{preview, send, FromChild, FromParent, Read};
+use crate::handover::lines::{preview, send, FromChild, FromParent, Lines, Read};
 use crate::handover::link::{ChildLink, Handover, Transport};
 use crate::handover::receive::{self, Inherited};
 use crate::handover::variable::{Carrier, VARIABLE};
 use crate::pid_file;
 use crate::service::Core;
-use crate::shutdown::State;
+use crate::shutdown::{End, EndSignal, State};
 use crate::sys::adopt::Adopter;
 use crate::sys::peer::peer_pidfd;
 use crate::sys::poll::{wait_hangup, wait_readable, Deadline};
@@ -230,8 +230,29 @@ fn commit(mut child: Child<'_>, core: &Core, triggers: &mut Triggers, since: Ins
     let ChildLink { to, from, lines, .. } = child.link;
     core.announce(&upgraded, is_child, &to);
     core.kept().link = Some(to);
-    core.shutdown.keep_successor(from, lines);
+    core.shutdown.set_end_signal(Arc::new(LaterGenerations { from, lines: Mutex::new(lines) }));
     Ok(upgraded)
+}
+
+/// The child's status pipe, on which every later generation may ask this one to end its drain.
+#[derive(Debug)]
+struct LaterGenerations {
+    from: Arc<OwnedFd>,
+    lines: Mutex<Lines>,
+}
+
+impl EndSignal for LaterGenerations {
+    fn fd(&self) -> BorrowedFd<'_> {
+        self.from.as_fd()
+    }
+
+    fn read(&self) -> End {
+        match self.lines.lock().unwrap_or_else(PoisonError::into_inner).next(self.fd()) {
+            Ok(Read::Line(line)) if FromChild::parse(&line) == Some(FromChild::EndDrain) => End::Now,
+            Ok(Read::Line(_) | Read::Wait) => End::Continue,
+            Ok(Read::End | Read::Garbage(_)) | Err(_) => End::Gone,
+        }
+    }
 }
 
 /// The new process, and the link to it.

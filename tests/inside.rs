@@ -356,7 +356,7 @@ fn a_want_of_descriptors_is_logged_once() {
     let (addr, pid) = (bed.server.addr(), bed.server.first_pid());
     bed.server.wait("few descriptors");
     let mut stream = connect(&addr).unwrap();
-    bed.server.wait("log: cannot accept for want of resources");
+    bed.server.wait("log: out of descriptors or memory; retrying accept");
     // How often a thread has gone to sleep.
     let tries = || {
         let count = |tid: u32| status_field(tid, "voluntary_ctxt_switches").parse::<u64>().unwrap();

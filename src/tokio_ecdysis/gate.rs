@@ -1,60 +1,68 @@
-//! When a task may accept: the four states of the shutdown handle, for what is polled.
+//! When a task may accept: the states of the shutdown handle for tasks.
 
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Arc;
-use std::task::{Context, Poll};
+use std::task::{ready, Context, Poll};
 use std::thread;
 use std::time::Duration;
 
-use super::StopOnShutdown;
-use crate::shutdown::watch::Watch;
-use crate::shutdown::{AcceptFailure, Phase, Shutdown, HANDSHAKE};
+use super::watch::Watch;
+use crate::shutdown::{decide_and_log, Phase, Shutdown, Step, Tries, HANDSHAKE};
 use crate::sys::poll::SCARCE;
+
+/// Whether a stream ends at a stop. At an upgrade every stream ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum StopOnShutdown {
+    /// It ends at a stop, full or partial.
+    Yes,
+    /// It goes on after a stop until it is dropped. A Unix socket's file is not removed then. Before `ready`, and while
+    /// a new generation is on probation, it yields nothing either.
+    No,
+}
 
 /// One task's place at the gate.
 #[derive(Debug)]
 pub(super) struct Gate {
     watch: Watch,
     stop_on_shutdown: StopOnShutdown,
-    /// While the listener is left alone: set when it is time to try again.
+    /// During a pause: set when it is time to try again.
     again: Option<Arc<AtomicBool>>,
-    /// At a stop: the queue has been found empty once.
-    lingered: bool,
-    /// So that a lack of descriptors is logged once and not every 50 ms.
-    told: bool,
+    tries: Tries,
     ended: bool,
 }
 
 impl Gate {
     pub(super) fn new(shutdown: Shutdown, stop_on_shutdown: StopOnShutdown) -> Self {
-        Self { watch: Watch::new(shutdown), stop_on_shutdown, again: None, lingered: false, told: false, ended: false }
+        Self { watch: Watch::new(shutdown), stop_on_shutdown, again: None, tries: Tries::default(), ended: false }
     }
 
-    /// Has a drain wait for the end of this, from now on: a task that was spawned may not have run yet when a stop comes,
-    /// and is to take what is queued first. Those that go on after a stop are not waited for.
+    /// From now on, a drain waits for the end of this: a task that was spawned may not have run yet at a stop, and must
+    /// accept what is queued first. A drain does not wait for those that continue after a stop.
     pub(super) fn count(&mut self) {
         if self.stop_on_shutdown == StopOnShutdown::Yes {
             self.watch.count();
         }
     }
 
-    /// Counts an attempt in [`Phase::Last`].
-    pub(super) fn count_last(&self) {
-        self.watch.shutdown.count_last();
+    /// Counts an attempt in [`Phase::AcceptQueued`].
+    pub(super) fn count_queued(&self) {
+        self.watch.shutdown.count_queued();
     }
 
-    /// What the task may do now. It is woken when that changes.
+    /// What the task may do now. The task is woken when that changes.
     pub(super) fn phase(&mut self, cx: &Context<'_>) -> Phase {
         if self.ended {
             return Phase::End;
         }
-        // In this order: a change between the two then wakes.
+        // Before the state is read, so that no change is missed.
         self.watch.register(cx);
         let shutdown = &self.watch.shutdown;
         match shutdown.phase() {
-            Phase::Last | Phase::End if self.stop_on_shutdown == StopOnShutdown::No && !shutdown.is_handed_over() => {
-                Phase::Try
+            Phase::AcceptQueued | Phase::End
+                if self.stop_on_shutdown == StopOnShutdown::No && !shutdown.is_handed_over() =>
+            {
+                Phase::Accept
             }
             phase => phase,
         }
@@ -63,7 +71,7 @@ impl Gate {
     /// The next value of `source`, or `None` when it is over, as [`Shutdown::accept`] does it.
     ///
     /// `poll` asks the runtime. `now` asks the kernel: at a stop, the runtime's "nothing yet" may only mean that it has
-    /// not looked, or that the task has had its share of time, and what waits in the queue would be reset.
+    /// not looked, or that the task has used up its budget, and what is queued would be reset.
     pub(super) fn poll_next<S: ?Sized, T>(
         &mut self,
         cx: &mut Context<'_>,
@@ -81,54 +89,39 @@ impl Gate {
                 return Poll::Pending;
             }
             self.again = None;
-            let result = if phase == Phase::Last {
-                self.count_last();
+            let result = if phase == Phase::AcceptQueued {
+                self.count_queued();
                 now(source)
             } else {
-                match poll(source, cx) {
-                    Poll::Ready(result) => result,
-                    Poll::Pending => return Poll::Pending,
-                }
+                ready!(poll(source, cx))
             };
-            let error = match result {
-                Ok(value) => {
-                    self.told = false;
-                    return Poll::Ready(Some(Ok(value)));
-                }
-                Err(error) => error,
-            };
-            match AcceptFailure::of(&error) {
-                // Only `now` says so. A client may think it is connected before its last packet has got it into the queue.
-                AcceptFailure::Empty if !std::mem::replace(&mut self.lingered, true) => self.pause(cx, HANDSHAKE),
-                AcceptFailure::Empty => {
+            match decide_and_log(phase, &result, &mut self.tries) {
+                Step::Return => return Poll::Ready(Some(result)),
+                Step::Retry => {}
+                // Only `now` finds nothing: `poll` would be pending.
+                Step::Wait | Step::Linger => self.pause(cx, HANDSHAKE),
+                Step::Pause => self.pause(cx, SCARCE),
+                Step::End => {
                     self.end();
                     return Poll::Ready(None);
                 }
-                AcceptFailure::Passing => {}
-                AcceptFailure::Exhausted => {
-                    if !std::mem::replace(&mut self.told, true) {
-                        log::warn!("cannot accept for want of resources, waiting: {error}");
-                    }
-                    // It is readable all the time: to poll it would be to spin.
-                    self.pause(cx, SCARCE);
-                }
-                AcceptFailure::Fatal => {
+                Step::Fail => {
                     self.end();
-                    return Poll::Ready(Some(Err(error)));
+                    return Poll::Ready(Some(result));
                 }
             }
         }
     }
 
-    /// Leaves the listener alone for that time.
+    /// Leaves the listener alone for `time`.
     fn pause(&mut self, cx: &Context<'_>, time: Duration) {
         let again = Arc::new(AtomicBool::new(false));
         let (set, shutdown) = (again.clone(), self.watch.shutdown.clone());
-        // A thread and no timer of the runtime's: that may have none, and a descriptor for one is what is lacking.
+        // A thread, because the runtime may have no timer, and a timer's descriptor is what may be missing.
         let timer = thread::Builder::new().name("ecdysis-pause".into()).spawn(move || {
             thread::sleep(time);
             set.store(true, Ordering::SeqCst);
-            shutdown.wake_watchers();
+            shutdown.watchers().wake();
         });
         if timer.is_err() {
             again.store(true, Ordering::SeqCst);

@@ -8,6 +8,7 @@ mod socket;
 mod stream;
 #[cfg(any(feature = "systemd_notify", feature = "systemd_sockets"))]
 mod systemd;
+mod watch;
 
 use std::ffi::OsStr;
 use std::fmt;
@@ -33,9 +34,10 @@ use crate::trigger::{Action, Purpose};
 use crate::{Builder, Ecdysis, Error, Exit, Key, Starting, Upgraded};
 
 use self::gate::Gate;
+pub use self::gate::StopOnShutdown;
 pub use self::seqpacket::{UnixSeqpacketConn, UnixSeqpacketListener, UnixSeqpacketListenerStream};
 pub use self::socket::{SockAddr, Socket};
-pub use self::stream::{Source, StopOnShutdown, Stoppable, StoppableStream, UdpStream};
+pub use self::stream::{Source, Stoppable, StoppableStream, UdpStream};
 #[cfg(feature = "systemd_notify")]
 pub use self::systemd::{SystemdNotifier, SystemdNotifierError};
 #[cfg(feature = "systemd_sockets")]
@@ -421,8 +423,8 @@ impl TokioEcdysis {
     pub fn over(&self) -> impl Future<Output = ()> + Send + 'static {
         let mut gate = Gate::new(self.shutdown(), StopOnShutdown::Yes);
         poll_fn(move |cx| match gate.phase(cx) {
-            Phase::Wait | Phase::Try => Poll::Pending,
-            Phase::Last | Phase::End => Poll::Ready(()),
+            Phase::Wait | Phase::Accept => Poll::Pending,
+            Phase::AcceptQueued | Phase::End => Poll::Ready(()),
         })
     }
 

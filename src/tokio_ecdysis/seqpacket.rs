@@ -9,7 +9,7 @@ use std::task::{ready, Context, Poll};
 use futures_core::Stream;
 use tokio::io::unix::AsyncFd;
 
-use super::stream::Source;
+use super::stream::{sealed::Sealed, Source};
 
 /// What it names as its successor is not in every Tokio that we build with. Our two types own their descriptor, and that
 /// is what it cannot be sure of.
@@ -123,6 +123,8 @@ impl Stream for UnixSeqpacketListenerStream {
         self.get_mut().poll(cx).map(Some)
     }
 }
+
+impl Sealed for UnixSeqpacketListenerStream {}
 
 impl Source for UnixSeqpacketListenerStream {
     type Plain = UnixSeqpacketListener;

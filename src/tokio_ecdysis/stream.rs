@@ -15,19 +15,8 @@ use tokio::io::ReadBuf;
 use tokio::net::{TcpListener, TcpStream, UdpSocket, UnixListener, UnixStream};
 use tokio_stream::wrappers::{TcpListenerStream, UnixListenerStream};
 
-use super::gate::Gate;
-use super::UnixSeqpacketListenerStream;
+use super::gate::{Gate, StopOnShutdown};
 use crate::shutdown::{Phase, Shutdown};
-
-/// Whether a stream ends at a stop. At an upgrade every stream ends.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum StopOnShutdown {
-    /// It ends at a stop, full or partial.
-    Yes,
-    /// It goes on after a stop until it is dropped. A Unix socket's file is not removed then. Before `ready`, and while
-    /// a new generation is on probation, it yields nothing either.
-    No,
-}
 
 /// The connections of a listener, or the datagrams of a UDP socket, as a [`Stream`] of `io::Result`s: that of
 /// tokio-stream's `TcpListenerStream` or `UnixListenerStream`, of [`UnixSeqpacketListenerStream`] or [`UdpStream`], with
@@ -147,12 +136,11 @@ pub trait Source: Stream + sealed::Sealed + Unpin {
     fn now(&mut self) -> io::Result<Self::Got>;
 }
 
-mod sealed {
+pub(super) mod sealed {
     pub trait Sealed {}
     impl Sealed for super::TcpListenerStream {}
     impl Sealed for super::UnixListenerStream {}
     impl Sealed for super::UdpStream {}
-    impl Sealed for super::UnixSeqpacketListenerStream {}
 }
 
 fn accept(listener: impl AsFd) -> io::Result<OwnedFd> {
@@ -326,7 +314,7 @@ impl<S> Stoppable<S> {
         let opened = poll_fn(|cx| match gate.phase(cx) {
             Phase::Wait => Poll::Pending,
             Phase::End => Poll::Ready(false),
-            Phase::Try | Phase::Last => Poll::Ready(true),
+            Phase::Accept | Phase::AcceptQueued => Poll::Ready(true),
         });
         opened.await.then_some(gate)
     }
@@ -337,9 +325,9 @@ async fn until_stopped<O>(gate: &mut Gate, future: impl Future<Output = O>) -> O
     poll_fn(|cx| match gate.phase(cx) {
         Phase::Wait => Poll::Pending,
         Phase::End => Poll::Ready(None),
-        Phase::Try => future.as_mut().poll(cx).map(Some),
-        Phase::Last => {
-            gate.count_last();
+        Phase::Accept => future.as_mut().poll(cx).map(Some),
+        Phase::AcceptQueued => {
+            gate.count_queued();
             match future.as_mut().poll(cx) {
                 Poll::Ready(output) => Poll::Ready(Some(output)),
                 Poll::Pending => Poll::Ready(None),

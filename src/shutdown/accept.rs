@@ -1,0 +1,122 @@
+//! The accept loop of a thread.
+
+use std::io;
+use std::os::fd::{BorrowedFd, OwnedFd};
+
+use rustix::event::{epoll, PollFd, PollFlags};
+
+use super::decide::{decide_and_log, Step, Tries, HANDSHAKE};
+use super::flag::Flag;
+use super::gate::{Gate, Phase, State};
+use crate::sys::poll::{poll, wait_readable, Deadline, SCARCE};
+
+/// After an attempt on an empty queue, the number of connections that are waited for before they are accepted: such an
+/// attempt makes the kernel create a socket and discard it, which costs more than a wait that returns at once.
+const WAIT_FIRST: u32 = 8;
+
+/// How one loop waits, and what it remembers.
+#[derive(Debug)]
+pub(crate) struct AcceptLoop {
+    readiness: Readiness,
+    tries: Tries,
+    /// The number of waits to come before an attempt.
+    wait_first: u32,
+}
+
+/// How a loop waits for its listener or the gate.
+#[derive(Debug)]
+enum Readiness {
+    /// Not chosen yet.
+    Unused,
+    /// EPOLLEXCLUSIVE: one connection wakes one thread. With poll it would wake all of them.
+    Epoll(OwnedFd),
+    Poll,
+}
+
+impl AcceptLoop {
+    /// For many connections.
+    pub(crate) fn new() -> Self {
+        Self { readiness: Readiness::Unused, tries: Tries::default(), wait_first: 0 }
+    }
+
+    /// For one connection, for which an epoll is not worth its cost.
+    pub(crate) fn once() -> Self {
+        Self { readiness: Readiness::Poll, ..Self::new() }
+    }
+
+    /// Calls `attempt`, which must not block, until it returns a connection or datagram of `fd`. Returns `None` when
+    /// accepting is over, and an error only if `fd` is of no more use.
+    ///
+    /// Attempts come before waits: a busy server makes one system call for each connection.
+    pub(crate) fn next<T>(
+        &mut self,
+        gate: &Gate,
+        fd: BorrowedFd<'_>,
+        mut attempt: impl FnMut() -> io::Result<T>,
+    ) -> Option<io::Result<T>> {
+        let mut waited = false;
+        loop {
+            let phase = gate.phase();
+            match phase {
+                Phase::Accept if !waited && self.waits_first() => {
+                    self.wait(fd, gate.closed());
+                    waited = true;
+                    continue;
+                }
+                Phase::Accept => {}
+                Phase::AcceptQueued => gate.count_queued(),
+                Phase::Wait => {
+                    gate.wait_while(|state| matches!(state, State::Starting | State::Paused));
+                    continue;
+                }
+                Phase::End => return None,
+            }
+            let result = attempt();
+            match decide_and_log(phase, &result, &mut self.tries) {
+                Step::Return | Step::Fail => return Some(result),
+                Step::End => return None,
+                Step::Retry => {}
+                Step::Wait => {
+                    self.wait_first = WAIT_FIRST;
+                    self.wait(fd, gate.closed());
+                    waited = true;
+                }
+                Step::Linger => drop(wait_readable(fd, Deadline::after(HANDSHAKE))),
+                Step::Pause => drop(wait_readable(gate.over(), Deadline::after(SCARCE))),
+            }
+        }
+    }
+
+    fn waits_first(&mut self) -> bool {
+        let waits = self.wait_first > 0;
+        self.wait_first = self.wait_first.saturating_sub(1);
+        waits
+    }
+
+    /// Returns when there may be something. Errors show at the next attempt.
+    fn wait(&mut self, fd: BorrowedFd<'_>, closed: &Flag) {
+        if let Readiness::Unused = self.readiness {
+            // Without a spare descriptor, poll does the same at a higher cost.
+            self.readiness = epoll_of(fd, closed).map_or(Readiness::Poll, Readiness::Epoll);
+        }
+        match &self.readiness {
+            Readiness::Epoll(epoll) => {
+                let mut events =
+                    [epoll::Event { flags: epoll::EventFlags::empty(), data: epoll::EventData::new_u64(0) }];
+                let _ = epoll::wait(epoll, &mut events, None);
+            }
+            _ => {
+                let mut fds = [PollFd::from_borrowed_fd(fd, PollFlags::IN), PollFd::new(closed, PollFlags::IN)];
+                let _ = poll(&mut fds, Deadline::NEVER);
+            }
+        }
+    }
+}
+
+fn epoll_of(fd: BorrowedFd<'_>, closed: &Flag) -> io::Result<OwnedFd> {
+    let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
+    let data = epoll::EventData::new_u64(0);
+    epoll::add(&epoll, fd, data, epoll::EventFlags::IN | epoll::EventFlags::EXCLUSIVE)?;
+    epoll::add(&epoll, closed, data, epoll::EventFlags::IN)?;
+    Ok(epoll)
+}

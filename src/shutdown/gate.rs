@@ -1,0 +1,121 @@
+//! Whether this generation accepts, and how threads wait until that changes.
+
+use std::io;
+use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering};
+use std::sync::{Condvar, Mutex, PoisonError};
+
+use super::flag::Flag;
+
+/// The states of a generation, in the order in which it enters them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub(crate) enum State {
+    Starting,
+    Accepting,
+    Paused,
+    /// Over; connections in the accept queue belong to the next generation.
+    HandedOver,
+    /// Over; connections in the accept queue would be reset, so they are accepted first.
+    Stopped,
+}
+
+impl State {
+    const ALL: [Self; 5] = [Self::Starting, Self::Accepting, Self::Paused, Self::HandedOver, Self::Stopped];
+
+    pub(crate) fn is_over(self) -> bool {
+        matches!(self, Self::HandedOver | Self::Stopped)
+    }
+}
+
+/// What an accept loop does in a state.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Phase {
+    /// Wait for the next state.
+    Wait,
+    Accept,
+    /// Accept what is queued, and end when the queue is empty.
+    AcceptQueued,
+    End,
+}
+
+/// At a stop, the number of accept calls after which the queue counts as empty. New connections may keep arriving, and a
+/// queue is seldom longer than the system's default limit of 4096.
+const MAX_QUEUED: usize = 1 << 14;
+
+#[derive(Debug)]
+pub(crate) struct Gate {
+    state: AtomicU8,
+    /// Locked while the state changes.
+    change: Mutex<()>,
+    changed: Condvar,
+    /// Raised unless accepting: wakes the threads that wait for a connection.
+    closed: Flag,
+    /// Raised once over, and never lowered.
+    over: Flag,
+    /// Accept calls since the stop.
+    queued: AtomicUsize,
+}
+
+impl Gate {
+    pub(crate) fn new() -> io::Result<Self> {
+        Ok(Self {
+            state: AtomicU8::new(State::Starting as u8),
+            change: Mutex::new(()),
+            changed: Condvar::new(),
+            closed: Flag::new(true)?,
+            over: Flag::new(false)?,
+            queued: AtomicUsize::new(0),
+        })
+    }
+
+    pub(crate) fn state(&self) -> State {
+        State::ALL[self.state.load(Ordering::SeqCst) as usize]
+    }
+
+    /// Changes the state, unless this generation is over: that is final. Returns whether the state has changed.
+    pub(crate) fn set(&self, state: State) -> bool {
+        let _change = self.change.lock().unwrap_or_else(PoisonError::into_inner);
+        if self.state().is_over() {
+            return false;
+        }
+        self.state.store(state as u8, Ordering::SeqCst);
+        match state {
+            State::Accepting => self.closed.lower(),
+            _ => self.closed.raise(),
+        }
+        if state.is_over() {
+            self.over.raise();
+        }
+        self.changed.notify_all();
+        true
+    }
+
+    pub(crate) fn phase(&self) -> Phase {
+        match self.state() {
+            State::Accepting => Phase::Accept,
+            State::Starting | State::Paused => Phase::Wait,
+            State::HandedOver => Phase::End,
+            State::Stopped if self.queued.load(Ordering::Relaxed) > MAX_QUEUED => Phase::End,
+            State::Stopped => Phase::AcceptQueued,
+        }
+    }
+
+    /// Counts an accept call in [`Phase::AcceptQueued`], which ends after [`MAX_QUEUED`] of them.
+    pub(crate) fn count_queued(&self) {
+        self.queued.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Blocks while the state fulfils `condition`.
+    pub(crate) fn wait_while(&self, condition: impl Fn(State) -> bool) {
+        let change = self.change.lock().unwrap_or_else(PoisonError::into_inner);
+        drop(self.changed.wait_while(change, |()| condition(self.state())));
+    }
+
+    pub(crate) fn closed(&self) -> &Flag {
+        &self.closed
+    }
+
+    pub(crate) fn over(&self) -> &Flag {
+        &self.over
+    }
+}

@@ -1,0 +1,303 @@
+//! The shutdown handle: whether this generation accepts, and how every thread and task learns that it no longer does.
+//!
+//! [`gate`] holds the state, [`accept`] the accept loop of a thread, [`drain`] the wait for what is left, and `watch` wakes
+//! tasks. `decide` says what follows from an accept call, for threads and for Tokio.
+
+mod accept;
+mod decide;
+mod drain;
+mod flag;
+mod gate;
+mod listener;
+#[cfg(feature = "tokio_ecdysis")]
+mod watch;
+
+use std::io;
+use std::iter::FusedIterator;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
+use std::time::Duration;
+
+use rustix::event::{PollFd, PollFlags};
+
+use crate::sys::poll::{poll, Deadline};
+
+use self::accept::AcceptLoop;
+#[cfg(feature = "tokio_ecdysis")]
+pub(crate) use self::decide::{decide_and_log, Step, Tries, HANDSHAKE};
+use self::drain::Drain;
+pub(crate) use self::drain::{End, EndSignal};
+use self::gate::Gate;
+#[cfg(feature = "tokio_ecdysis")]
+pub(crate) use self::gate::Phase;
+pub(crate) use self::gate::State;
+pub use self::listener::{Accept, Datagram};
+#[cfg(feature = "tokio_ecdysis")]
+use self::watch::Watchers;
+
+/// Tells every thread whether this generation accepts, and when that is over.
+///
+/// Clones share the same state. A generation goes through four states:
+///
+/// | state | `accept`, `incoming`, `recv_from` |
+/// |---|---|
+/// | starting, before `ready` | wait |
+/// | accepting | accept |
+/// | paused, while a new generation is on probation | wait |
+/// | over, after an upgrade or at a stop | end |
+///
+/// Threads may therefore start before `ready`: they accept nothing that this generation may never serve.
+///
+/// The descriptor ([`AsFd`]) becomes readable when accepting is over, and stays readable. Add it to any poll, select or
+/// epoll of your own, but do not read from it.
+///
+/// ```
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// use std::io::Write;
+/// use std::time::Duration;
+/// let starting = ecdysis::Ecdysis::builder().start()?;
+/// let listener = starting.listen_tcp("127.0.0.1:0".parse()?)?;
+/// let shutdown = starting.shutdown();
+/// let accepting = std::thread::spawn({
+///     let shutdown = shutdown.clone();
+///     move || {
+///         for stream in shutdown.incoming(&listener) {
+///             let (mut stream, guard) = (stream?, shutdown.guard());
+///             std::thread::spawn(move || {
+///                 let _guard = guard;
+///                 let _ = stream.write_all(b"hello\n");
+///             });
+///         }
+///         std::io::Result::Ok(())
+///     }
+/// });
+/// let server = starting.ready()?;
+/// server.stop(); // or: server.run()?
+/// let left = shutdown.drain(Duration::from_secs(10));
+/// # assert_eq!(left, 0);
+/// accepting.join().unwrap()?;
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Clone, Debug)]
+pub struct Shutdown(Arc<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    gate: Gate,
+    drain: Drain,
+    #[cfg(feature = "tokio_ecdysis")]
+    watchers: Watchers,
+}
+
+/// Why [`Shutdown::readable`] returned.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Readable {
+    /// The descriptor is readable, or its peer has closed.
+    Ready,
+    /// Accepting is over, and the descriptor is not readable.
+    Over,
+    /// The timeout has passed.
+    TimedOut,
+}
+
+impl Shutdown {
+    pub(crate) fn new() -> io::Result<Self> {
+        Ok(Self(Arc::new(Inner {
+            gate: Gate::new()?,
+            drain: Drain::new()?,
+            #[cfg(feature = "tokio_ecdysis")]
+            watchers: Watchers::default(),
+        })))
+    }
+
+    /// Blocks until there is a connection, and returns it, or `None` when accepting is over.
+    ///
+    /// Errors of a single connection, and a lack of descriptors or memory, are handled: only an error of the listener
+    /// itself is returned, after which it is useless to accept again. At a stop, the connections that wait in the queue
+    /// come before the `None`; after an upgrade they belong to the next generation.
+    ///
+    /// Several threads may accept from one listener. The stream is blocking and close-on-exec
+    /// ([accept4(2)](https://man7.org/linux/man-pages/man2/accept4.2.html)).
+    pub fn accept<L: Accept>(&self, listener: &L) -> Option<io::Result<L::Stream>> {
+        AcceptLoop::once().next(&self.0.gate, listener.as_fd(), || listener.try_accept())
+    }
+
+    /// Returns an iterator over the connections until accepting is over, each as from [`accept`](Self::accept). It ends
+    /// after an error.
+    ///
+    /// Each iterator waits with its own epoll, so a connection wakes one of the threads on a listener and not all of them.
+    /// [`drain`](Self::drain) waits until every iterator has ended or was dropped, so a [`guard`](Self::guard) that is
+    /// taken in the body of the loop is never missed. An iterator that is kept but not polled makes `drain` wait for its
+    /// full deadline, because what is in its queue at a stop would be reset.
+    pub fn incoming<'a, L: Accept>(&self, listener: &'a L) -> Incoming<'a, L> {
+        let accept_loop = Some((AcceptLoop::new(), self.count_loop()));
+        Incoming { listener, shutdown: self.clone(), accept_loop }
+    }
+
+    /// Blocks until there is a datagram, and returns its length and sender, or `None` when accepting is over: as
+    /// [`UdpSocket::recv_from`](std::net::UdpSocket::recv_from), with the states of this handle. Also for
+    /// [`UnixDatagram`](std::os::unix::net::UnixDatagram).
+    ///
+    /// [`drain`](Self::drain) does not count this loop. Hold a [`guard`](Self::guard) while the thread runs, so that the
+    /// last answer is sent before the process ends.
+    pub fn recv_from<D: Datagram>(&self, socket: &D, buffer: &mut [u8]) -> Option<io::Result<(usize, D::Address)>> {
+        AcceptLoop::once().next(&self.0.gate, socket.as_fd(), || socket.try_recv_from(buffer))
+    }
+
+    /// Blocks until `fd` is readable or accepting is over, whichever comes first, for at most `timeout`
+    /// ([poll(2)](https://man7.org/linux/man-pages/man2/poll.2.html)). A pause does not end this wait.
+    ///
+    /// For connections that are idle between two requests: close on `Over`. A request that has already arrived comes
+    /// first, so answer it, with `Connection: close` if [`is_over`](Self::is_over).
+    ///
+    /// # Errors
+    ///
+    /// That of poll(2). An interrupted wait goes on.
+    pub fn readable(&self, fd: impl AsFd, timeout: Option<Duration>) -> io::Result<Readable> {
+        let mut fds = [PollFd::new(&fd, PollFlags::IN), PollFd::new(self.0.gate.over(), PollFlags::IN)];
+        match poll(&mut fds, timeout.map_or(Deadline::NEVER, Deadline::after))? {
+            0 => Ok(Readable::TimedOut),
+            _ if !fds[0].revents().is_empty() => Ok(Readable::Ready),
+            _ => Ok(Readable::Over),
+        }
+    }
+
+    /// Blocks until accepting is over.
+    pub fn wait(&self) {
+        self.0.gate.wait_while(|state| !state.is_over());
+    }
+
+    /// Returns whether accepting is over.
+    pub fn is_over(&self) -> bool {
+        self.state().is_over()
+    }
+
+    /// Counts a connection until the guard is dropped. Call this before the connection goes to another thread.
+    pub fn guard(&self) -> Guard {
+        self.0.drain.begin_connection();
+        Guard(self.clone())
+    }
+
+    /// Returns the number of guards that exist now.
+    pub fn guarded(&self) -> usize {
+        self.0.drain.connections()
+    }
+
+    /// Blocks until every accept loop has ended and every guard is dropped, for at most `deadline`. Returns the number of
+    /// loops and guards that are left.
+    ///
+    /// Call this when accepting is over: before, the loops do not end. A loop counts from [`incoming`](Self::incoming) on.
+    /// A thread that was spawned and has not yet called it counts only if it was given a guard.
+    ///
+    /// Also returns when a later generation with [`Overlap::AtMost`](crate::Overlap::AtMost) asks this one to end.
+    pub fn drain(&self, deadline: Duration) -> usize {
+        self.0.drain.wait(deadline, || self.state() == State::Stopped)
+    }
+
+    /// Ends every drain although connections are left.
+    pub(crate) fn end_drain(&self) {
+        self.0.drain.end();
+    }
+
+    /// Lets a later generation end the drain of this one.
+    pub(crate) fn set_end_signal(&self, signal: Arc<dyn EndSignal>) {
+        self.0.drain.set_end_signal(signal);
+    }
+
+    /// Calls `progress` with the number of loops and guards left whenever it falls during a stop.
+    pub(crate) fn on_progress(&self, progress: impl Fn(usize) + Send + Sync + 'static) {
+        self.0.drain.on_progress(Box::new(progress));
+    }
+
+    /// Changes the state, unless accepting is over: that is final.
+    pub(crate) fn set(&self, state: State) {
+        if self.0.gate.set(state) {
+            #[cfg(feature = "tokio_ecdysis")]
+            self.0.watchers.wake();
+        }
+    }
+
+    /// Counts an accept loop, for which a drain waits, until the value is dropped.
+    pub(crate) fn count_loop(&self) -> LoopGuard {
+        self.0.drain.begin_loop();
+        LoopGuard(self.clone())
+    }
+
+    pub(crate) fn state(&self) -> State {
+        self.0.gate.state()
+    }
+
+    #[cfg(feature = "tokio_ecdysis")]
+    pub(crate) fn phase(&self) -> Phase {
+        self.0.gate.phase()
+    }
+
+    /// Returns whether the accept queue belongs to the next generation.
+    #[cfg(feature = "tokio_ecdysis")]
+    pub(crate) fn is_handed_over(&self) -> bool {
+        self.state() == State::HandedOver
+    }
+
+    #[cfg(feature = "tokio_ecdysis")]
+    pub(crate) fn watchers(&self) -> &Watchers {
+        &self.0.watchers
+    }
+
+    #[cfg(feature = "tokio_ecdysis")]
+    pub(crate) fn count_queued(&self) {
+        self.0.gate.count_queued();
+    }
+}
+
+impl AsFd for Shutdown {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.gate.over().as_fd()
+    }
+}
+
+/// One connection being served: [`Shutdown::drain`] waits until it is dropped.
+#[derive(Debug)]
+#[must_use = "a connection counts only while its guard lives"]
+pub struct Guard(Shutdown);
+
+impl Drop for Guard {
+    fn drop(&mut self) {
+        self.0 .0.drain.end_connection();
+    }
+}
+
+/// One accept loop.
+#[derive(Debug)]
+pub(crate) struct LoopGuard(Shutdown);
+
+impl Drop for LoopGuard {
+    fn drop(&mut self) {
+        self.0 .0.drain.end_loop();
+    }
+}
+
+/// The connections of a listener until accepting is over, see [`Shutdown::incoming`].
+#[derive(Debug)]
+pub struct Incoming<'a, L> {
+    listener: &'a L,
+    shutdown: Shutdown,
+    /// Until the end.
+    accept_loop: Option<(AcceptLoop, LoopGuard)>,
+}
+
+impl<L: Accept> Iterator for Incoming<'_, L> {
+    type Item = io::Result<L::Stream>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        let (accept_loop, _) = self.accept_loop.as_mut()?;
+        let listener = self.listener;
+        let next = accept_loop.next(&self.shutdown.0.gate, listener.as_fd(), || listener.try_accept());
+        if !matches!(next, Some(Ok(_))) {
+            self.accept_loop = None;
+        }
+        next
+    }
+}
+
+impl<L: Accept> FusedIterator for Incoming<'_, L> {}
