@@ -9,22 +9,16 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
 
 use rustix::io::{retry_on_intr, Errno};
-use rustix::net::{RecvFlags, SendFlags};
+use rustix::net::SendFlags;
 
 use crate::error::Error;
+use crate::handover::greeting::{FirstLine, Greeting, GREETING_TIME};
 use crate::handover::link::nonblocking;
 use crate::listen;
 use crate::sys::peer::{peer, PeerCred};
-use crate::sys::poll::{wait_readable, Deadline};
-
-/// What a process that takes over says first.
-const HELLO: &str = "takeover 1\n";
-
-/// How long it may take to say so.
-pub(crate) const HELLO_TIME: Duration = Duration::from_secs(5);
+use crate::sys::poll::Deadline;
 
 /// Who may be at the other end of a takeover socket.
 pub(crate) type Trust = Arc<dyn Fn(&PeerCred) -> bool + Send + Sync>;
@@ -61,16 +55,7 @@ impl TakeoverSocket {
             answer(&stream, "denied");
             return Ok(None);
         };
-        let (mut line, deadline) = (Vec::new(), Deadline::after(HELLO_TIME));
-        while !line.contains(&b'\n') {
-            let mut chunk = [0; HELLO.len()];
-            match rustix::net::recv(&stream, &mut chunk, RecvFlags::DONTWAIT) {
-                Ok((_, n)) if n > 0 && line.len() < HELLO.len() => line.extend_from_slice(&chunk[..n]),
-                Err(Errno::INTR) => {}
-                Err(Errno::AGAIN) if wait_readable(&stream, deadline) => {}
-                _ => break,
-            }
-        }
+        let line = FirstLine::default().wait(&stream, Deadline::after(GREETING_TIME));
         Ok(TakeoverRequest::new(stream, peer, &line))
     }
 }
@@ -108,7 +93,7 @@ pub(crate) struct TakeoverRequest {
 impl TakeoverRequest {
     /// `None` for a connection whose first line asks for something else.
     pub(crate) fn new(socket: OwnedFd, peer: PeerCred, line: &[u8]) -> Option<Self> {
-        if line != HELLO.as_bytes() {
+        if Greeting::parse(line).is_none() {
             answer(&socket, "failed: this is a takeover socket");
             return None;
         }
@@ -143,7 +128,8 @@ pub(crate) fn connect(path: &Path, trust: &Trust) -> Result<Option<OwnedFd>, Err
     if !trust(&peer) {
         return Err(Error::Untrusted { path: path.to_owned(), uid: peer.uid });
     }
-    match retry_on_intr(|| rustix::net::send(&socket, HELLO.as_bytes(), SendFlags::NOSIGNAL)) {
+    let line = Greeting::default().line();
+    match retry_on_intr(|| rustix::net::send(&socket, line.as_bytes(), SendFlags::NOSIGNAL)) {
         // It has ended since; the wait for its answer tells.
         Ok(_) | Err(Errno::PIPE | Errno::CONNRESET) => Ok(Some(socket)),
         Err(e) => Err(failed(e.into())),

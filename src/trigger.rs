@@ -2,17 +2,17 @@
 
 use std::collections::VecDeque;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::BorrowedFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags};
-use rustix::io::Errno;
 
 use crate::error::{chain, Error};
 use crate::exit::{ExitReason, Upgraded};
+use crate::handover::greeting::{FirstLine, GREETING_TIME};
 use crate::key::Key;
 use crate::service::Core;
 use crate::sys::peer::PeerCred;
@@ -161,14 +161,12 @@ struct PendingCommand {
     peer: PeerCred,
     path: PathBuf,
     meaning: Purpose,
-    line: Vec<u8>,
+    line: FirstLine,
     since: Instant,
 }
 
-/// How long a connection may take to say its command, and how many may be about to.
-const TALK_TIME: Duration = takeover::HELLO_TIME;
+/// How many connections may be about to send their first line.
 const MAX_TALKS: usize = 16;
-const MAX_COMMAND: usize = 64;
 
 /// After a failed accept, for want of descriptors say, a control socket is left alone for this long.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
@@ -295,7 +293,7 @@ impl Triggers {
             let beat = core.beat();
             let now = Instant::now();
             self.accept_again = self.accept_again.filter(|again| *again > now);
-            self.talks.retain(|talk| talk.since + TALK_TIME > now);
+            self.talks.retain(|talk| talk.since + GREETING_TIME > now);
             let listening = sockets == Sockets::Answer && self.accept_again.is_none();
 
             let wake = signal::wake_fd().map_err(|source| Error::Wait { source })?;
@@ -308,7 +306,7 @@ impl Triggers {
                 polled.extend(self.sockets.iter().map(|socket| PollFd::new(&socket.listener, PollFlags::IN)));
             }
 
-            let talk_ends = self.talks.iter().map(|talk| talk.since + TALK_TIME).min();
+            let talk_ends = self.talks.iter().map(|talk| talk.since + GREETING_TIME).min();
             let others = [talk_ends, self.accept_again, beat].into_iter().flatten().min();
             let until = others.map_or(deadline, |other| deadline.min(Deadline::at(other)));
             poll(&mut polled, until).map_err(|e| Error::Wait { source: e.into() })?;
@@ -378,7 +376,7 @@ impl Triggers {
             }),
             meaning => {
                 let (path, since) = (path.clone(), Instant::now());
-                self.talks.push(PendingCommand { stream, peer, path, meaning, line: Vec::new(), since });
+                self.talks.push(PendingCommand { stream, peer, path, meaning, line: FirstLine::default(), since });
                 if self.talks.len() > MAX_TALKS {
                     // Who has kept silent longest has least to say, and must not keep others out.
                     match self.talks.remove(0) {
@@ -390,31 +388,24 @@ impl Triggers {
         }
     }
 
-    /// Reads on until the command is there. The talk is over when it is, or when the peer closes or talks too much.
+    /// Receives more of the first line. Acts on it once it is complete, and drops a peer that closes before that.
     fn listen_to(&mut self, at: usize) {
         let talk = &mut self.talks[at];
-        let mut chunk = [0; MAX_COMMAND];
-        match rustix::net::recv(talk.stream.as_fd(), &mut chunk, rustix::net::RecvFlags::DONTWAIT) {
-            Ok((_, n)) if n > 0 => talk.line.extend_from_slice(&chunk[..n]),
-            Err(Errno::AGAIN | Errno::INTR) => return,
-            _ => {
-                self.talks.remove(at);
-                return;
-            }
-        }
-        if !talk.line.contains(&b'\n') && talk.line.len() < MAX_COMMAND {
-            return;
+        match talk.line.receive(&talk.stream) {
+            Ok(true) => {}
+            Ok(false) => return,
+            Err(_) => return drop(self.talks.remove(at)),
         }
         let PendingCommand { stream, peer, path, meaning, line, .. } = self.talks.remove(at);
         let (reason, since) = (ExitReason::Socket(path), Instant::now());
         if meaning == Purpose::Takeover {
-            if let Some(taker) = TakeoverRequest::new(stream.into(), peer, &line) {
+            if let Some(taker) = TakeoverRequest::new(stream.into(), peer, line.bytes()) {
                 let reply = Reply::TakeoverRequest(taker, None);
                 self.requests.push_back(Request { action: Action::Upgrade, reason, since, reply });
             }
             return;
         }
-        let Some(action) = command(&line) else {
+        let Some(action) = command(line.bytes()) else {
             return tell(&stream, "failed: unknown command; known are upgrade, stop, partial-stop, status\n");
         };
         self.requests.push_back(Request { action, reason, since, reply: Reply::Socket(stream) });

@@ -1,0 +1,129 @@
+//! The first line on a control or takeover socket, and the one by which a process asks to take over.
+
+use std::io;
+use std::os::fd::AsFd;
+use std::time::Duration;
+
+use rustix::io::Errno;
+use rustix::net::RecvFlags;
+
+use super::escape::{escape, unescape};
+use crate::sys::poll::{wait_readable, Deadline};
+
+/// How long a peer may take to send its first line.
+pub(crate) const GREETING_TIME: Duration = Duration::from_secs(5);
+
+/// The longest first line, in bytes. A longer one is complete at this length, and means nothing.
+const MAX_LINE: usize = 512;
+
+/// A first line, which may come in pieces.
+#[derive(Debug, Default)]
+pub(crate) struct FirstLine(Vec<u8>);
+
+impl FirstLine {
+    /// Receives what is there, without waiting. Returns whether the line is complete.
+    ///
+    /// # Errors
+    ///
+    /// `UnexpectedEof` if the peer has closed, and the error of recv(2).
+    pub(crate) fn receive(&mut self, socket: impl AsFd) -> io::Result<bool> {
+        let mut chunk = [0; MAX_LINE];
+        match rustix::net::recv(socket, &mut chunk[self.0.len()..], RecvFlags::DONTWAIT) {
+            Ok((_, 0)) => return Err(io::ErrorKind::UnexpectedEof.into()),
+            Ok((_, n)) => self.0.extend_from_slice(&chunk[self.0.len()..][..n]),
+            Err(Errno::AGAIN | Errno::INTR) => {}
+            Err(e) => return Err(e.into()),
+        }
+        Ok(self.0.contains(&b'\n') || self.0.len() == MAX_LINE)
+    }
+
+    /// Everything received, which may be more than the line.
+    pub(crate) fn bytes(&self) -> &[u8] {
+        &self.0
+    }
+
+    /// Receives a whole line, or what came of it until the deadline or the end.
+    pub(crate) fn wait(mut self, socket: impl AsFd, deadline: Deadline) -> Vec<u8> {
+        while wait_readable(&socket, deadline) && matches!(self.receive(&socket), Ok(false)) {}
+        self.0
+    }
+}
+
+/// What a process that takes over sends first: `takeover 1`, and the name of its application if it has one.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(crate) struct Greeting {
+    pub(crate) app: Option<String>,
+}
+
+impl Greeting {
+    pub(crate) fn line(&self) -> String {
+        let mut line = String::from("takeover 1");
+        if let Some(app) = &self.app {
+            line.push_str(" app=");
+            escape(app.as_bytes(), &mut line);
+        }
+        line.push('\n');
+        line
+    }
+
+    /// `None` for anything but exactly one such line. What a later version adds to it is skipped.
+    pub(crate) fn parse(received: &[u8]) -> Option<Self> {
+        let line = std::str::from_utf8(received).ok()?.strip_suffix('\n')?;
+        let mut words = line.split(' ');
+        if (words.next()?, words.next()?) != ("takeover", "1") {
+            return None;
+        }
+        let mut greeting = Self::default();
+        for word in words {
+            match word.split_once('=')? {
+                ("app", name) => greeting.app = Some(String::from_utf8(unescape(name)?).ok()?),
+                _ => continue,
+            }
+        }
+        (!line.contains('\n')).then_some(greeting)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Write;
+    use std::os::unix::net::UnixStream;
+
+    #[test]
+    fn the_line_is_the_contract() {
+        let named = |app: &str| Greeting { app: Some(app.into()) };
+        for (greeting, line) in [
+            (Greeting::default(), "takeover 1\n"),
+            (named("shop"), "takeover 1 app=shop\n"),
+            (named("my shop%\n"), "takeover 1 app=my%20shop%25%0A\n"),
+        ] {
+            assert_eq!(greeting.line(), line);
+            assert_eq!(Greeting::parse(line.as_bytes()), Some(greeting));
+        }
+        assert_eq!(Greeting::parse(b"takeover 1 color=blue app=shop\n"), Some(named("shop")));
+        for other in
+            ["", "takeover 1", "takeover 2\n", "takeover 1 \n", "takeover 1\nready\n", "upgrade\n", "takeover 1 app\n"]
+        {
+            assert_eq!(Greeting::parse(other.as_bytes()), None, "{other:?}");
+        }
+    }
+
+    #[test]
+    fn a_first_line_may_come_in_pieces_and_is_bounded() {
+        let (mut peer, socket) = UnixStream::pair().unwrap();
+        let mut line = FirstLine::default();
+        assert!(!line.receive(&socket).unwrap());
+        peer.write_all(b"upg").unwrap();
+        assert!(!line.receive(&socket).unwrap());
+        peer.write_all(b"rade\n").unwrap();
+        assert!(line.receive(&socket).unwrap());
+        assert_eq!(line.bytes(), b"upgrade\n");
+
+        peer.write_all(&[b'x'; 2 * MAX_LINE]).unwrap();
+        assert_eq!(FirstLine::default().wait(&socket, Deadline::after(GREETING_TIME)).len(), MAX_LINE);
+        drop(peer);
+        assert_eq!(FirstLine::default().wait(&socket, Deadline::NEVER).len(), MAX_LINE);
+        assert_eq!(FirstLine::default().receive(&socket).unwrap_err().kind(), io::ErrorKind::UnexpectedEof);
+    }
+}
