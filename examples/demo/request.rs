@@ -51,7 +51,7 @@ impl Failure {
             // A connect that runs into SO_SNDTIMEO says EINPROGRESS on TCP and EAGAIN on a Unix socket.
             ErrorKind::TimedOut | ErrorKind::WouldBlock => Failure::Timeout,
             ErrorKind::AddrNotAvailable => Failure::NoPort,
-            _ if error.raw_os_error() == Some(libc::EINPROGRESS) => Failure::Timeout,
+            _ if error.raw_os_error() == Some(rustix::io::Errno::INPROGRESS.raw_os_error()) => Failure::Timeout,
             _ => Failure::Other,
         }
     }

@@ -1,7 +1,5 @@
 //! The asynchronous face, with real processes: `tokio_whoami`, alone and in turns with `whoami`.
 
-mod support;
-
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::UdpSocket;
@@ -11,13 +9,13 @@ use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
+use crate::support::*;
 use ecdysis::tokio_ecdysis::{
     ExitFuture, ExitMode, ExitReason, SignalKind, StopOnShutdown, Stoppable, StoppableStream, TokioEcdysis,
     TokioEcdysisBuilder, UdpStream, UnixSeqpacketListenerStream,
 };
 use futures::StreamExt;
 use rustix::process::Signal;
-use support::{connect, control, example, fds, field, generation, send_signal, tempdir, wait_exit, Load, Server};
 use tokio_stream::wrappers::{TcpListenerStream, UnixListenerStream};
 
 const LOCAL: &str = "127.0.0.1:0";
@@ -35,7 +33,7 @@ fn server<'a>(args: impl IntoIterator<Item = &'a str>) -> Server {
 /// Upgrades, and waits until the new generation has said that it serves: the next signal is for that one.
 fn upgrade(server: &mut Server) {
     let new: u32 = field(&server.upgrade(), "pid");
-    support::eventually("it serves", || server.pid() == new);
+    eventually("it serves", || server.pid() == new);
 }
 
 fn path(path: &Path) -> &str {
@@ -65,7 +63,7 @@ fn yields_nothing_before_ready() {
     let mut early = connect(&server.addr()).unwrap();
     early.write_all(b"who\n").unwrap();
     let mut opened = None;
-    support::eventually("the gate", || {
+    eventually("the gate", || {
         opened = UnixStream::connect(&gate).ok();
         opened.is_some()
     });
@@ -190,7 +188,7 @@ fn udp_as_stream_and_as_stoppable() {
         let mut server = server(["--listen", &format!("{kind}:{LOCAL}"), "--probation", "20"]);
         let addr = server.addr();
         let client = UdpSocket::bind(LOCAL).unwrap();
-        client.set_read_timeout(Some(support::DEADLINE)).unwrap();
+        client.set_read_timeout(Some(DEADLINE)).unwrap();
         client.connect(addr.rsplit_once("udp:").unwrap().1).unwrap();
         for gen in 1..=4 {
             let mut answer = [0; 100];
@@ -242,7 +240,7 @@ fn under_a_service_manager() {
     let dir = tempdir();
     let (file, notify) = (dir.path().join("passed"), dir.path().join("notify"));
     let manager = UnixDatagram::bind(&notify).unwrap();
-    manager.set_read_timeout(Some(support::DEADLINE)).unwrap();
+    manager.set_read_timeout(Some(DEADLINE)).unwrap();
     let hear = |what: &str| {
         let mut said = String::new();
         while !said.contains(what) {
@@ -340,8 +338,7 @@ fn those_that_do_not_stop_go_on_after_a_stop_but_not_after_an_upgrade() {
 fn a_dropped_exit_future_changes_nothing() {
     let dir = tempdir();
     let socket = dir.path().join("control");
-    let mut server =
-        server(["--listen", LOCAL, "--forget-exit", "--control-socket", path(&socket), "--probation", "20"]);
+    let server = server(["--listen", LOCAL, "--forget-exit", "--control-socket", path(&socket), "--probation", "20"]);
     for gen in 2..5 {
         let answer = control(&socket, "upgrade\n").unwrap();
         assert!(answer.starts_with("upgraded "), "{answer}");
@@ -375,14 +372,14 @@ fn a_want_of_descriptors_ends_no_stream_and_no_trigger() {
     for connection in &mut held {
         connection.write_all(b"who\n").unwrap();
     }
-    support::eventually("no descriptor is left", || fds(server.pid()).len() >= 40);
+    eventually("no descriptor is left", || fds(server.pid()).len() >= 40);
     let last = held.pop().unwrap();
     let mut asks = UnixStream::connect(&control_socket).unwrap();
     asks.write_all(b"status\n").unwrap();
     asks.set_read_timeout(Some(Duration::from_millis(300))).unwrap();
     assert!(asks.read(&mut [0]).is_err(), "there is no descriptor for it");
     drop(held);
-    asks.set_read_timeout(Some(support::DEADLINE)).unwrap();
+    asks.set_read_timeout(Some(DEADLINE)).unwrap();
     assert_eq!(asks.read(&mut [0]).unwrap(), 1);
     let mut answer = String::new();
     BufReader::new(last).read_line(&mut answer).unwrap();
@@ -411,6 +408,9 @@ fn descriptors_do_not_climb() {
 /// One test, because a process starts only once at a time.
 #[test]
 fn in_one_process() {
+    if !is_alone("tokio::in_one_process") {
+        return;
+    }
     fn send<T: Send>() {}
     send::<StoppableStream<TcpListenerStream>>();
     send::<StoppableStream<UnixListenerStream>>();
@@ -433,7 +433,7 @@ fn in_one_process() {
 
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     runtime.block_on(async {
-        let deadline = |future| tokio::time::timeout(support::DEADLINE, future);
+        let deadline = |future| tokio::time::timeout(DEADLINE, future);
 
         // Given up before `ready`: the stream ends, although a connection waits.
         let builder = new();

@@ -5,14 +5,12 @@
 //! Each test boots a systemd of its own (`with-systemd`), in which `systemctl` does what an operator would do.
 
 mod bed;
-#[path = "../support/mod.rs"]
-mod support;
 
-use bed::{systemctl, text, under_systemd};
+use self::bed::{systemctl, text, under_systemd};
+use crate::support::{self, connect, eventually, field, threads, Conn, Load};
 use std::fs;
 use std::io::Read;
 use std::time::Duration;
-use support::{connect, eventually, field, threads, Conn, Load};
 
 fn ask(address: &str) -> String {
     support::ask(address).unwrap().trim_end().to_owned()
@@ -64,7 +62,7 @@ fn ten_reloads_under_load_and_a_stop() {
         assert_eq!(service.get("NRestarts"), "0");
         service.succeed("stop");
         assert_eq!((service.get("Result").as_str(), service.get("ActiveState").as_str()), ("success", "inactive"));
-        assert_eq!(service.processes(), []);
+        assert_eq!(service.processes(), Vec::<u32>::new());
         assert_eq!(machine.complaints(), Vec::<String>::new());
     });
 }
@@ -455,7 +453,7 @@ fn tokio_is_reloaded_and_restarted_under_load() {
         answered(load);
         service.succeed("stop");
         assert_eq!((service.get("Result").as_str(), service.get("ActiveState").as_str()), ("success", "inactive"));
-        assert_eq!(service.processes(), []);
+        assert_eq!(service.processes(), Vec::<u32>::new());
         assert_eq!(machine.complaints(), Vec::<String>::new());
     });
 }
@@ -472,7 +470,7 @@ fn the_tokio_echo_server_on_its_port() {
         assert_eq!(&back, b"hello");
     }
     under_systemd("the_tokio_echo_server_on_its_port", |_| {
-        let mut server = support::Server::start(std::process::Command::new(support::example("tokio_echo")));
+        let server = support::Server::start(std::process::Command::new(support::example("tokio_echo")));
         eventually("it listens", || connect("127.0.0.1:8080").is_ok());
         let mut open = connect("127.0.0.1:8080").unwrap();
         echoes(&mut *open);

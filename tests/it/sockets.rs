@@ -1,7 +1,5 @@
 //! The traps about sockets, with real processes.
 
-mod support;
-
 use std::fs;
 use std::io::{Read, Write};
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
@@ -9,8 +7,8 @@ use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::process::Command;
 
+use crate::support::*;
 use rustix::process::Signal;
-use support::*;
 
 /// With blocking listeners, every thread that polled readable and lost the race would sit in `accept` for ever, and
 /// take one connection each after the upgrade.
@@ -191,7 +189,7 @@ fn a_stop_serves_what_waits_in_the_queue() {
     for kind in ["127.0.0.1:0", "unix:@stop"] {
         let name = format!("{kind}-{}", std::process::id());
         let kind = if kind.starts_with("unix") { &name } else { kind };
-        let mut server = Server::whoami(["--listen", kind]);
+        let server = Server::whoami(["--listen", kind]);
         let addr = server.addr();
         // The accept loop runs: a drain cannot wait for a thread that has not come so far.
         assert_eq!(generation(&addr), 1);
@@ -319,7 +317,7 @@ fn a_unix_socket_file_outlives_upgrades_and_goes_with_a_stop() {
 fn a_stop_leaves_a_socket_file_that_is_not_ours() {
     let dir = tempdir();
     let path = dir.path().join("s");
-    let mut server = Server::whoami(["--listen", &format!("unix:{}", path.display())]);
+    let server = Server::whoami(["--listen", &format!("unix:{}", path.display())]);
     fs::remove_file(&path).unwrap();
     let _other = UnixListener::bind(&path).unwrap();
     server.signal(Signal::TERM);

@@ -1,7 +1,5 @@
 //! The traps about processes, with real processes.
 
-mod support;
-
 use std::ffi::OsString;
 use std::fs;
 use std::io::{Read, Write};
@@ -13,8 +11,8 @@ use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
+use crate::support::*;
 use rustix::process::Signal;
-use support::*;
 
 const LISTEN: [&str; 2] = ["--listen", "127.0.0.1:0"];
 
@@ -450,7 +448,7 @@ fn control_sockets_answer_with_the_outcome() {
     let path = |name: &str| dir.path().join(name).to_str().unwrap().to_owned();
     let (up, stop, ctl) = (path("up"), path("stop"), path("ctl"));
     let args = ["--upgrade-socket", &up, "--stop-socket", &stop, "--control-socket", &ctl, "--probation", "20"];
-    let (mut server, misbehave) = misbehaving(&dir, &args);
+    let (server, misbehave) = misbehaving(&dir, &args);
     for socket in [&up, &stop, &ctl] {
         assert_eq!(fs::metadata(socket).unwrap().permissions().mode() & 0o777, 0o600);
     }

@@ -1,14 +1,7 @@
 //! Upgrades under a seccomp profile that is exactly the table of the guide, and under filters that refuse what the
 //! library can do without.
-// A sanitizer makes calls of its own.
-#![cfg(all(target_arch = "x86_64", target_env = "gnu", not(sanitized)))]
 
-#[path = "robust/mod.rs"]
-mod robust;
-#[path = "seccomp/table.rs"]
-mod table;
-#[path = "faults/trace.rs"]
-mod trace;
+pub mod table;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
@@ -16,10 +9,12 @@ use std::os::unix::process::CommandExt;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use robust::{eventually, example, fds, gone, Load, Server, PATIENCE};
+use rustix::process::Signal;
 use seccompiler::{apply_filter, BpfProgram, SeccompAction, SeccompCmpOp};
 use table::{allow_list, argument, filter, markdown, Rules, When, TABLE};
-use trace::Role;
+
+use crate::faults::trace::{self, Role};
+use crate::support::*;
 
 const ARGS: [&str; 12] = [
     "--listen",
@@ -47,7 +42,7 @@ const UPGRADE: [When; 5] = [When::Serving, When::Parent, When::Before, When::Chi
 const STRAY: i32 = 77;
 
 fn start(args: &[&str], filters: Vec<BpfProgram>) -> Server {
-    Server::start_with(&example("whoami"), &[&ARGS, args].concat(), |command: &mut Command| {
+    Server::whoami_with([&ARGS, args].concat(), |command: &mut Command| {
         // SAFETY: system calls only, on memory that was made before the fork.
         unsafe {
             command.pre_exec(move || {
@@ -62,30 +57,30 @@ fn start(args: &[&str], filters: Vec<BpfProgram>) -> Server {
 
 /// Upgrades several times under load; nothing fails, and nothing stray goes along.
 fn upgrades(server: &Server, times: usize) -> Result<(), String> {
-    let load = Load::start(&server.addrs, Duration::from_millis(1));
-    assert!(fds(server.pid).contains_key(&(STRAY as u32)));
-    let mut pid = server.pid;
+    let load = Load::paced(&server.stream_addrs(), Duration::from_millis(1));
+    assert!(fds(server.first_pid()).contains_key(&STRAY));
+    let mut pid = server.first_pid();
     for _ in 0..times {
-        let verdict = server.upgrade(pid)?;
+        let verdict = server.try_upgrade(pid)?;
         if !verdict.starts_with("upgrade ok") {
             return Err(verdict);
         }
-        let old = std::mem::replace(&mut pid, robust::field(&verdict, "pid").ok_or("no pid")?);
-        eventually("the old process ends", PATIENCE, || gone(old))?;
-        if fds(pid).contains_key(&(STRAY as u32)) {
+        let old = std::mem::replace(&mut pid, try_field(&verdict, "pid").ok_or("no pid")?);
+        try_eventually("the old process ends", || gone(old))?;
+        if fds(pid).contains_key(&STRAY) {
             return Err("the stray descriptor went along".into());
         }
     }
-    let (requests, failures) = load.stop();
-    if requests == 0 || !failures.is_empty() {
-        return Err(format!("{requests} requests, failed: {failures:?}"));
+    let counts = load.stop();
+    if counts.requests == 0 || !counts.failures.is_empty() {
+        return Err(format!("{counts:?}"));
     }
     Ok(())
 }
 
 #[test]
 fn the_guide_shows_the_table() {
-    let chapter = include_str!("../src/guide/seccomp.md");
+    let chapter = include_str!("../../../src/guide/seccomp.md");
     assert!(chapter.contains(&markdown()), "src/guide/seccomp.md should hold this table:\n\n{}", markdown());
     let names: Vec<_> = TABLE.iter().map(|row| row.name).collect();
     assert!(names.is_sorted() && names.len() == names.iter().collect::<BTreeSet<_>>().len());
@@ -107,10 +102,10 @@ fn the_whole_table_is_enough_for_a_failed_upgrade() {
     for how in ["exit=3", "refuse=not today", "hang", "signal=9", "close-status"] {
         let whole = [&UPGRADE[..], &[When::Failed]].concat();
         let server = start(&["--fork", "--ready-timeout", "3000"], allow_list(&whole));
-        std::fs::write(server.dir.path().join("misbehave"), how).unwrap();
-        let verdict = server.upgrade(server.pid).unwrap();
+        std::fs::write(server.dir().join("misbehave"), how).unwrap();
+        let verdict = server.try_upgrade(server.first_pid()).unwrap();
         assert!(verdict.starts_with("upgrade failed: child "), "{how}: {verdict}");
-        std::fs::write(server.dir.path().join("misbehave"), "").unwrap();
+        std::fs::write(server.dir().join("misbehave"), "").unwrap();
         upgrades(&server, 1).unwrap_or_else(|e| panic!("after {how}: {e}"));
     }
 }
@@ -119,11 +114,12 @@ fn the_whole_table_is_enough_for_a_failed_upgrade() {
 #[test]
 fn every_call_is_in_its_column() {
     let server = start(&["--fork"], vec![]);
-    let load = Load::start(&server.addrs, Duration::from_millis(2));
+    let load = Load::paced(&server.stream_addrs(), Duration::from_millis(2));
     let log = server.log.clone();
     let done = move || log.since(0).iter().any(|line| line.starts_with("upgrade "));
-    let ask = || assert!(robust::kill(server.pid, libc::SIGHUP));
-    let seen = trace::upgrade(server.pid, None, ask, done, Instant::now() + PATIENCE).unwrap();
+    let pid = server.first_pid();
+    let seen =
+        trace::upgrade(pid as i32, None, || send_signal(pid, Signal::HUP), done, Instant::now() + DEADLINE).unwrap();
     drop(load);
     let (mut missing, mut before) = (BTreeSet::new(), BTreeSet::new());
     for call in &seen.calls {
@@ -172,10 +168,10 @@ fn what_is_optional_may_be_refused() {
         ] {
             let server = start(&[], refusing(rules, errno));
             // First one that fails, because the child must be ended by whatever is left.
-            std::fs::write(server.dir.path().join("misbehave"), "close-status").unwrap();
-            let verdict = server.upgrade(server.pid).unwrap_or_else(|e| panic!("{what}: {e}"));
+            std::fs::write(server.dir().join("misbehave"), "close-status").unwrap();
+            let verdict = server.try_upgrade(server.first_pid()).unwrap_or_else(|e| panic!("{what}: {e}"));
             assert!(verdict.contains("closed its status pipe"), "{what}, errno {errno}: {verdict}");
-            std::fs::write(server.dir.path().join("misbehave"), "").unwrap();
+            std::fs::write(server.dir().join("misbehave"), "").unwrap();
             upgrades(&server, 1).unwrap_or_else(|e| panic!("{what}, errno {errno}: {e}"));
         }
     }

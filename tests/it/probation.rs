@@ -1,13 +1,11 @@
 //! The probation: the time after the commit in which the parent can still take back. And the overlap of generations.
 
-mod support;
-
 use std::fs;
 use std::io::{Read, Write};
 use std::path::Path;
 
+use crate::support::*;
 use rustix::process::Signal;
-use support::*;
 
 fn server(dir: &TempDir, more: &[&str]) -> (Server, impl Fn(&str)) {
     let how = dir.path().join("how");
@@ -125,8 +123,7 @@ fn nobody_accepts_for_the_paused_parent() {
 fn overlap_allowed_each_generation_finishes_its_own() {
     let dir = tempdir();
     let ctl = dir.path().join("ctl");
-    let (mut server, _) =
-        server(&dir, &["--probation", "20", "--drain", "60", "--control-socket", ctl.to_str().unwrap()]);
+    let (server, _) = server(&dir, &["--probation", "20", "--drain", "60", "--control-socket", ctl.to_str().unwrap()]);
     let addr = server.addr();
     let mut held = Vec::new();
     for _ in 0..4 {
@@ -146,7 +143,7 @@ fn overlap_refused_while_the_grandparent_drains() {
     let dir = tempdir();
     let ctl = dir.path().join("ctl");
     let args = ["--probation", "20", "--overlap", "refuse", "--control-socket", ctl.to_str().unwrap()];
-    let (mut server, _) = server(&dir, &args);
+    let (server, _) = server(&dir, &args);
     let mut held = hold(&server.addr(), &ctl);
     upgrade(&ctl);
     server.wait_serving();
@@ -162,7 +159,7 @@ fn overlap_bounded_the_oldest_ends_its_drain() {
     let dir = tempdir();
     let ctl = dir.path().join("ctl");
     let args = ["--probation", "20", "--overlap", "2", "--drain", "60", "--control-socket", ctl.to_str().unwrap()];
-    let (mut server, _) = server(&dir, &args);
+    let (server, _) = server(&dir, &args);
     let addr = server.addr();
     let mut held = Vec::new();
     for _ in 0..4 {

@@ -5,8 +5,6 @@
 //! strace does it from outside. `cargo test --test takeover_faults` takes a part of the points;
 //! `cargo test --test takeover_faults -- --ignored --nocapture` takes all.
 
-mod support;
-
 use std::collections::HashMap;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -15,8 +13,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 use std::time::Instant;
 
+use crate::support::*;
 use rustix::process::Signal;
-use support::*;
 
 /// Which of the two processes it happens to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -168,7 +166,7 @@ fn record() -> Vec<Call> {
     let setting = Setting { dir: tempdir(), ready_timeout: "20000", probation: "30" };
     let mut old = Server::serving(setting.command());
     let (of_old, of_new) = (setting.path("old.trace"), setting.path("new.trace"));
-    let mut tracer = setting.old_traced(&old, &of_old, None);
+    let tracer = setting.old_traced(&old, &of_old, None);
     let mut new = setting.new_traced(&of_new, None);
     new.wait("serving gen=2");
     old.wait("ended gen=1");

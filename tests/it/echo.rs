@@ -1,11 +1,9 @@
 //! The server that README shows: an open connection outlives an upgrade, and the old process ends with it.
 
-mod support;
-
 use std::process::Command;
 
+use crate::support::{connect, example, send_signal, tempdir, wait_exit, Conn, Server};
 use rustix::process::Signal;
-use support::{connect, example, send_signal, tempdir, wait_exit, Conn, Server};
 
 fn echoes(connection: &mut dyn Conn, text: &[u8]) {
     connection.write_all(text).unwrap();
@@ -42,6 +40,6 @@ fn an_open_connection_outlives_the_upgrade() {
 
 #[test]
 fn readme_shows_it() {
-    let (readme, echo) = (include_str!("../README.md"), include_str!("../examples/echo.rs"));
+    let (readme, echo) = (include_str!("../../README.md"), include_str!("../../examples/echo.rs"));
     assert!(readme.contains(&echo[echo.find("use std::io").unwrap()..]), "README and examples/echo.rs differ");
 }

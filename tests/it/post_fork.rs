@@ -3,8 +3,6 @@
 //!
 //! The server is this test program itself, which runs the test `server` when its environment says so.
 
-mod support;
-
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::env;
 use std::fs;
@@ -17,9 +15,9 @@ use std::sync::atomic::{AtomicI32, Ordering};
 use std::thread;
 use std::time::Duration;
 
+use crate::support::*;
 use ecdysis::{Ecdysis, Error, Event, Shutdown, Spawn};
 use rustix::process::{getrlimit, setrlimit, Resource, Rlimit, Signal};
-use support::*;
 
 /// Ends a process that uses the allocator between fork and execve: its locks, and with `CLONE_VM` its memory, are those of
 /// the server's other threads. Whoever takes std's environment or formats a string there uses it.
@@ -245,8 +243,7 @@ struct Bed {
 impl Bed {
     fn new(switches: &str) -> Self {
         let dir = tempdir();
-        let mut command = Command::new(env::current_exe().unwrap());
-        command.args(["--exact", "server", "--nocapture", "--test-threads=1"]).stdout(Stdio::null());
+        let mut command = this_program("post_fork::server");
         command.env("SWITCHES", switches).env("DIR", dir.path());
         Self { server: Server::serving(command), dir }
     }
@@ -393,6 +390,9 @@ fn an_observer_that_panics_changes_nothing() {
 /// What is queued would be reset.
 #[test]
 fn a_drain_waits_for_a_loop_that_has_not_begun() {
+    if !is_alone("post_fork::a_drain_waits_for_a_loop_that_has_not_begun") {
+        return;
+    }
     let starting = Ecdysis::builder().start().unwrap();
     let listener = starting.listen_tcp("127.0.0.1:0".parse().unwrap()).unwrap();
     let server = starting.ready().unwrap();

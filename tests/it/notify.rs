@@ -1,8 +1,6 @@
 //! What a service manager hears from a server and its later generations, and from whom. The manager is this test; what a
 //! real one makes of it is in tests/systemd.
 
-mod support;
-
 use std::io::IoSliceMut;
 use std::mem::MaybeUninit;
 use std::os::fd::OwnedFd;
@@ -12,9 +10,9 @@ use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
+use crate::support::{connect, example, field, send_signal, tempdir, Server, DEADLINE};
 use rustix::net::{recvmsg, sockopt, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags};
 use rustix::process::Signal;
-use support::{connect, example, field, send_signal, tempdir, Server, DEADLINE};
 
 /// The manager's end.
 struct Manager {

@@ -1,14 +1,12 @@
 //! The demo itself, briefly: what it counts, what it says when something goes wrong, and that it leaves no process behind.
 
-mod support;
-
 use std::io::{BufRead, BufReader, Read};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::thread;
 
+use crate::support::{children, example, guard, send_signal, tempdir, wait_exit};
 use rustix::process::Signal;
 use serde_json::Value;
-use support::{children, example, send_signal, tempdir, wait_exit};
 
 struct Demo(Child);
 
@@ -16,7 +14,7 @@ impl Demo {
     fn start(args: &[&str]) -> Self {
         let mut command = Command::new(example("demo"));
         command.args(["--clients", "2", "--every", "100", "--json"]).args(args);
-        Self(command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap())
+        Self(guard::mark(&mut command, 0).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap())
     }
 
     /// The processes of its server, some upgrades after the start: the first progress line comes after a second.

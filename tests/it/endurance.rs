@@ -1,15 +1,12 @@
 //! Many upgrades, many listeners, and hardly a descriptor left.
 //!
-//! `cargo test` makes 50 upgrades; `cargo test --release --test endurance -- --ignored --nocapture` 2,000.
-
-#[path = "robust/mod.rs"]
-mod robust;
+//! `cargo test` makes 50 upgrades; `cargo test --release --test it endurance -- --ignored --nocapture` 2,000.
 
 use std::io;
 use std::os::unix::process::CommandExt;
 use std::time::{Duration, Instant};
 
-use robust::{children, eventually, example, fds, field, gone, status_field, threads, Load, Server, PATIENCE};
+use crate::support::*;
 
 const ARGS: [&str; 10] = [
     "--listen",
@@ -28,57 +25,54 @@ const ARGS: [&str; 10] = [
 #[derive(Debug)]
 struct Level {
     fds: usize,
-    highest: u32,
-    threads: u64,
+    highest: i32,
+    threads: usize,
     rss_kib: u64,
 }
 
 /// The level of a process once the last generation is gone and every accept loop has waited.
-fn settled(server: &Server, pid: i32) -> Level {
-    for addr in &server.addrs {
-        robust::request(addr).unwrap();
+fn settled(server: &Server, pid: u32) -> Level {
+    let addrs = server.stream_addrs();
+    for addr in &addrs {
+        ask(addr).unwrap();
     }
-    let mut open = fds(pid);
-    let accepting = server.addrs.len();
-    eventually("a settled server", PATIENCE, || {
-        open = fds(pid);
+    let mut open = kinds(pid);
+    let accepting = addrs.len();
+    try_eventually("a settled server", || {
+        open = kinds(pid);
         // A thread a listener, one for UDP, one that runs; no connection is open.
         let sockets = open.values().filter(|to| *to == "socket").count();
         let epolls = open.values().filter(|to| *to == "anon_inode:[eventpoll]").count();
-        sockets == 2 * (accepting + 1) && epolls == accepting && threads(pid) == 2 + accepting as u64
+        sockets == 2 * (accepting + 1) && epolls == accepting && threads(pid).len() == 2 + accepting
     })
-    .unwrap_or_else(|e| panic!("{e}: {open:?}, {} threads", threads(pid)));
+    .unwrap_or_else(|e| panic!("{e}: {open:?}, {} threads", threads(pid).len()));
     Level {
         fds: open.len(),
         highest: *open.keys().max().unwrap(),
-        threads: threads(pid),
-        rss_kib: status_field(pid, "VmRSS").unwrap(),
+        threads: threads(pid).len(),
+        rss_kib: status_field(pid, "VmRSS").trim_end_matches(" kB").parse().unwrap(),
     }
 }
 
 fn endure(upgrades: usize, args: &[&str]) {
-    let server = Server::start(&[&ARGS, args].concat());
-    let load = Load::start(&server.addrs, Duration::from_millis(1));
+    let server = Server::whoami([&ARGS, args].concat());
+    let load = Load::paced(&server.stream_addrs(), Duration::from_millis(1));
     let began = Instant::now();
-    let mut pid = server.pid;
+    let mut pid = server.first_pid();
     for at in 1..=upgrades {
         pid = upgrade(&server, pid);
         if at % 200 == 0 {
-            println!("{at} upgrades in {:?}, {} requests", began.elapsed(), load.requests());
+            println!("{at} upgrades in {:?}, {} requests", began.elapsed(), load.answered());
         }
     }
-    let (requests, failures) = load.stop();
+    let counts = load.stop();
     let last = settled(&server, pid);
-    println!(
-        "{upgrades} upgrades {args:?} in {:?}, {requests} requests, {} failed; last {last:?}",
-        began.elapsed(),
-        failures.len()
-    );
-    assert!(requests > 0 && failures.is_empty(), "{} failed: {:?}", failures.len(), failures.first());
+    println!("{upgrades} upgrades {args:?} in {:?}, {} requests; last {last:?}", began.elapsed(), counts.requests);
+    counts.assert_none_failed();
     assert!(children(pid).is_empty());
     // The first generation differs: it bound what the later ones claim. From then on all are the same.
-    let reference = Server::start(&[&ARGS, args].concat());
-    let young = (0..3).fold(reference.pid, |pid, _| upgrade(&reference, pid));
+    let reference = Server::whoami([&ARGS, args].concat());
+    let young = (0..3).fold(reference.first_pid(), |pid, _| upgrade(&reference, pid));
     let young = settled(&reference, young);
     println!("  after 3 upgrades {young:?}");
     assert_eq!((last.fds, last.threads), (young.fds, young.threads));
@@ -88,12 +82,11 @@ fn endure(upgrades: usize, args: &[&str]) {
 }
 
 /// Upgrades; returns the new process's PID when the old one has ended.
-fn upgrade(server: &Server, pid: i32) -> i32 {
-    let said = server.log.len();
-    let verdict = server.upgrade(pid).unwrap();
-    assert!(verdict.starts_with("upgrade ok"), "{:#?}", server.log.since(said));
-    eventually("the old process ends", PATIENCE, || gone(pid)).unwrap();
-    field(&verdict, "pid").unwrap()
+fn upgrade(server: &Server, pid: u32) -> u32 {
+    let verdict = server.try_upgrade(pid).unwrap();
+    assert!(verdict.starts_with("upgrade ok"), "{verdict}");
+    eventually("the old process ends", || gone(pid));
+    field(&verdict, "pid")
 }
 
 #[test]
@@ -107,7 +100,7 @@ fn twenty_upgrades_with_fork_leave_nothing_behind() {
 }
 
 #[test]
-#[ignore = "takes minutes: cargo test --release --test endurance -- --ignored --nocapture"]
+#[ignore = "takes minutes: cargo test --release --test it endurance -- --ignored --nocapture"]
 fn two_thousand_upgrades_leave_nothing_behind() {
     endure(2000, &[]);
 }
@@ -118,7 +111,7 @@ fn crowded(listeners: usize, limit: u64) -> Server {
     for _ in 0..listeners {
         args.extend(["--listen", "127.0.0.1:0"]);
     }
-    Server::start_with(&example("whoami"), &args, |command| {
+    Server::whoami_with(&args, |command| {
         // SAFETY: a system call only.
         unsafe {
             command.pre_exec(move || {
@@ -136,19 +129,18 @@ fn crowded(listeners: usize, limit: u64) -> Server {
 #[test]
 fn a_thousand_listeners_are_handed_over_at_once() {
     let server = crowded(1000, 8192);
-    assert_eq!(server.addrs.len(), 1000);
-    let load = Load::start(&server.addrs[..2], Duration::from_millis(1));
-    let mut pid = server.pid;
+    let addrs = server.addrs();
+    assert_eq!(addrs.len(), 1000);
+    let load = Load::paced(&addrs[..2], Duration::from_millis(1));
+    let mut pid = server.first_pid();
     for _ in 0..3 {
-        let verdict = server.upgrade(pid).unwrap();
+        let verdict = server.try_upgrade(pid).unwrap();
         assert!(verdict.starts_with("upgrade ok"), "{verdict}");
-        pid = field(&verdict, "pid").unwrap();
+        pid = field(&verdict, "pid");
     }
-    let (_, failures) = load.stop();
-    assert!(failures.is_empty(), "{failures:?}");
-    let generation: Vec<u64> =
-        server.addrs.iter().map(|addr| field(&robust::request(addr).unwrap(), "gen").unwrap()).collect();
-    assert_eq!(generation, vec![4; 1000], "each port is served by the fourth generation");
+    load.stop().assert_none_failed();
+    let generations: Vec<u64> = addrs.iter().map(|addr| generation(addr)).collect();
+    assert_eq!(generations, vec![4; 1000], "each port is served by the fourth generation");
 }
 
 /// With hardly a descriptor left an upgrade either works or fails with a word for it, and the server serves on. With
@@ -156,37 +148,36 @@ fn a_thousand_listeners_are_handed_over_at_once() {
 #[test]
 fn with_hardly_a_descriptor_left_an_upgrade_fails_without_harm() {
     let server = crowded(4, 1024);
-    for addr in &server.addrs {
-        robust::request(addr).unwrap();
+    let (addrs, pid) = (server.addrs(), server.first_pid());
+    for addr in &addrs {
+        ask(addr).unwrap();
     }
     let set_limit = |limit: u64| {
         let limit = libc::rlimit { rlim_cur: limit, rlim_max: 1024 };
         // SAFETY: `limit` is read, nothing is written.
-        assert_eq!(unsafe { libc::prlimit(server.pid, libc::RLIMIT_NOFILE, &limit, std::ptr::null_mut()) }, 0);
+        assert_eq!(unsafe { libc::prlimit(pid as i32, libc::RLIMIT_NOFILE, &limit, std::ptr::null_mut()) }, 0);
     };
-    let load = Load::start(&server.addrs, Duration::from_millis(2));
-    let mut open = fds(server.pid).len() as u64;
-    eventually("a quiet moment", PATIENCE, || {
-        open = fds(server.pid).len() as u64;
-        open == 3 + 4 * 3 + 4 || open == *fds(server.pid).keys().filter(|fd| **fd < 200).max().unwrap() as u64 + 1
-    })
-    .unwrap();
+    let load = Load::paced(&addrs, Duration::from_millis(2));
+    let mut open = fds(pid).len() as u64;
+    eventually("a quiet moment", || {
+        open = fds(pid).len() as u64;
+        open == 3 + 4 * 3 + 4 || open == *fds(pid).keys().filter(|fd| **fd < 200).max().unwrap() as u64 + 1
+    });
     let mut failed = 0;
     let mut verdict = String::new();
     // The limit holds for the child, too, which has a few more of its own while it starts.
     for room in 0..64 {
         set_limit(open + room);
-        verdict = server.upgrade(server.pid).unwrap();
+        verdict = server.try_upgrade(pid).unwrap();
         if verdict.starts_with("upgrade ok") {
             break;
         }
         failed += 1;
         assert!(verdict.contains("Too many open files") || verdict.contains("child"), "{verdict}");
-        assert!(children(server.pid).is_empty(), "a child is left: {verdict}");
+        assert!(children(pid).is_empty(), "a child is left: {verdict}");
     }
     assert!(failed > 0, "no limit was too low");
     assert!(verdict.starts_with("upgrade ok"), "with 64 descriptors of room: {verdict}");
-    let (requests, failures) = load.stop();
-    assert!(requests > 0 && failures.is_empty(), "{failures:?}");
+    load.stop().assert_none_failed();
     println!("{failed} limits too low, each survived");
 }

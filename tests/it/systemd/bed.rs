@@ -31,10 +31,10 @@ pub fn under_systemd(name: &str, test: impl FnOnce(Machine)) {
     let directory = Path::new(env!("CARGO_MANIFEST_DIR"));
     let output = Command::new("timeout")
         .arg(TEST_DEADLINE)
-        .arg(directory.join("tests/systemd/with-systemd"))
+        .arg(directory.join("tests/it/systemd/with-systemd"))
         .arg(directory.join("examples/systemd"))
         .arg(std::env::current_exe().unwrap())
-        .args(["--exact", name, "--ignored", "--nocapture", "--test-threads=1"])
+        .args(["--exact", &format!("systemd::{name}"), "--ignored", "--nocapture", "--test-threads=1"])
         .env(INSIDE, "1")
         .stdin(Stdio::null())
         .process_group(0)

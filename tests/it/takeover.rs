@@ -1,7 +1,5 @@
 //! A process that is not a child takes over: under load, in other namespaces, badly behaved, foreign, dying.
 
-mod support;
-
 use std::ffi::OsStr;
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
@@ -11,8 +9,8 @@ use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
+use crate::support::*;
 use rustix::process::Signal;
-use support::*;
 
 /// A directory with a takeover socket in it, and the servers that meet there.
 struct Meeting {
@@ -827,7 +825,7 @@ fn the_manifest_runs_the_example() {
     let probe = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let addr = probe.local_addr().unwrap().to_string();
     drop(probe);
-    let manifest = include_str!("../examples/takeover.yaml");
+    let manifest = include_str!("../../examples/takeover.yaml");
     let args: Vec<_> = manifest.lines().filter_map(|line| line.trim().strip_prefix("- ")).collect();
     let args: Vec<_> = args.into_iter().filter(|arg| arg.starts_with("--")).collect();
     let pod = |name: &str| {

@@ -138,7 +138,8 @@ pub fn upgrade(
                         tracer.seen.hit = Some(at);
                         match fault {
                             Fault::Signal(signal) => {
-                                super::robust::kill(tracer.process(tid), signal);
+                                // SAFETY: plain numbers; the process is ours to trace, and stands still.
+                                unsafe { libc::kill(tracer.process(tid), signal) };
                                 // The end of a killed one must be waited for, or its own parent does not see it.
                                 if signal != libc::SIGKILL {
                                     tracer.detach(tid, 0);
@@ -175,7 +176,7 @@ pub fn upgrade(
 
 impl Tracer {
     fn process(&self, tid: i32) -> i32 {
-        super::robust::status_field(tid, "Tgid").map_or(tid, |tgid| tgid as i32)
+        crate::support::try_status_field(tid as u32, "Tgid").map_or(tid, |tgid| tgid.parse().unwrap())
     }
 
     fn know(&mut self, tid: i32) {

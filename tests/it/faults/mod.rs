@@ -3,15 +3,9 @@
 //!
 //! `cargo test --test faults -- --nocapture` shows the figures; of the stops, which take their deadlines, it makes a
 //! part; `cargo test --test faults -- --ignored --nocapture` makes all.
-// The runtime of a sanitizer does not survive them.
-#![cfg(all(target_arch = "x86_64", not(sanitized)))]
 
-#[path = "faults/errors.rs"]
 mod errors;
-#[path = "robust/mod.rs"]
-mod robust;
-#[path = "faults/trace.rs"]
-mod trace;
+pub mod trace;
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -20,8 +14,10 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use errors::{errnos, name};
-use robust::{children, eventually, fds, gone, kill, threads, Load, Server, PATIENCE};
+use rustix::process::Signal;
 use trace::{Call, Fault, Role, Seen};
+
+use crate::support::*;
 
 /// TCP on port 0, so that a child which bound anew would be somewhere else; a Unix path; and all that writes files.
 const SERVER: [&str; 12] = [
@@ -58,30 +54,29 @@ impl Setup {
         if self.fork {
             args.push("--fork");
         }
-        Server::start(&args)
+        Server::whoami(&args)
     }
 }
 
 /// What a process that serves and has nothing else to do looks like.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Level {
-    fds: BTreeMap<u32, String>,
-    threads: u64,
+    fds: BTreeMap<i32, String>,
+    threads: usize,
 }
 
 impl Level {
     /// Once every accept loop of this generation has waited, and so has its epoll, and the connections of before are gone.
-    fn settled(server: &Server, pid: i32, sockets: usize) -> Result<Self, String> {
-        for addr in &server.addrs {
-            robust::request(addr).map_err(|e| e.to_string())?;
+    fn settled(server: &Server, pid: u32, sockets: usize) -> Result<Self, String> {
+        let addrs = server.stream_addrs();
+        for addr in &addrs {
+            ask(addr).map_err(|e| e.to_string())?;
         }
         let mut level = Self::of(pid);
-        eventually("a settled server", PATIENCE, || {
+        try_eventually("a settled server", || {
             level = Self::of(pid);
             let of_kind = |kind: &str| level.fds.values().filter(|fd| *fd == kind).count();
-            of_kind("socket") == sockets
-                && of_kind("anon_inode:[eventpoll]") == server.addrs.len()
-                && level.threads == 3
+            of_kind("socket") == sockets && of_kind("anon_inode:[eventpoll]") == addrs.len() && level.threads == 3
         })?;
         Ok(level)
     }
@@ -92,16 +87,13 @@ impl Level {
         format!("new {new:?}, lost {lost:?}, threads {} to {}", self.threads, other.threads)
     }
 
-    fn of(pid: i32) -> Self {
-        Self { fds: fds(pid), threads: threads(pid) }
+    fn of(pid: u32) -> Self {
+        Self { fds: kinds(pid), threads: threads(pid).len() }
     }
 }
 
 /// Two listeners, twice each, and the control socket, twice.
 const SOCKETS: usize = 6;
-
-/// How long what is left of an upgrade may take to go.
-const LEVELLING: Duration = Duration::from_secs(10);
 
 /// A clean upgrade under the tracer: the list of its system calls, and what the new process looks like.
 struct Clean {
@@ -111,13 +103,12 @@ struct Clean {
 
 fn record(setup: Setup) -> Clean {
     let server = setup.server();
-    let load = Load::start(&server.addrs, Duration::from_millis(2));
+    let load = Load::paced(&server.stream_addrs(), Duration::from_millis(2));
     let at = server.log.len();
     let seen = traced(&server, None, Duration::from_secs(20)).unwrap();
-    let pid = robust::field(&server.verdict(at, PATIENCE).unwrap(), "pid").unwrap();
-    eventually("the old process ends", PATIENCE, || gone(server.pid)).unwrap();
-    let (requests, failures) = load.stop();
-    assert!(requests > 0 && failures.is_empty(), "a clean upgrade under the tracer: {failures:?}");
+    let pid = field(&server.verdict(at).unwrap(), "pid");
+    eventually("the old process ends", || gone(server.first_pid()));
+    load.stop().assert_none_failed();
     for role in [Role::Parent, Role::Forked, Role::Child] {
         assert!(seen.calls.iter().any(|call| call.role == role), "no calls of {role:?}");
     }
@@ -132,15 +123,15 @@ fn traced(server: &Server, fault: Option<(Call, Fault)>, time: Duration) -> Resu
     let verdict = move || log.since(at).iter().any(|line| line.starts_with("upgrade "));
     // A tracer waits for events without a deadline; should all be silent, this makes one.
     let (over, watchdog) = std::sync::mpsc::channel::<()>();
-    let (pids, pid) = (server.log.clone(), server.pid);
+    let (log_too, pid) = (server.log.clone(), server.first_pid());
     thread::spawn(move || {
         if watchdog.recv_timeout(time) == Err(std::sync::mpsc::RecvTimeoutError::Timeout) {
-            println!("  the tracer hangs: {:#?}", pids.since(0));
-            kill(pid, libc::SIGKILL);
+            println!("  the tracer hangs: {:#?}", log_too.since(0));
+            send_signal(pid, Signal::KILL);
         }
     });
     let _over = over;
-    trace::upgrade(server.pid, fault, || assert!(kill(server.pid, libc::SIGHUP)), verdict, deadline)
+    trace::upgrade(pid as i32, fault, || send_signal(pid, Signal::HUP), verdict, deadline)
         .map_err(|e| format!("tracer: {e}"))
 }
 
@@ -154,17 +145,17 @@ enum Survival {
 /// One upgrade with one fault, and everything that must hold after it.
 fn fail(setup: Setup, clean: &Level, call: Call, errno: i32) -> Result<Survival, String> {
     let server = setup.server();
-    let before = Level::settled(&server, server.pid, SOCKETS)?;
+    let before = Level::settled(&server, server.first_pid(), SOCKETS)?;
     let at = server.log.len();
-    let load = Load::start(&server.addrs, Duration::from_millis(2));
+    let load = Load::paced(&server.stream_addrs(), Duration::from_millis(2));
     let seen = traced(&server, Some((call, Fault::Errno(errno))), Duration::from_secs(20))?;
-    let verdict = server.verdict(at, PATIENCE)?;
+    let verdict = server.verdict(at)?;
     let serving = if verdict.starts_with("upgrade ok") {
-        let new = robust::field(&verdict, "pid").ok_or("no pid")?;
-        eventually("the old process ends", PATIENCE, || gone(server.pid))?;
+        let new = try_field(&verdict, "pid").ok_or("no pid")?;
+        try_eventually("the old process ends", || gone(server.first_pid()))?;
         // It may have done without one thing or the other, and has no more than otherwise.
         let mut level = Level::of(new);
-        eventually("descriptors and threads of a new process", LEVELLING, || {
+        try_eventually("descriptors and threads of a new process", || {
             level = Level::of(new);
             // What std keeps where there is no getrandom.
             level.fds.retain(|_, to| to != "/dev/urandom");
@@ -173,34 +164,34 @@ fn fail(setup: Setup, clean: &Level, call: Call, errno: i32) -> Result<Survival,
         .map_err(|e| format!("{e}: {}; {verdict}", clean.difference(&level)))?;
         new
     } else {
-        eventually("descriptors and threads as before", LEVELLING, || Level::of(server.pid) == before)
-            .map_err(|e| format!("{e}: {}; {verdict}", before.difference(&Level::of(server.pid))))?;
+        try_eventually("descriptors and threads as before", || Level::of(server.first_pid()) == before)
+            .map_err(|e| format!("{e}: {}; {verdict}", before.difference(&Level::of(server.first_pid()))))?;
         names_the_cause(&verdict, call, errno)?;
-        server.pid
+        server.first_pid()
     };
-    eventually("no child is left", LEVELLING, || children(serving).is_empty())
+    try_eventually("no child is left", || children(serving).is_empty())
         .map_err(|e| format!("{e}: {:?}; {verdict}", children(serving)))?;
-    if let Some(child) = seen.child.filter(|child| *child != serving) {
-        eventually("the child ends", PATIENCE, || gone(child))?;
+    if let Some(child) = seen.child.map(|child| child as u32).filter(|child| *child != serving) {
+        try_eventually("the child ends", || gone(child))?;
     }
-    let (_, pid) = server.whoami()?;
+    let pid = server.answers()?;
     if pid != serving {
         return Err(format!("{pid} serves, not {serving}; {verdict}"));
     }
-    let pid_file = std::fs::read_to_string(server.dir.path().join("pid")).map_err(|e| e.to_string())?;
+    let pid_file = std::fs::read_to_string(server.dir().join("pid")).map_err(|e| e.to_string())?;
     if pid_file.trim() != serving.to_string() {
         return Err(format!("the PID file names {pid_file:?}, {serving} serves; {verdict}"));
     }
-    if std::fs::read_dir(server.dir.path()).map_err(|e| e.to_string())?.count() != 3 {
+    if std::fs::read_dir(server.dir()).map_err(|e| e.to_string())?.count() != 3 {
         return Err(format!("files are left over; {verdict}"));
     }
-    let next = server.upgrade(serving)?;
+    let next = server.try_upgrade(serving)?;
     if !next.starts_with("upgrade ok") {
         return Err(format!("the next upgrade: {next}; the one before: {verdict}"));
     }
-    let (_, failures) = load.stop();
+    let failures = load.stop().failures;
     if !failures.is_empty() {
-        return Err(format!("{} requests failed: {:?}; {verdict}", failures.len(), failures[0]));
+        return Err(format!("requests failed: {failures:?}; {verdict}"));
     }
     Ok(if seen.hit.is_some() { Survival::Survived } else { Survival::Missed })
 }
@@ -223,57 +214,57 @@ fn names_the_cause(verdict: &str, call: Call, errno: i32) -> Result<(), String> 
 /// One upgrade in which a process is killed or stopped at one call, and everything that must hold after it.
 fn die(setup: Setup, call: Call, signal: i32) -> Result<Survival, String> {
     let server = setup.server();
-    let before = Level::settled(&server, server.pid, SOCKETS)?;
+    let before = Level::settled(&server, server.first_pid(), SOCKETS)?;
     let at = server.log.len();
-    let load = Load::start(&server.addrs, Duration::from_millis(2));
+    let load = Load::paced(&server.stream_addrs(), Duration::from_millis(2));
     let seen = traced(&server, Some((call, Fault::Signal(signal))), Duration::from_secs(20))?;
     if seen.hit.is_none() {
         return Ok(Survival::Missed);
     }
     // An interrupted wait may make a call come earlier than when it was counted.
-    let Some(child) = seen.child else { return Ok(Survival::Missed) };
+    let Some(child) = seen.child.map(|child| child as u32) else { return Ok(Survival::Missed) };
     let serving = if call.role == Role::Parent {
         // The child decides by itself: at once when the parent is dead, after 5 seconds when it is silent.
-        server.log.wait(at, |line| line.starts_with("serving gen=2 "), PATIENCE)?;
-        eventually("the child answers", PATIENCE, || server.whoami().is_ok_and(|(_, pid)| pid == child))?;
+        server.log.wait(at, |line| line.starts_with("serving gen=2 "))?;
+        try_eventually("the child answers", || server.answers().is_ok_and(|pid| pid == child))?;
         if signal == libc::SIGSTOP {
-            kill(server.pid, libc::SIGCONT);
+            send_signal(server.first_pid(), Signal::CONT);
         }
-        eventually("the parent ends", PATIENCE, || gone(server.pid))
-            .map_err(|e| format!("{e}: {:#?}, {}", server.log.since(at), state(server.pid)))?;
+        try_eventually("the parent ends", || gone(server.first_pid()))
+            .map_err(|e| format!("{e}: {:#?}, {}", server.log.since(at), activity(server.first_pid())))?;
         child
     } else {
-        let verdict = server.verdict(at, PATIENCE)?;
+        let verdict = server.verdict(at)?;
         if !verdict.starts_with("upgrade failed: child ") {
             return Err(verdict);
         }
-        eventually("the child ends", PATIENCE, || gone(child))?;
-        eventually("no child is left", LEVELLING, || children(server.pid).is_empty())?;
-        eventually("descriptors and threads as before", LEVELLING, || Level::of(server.pid) == before)
-            .map_err(|e| format!("{e}: {}; {verdict}", before.difference(&Level::of(server.pid))))?;
-        server.pid
+        try_eventually("the child ends", || gone(child))?;
+        try_eventually("no child is left", || children(server.first_pid()).is_empty())?;
+        try_eventually("descriptors and threads as before", || Level::of(server.first_pid()) == before)
+            .map_err(|e| format!("{e}: {}; {verdict}", before.difference(&Level::of(server.first_pid()))))?;
+        server.first_pid()
     };
-    let (_, pid) = server.whoami()?;
+    let pid = server.answers()?;
     if pid != serving {
         return Err(format!("{pid} serves, not {serving}"));
     }
-    let next = server.upgrade(serving)?;
+    let next = server.try_upgrade(serving)?;
     if !next.starts_with("upgrade ok") {
         return Err(format!("the next upgrade: {next}"));
     }
-    let (_, mut failures) = load.stop();
+    let mut failures = load.stop().failures;
     if call.role == Role::Parent && signal == libc::SIGKILL {
         // What the dead parent had accepted died with it, one a client at most; nobody was refused.
-        failures.retain(|failure| failure.contains("refused") || failure.contains("No such file"));
+        failures.retain(|failure, _| failure.contains("refused") || failure.contains("No such file"));
     }
     if !failures.is_empty() {
-        return Err(format!("{} requests failed: {:?}", failures.len(), failures[0]));
+        return Err(format!("requests failed: {failures:?}"));
     }
     Ok(Survival::Survived)
 }
 
 /// What each thread of a process does, for an error message.
-fn state(pid: i32) -> String {
+fn activity(pid: u32) -> String {
     let read = |task: &std::path::Path, name: &str| std::fs::read_to_string(task.join(name)).unwrap_or_default();
     let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
     let task = |path: std::path::PathBuf| format!("{} {}", read(&path, "stat"), read(&path, "syscall"));

@@ -3,11 +3,6 @@
 //!
 //! The server is this test program itself, which runs the test `server` when its environment says so.
 
-mod support;
-#[cfg(all(target_arch = "x86_64", target_env = "gnu"))]
-#[path = "seccomp/table.rs"]
-mod table;
-
 use std::env;
 use std::fs;
 use std::io::{self, BufRead, BufReader, Read, Write};
@@ -15,16 +10,16 @@ use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::fd::AsFd;
 use std::os::unix::net::{UnixDatagram, UnixStream};
 use std::path::{Path, PathBuf};
-use std::process::{self, Command, Stdio};
+use std::process::{self, Command};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
+#[cfg(all(target_arch = "x86_64", target_env = "gnu", not(sanitized)))]
+use crate::seccomp::table::{allow_list, When};
+use crate::support::*;
 use ecdysis::{Ecdysis, Event, Key, Readable, Starting, Transport, UnixSeqpacketConn};
 use rustix::process::{getrlimit, setrlimit, Resource, Signal};
-use support::*;
-#[cfg(all(target_arch = "x86_64", target_env = "gnu"))]
-use table::When;
 
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
 
@@ -39,7 +34,7 @@ fn server() {
         Some("many") => serve_many(),
         Some("loop") => serve_by_hand(),
         Some("plain") => serve_plainly(),
-        #[cfg(all(target_arch = "x86_64", target_env = "gnu"))]
+        #[cfg(all(target_arch = "x86_64", target_env = "gnu", not(sanitized)))]
         Some("filtered") => serve_filtered(),
         other => panic!("what is {other:?}?"),
     };
@@ -280,13 +275,13 @@ fn answer_lines(listener: TcpListener, shutdown: &ecdysis::Shutdown, generation:
 }
 
 /// Under a profile that is these columns of the guide's table.
-#[cfg(all(target_arch = "x86_64", target_env = "gnu"))]
+#[cfg(all(target_arch = "x86_64", target_env = "gnu", not(sanitized)))]
 fn serve_filtered() -> Result<()> {
     let takeover = dir().join("takeover");
     let mut builder = builder();
     builder.take_over(&takeover).takeover_on_socket(&takeover).pid_file(dir().join("pid"));
     let allow = |columns: &[When]| {
-        let filters = table::allow_list(&[&[When::Serving, When::Program], columns].concat());
+        let filters = allow_list(&[&[When::Serving, When::Program], columns].concat());
         filters.iter().try_for_each(|filter| seccompiler::apply_filter_all_threads(filter))
     };
     let role = env::var("ROLE")?;
@@ -311,8 +306,7 @@ fn serve_filtered() -> Result<()> {
 // ---- the tests --------------------------------------------------------------------------------------------------
 
 fn command(scenario: &str, dir: &Path) -> Command {
-    let mut command = Command::new(env::current_exe().unwrap());
-    command.args(["--exact", "server", "--nocapture", "--test-threads=1"]).stdout(Stdio::null());
+    let mut command = this_program("passing::server");
     command.env("SCENARIO", scenario).env("DIR", dir);
     command
 }
@@ -516,7 +510,7 @@ fn a_rule_of_the_program_decides_who_may_take_over() {
 
 /// A takeover needs neither fork nor execve: what it needs is in two columns of the guide's table.
 #[test]
-#[cfg(all(target_arch = "x86_64", target_env = "gnu"))]
+#[cfg(all(target_arch = "x86_64", target_env = "gnu", not(sanitized)))]
 fn under_a_filter_that_forbids_new_processes() {
     let filtered = |dir: &TempDir, role: &str| {
         let mut command = command("filtered", dir.path());

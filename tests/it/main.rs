@@ -1,0 +1,36 @@
+//! The integration tests, one program: real processes, signals, sockets and files.
+//!
+//! To add one, write a module with `#[test]` functions and name it here; `support` is the test bed:
+//!
+//!     let mut server = Server::whoami(["--listen", "127.0.0.1:0", "--probation", "20"]);
+//!     let load = Load::on(&server.addr(), 2);
+//!     server.upgrade();
+//!     load.stop().assert_none_failed();
+//!
+//! Whatever changes the process itself (a signal handler, a limit, a started `Ecdysis`) runs in a child: `this_program`.
+
+#[path = "../support/mod.rs"]
+mod support;
+
+mod demo;
+mod echo;
+mod endurance;
+mod examples;
+#[cfg(all(target_arch = "x86_64", not(sanitized)))]
+mod faults;
+#[cfg(feature = "systemd")]
+mod notify;
+mod passing;
+mod post_fork;
+mod probation;
+mod process;
+// A sanitizer makes calls of its own.
+#[cfg(all(target_arch = "x86_64", target_env = "gnu", not(sanitized)))]
+mod seccomp;
+mod sockets;
+#[cfg(feature = "systemd")]
+mod systemd;
+mod takeover;
+mod takeover_faults;
+#[cfg(feature = "tokio_ecdysis")]
+mod tokio;

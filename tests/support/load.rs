@@ -1,0 +1,93 @@
+//! Clients that ask all the time, one connection per request, and remember every failure. The request is the demo's.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::Arc;
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use super::request::{Client, Failure};
+use super::DEADLINE;
+
+pub struct Load {
+    stop: Arc<AtomicBool>,
+    answered: Arc<AtomicU64>,
+    clients: Vec<JoinHandle<Counts>>,
+}
+
+/// What came of the requests.
+#[derive(Debug, Default)]
+pub struct Counts {
+    pub requests: u64,
+    /// By kind of error.
+    pub failures: BTreeMap<String, u64>,
+}
+
+impl Counts {
+    #[track_caller]
+    pub fn assert_none_failed(&self) {
+        assert!(self.requests > 0, "there was no load");
+        assert!(self.failures.is_empty(), "{self:?}");
+    }
+}
+
+impl Load {
+    /// Clients of one address, at full speed.
+    pub fn on(addr: &str, clients: usize) -> Self {
+        Self::start(vec![addr.to_owned(); clients], Duration::ZERO)
+    }
+
+    /// One client per address, with a pause between its requests.
+    pub fn paced(addrs: &[String], pause: Duration) -> Self {
+        Self::start(addrs.to_vec(), pause)
+    }
+
+    fn start(addrs: Vec<String>, pause: Duration) -> Self {
+        let (stop, answered) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
+        let run = |addr: String| {
+            let (stop, answered) = (stop.clone(), answered.clone());
+            let mut client = Client::new(addr.parse().unwrap(), DEADLINE);
+            thread::spawn(move || {
+                let mut counts = Counts::default();
+                while !stop.load(Ordering::Relaxed) {
+                    match client.ask() {
+                        Ok(_) => drop(answered.fetch_add(1, Ordering::Relaxed)),
+                        // It never left the client.
+                        Err(e) if Failure::of(&e) == Failure::NoPort => thread::yield_now(),
+                        Err(e) => *counts.failures.entry(format!("{:?}: {e}", Failure::of(&e))).or_default() += 1,
+                    }
+                    if !pause.is_zero() {
+                        thread::park_timeout(pause);
+                    }
+                }
+                counts
+            })
+        };
+        let clients = addrs.into_iter().map(run).collect();
+        Self { stop, answered, clients }
+    }
+
+    pub fn answered(&self) -> u64 {
+        self.answered.load(Ordering::Relaxed)
+    }
+
+    pub fn stop(mut self) -> Counts {
+        self.stop.store(true, Ordering::Relaxed);
+        let mut sum = Counts { requests: self.answered(), ..Counts::default() };
+        for client in self.clients.drain(..) {
+            client.thread().unpark();
+            for (kind, count) in client.join().unwrap().failures {
+                *sum.failures.entry(kind).or_default() += count;
+            }
+        }
+        sum.requests = self.answered() + sum.failures.values().sum::<u64>();
+        sum
+    }
+}
+
+/// A test that fails stops its clients, too.
+impl Drop for Load {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+    }
+}

@@ -1,0 +1,75 @@
+//! What /proc tells of a process: descriptors, children, threads, state.
+
+use std::collections::BTreeMap;
+use std::fs;
+
+/// The descriptors of a process, with what they are; none if it has ended.
+pub fn fds(process: u32) -> BTreeMap<i32, String> {
+    let Ok(dir) = fs::read_dir(format!("/proc/{process}/fd")) else { return BTreeMap::new() };
+    let target = |entry: fs::DirEntry| {
+        let target = fs::read_link(entry.path()).ok()?;
+        Some((entry.file_name().to_str()?.parse().ok()?, target.to_string_lossy().into_owned()))
+    };
+    dir.flatten().filter_map(target).collect()
+}
+
+/// The same without the inode numbers, which differ from run to run.
+pub fn kinds(process: u32) -> BTreeMap<i32, String> {
+    let kind = |target: String| match target.split_once(":[") {
+        Some((kind @ ("socket" | "pipe"), _)) => kind.to_owned(),
+        _ => target,
+    };
+    fds(process).into_iter().map(|(number, target)| (number, kind(target))).collect()
+}
+
+/// The children of a process, with their state: 'Z' is a zombie.
+pub fn children(process: u32) -> BTreeMap<u32, char> {
+    let mut found = BTreeMap::new();
+    for task in fs::read_dir(format!("/proc/{process}/task")).into_iter().flatten().flatten() {
+        let list = fs::read_to_string(task.path().join("children")).unwrap_or_default();
+        found.extend(list.split_whitespace().filter_map(|pid| {
+            let pid = pid.parse().ok()?;
+            Some((pid, state(pid)?))
+        }));
+    }
+    found
+}
+
+/// The threads of a process, with their state.
+pub fn threads(process: u32) -> BTreeMap<u32, char> {
+    let tasks = fs::read_dir(format!("/proc/{process}/task")).into_iter().flatten().flatten();
+    let thread = |task: fs::DirEntry| {
+        let tid = task.file_name().to_string_lossy().parse().ok()?;
+        Some((tid, state(tid)?))
+    };
+    tasks.filter_map(thread).collect()
+}
+
+/// The state letter in /proc/PID/stat.
+pub fn state(process: u32) -> Option<char> {
+    stat(process).map(|(state, _)| state)
+}
+
+/// The state letter and the process group.
+pub fn stat(process: u32) -> Option<(char, i32)> {
+    let stat = fs::read_to_string(format!("/proc/{process}/stat")).ok()?;
+    let mut fields = stat.rsplit_once(") ")?.1.split(' ');
+    Some((fields.next()?.chars().next()?, fields.nth(1)?.parse().ok()?))
+}
+
+/// Whether a process has ended; its parent may not have noticed.
+pub fn gone(process: u32) -> bool {
+    matches!(state(process), None | Some('Z' | 'X'))
+}
+
+/// A field of /proc/PID/status.
+#[track_caller]
+pub fn status_field(process: u32, name: &str) -> String {
+    try_status_field(process, name).unwrap_or_else(|| panic!("no {name} of process {process}"))
+}
+
+pub fn try_status_field(process: u32, name: &str) -> Option<String> {
+    let status = fs::read_to_string(format!("/proc/{process}/status")).ok()?;
+    let value = status.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))?;
+    Some(value.trim().to_owned())
+}
