@@ -37,7 +37,7 @@ for kind in $kinds; do
     # The runtime of the thread sanitizer has a thread of its own, which `endurance` counts and a filter in `passing`
     # forbids; and it keeps a signal back while the thread that got it waits, which is how a test waits for its server.
     if [ "$kind" = thread ] && [ $# -eq 0 ]; then
-        set -- --lib --test demo --test echo --test examples --test probation --test process --test sockets --test takeover
+        set -- --lib --test it -- --skip endurance:: --skip passing:: --skip post_fork:: --skip takeover_faults::
     fi
     # First, because a chosen test does not build what it starts.
     cargo +nightly build $build_std --target "$target" --examples

@@ -1,6 +1,6 @@
 //! Many upgrades, many listeners, and hardly a descriptor left.
 //!
-//! `cargo test` makes 50 upgrades; `cargo test --release --test it endurance -- --ignored --nocapture` 2,000.
+//! `cargo test` makes 50 upgrades; `cargo test --release --test it endurance:: -- --ignored --nocapture` 2,000.
 
 use std::io;
 use std::os::unix::process::CommandExt;
@@ -100,7 +100,7 @@ fn twenty_upgrades_with_fork_leave_nothing_behind() {
 }
 
 #[test]
-#[ignore = "takes minutes: cargo test --release --test it endurance -- --ignored --nocapture"]
+#[ignore = "takes minutes: cargo test --release --test it endurance:: -- --ignored --nocapture"]
 fn two_thousand_upgrades_leave_nothing_behind() {
     endure(2000, &[]);
 }

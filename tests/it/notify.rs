@@ -1,5 +1,5 @@
 //! What a service manager hears from a server and its later generations, and from whom. The manager is this test; what a
-//! real one makes of it is in tests/systemd.
+//! real one makes of it is in `systemd`.
 
 use std::io::IoSliceMut;
 use std::mem::MaybeUninit;

@@ -2,8 +2,8 @@
 //! once with each error that it can give, and at every one of them that process is killed or stopped; each in a run of its
 //! own and under load. After it somebody serves, nothing is left over, and the next takeover succeeds.
 //!
-//! strace does it from outside. `cargo test --test takeover_faults` takes a part of the points;
-//! `cargo test --test takeover_faults -- --ignored --nocapture` takes all.
+//! strace does it from outside. `cargo test --test it takeover_faults::` takes a part of the points;
+//! `cargo test --test it takeover_faults:: -- --ignored --nocapture` takes all.
 
 use std::collections::HashMap;
 use std::fs;

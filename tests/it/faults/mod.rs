@@ -1,8 +1,8 @@
 //! The fault sweep and the death sweep: every system call of an upgrade fails once, in its own run and under load, with
 //! each error that it can give; and at every one of them a process is killed or stopped.
 //!
-//! `cargo test --test faults -- --nocapture` shows the figures; of the stops, which take their deadlines, it makes a
-//! part; `cargo test --test faults -- --ignored --nocapture` makes all.
+//! `cargo test --test it faults:: -- --nocapture` shows the figures; of the stops, which take their deadlines, it makes a
+//! part; `cargo test --test it faults:: -- --ignored --nocapture` makes all.
 
 mod errors;
 pub mod trace;
@@ -406,7 +406,7 @@ fn a_sample_of_all_stops_is_survived() {
 }
 
 #[test]
-#[ignore = "takes a minute: cargo test --test faults -- --ignored --nocapture"]
+#[ignore = "takes a minute: cargo test --test it faults:: -- --ignored --nocapture"]
 fn every_stop_is_survived() {
     death_sweep("stopped", STOPPED, 12, &all_deaths(libc::SIGSTOP));
     let stopped = Setup { ready_timeout: STOPPED.ready_timeout, ..SOCKET };

@@ -1,6 +1,6 @@
 //! The units of examples/systemd under a real systemd. They need root, cgroup2, overlayfs and, once, apt:
 //!
-//!     cargo test --features systemd --test systemd -- --ignored
+//!     cargo test --features systemd --test it systemd:: -- --ignored
 //!
 //! Each test boots a systemd of its own (`with-systemd`), in which `systemctl` does what an operator would do.
 
