@@ -1,4 +1,4 @@
-//! Unix seqpacket sockets: connections that keep the bounds of records. std has no type for them.
+//! Unix seqpacket sockets, which preserve record boundaries. std has no type for them.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
@@ -14,34 +14,35 @@ use crate::listen::unix_address;
 
 /// A Unix socket that listens for seqpacket connections.
 ///
-/// It comes from [`Sockets::listen_unix_seqpacket`](crate::Sockets::listen_unix_seqpacket) and is nonblocking, as every
+/// Create it with [`Sockets::listen_unix_seqpacket`](crate::Sockets::listen_unix_seqpacket). It is nonblocking, like every
 /// listener of this library: accept through [`Shutdown::accept`](crate::Shutdown::accept) or
 /// [`Shutdown::incoming`](crate::Shutdown::incoming).
 #[derive(Debug)]
 pub struct UnixSeqpacketListener(OwnedFd);
 
 impl UnixSeqpacketListener {
-    /// Takes one connection from the queue. It is blocking, whatever the listener is.
+    /// Accepts one connection, which is blocking even though the listener is not.
     ///
     /// # Errors
     ///
-    /// `WouldBlock` if nobody waits, and what accept says.
+    /// `WouldBlock` if the queue is empty, and those of
+    /// [accept(2)](https://man7.org/linux/man-pages/man2/accept.2.html).
     pub fn accept(&self) -> io::Result<UnixSeqpacketConn> {
         Ok(UnixSeqpacketConn(retry_on_intr(|| accept_with(&self.0, SocketFlags::CLOEXEC))?))
     }
 }
 
-/// One seqpacket connection. What one end sends in one call, the other end receives in one call.
+/// One seqpacket connection. Each call of `send` on one end is one call of `recv` on the other.
 #[derive(Debug)]
 pub struct UnixSeqpacketConn(OwnedFd);
 
 impl UnixSeqpacketConn {
-    /// Connects to the socket file `path`, or to the abstract name behind the `@` of a path that begins with one.
+    /// Connects to the socket file `path`, or to the abstract name after the `@` of a path that begins with one.
     ///
     /// # Errors
     ///
-    /// What connect says: `NotFound` without such a file, `ConnectionRefused` if nobody listens, EPROTOTYPE if the
-    /// socket is of another type.
+    /// Those of [connect(2)](https://man7.org/linux/man-pages/man2/connect.2.html): `NotFound` without such a file,
+    /// `ConnectionRefused` if no process listens, EPROTOTYPE if the socket is of another type.
     ///
     /// ```no_run
     /// let connection = ecdysis::UnixSeqpacketConn::connect("/run/app/records")?;
@@ -57,27 +58,31 @@ impl UnixSeqpacketConn {
         Ok(UnixSeqpacketConn(fd))
     }
 
-    /// Two connected ends.
+    /// Returns two connected ends.
     ///
     /// # Errors
     ///
-    /// What socketpair says.
+    /// Those of [socketpair(2)](https://man7.org/linux/man-pages/man2/socketpair.2.html).
     pub fn pair() -> io::Result<(Self, Self)> {
         let (left, right) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?;
         Ok((UnixSeqpacketConn(left), UnixSeqpacketConn(right)))
     }
 
-    /// Sends `record` as a whole. A peer that is gone is an error (EPIPE), not a signal.
+    /// Sends `record` as a whole. A closed peer is an error (EPIPE), not a signal.
     ///
     /// # Errors
     ///
-    /// `InvalidInput` for an empty record, which the other end could not tell from the end of the connection;
-    /// EMSGSIZE for one that is larger than the send buffer; and what send says.
+    /// `InvalidInput` for an empty record, which the other end could not distinguish from the end of the connection;
+    /// EMSGSIZE for one that is larger than the send buffer; and those of
+    /// [send(2)](https://man7.org/linux/man-pages/man2/send.2.html).
     pub fn send(&self, record: &[u8]) -> io::Result<()> {
         if record.is_empty() {
-            return Err(io::Error::new(io::ErrorKind::InvalidInput, "an empty record looks like the end"));
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidInput,
+                "an empty record looks like the end of the connection",
+            ));
         }
-        // A record goes whole or not at all, so there is no count to look at.
+        // A record is sent whole or not at all, so the length needs no check.
         retry_on_intr(|| send(&self.0, record, SendFlags::NOSIGNAL))?;
         Ok(())
     }
@@ -86,8 +91,8 @@ impl UnixSeqpacketConn {
     ///
     /// # Errors
     ///
-    /// `InvalidData` for a record that is longer than `buffer`: it is lost, and the next call returns the next
-    /// one. Otherwise what recv says.
+    /// `InvalidData` for a record that is longer than `buffer`: it is lost, and the next call returns the next one.
+    /// Otherwise those of [recv(2)](https://man7.org/linux/man-pages/man2/recv.2.html).
     pub fn recv(&self, buffer: &mut [u8]) -> io::Result<usize> {
         let size = buffer.len();
         let (_, length) = retry_on_intr(|| recv(&self.0, &mut buffer[..], RecvFlags::TRUNC))?;
@@ -98,11 +103,11 @@ impl UnixSeqpacketConn {
         Ok(length)
     }
 
-    /// Makes `send` and `recv` answer `WouldBlock` instead of waiting, or wait again.
+    /// Makes `send` and `recv` return `WouldBlock` instead of blocking, or block again.
     ///
     /// # Errors
     ///
-    /// What ioctl says.
+    /// Those of [ioctl(2)](https://man7.org/linux/man-pages/man2/ioctl.2.html).
     pub fn set_nonblocking(&self, nonblocking: bool) -> io::Result<()> {
         Ok(rustix::io::ioctl_fionbio(&self.0, nonblocking)?)
     }

@@ -11,13 +11,13 @@ use super::watch::Watch;
 use crate::shutdown::{decide_and_log, Phase, Shutdown, Step, Tries, HANDSHAKE};
 use crate::sys::poll::SCARCE;
 
-/// Whether a stream ends at a stop. At an upgrade every stream ends.
+/// Whether a stream ends at a stop. Every stream ends at an upgrade.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum StopOnShutdown {
     /// It ends at a stop, full or partial.
     Yes,
-    /// It goes on after a stop until it is dropped. A Unix socket's file is not removed then. Before `ready`, and while
-    /// a new generation is on probation, it yields nothing either.
+    /// It continues after a stop until it is dropped, and the file of a Unix socket is kept. Like every stream, it yields
+    /// nothing before `ready` and while a new generation is on probation.
     No,
 }
 

@@ -11,8 +11,8 @@ use tokio::io::unix::AsyncFd;
 
 use super::stream::{sealed::Sealed, Source};
 
-/// What it names as its successor is not in every Tokio that we build with. Our two types own their descriptor, and that
-/// is what it cannot be sure of.
+/// The replacement for this deprecated constructor is missing in older versions of Tokio that we support. It is deprecated
+/// because the type may not own its descriptor; our two types do.
 #[allow(deprecated)]
 fn register<T: AsRawFd>(socket: T) -> io::Result<AsyncFd<T>> {
     AsyncFd::new(socket)
@@ -27,7 +27,7 @@ impl UnixSeqpacketListener {
         register(listener).map(Self)
     }
 
-    /// The listener itself, which is nonblocking.
+    /// Returns the listener itself, which is nonblocking.
     pub fn get_ref(&self) -> &crate::UnixSeqpacketListener {
         self.0.get_ref()
     }
@@ -38,21 +38,21 @@ impl UnixSeqpacketListener {
 pub struct UnixSeqpacketConn(AsyncFd<crate::UnixSeqpacketConn>);
 
 impl UnixSeqpacketConn {
-    /// Puts a connection on this runtime.
+    /// Registers a connection with the current runtime.
     ///
     /// # Errors
     ///
-    /// What ioctl(2) and epoll_ctl(2) say.
+    /// Those of ioctl(2) and epoll_ctl(2).
     ///
     /// # Panics
     ///
-    /// Outside a runtime with I/O, as Tokio's own types do.
+    /// Outside a runtime with I/O, like Tokio's own types.
     pub fn from_std(connection: crate::UnixSeqpacketConn) -> io::Result<Self> {
         connection.set_nonblocking(true)?;
         register(connection).map(Self)
     }
 
-    /// Connects to a socket file, or to an abstract name behind an `@`.
+    /// Connects to a socket file, or to an abstract name after an `@`.
     ///
     /// # Errors
     ///
@@ -60,12 +60,12 @@ impl UnixSeqpacketConn {
     ///
     /// # Panics
     ///
-    /// Outside a runtime with I/O, as Tokio's own types do.
+    /// Outside a runtime with I/O, like Tokio's own types.
     pub fn connect(path: impl AsRef<Path>) -> io::Result<Self> {
         Self::from_std(crate::UnixSeqpacketConn::connect(path)?)
     }
 
-    /// Sends `record` as a whole, and returns its length. May be cancelled.
+    /// Sends `record` as a whole, and returns its length. Cancel-safe.
     ///
     /// # Errors
     ///
@@ -78,7 +78,7 @@ impl UnixSeqpacketConn {
         }
     }
 
-    /// Receives one record into `buffer` and returns its length; 0 is the end of the connection. May be cancelled.
+    /// Receives one record into `buffer` and returns its length; 0 is the end of the connection. Cancel-safe.
     ///
     /// # Errors
     ///
@@ -91,14 +91,14 @@ impl UnixSeqpacketConn {
         }
     }
 
-    /// The connection itself, which is nonblocking.
+    /// Returns the connection itself, which is nonblocking.
     pub fn get_ref(&self) -> &crate::UnixSeqpacketConn {
         self.0.get_ref()
     }
 }
 
-/// For what has a type of its own for it: `tokio_seqpacket::UnixSeqpacket::try_from(OwnedFd::from(connection))`. It stays
-/// nonblocking.
+/// For crates with their own type: `tokio_seqpacket::UnixSeqpacket::try_from(OwnedFd::from(connection))`. The descriptor
+/// stays nonblocking.
 impl From<UnixSeqpacketConn> for OwnedFd {
     fn from(connection: UnixSeqpacketConn) -> Self {
         connection.0.into_inner().into()
@@ -110,7 +110,7 @@ impl From<UnixSeqpacketConn> for OwnedFd {
 pub struct UnixSeqpacketListenerStream(UnixSeqpacketListener);
 
 impl UnixSeqpacketListenerStream {
-    /// Makes a stream of it, which knows no end.
+    /// Makes an endless stream of `listener`.
     pub fn new(listener: UnixSeqpacketListener) -> Self {
         Self(listener)
     }

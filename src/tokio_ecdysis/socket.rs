@@ -1,12 +1,11 @@
-//! What the closures of `build_listen_tcp` and its like get, in socket2's words, which programs for 1.1.1 use.
+//! The argument of the closures of `build_listen_tcp` and the like, with socket2's names, which programs for 1.1.1 use.
 
 use std::io;
 use std::net::{SocketAddr, TcpListener, UdpSocket};
 use std::ops::Deref;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
-/// [`ecdysis::Socket`](crate::Socket), to which it derefs, but bound as a socket of socket2 is:
-/// `socket.bind(&addr.into())`.
+/// [`ecdysis::Socket`](crate::Socket), to which it derefs, with socket2's way to bind: `socket.bind(&addr.into())`.
 ///
 /// For options that have no setter here: `socket2::SockRef::from(&socket).set_tos(16)`.
 #[derive(Debug)]
@@ -55,7 +54,7 @@ impl From<Socket> for UdpSocket {
     }
 }
 
-/// What [`Socket::bind`] takes: `&addr.into()`, and also `addr.into()`.
+/// The argument of [`Socket::bind`]: `&addr.into()`, and also `addr.into()`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SockAddr(SocketAddr);
 
@@ -66,7 +65,7 @@ impl From<SocketAddr> for SockAddr {
 }
 
 impl From<SocketAddr> for &'static SockAddr {
-    /// For `bind(addr.into())`. The address is kept until the process ends: a few bytes for a socket that it binds.
+    /// For `bind(addr.into())`. The address is leaked: a few bytes for each socket that is bound so.
     fn from(address: SocketAddr) -> Self {
         Box::leak(Box::new(SockAddr(address)))
     }

@@ -1,4 +1,4 @@
-//! Streams of connections and datagrams that keep to the shutdown handle, and futures that end with it.
+//! Streams of connections and datagrams that obey the shutdown handle, and futures that end with it.
 
 use std::fmt;
 use std::future::{poll_fn, Future};
@@ -19,25 +19,25 @@ use super::gate::{Gate, StopOnShutdown};
 use crate::shutdown::{Phase, Shutdown};
 
 /// The connections of a listener, or the datagrams of a UDP socket, as a [`Stream`] of `io::Result`s: that of
-/// tokio-stream's `TcpListenerStream` or `UnixListenerStream`, of [`UnixSeqpacketListenerStream`] or [`UdpStream`], with
+/// tokio-stream's `TcpListenerStream` or `UnixListenerStream`, of [`UnixSeqpacketListenerStream`](super::UnixSeqpacketListenerStream) or [`UdpStream`], with
 /// an end.
 ///
-/// It yields nothing before [`ready`](super::TokioEcdysisBuilder::ready), so it may be polled earlier: what this
-/// generation may never serve is left to the parent. It yields nothing while a new generation is on probation. After
-/// an upgrade it ends at once, and what waits in the queue is the next generation's. At a stop it ends when the queue
-/// is empty, unless [`StopOnShutdown::No`] was chosen. A stream that has ended stays ended, and has closed its listener or
-/// socket: as long as one process had it open, connections would be queued after the stop of the one that serves.
+/// It yields nothing before [`ready`](super::TokioEcdysisBuilder::ready), so it may be polled earlier: connections that
+/// this generation may never serve are left to the parent. It yields nothing while a new generation is on probation.
+/// After an upgrade it ends at once, and the queue belongs to the next generation. At a stop it ends when the queue is
+/// empty, unless [`StopOnShutdown::No`] was chosen. A stream that has ended stays ended, and has closed its listener or
+/// socket: while any process keeps it open, connections are queued that no process accepts.
 ///
-/// Errors of one connection and a lack of descriptors are dealt with. Only an error of the listener itself is yielded,
-/// and then the stream ends.
+/// Errors of one connection and a lack of descriptors are handled. Only an error of the listener itself is yielded, and
+/// then the stream ends.
 ///
-/// [`Shutdown::drain`] waits until the stream has ended or is dropped, so that a guard taken for what it yields is never
-/// missed: do not keep a stream that is polled no more.
+/// [`Shutdown::drain`] waits until the stream has ended or is dropped, so that a guard for what it yields is never missed.
+/// A stream that is kept but not polled makes `drain` wait for its full deadline.
 pub struct StoppableStream<S: Stream> {
-    /// Until the end.
+    /// `None` once the stream has ended.
     source: Option<S>,
     gate: Gate,
-    /// [`item`] for this source. So a program can be generic over any `S: Stream`.
+    /// [`item`] for this source, so that a program can be generic over any `S: Stream`.
     next: Next<S>,
 }
 
@@ -50,20 +50,19 @@ impl<S: Source> StoppableStream<S> {
         Self { source: Some(source), gate, next: item }
     }
 
-    /// The plain Tokio listener or socket, unless the stream has ended. What is accepted from it is accepted in every
-    /// state.
+    /// Returns the underlying Tokio listener or socket, unless the stream has ended. It accepts in every state.
     pub fn get_ref(&self) -> Option<&S::Plain> {
         self.source.as_ref().map(S::plain)
     }
 
-    /// The plain Tokio listener or socket, for what cannot be given a stream. Accept from it only after `ready`, and
-    /// no more when [`over`](super::TokioEcdysis::over) is: nothing here sees to that any more.
+    /// Returns the underlying Tokio listener or socket, unless the stream has ended. It ignores the states of the shutdown
+    /// handle: accept from it only between `ready` and the end of [`over`](super::TokioEcdysis::over).
     pub fn into_inner(self) -> Option<S::Plain> {
         self.source.map(S::into_plain)
     }
 }
 
-/// Polls until the end, and then lets go of the source.
+/// Polls, and drops the source at the end.
 fn until_end<S, T>(source: &mut Option<S>, poll: impl FnOnce(&mut S) -> Poll<Option<T>>) -> Poll<Option<T>> {
     let next = source.as_mut().map_or(Poll::Ready(None), poll);
     if let Poll::Ready(None) = next {
@@ -81,15 +80,15 @@ fn item<S: Source>(source: &mut S, gate: &mut Gate, cx: &mut Context<'_>) -> Pol
 }
 
 impl StoppableStream<TcpListenerStream> {
-    /// The next connection with its peer's address, or `None` when it is over: for the accept loops of others
-    /// (`axum::serve` takes a `Listener`; the crate's axum example has one). May be cancelled.
+    /// Returns the next connection with its peer's address, or `None` when accepting is over. For the accept loops of
+    /// frameworks. Cancel-safe.
     pub async fn accept(&mut self) -> Option<io::Result<(TcpStream, SocketAddr)>> {
         poll_fn(|cx| until_end(&mut self.source, |source| got(source, &mut self.gate, cx))).await
     }
 }
 
 impl StoppableStream<UnixListenerStream> {
-    /// The next connection with its peer's address, or `None` when it is over. May be cancelled.
+    /// Returns the next connection with its peer's address, or `None` when accepting is over. Cancel-safe.
     pub async fn accept(&mut self) -> Option<io::Result<(UnixStream, tokio::net::unix::SocketAddr)>> {
         poll_fn(|cx| until_end(&mut self.source, |source| got(source, &mut self.gate, cx))).await
     }
@@ -110,12 +109,12 @@ impl<S: Stream + fmt::Debug> fmt::Debug for StoppableStream<S> {
     }
 }
 
-/// What a [`StoppableStream`] of this crate may be of.
+/// The source of a [`StoppableStream`] of this crate.
 pub trait Source: Stream + sealed::Sealed + Unpin {
-    /// Tokio's type of it, without the stream.
+    /// Tokio's type for it.
     type Plain;
 
-    /// The plain listener or socket.
+    /// The underlying listener or socket.
     #[doc(hidden)]
     fn plain(&self) -> &Self::Plain;
 
@@ -131,7 +130,7 @@ pub trait Source: Stream + sealed::Sealed + Unpin {
     #[doc(hidden)]
     fn poll(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<Self::Got>>;
 
-    /// What the kernel has now; `WouldBlock` if nothing.
+    /// Asks the kernel; `WouldBlock` if there is nothing.
     #[doc(hidden)]
     fn now(&mut self) -> io::Result<Self::Got>;
 }
@@ -147,7 +146,7 @@ fn accept(listener: impl AsFd) -> io::Result<OwnedFd> {
     Ok(rustix::net::accept_with(listener, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK)?)
 }
 
-/// The peer has gone since: that concerns one connection.
+/// The peer has closed meanwhile, which concerns one connection only.
 fn gone(_: io::Error) -> io::Error {
     rustix::io::Errno::CONNABORTED.into()
 }
@@ -262,7 +261,7 @@ impl Source for UdpStream {
     }
 }
 
-/// Something with long operations of its own, which end when it is over: a UDP socket, say.
+/// A value whose long operations end when accepting is over, such as a UDP socket.
 #[derive(Debug)]
 pub struct Stoppable<S> {
     inner: S,
@@ -275,23 +274,23 @@ impl<S> Stoppable<S> {
         Self { inner, shutdown, stop_on_shutdown }
     }
 
-    /// What is inside. What is done with it directly goes on in every state.
+    /// Returns the value. Direct calls on it continue in every state.
     pub fn as_unstoppable_ref(&self) -> &S {
         &self.inner
     }
 
-    /// As [`as_unstoppable_ref`](Self::as_unstoppable_ref), to be changed.
+    /// As [`as_unstoppable_ref`](Self::as_unstoppable_ref), mutable.
     pub fn as_unstoppable_mut(&mut self) -> &mut S {
         &mut self.inner
     }
 
-    /// What is inside.
+    /// Returns the value.
     pub fn into_inner(self) -> S {
         self.inner
     }
 
-    /// Runs a future on what is inside, or gives `None` when it is over. The future begins after `ready`, rests while a
-    /// new generation is on probation, and is dropped in the middle when it is over: what it does must bear that.
+    /// Runs a future on the value, or returns `None` when accepting is over. The future begins after `ready`, is not polled
+    /// while a new generation is on probation, and is dropped when accepting is over, so it must be cancel-safe.
     pub async fn until_stopped<'a, O, F>(&'a self, f: impl FnOnce(&'a S) -> F) -> Option<O>
     where
         F: Future<Output = O>,

@@ -1,0 +1,27 @@
+//! Threads for calls that block.
+
+use std::io;
+use std::thread;
+
+use tokio::sync::oneshot;
+
+use crate::Error;
+
+/// Runs `work`, which may block, in a thread of its own: the runtime cannot shut down while one of its blocking threads
+/// is busy.
+pub(super) fn in_thread<T: Send + 'static>(
+    name: &'static str,
+    work: impl FnOnce() -> T + Send + 'static,
+) -> Result<oneshot::Receiver<T>, Error> {
+    let (tell, told) = oneshot::channel();
+    let body = move || drop(tell.send(work()));
+    match thread::Builder::new().name(name.into()).spawn(body) {
+        Ok(_) => Ok(told),
+        Err(source) => Err(Error::Prepare { what: "thread", source }),
+    }
+}
+
+/// A thread of ours ends without a result only if it panics.
+pub(super) fn thread_ended(_: oneshot::error::RecvError) -> Error {
+    Error::Wait { source: io::Error::other("the thread for this call has panicked") }
+}
