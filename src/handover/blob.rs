@@ -1,8 +1,7 @@
-//! State that a program hands to its next generation: bytes in a memory file that nobody can change any more.
+//! State that a program hands to its next generation: bytes in a sealed memory file, which cannot change any more.
 //!
-//! A blob travels as one descriptor, whatever carries it. It is written and sealed by the parent; the child
-//! trusts no byte and no length before it has seen the seals, since a file that can still be cut short would answer
-//! the reader with less than was measured.
+//! A blob is handed over as one descriptor. The parent writes and seals it. The child checks the seals before it uses
+//! the length or any byte: a file that can still shrink could end before the length that was read.
 
 use std::fs::File;
 use std::io::{self, Write};
@@ -15,23 +14,23 @@ use rustix::io::Errno;
 /// The largest blob that a program may pass.
 pub(crate) const LIMIT: u64 = 64 << 20;
 
-/// No byte changes, no byte goes, no byte comes, and it stays so.
+/// Content and length are fixed, and so are the seals.
 fn seals() -> SealFlags {
     SealFlags::SEAL | SealFlags::SHRINK | SealFlags::GROW | SealFlags::WRITE
 }
 
-/// Puts `bytes` into a new sealed memory file. It is close-on-exec.
+/// Returns a new sealed memory file with these bytes, close-on-exec.
 ///
 /// # Errors
 ///
-/// `InvalidInput` for more than `limit` bytes, and what the kernel says (ENOMEM, ENFILE).
+/// `InvalidInput` for more than `limit` bytes, and the errors of memfd_create(2) and write(2).
 pub(crate) fn seal(bytes: &[u8], limit: u64) -> io::Result<OwnedFd> {
     if bytes.len() as u64 > limit {
         let reason = format!("{} bytes are more than the limit of {limit}", bytes.len());
         return Err(io::Error::new(io::ErrorKind::InvalidInput, reason));
     }
     let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
-    // Kernels before 6.3 do not know the flag that says "never a program"; some later ones are set up to demand it.
+    // Kernels before 6.3 do not know NOEXEC_SEAL. Later ones may be configured to require it (vm.memfd_noexec).
     let fd = match memfd_create("ecdysis-state", flags | MemfdFlags::NOEXEC_SEAL) {
         Err(Errno::INVAL) => memfd_create("ecdysis-state", flags)?,
         result => result?,
@@ -42,12 +41,12 @@ pub(crate) fn seal(bytes: &[u8], limit: u64) -> io::Result<OwnedFd> {
     Ok(file.into())
 }
 
-/// Reads what [`seal`] has written.
+/// Reads what [`seal`] wrote.
 ///
 /// # Errors
 ///
-/// `InvalidData` for a descriptor that is no sealed memory file, or one of more than `limit` bytes; and what the
-/// kernel says.
+/// `InvalidData` for a descriptor that is not a sealed memory file, or holds more than `limit` bytes; and the errors of
+/// fcntl(2) and pread(2).
 pub(crate) fn open(fd: OwnedFd, limit: u64) -> io::Result<Vec<u8>> {
     let invalid = |reason: String| io::Error::new(io::ErrorKind::InvalidData, reason);
     // Anything but a memory file answers EINVAL here.
@@ -62,7 +61,7 @@ pub(crate) fn open(fd: OwnedFd, limit: u64) -> io::Result<Vec<u8>> {
         return Err(invalid(format!("{size} bytes are more than the limit of {limit}")));
     }
     let mut bytes = vec![0; size as usize];
-    // The offset belongs to everyone who holds the file, so it is neither trusted nor moved.
+    // All holders of the file share its offset, so read without it.
     file.read_exact_at(&mut bytes, 0)?;
     Ok(bytes)
 }
@@ -75,7 +74,7 @@ mod tests {
     const LIMIT: u64 = 1000;
 
     #[test]
-    fn bytes_come_back() {
+    fn bytes_are_read_as_they_were_written() {
         for bytes in [&b""[..], b"x", &[7; 1000]] {
             let fd = seal(bytes, LIMIT).unwrap();
             assert!(fcntl_getfd(&fd).unwrap().contains(FdFlags::CLOEXEC));
@@ -84,7 +83,7 @@ mod tests {
     }
 
     #[test]
-    fn nobody_can_change_them() {
+    fn sealed_bytes_cannot_change() {
         let mut file = File::from(seal(b"state", LIMIT).unwrap());
         assert!(file.write_all(b"other").is_err());
         assert!(file.set_len(0).is_err());
@@ -93,14 +92,14 @@ mod tests {
     }
 
     #[test]
-    fn too_large_is_refused_at_both_ends() {
+    fn too_many_bytes_are_refused_at_both_ends() {
         assert_eq!(seal(&[0; 1001], LIMIT).unwrap_err().kind(), io::ErrorKind::InvalidInput);
         let fd = seal(&[0; 1001], 2000).unwrap();
         assert_eq!(open(fd, LIMIT).unwrap_err().kind(), io::ErrorKind::InvalidData);
     }
 
     #[test]
-    fn what_is_not_sealed_is_not_read() {
+    fn an_unsealed_file_is_not_read() {
         let open_memfd = memfd_create("open", MemfdFlags::ALLOW_SEALING).unwrap();
         let partly = memfd_create("partly", MemfdFlags::ALLOW_SEALING).unwrap();
         fcntl_add_seals(&partly, SealFlags::WRITE | SealFlags::GROW).unwrap();

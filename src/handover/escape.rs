@@ -1,6 +1,6 @@
-//! Percent-escapes: any bytes as one printable word without spaces.
+//! Percent-encoding: any bytes as one printable word without spaces.
 
-/// Escapes all but printable ASCII, and the percent sign.
+/// Appends `bytes` to `out`; everything but printable ASCII, and the percent sign, is escaped.
 pub(crate) fn escape(bytes: &[u8], out: &mut String) {
     const HEX: &[u8; 16] = b"0123456789ABCDEF";
     for &byte in bytes {
@@ -14,7 +14,7 @@ pub(crate) fn escape(bytes: &[u8], out: &mut String) {
     }
 }
 
-/// `None` if a percent sign is not followed by two hexadecimal digits.
+/// Decodes `word`. `None` if a percent sign is not followed by two hexadecimal digits.
 pub(crate) fn unescape(word: &str) -> Option<Vec<u8>> {
     let mut bytes = Vec::with_capacity(word.len());
     let mut rest = word.bytes();

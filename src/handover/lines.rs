@@ -1,6 +1,7 @@
-//! The lines that go between two generations while an upgrade runs and through the probation.
+//! The messages between two generations, one a line, from the manifest to the end of the probation.
 //!
-//! A line whose first character is `?` is for those who know it; others skip it. Any other unknown line is garbage.
+//! Lines starting with `?` are optional extensions; receivers ignore those they do not know. Any other unknown line is
+//! a protocol error.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -10,22 +11,22 @@ use rustix::io::Errno;
 use super::escape::{escape, unescape};
 use crate::sys::signal::without_sigpipe;
 
-/// What a child says to its parent.
+/// A message from a child to its parent.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum FromChild {
-    /// It serves as soon as it hears [`FromParent::Commit`].
+    /// The child can serve, and waits for [`FromParent::Commit`].
     Ready,
-    /// It will not serve, and why.
+    /// The child will not serve, and why.
     Refused(String),
     /// A step between fork and execve failed with this errno.
     Failed { step: String, errno: i32 },
-    /// It serves from here on: it has heard [`FromParent::Commit`], or nothing for too long.
+    /// The child serves from here on: it has received [`FromParent::Commit`], or nothing for too long.
     Serving,
-    /// After the commit: it stops on purpose.
+    /// After the commit: the child stops on purpose.
     Stopping,
-    /// After the commit: its own child has taken over.
+    /// After the commit: the child has handed over to a child of its own.
     HandedOver,
-    /// From any later generation: too many drain, and this one is the oldest.
+    /// From any later generation: too many generations drain, and the receiver is the oldest.
     EndDrain,
 }
 
@@ -35,7 +36,7 @@ impl FromChild {
             Self::Ready => "ready\n".into(),
             Self::Refused(reason) => {
                 let mut line = String::from("refused ");
-                // A reason is for people: a part of a long one is better than none.
+                // People read the reason, and the beginning of a long one is better than none.
                 escape(truncate(reason, MAX_REASON).as_bytes(), &mut line);
                 line.push('\n');
                 line
@@ -67,14 +68,14 @@ impl FromChild {
     }
 }
 
-/// What a parent says to its child, after the manifest.
+/// A message from a parent to its child, after the manifest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum FromParent {
-    /// The child is the one that serves now.
+    /// The parent has stopped accepting, and the child may start.
     Commit,
     /// The service was asked to stop.
     Stop,
-    /// The service manager knows the child as the main process now.
+    /// The service manager knows the child as the main process.
     Main,
 }
 
@@ -94,7 +95,7 @@ impl FromParent {
 
 const MAX_REASON: usize = 1000;
 
-/// Longer than any line that we send; whoever sends more sends garbage.
+/// No valid line is this long; a longer one is a protocol error.
 const MAX_LINE: usize = 4096;
 
 fn truncate(text: &str, length: usize) -> &str {
@@ -105,7 +106,7 @@ fn truncate(text: &str, length: usize) -> &str {
     &text[..end]
 }
 
-/// Cuts what comes over a nonblocking descriptor into lines.
+/// Splits what is read from a nonblocking descriptor into lines.
 #[derive(Debug, Default)]
 pub(crate) struct Lines {
     buffer: Vec<u8>,
@@ -115,21 +116,21 @@ pub(crate) struct Lines {
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Read {
     Line(String),
-    /// Nothing more for now.
+    /// Nothing more can be read now.
     Wait,
     /// The other side has closed.
     End,
-    /// No line within the limit, or not UTF-8; the beginning of it.
+    /// Not UTF-8, or no line within the limit; the beginning of it.
     Garbage(String),
 }
 
 impl Lines {
-    /// What was read already, by whoever read the bytes before these lines.
+    /// Starts with bytes that were read together with what came before these lines.
     pub(crate) fn with(buffer: Vec<u8>) -> Self {
         Self { buffer }
     }
 
-    /// The next line that is not for others only.
+    /// The next line that is not an optional extension.
     pub(crate) fn next(&mut self, fd: BorrowedFd<'_>) -> io::Result<Read> {
         loop {
             match self.buffered() {
@@ -143,7 +144,7 @@ impl Lines {
                 Ok(0) => return Ok(Read::Garbage(preview(&self.buffer))),
                 Ok(n) => self.buffer.extend_from_slice(&chunk[..n]),
                 Err(Errno::AGAIN) => return Ok(Read::Wait),
-                // A Unix socket whose peer closed with data unread.
+                // The peer of a Unix socket closed with data unread.
                 Err(Errno::CONNRESET) => return Ok(Read::End),
                 Err(Errno::INTR) => {}
                 Err(e) => return Err(e.into()),
@@ -166,12 +167,12 @@ impl Lines {
     }
 }
 
-/// The beginning of what came, for an error message.
+/// The beginning of what was received, for an error message.
 pub(crate) fn preview(bytes: &[u8]) -> String {
     String::from_utf8_lossy(&bytes[..bytes.len().min(80)]).into_owned()
 }
 
-/// Writes a line of ours. Every line is shorter than PIPE_BUF, so a pipe takes it whole or not at all.
+/// Writes one line. Every line is shorter than PIPE_BUF, so a pipe accepts it whole or not at all.
 pub(crate) fn send(fd: impl AsFd, line: &str) -> io::Result<()> {
     loop {
         match without_sigpipe(|| rustix::io::write(&fd, line.as_bytes())) {
@@ -189,7 +190,7 @@ mod tests {
     use rustix::pipe::{pipe_with, PipeFlags};
 
     #[test]
-    fn status_lines_survive_the_way() {
+    fn messages_are_read_as_they_were_sent() {
         for status in [
             FromChild::Ready,
             FromChild::Refused("config: line 3\nis bad %".into()),
@@ -208,14 +209,14 @@ mod tests {
     }
 
     #[test]
-    fn a_long_reason_is_cut_not_lost() {
+    fn a_long_reason_is_truncated() {
         let line = FromChild::Refused("ä".repeat(5000)).line();
         assert!(line.len() < MAX_LINE, "{}", line.len());
         assert!(matches!(FromChild::parse(line.trim_end()), Some(FromChild::Refused(r)) if r.len() == MAX_REASON));
     }
 
     #[test]
-    fn lines_come_in_pieces_and_end() {
+    fn lines_arrive_in_pieces_and_end() {
         let (reader, writer) = pipe_with(PipeFlags::NONBLOCK).unwrap();
         let mut lines = Lines::default();
         assert_eq!(lines.next(reader.as_fd()).unwrap(), Read::Wait);

@@ -1,4 +1,4 @@
-//! The manifest: what is handed over, as a small text. Pure: no descriptor is touched here.
+//! The manifest: what is handed over, as a small text. No descriptor is touched here.
 //!
 //! ```text
 //! ecdysis 1
@@ -10,8 +10,8 @@
 //! ```
 //!
 //! A `fd` line is: the descriptor's number (over a socket: its index among those sent), its inode, the kind, the
-//! name, percent-escaped, and attributes. Lines, kinds and attributes that a version does not know it skips; the
-//! descriptors of unknown kinds it closes. So later versions may add to all three, and never change what is here.
+//! name, percent-escaped, and attributes. A reader skips lines, kinds and attributes that it does not know, and closes
+//! the descriptors of unknown kinds. Later versions may add to all three, and never change what is here.
 
 use std::fmt::{self, Write};
 use std::os::fd::RawFd;
@@ -30,7 +30,7 @@ pub(crate) struct Manifest {
     pub(crate) unknown: Vec<FdRef>,
 }
 
-/// What no manifest of ours exceeds.
+/// Limits that no valid manifest exceeds.
 pub(crate) const MAX_SIZE: usize = 16 << 20;
 const MAX_LINE: usize = 4096;
 pub(crate) const MAX_ENTRIES: usize = 1 << 16;
@@ -110,12 +110,12 @@ impl Manifest {
         Err(Malformed::new(0, "no end"))
     }
 
-    /// Whether the text is meant to be a manifest, of whatever version, and not an answer in words.
+    /// Returns whether the text is a manifest, of any version, and not an answer in words.
     pub(crate) fn is_meant(text: &[u8]) -> bool {
         text.starts_with(b"ecdysis ")
     }
 
-    /// How many bytes at the start of `text` are the manifest; `None` if there are more to come.
+    /// The length of the manifest at the start of `text`; `None` if more is to come.
     pub(crate) fn length(text: &[u8]) -> Result<Option<usize>, Malformed> {
         const END: &[u8] = b"\nend\n";
         match text.windows(END.len()).position(|window| window == END) {
@@ -145,7 +145,7 @@ fn fd_line(line: &str) -> Option<(FdRef, Option<Entry<RawFd>>)> {
     Some((entry.fd_ref(), Some(entry)))
 }
 
-/// Digits only, because `parse` also takes a plus sign.
+/// Parses digits only; `parse` alone also accepts a plus sign.
 fn number<T: std::str::FromStr>(word: &str) -> Option<T> {
     word.bytes().all(|byte| byte.is_ascii_digit()).then(|| word.parse().ok())?
 }
@@ -153,7 +153,7 @@ fn number<T: std::str::FromStr>(word: &str) -> Option<T> {
 /// Why a manifest could not be decoded.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Malformed {
-    /// 0 for the whole.
+    /// 0 for the manifest as a whole.
     line: usize,
     what: &'static str,
 }

@@ -1,13 +1,13 @@
-//! The handover to a stranger, at its lowest level: a text and any number of descriptors over a connected
-//! Unix stream socket (SCM_RIGHTS), one step at a time.
+//! A text and any number of descriptors over a connected Unix stream socket (SCM_RIGHTS, unix(7)), one step at a time.
 //!
-//! Nothing here waits. A [`Sender`] and a [`Receiver`] do in `step` what the socket allows at that moment and say
-//! whether they are through, so that a peer that stalls keeps nobody from serving triggers; the deadline is the caller's.
+//! Nothing here waits. `step` of a [`Sender`] or [`Receiver`] does what the socket allows at that moment and returns
+//! whether all is done, so that a stalled peer does not keep this process from serving its triggers. The caller has the
+//! deadline.
 //!
-//! The wire knows no header. The text ends with the line `end`, and the last byte of that line is never sent
-//! before the last descriptor: who has the whole text has everything. A message with descriptors carries one byte of
-//! the text, because the kernel gives descriptors to whoever reads the first byte that they came with; the rest of the
-//! text follows the last descriptor in pieces as large as the socket takes.
+//! There is no header. The text ends with the line `end`, and the last byte of that line is sent after the last
+//! descriptor: a receiver that has the whole text has every descriptor. A message with descriptors carries one byte of
+//! the text, because the kernel delivers descriptors with the first byte that they were sent with. The rest of the text
+//! follows the last descriptor, in pieces as large as the socket accepts.
 
 use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
@@ -22,18 +22,18 @@ use rustix::net::{
 /// The kernel's limit (SCM_MAX_FD) on descriptors in one message.
 const DESCRIPTORS_PER_MESSAGE: usize = 253;
 
-/// The line that ends the text, and the end of the line before it.
+/// The end of the line before the last, and the last line.
 const END: &[u8] = b"\nend\n";
 
-/// What a step of the sender has come to.
+/// The result of a sender's step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Sent {
-    /// Everything is in the socket.
+    /// Everything is sent.
     All,
     /// The socket is full: step again when it is writable.
     Blocked,
-    /// The kernel takes no more descriptors for now (ETOOMANYREFS): too many of this user are in flight in all
-    /// sockets together. The socket may well be writable, so step again after a moment and not when it is.
+    /// The kernel accepts no more descriptors now (ETOOMANYREFS): too many descriptors of this user are in flight, in
+    /// all sockets together. The socket may be writable all the same, so step again after a pause.
     Crowded,
 }
 
@@ -46,11 +46,11 @@ pub(crate) struct Sender<F> {
 }
 
 impl<F: AsFd> Sender<F> {
-    /// Prepares to send `text`, which must end with the line `end`, and `descriptors`, in their order.
+    /// Prepares to send `text`, which must end with the line `end`, and `descriptors` in this order.
     ///
     /// # Errors
     ///
-    /// `InvalidInput` for a text without that end, or one so short that it has no byte for every message.
+    /// `InvalidInput` for a text without that end, or one too short to have a byte for every message.
     pub(crate) fn new(text: Vec<u8>, descriptors: Vec<F>) -> io::Result<Self> {
         let messages = descriptors.len().div_ceil(DESCRIPTORS_PER_MESSAGE);
         if length(&text, 0) != Some(text.len()) || text.len() <= messages {
@@ -62,11 +62,11 @@ impl<F: AsFd> Sender<F> {
         Ok(Sender { text, text_sent: 0, descriptors, descriptors_sent: 0 })
     }
 
-    /// Sends as much as `socket` takes now. The socket may be in either blocking mode.
+    /// Sends as much as `socket` accepts now. The socket may be in either blocking mode.
     ///
     /// # Errors
     ///
-    /// What sendmsg says, EPIPE for a peer that is gone among it (never SIGPIPE). Then nothing can be sent any more.
+    /// The error of sendmsg(2): EPIPE, without SIGPIPE, if the peer has closed. After an error nothing more can be sent.
     pub(crate) fn step(&mut self, socket: impl AsFd) -> io::Result<Sent> {
         while self.text_sent < self.text.len() {
             let batch: Vec<BorrowedFd<'_>> = self.descriptors[self.descriptors_sent..]
@@ -83,7 +83,7 @@ impl<F: AsFd> Sender<F> {
                 control.push(SendAncillaryMessage::ScmRights(&batch));
             }
             match sendmsg(&socket, &[IoSlice::new(piece)], &mut control, SendFlags::NOSIGNAL | SendFlags::DONTWAIT) {
-                // The descriptors of a message travel with its first byte, so a message is sent as soon as one byte is.
+                // The kernel sends the descriptors with the first byte, so one byte sent means that all of them are.
                 Ok(count) => {
                     self.text_sent += count;
                     self.descriptors_sent += batch.len();
@@ -98,7 +98,7 @@ impl<F: AsFd> Sender<F> {
     }
 }
 
-/// How much a receiver takes before it gives up on its peer.
+/// How much a receiver accepts from its peer.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Limits {
     /// Bytes of text.
@@ -107,11 +107,11 @@ pub(crate) struct Limits {
     pub(crate) descriptors: usize,
 }
 
-/// The receiving end of one handover. Dropped before it is through, it closes whatever it has.
+/// The receiving end of one handover. Dropping it closes what it has received.
 pub(crate) struct Receiver {
     limits: Limits,
     text: Vec<u8>,
-    /// How much of what came is the text, once that is known.
+    /// The length of the text, once its end has been received.
     length: Option<usize>,
     descriptors: Vec<OwnedFd>,
 }
@@ -121,12 +121,12 @@ impl Receiver {
         Receiver { limits, text: Vec::new(), length: None, descriptors: Vec::new() }
     }
 
-    /// Takes what is there. True when the handover is complete, false when more must come.
+    /// Receives what is there. Returns true when the handover is complete.
     ///
     /// # Errors
     ///
-    /// `UnexpectedEof` if the peer is gone, `InvalidData` for more than the limits allow, `Other` if the kernel
-    /// had to drop descriptors, and what recvmsg says. Then the receiver is good for nothing but being dropped.
+    /// `UnexpectedEof` if the peer has closed, `InvalidData` for more than the limits allow, `Other` if the kernel
+    /// dropped descriptors, and the error of recvmsg(2). After an error the receiver can only be dropped.
     pub(crate) fn step(&mut self, socket: impl AsFd) -> io::Result<bool> {
         let mut bytes = [0; 16 * 1024];
         while self.length.is_none() {
@@ -144,19 +144,19 @@ impl Receiver {
                     self.descriptors.extend(descriptors);
                 }
             }
-            // The kernel cuts off what it has no descriptor number for, and tells by this flag alone.
+            // The kernel drops descriptors for which this process has no free number. This flag is the only sign.
             if message.flags.contains(ReturnFlags::CTRUNC) {
                 return Err(io::Error::other(
-                    "descriptors were cut off on the way (is the limit on open files too low here?)",
+                    "the kernel dropped descriptors: is the limit on open files too low here?",
                 ));
             }
             if message.bytes == 0 {
                 return Err(io::Error::new(
                     io::ErrorKind::UnexpectedEof,
-                    "the other process went away in the middle of the handover",
+                    "the other process closed the connection during the handover",
                 ));
             }
-            // The end may have come in two pieces.
+            // The last line may arrive in two pieces.
             let looked_at = self.text.len().saturating_sub(END.len());
             self.text.extend_from_slice(&bytes[..message.bytes]);
             self.length = length(&self.text, looked_at);
@@ -170,15 +170,14 @@ impl Receiver {
         Ok(true)
     }
 
-    /// The text, what came after it, and the descriptors, in the order in which they were sent. Every descriptor is
-    /// close-on-exec.
+    /// The text, what was received after it, and the descriptors in the order in which they were sent, close-on-exec.
     pub(crate) fn into_parts(mut self) -> (Vec<u8>, Vec<u8>, Vec<OwnedFd>) {
         let rest = self.text.split_off(self.length.unwrap_or(self.text.len()));
         (self.text, rest, self.descriptors)
     }
 }
 
-/// How long the text at the start of `bytes` is, looking for its end from `from` on.
+/// The length of the text at the start of `bytes`; its end is looked for from `from` on.
 fn length(bytes: &[u8], from: usize) -> Option<usize> {
     bytes[from..].windows(END.len()).position(|window| window == END).map(|at| from + at + END.len())
 }
@@ -227,7 +226,7 @@ mod tests {
         assert_eq!(ready, 1, "nothing came within 10 s");
     }
 
-    /// Both ends in turn, as two event loops would.
+    /// Runs both ends in turn, as two event loops would.
     fn transfer<F: AsFd>(mut sender: Sender<F>, limits: Limits) -> io::Result<(Vec<u8>, Vec<OwnedFd>)> {
         let (left, right) = pair();
         let mut receiver = Receiver::new(limits);
@@ -280,7 +279,7 @@ mod tests {
         let (all, inodes) = descriptors(300);
         let mut sender = Sender::new(long.clone(), all).unwrap();
         let mut receiver = Receiver::new(LIMITS);
-        assert_eq!(sender.step(&left).unwrap(), Sent::Blocked, "a peer that does not read blocks nobody");
+        assert_eq!(sender.step(&left).unwrap(), Sent::Blocked, "a peer that does not read does not block the sender");
         assert_eq!(sender.step(&left).unwrap(), Sent::Blocked);
         assert!(!receiver.step(&right).unwrap());
         while sender.step(&left).unwrap() != Sent::All {
@@ -372,7 +371,7 @@ mod tests {
         left.set_nonblocking(true).unwrap();
         let mut receiver = Receiver::new(Limits { bytes: 10_000, descriptors: 1 });
         let error = loop {
-            // A peer that never stops; the receiver gives up long before it does.
+                // The peer never stops sending; the receiver stops at its limit.
             let _ = left.write(&[0xff; 3000]);
             match receiver.step(&right) {
                 Ok(complete) => assert!(!complete),
@@ -426,12 +425,12 @@ mod tests {
         assert_eq!(sender.step(&left).unwrap(), Sent::All);
         limit_open_files(32);
         let error = Receiver::new(LIMITS).step(&right).unwrap_err();
-        assert!(error.to_string().contains("cut off"), "{error}");
+        assert!(error.to_string().contains("dropped descriptors"), "{error}");
     }
 
     #[test]
     fn too_many_descriptors_in_flight_are_waited_for() {
-        // The kernel counts for each user, and not for root.
+        // The kernel counts per user, but not for root.
         let name = "handover::scm::tests::too_many_descriptors_in_flight_are_waited_for";
         let change = |command: &mut Command| {
             if rustix::process::geteuid().is_root() {

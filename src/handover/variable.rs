@@ -1,14 +1,15 @@
-//! The environment variable that tells a child where its handover is.
+//! The environment variable that tells a child where its handover is, and whether it is meant for it.
 //!
 //! `v1:manifest=5@48211,status=7@48212`: two pipes by descriptor number and inode; or `v1:socket=5@48211`. The inode is
-//! the proof that the variable means this process: in a grandchild that merely inherited the variable it names nothing.
+//! the proof that the variable is for this process: in a grandchild that only inherited the variable, the numbers belong
+//! to other files or to none.
 
 use super::entry::FdRef;
 
 /// The variable's name: part of the contract between versions.
 pub(crate) const VARIABLE: &str = "ECDYSIS_HANDOVER";
 
-/// What a child talks to its parent through.
+/// What carries the messages between a child and its parent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Carrier {
     Pipes { manifest: FdRef, status: FdRef },
@@ -25,12 +26,12 @@ impl Carrier {
         }
     }
 
-    /// `None` for what is not a value of ours, or names neither two pipes nor a socket.
+    /// `None` for anything but a value of this version that names two pipes or a socket.
     pub(crate) fn parse(value: &str) -> Option<Self> {
         let (mut manifest, mut status, mut socket) = (None, None, None);
         for part in value.strip_prefix("v1:")?.split(',') {
             let (name, place) = part.split_once('=')?;
-            // What a later version adds is skipped.
+            // Parts that a later version adds are skipped.
             let slot = match name {
                 "manifest" => &mut manifest,
                 "status" => &mut status,
