@@ -1,4 +1,4 @@
-//! What a handed-over descriptor is found by: its kind and the address or name that was asked for.
+//! The key of a descriptor in a handover: its kind and the address or name that was asked for.
 
 use std::ffi::OsStr;
 use std::fmt;
@@ -8,7 +8,7 @@ use std::path::Path;
 
 /// Kind and address, as **asked for**: a listener on port 0 has port 0 in its key, so that the next generation, which
 /// runs the same line of code, gets the same socket. TCP and UDP on one port are two keys. Several sockets may share
-/// one key (SO_REUSEPORT); they are handed out in the order in which they were made.
+/// one key (SO_REUSEPORT); they are claimed in the order in which they were made.
 ///
 /// ```
 /// let key = ecdysis::Key::tcp("127.0.0.1:8080".parse().unwrap());
@@ -20,7 +20,7 @@ pub struct Key {
     name: Vec<u8>,
 }
 
-/// What a descriptor is used for. The words are part of the handover protocol.
+/// What a descriptor is used for. [`word`](Self::word) is part of the handover protocol.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum Kind {
     Tcp,
@@ -32,7 +32,7 @@ pub(crate) enum Kind {
     Stream,
     Bytes,
     Fd,
-    /// The way to tell an older generation, named by its number, to end its drain.
+    /// The link on which an older generation, named by its number, is asked to end its drain.
     Drain,
 }
 
@@ -65,7 +65,7 @@ impl Kind {
         }
     }
 
-    /// Whether it is a socket that others reach by its address.
+    /// Returns whether it is a socket that peers reach by its address.
     pub(crate) fn has_address(self) -> bool {
         matches!(self, Self::Tcp | Self::Udp | Self::Unix | Self::Seqpacket | Self::UnixDatagram)
     }
@@ -101,7 +101,7 @@ impl Key {
         Self::from_parts(Kind::UnixDatagram, path.as_ref().as_os_str().as_bytes().to_vec())
     }
 
-    /// A connection that goes over, by a name of the program's choice.
+    /// A connection, by a name of the program's choice.
     pub fn stream(name: impl AsRef<OsStr>) -> Self {
         Self::from_parts(Kind::Stream, name.as_ref().as_bytes().to_vec())
     }

@@ -1,4 +1,4 @@
-//! Making sockets: the options that people set before bind, and what bind means for a Unix path.
+//! Making sockets: the options that programs set before bind, and what bind means for a Unix path.
 
 use std::fs;
 use std::io;
@@ -14,10 +14,10 @@ use rustix::net::{self, sockopt, AddressFamily, SocketAddrUnix, SocketFlags, Soc
 
 /// A socket before bind, for [`Sockets::build_listen_tcp`](crate::Sockets::build_listen_tcp) and
 /// [`Sockets::build_socket_udp`](crate::Sockets::build_socket_udp): set options, [`bind`](Self::bind),
-/// [`listen`](Self::listen) if it is a TCP socket, and turn it `into()` the std type.
+/// [`listen`](Self::listen) if it is a TCP socket, and convert it `into()` the std type.
 ///
-/// It is close-on-exec and nonblocking from the start (socket(2), ip(7), tcp(7)). Every setter gives the error of the
-/// system call as it is.
+/// It is close-on-exec and nonblocking from the start (socket(2), ip(7), tcp(7)). Every setter returns the error of the
+/// system call.
 ///
 /// ```
 /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -51,7 +51,7 @@ impl Socket {
         Ok(sockopt::set_socket_reuseport(&self.0, on)?)
     }
 
-    /// IPV6_V6ONLY: an IPv6 socket takes no IPv4.
+    /// IPV6_V6ONLY: the socket accepts IPv6 only. Without it, one on `[::]` also accepts IPv4.
     pub fn set_only_v6(&self, on: bool) -> io::Result<()> {
         Ok(sockopt::set_ipv6_v6only(&self.0, on)?)
     }
@@ -123,19 +123,19 @@ fn open(family: AddressFamily, kind: SocketType) -> io::Result<OwnedFd> {
     Ok(net::socket_with(family, kind, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK, None)?)
 }
 
-/// The system's limit, whatever it is: listen(2) cuts the number down to it.
+/// listen(2) reduces it to the system's limit (somaxconn).
 pub(crate) const MAX_BACKLOG: i32 = i32::MAX;
 
 /// Device and inode of a file.
 pub(crate) type FileId = (u64, u64);
 
-/// Binds a Unix socket to a path, or to an abstract name that follows an `@`. A stale file, where nobody listens, is
-/// replaced; a live one is an error. `mode` holds from the first moment; without it the umask decides, as with std.
-/// Gives the file's identity too, so that whoever stops can tell whether the file is still its own.
+/// Binds a Unix socket to a path, or to the abstract name after an `@`. A stale file, on which no process listens, is
+/// replaced; a live one is an error. The file has `mode` from the start; without it the umask decides, as with std.
+/// Returns the file's identity as well, so that a stop can tell whether the file still belongs to this socket.
 pub(crate) fn bind_unix(path: &Path, kind: SocketType, mode: Option<Mode>) -> io::Result<(OwnedFd, Option<FileId>)> {
     let socket = open(AddressFamily::UNIX, kind)?;
     if let Some(mode) = mode {
-        // Before bind, which gives the socket's mode to the file it makes: there is no moment in which others may connect.
+        // Before bind, which creates the file with the socket's mode: other users can connect at no moment.
         fchmod(&socket, mode)?;
     }
     let address = unix_address(path)?;
@@ -153,7 +153,7 @@ pub(crate) fn bind_unix(path: &Path, kind: SocketType, mode: Option<Mode>) -> io
     Ok((socket, Some(file_id(path)?)))
 }
 
-/// Connects to a Unix stream socket; `None` if nobody listens there. The result is nonblocking.
+/// Connects to a Unix stream socket, nonblocking. `None` if no process listens there.
 pub(crate) fn connect_unix(path: &Path) -> io::Result<Option<OwnedFd>> {
     let socket = open(AddressFamily::UNIX, SocketType::STREAM)?;
     match net::connect(&socket, &unix_address(path)?) {
@@ -180,7 +180,7 @@ pub(crate) fn file_id(path: &Path) -> io::Result<FileId> {
     Ok((file.dev(), file.ino()))
 }
 
-/// Removes the socket file of a process that is gone. The result is a lock to be held until the path is bound again.
+/// Removes the socket file of a process that has ended. Hold the returned lock until the path is bound again.
 ///
 /// Two starting processes may find the same stale file, and the slower one must not remove what the faster one has
 /// bound meanwhile. So the right to remove it is an abstract socket named after the file's inode, and under that lock
@@ -196,8 +196,8 @@ fn remove_stale(path: &Path, kind: SocketType) -> io::Result<OwnedFd> {
     if (file.dev(), file.ino()) != found || !file.file_type().is_socket() {
         return Err(in_use());
     }
-    // With a socket of another type, because a connection to a control socket would stop the server that it belongs to,
-    // and a socket that is bound and does not listen yet would pass for stale. So the answer for a live one is EPROTOTYPE.
+    // With a socket of another type, for which a live socket answers EPROTOTYPE: a connection to a control socket could
+    // stop the server that it belongs to, and a socket that is bound and does not listen yet would seem stale.
     let other = if kind == SocketType::DGRAM { SocketType::STREAM } else { SocketType::DGRAM };
     let probe = open(AddressFamily::UNIX, other)?;
     match net::connect(&probe, &SocketAddrUnix::new(path)?) {
@@ -207,7 +207,7 @@ fn remove_stale(path: &Path, kind: SocketType) -> io::Result<OwnedFd> {
     Ok(lock)
 }
 
-/// At a final stop: removes the file at `path` if it is still the one with this identity.
+/// Removes the file at `path` if it still has this identity.
 pub(crate) fn unlink_if_ours(path: &Path, ours: FileId) -> io::Result<()> {
     match file_id(path) {
         Ok(id) if id == ours => fs::remove_file(path),

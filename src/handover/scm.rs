@@ -371,7 +371,7 @@ mod tests {
         left.set_nonblocking(true).unwrap();
         let mut receiver = Receiver::new(Limits { bytes: 10_000, descriptors: 1 });
         let error = loop {
-                // The peer never stops sending; the receiver stops at its limit.
+            // The peer never stops sending; the receiver stops at its limit.
             let _ = left.write(&[0xff; 3000]);
             match receiver.step(&right) {
                 Ok(complete) => assert!(!complete),

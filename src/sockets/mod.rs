@@ -27,16 +27,17 @@ use crate::takeover::TakeoverSocket;
 
 /// The sockets of this generation: makes them, or claims what the parent handed over.
 ///
-/// [`Starting`](crate::Starting) and [`Ecdysis`](crate::Ecdysis) deref to this. It is a handle: clones share one set.
+/// [`Starting`](crate::Starting) and [`Ecdysis`](crate::Ecdysis) deref to this. It is a handle: clones share one registry.
 ///
-/// Every listener is a plain std value, close-on-exec, and **nonblocking**: parent and child share it, so a child that
-/// changed that would change the parent's accept loop. Accept through [`Shutdown`](crate::Shutdown).
+/// Every listener is a plain std value, close-on-exec, and **nonblocking**: parent and child share the socket and its
+/// mode, so a child that changed it would change the parent's accept loop. Accept through
+/// [`Shutdown`](crate::Shutdown).
 ///
 /// # In the other generation
 ///
-/// What is asked for here is handed to the next generation, which gets it by asking in the same words. Order matters
-/// only among sockets with the same address. What the next generation does not ask for before its `ready` is closed
-/// there. A socket asked for while an upgrade runs misses that upgrade.
+/// Every socket that is asked for here is handed to the next generation, which gets it by the same call. Order matters
+/// only among sockets with the same address. A socket that the next generation has not asked for when it calls `ready`
+/// is closed there. A socket that is asked for while an upgrade is under way is not part of that upgrade.
 #[derive(Clone, Debug)]
 pub struct Sockets(Arc<Mutex<Registry>>);
 
@@ -52,7 +53,7 @@ impl Sockets {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A TCP listener on `addr`, with SO_REUSEADDR and the system's largest backlog.
+    /// Returns a TCP listener on `addr`, with SO_REUSEADDR and the system's largest backlog (listen(2)).
     ///
     /// ```
     /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -64,7 +65,7 @@ impl Sockets {
     ///
     /// # Errors
     ///
-    /// [`Error::Socket`], with what bind(2) or listen(2) said.
+    /// [`Error::Socket`], with the error of bind(2) or listen(2).
     pub fn listen_tcp(&self, addr: SocketAddr) -> Result<TcpListener, Error> {
         self.build_listen_tcp(addr, |socket, addr| {
             socket.set_reuse_address(true)?;
@@ -74,12 +75,12 @@ impl Sockets {
         })
     }
 
-    /// A TCP listener on `addr`, made by `build` unless the parent handed it over. `build` may ignore the socket it
-    /// gets and return a listener from elsewhere. [`Socket`] has an example.
+    /// Returns a TCP listener on `addr`, made by `build` unless the parent handed it over. `build` may ignore the socket
+    /// that it gets and return another listener. [`Socket`] has an example.
     ///
     /// # Errors
     ///
-    /// [`Error::Socket`], with what `build` returned.
+    /// [`Error::Socket`], with the error that `build` returned.
     pub fn build_listen_tcp<F>(&self, addr: SocketAddr, build: F) -> Result<TcpListener, Error>
     where
         F: FnOnce(Socket, SocketAddr) -> io::Result<TcpListener>,
@@ -91,7 +92,7 @@ impl Sockets {
         .map(TcpListener::from)
     }
 
-    /// A UDP socket on `addr`, made by `build` unless the parent handed it over.
+    /// Returns a UDP socket on `addr`, made by `build` unless the parent handed it over.
     ///
     /// During an upgrade both generations hold it. Receive through
     /// [`Shutdown::recv_from`](crate::Shutdown::recv_from), which leaves datagrams to the generation that serves.
@@ -110,7 +111,7 @@ impl Sockets {
     ///
     /// # Errors
     ///
-    /// [`Error::Socket`], with what `build` returned.
+    /// [`Error::Socket`], with the error that `build` returned.
     pub fn build_socket_udp<F>(&self, addr: SocketAddr, build: F) -> Result<UdpSocket, Error>
     where
         F: FnOnce(Socket, SocketAddr) -> io::Result<UdpSocket>,
@@ -122,10 +123,10 @@ impl Sockets {
         .map(UdpSocket::from)
     }
 
-    /// A Unix stream listener at `path`, or at an abstract name after an `@` (unix(7)).
+    /// Returns a Unix stream listener at `path`, or at the abstract name after an `@` (unix(7)).
     ///
-    /// A stale file, where nobody listens, is replaced; a live one is "address in use". After an upgrade the old
-    /// process leaves the file alone; a final stop removes it if it is still this socket's own.
+    /// A stale file, on which no process listens, is replaced; a live one is "address in use". After an upgrade the old
+    /// process keeps the file. A final stop removes it if it still belongs to this socket.
     ///
     /// ```
     /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -137,7 +138,7 @@ impl Sockets {
     ///
     /// # Errors
     ///
-    /// [`Error::Socket`], with what bind(2) or listen(2) said.
+    /// [`Error::Socket`], with the error of bind(2) or listen(2).
     pub fn listen_unix(&self, path: impl AsRef<Path>) -> Result<UnixListener, Error> {
         self.listen_unix_with_mode(path.as_ref(), None)
     }
@@ -151,7 +152,7 @@ impl Sockets {
         .map(UnixListener::from)
     }
 
-    /// A Unix seqpacket listener at `path`, under the rules of [`listen_unix`](Self::listen_unix).
+    /// Returns a Unix seqpacket listener at `path`, under the rules of [`listen_unix`](Self::listen_unix).
     ///
     /// ```
     /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -172,7 +173,7 @@ impl Sockets {
     ///
     /// # Errors
     ///
-    /// [`Error::Socket`], with what bind(2) or listen(2) said.
+    /// [`Error::Socket`], with the error of bind(2) or listen(2).
     pub fn listen_unix_seqpacket(&self, path: impl AsRef<Path>) -> Result<UnixSeqpacketListener, Error> {
         let path = path.as_ref();
         self.claim_or(Key::unix_seqpacket(path), |_| {
@@ -183,7 +184,7 @@ impl Sockets {
         .map(UnixSeqpacketListener::from)
     }
 
-    /// A Unix datagram socket at `path`, under the rules of [`listen_unix`](Self::listen_unix).
+    /// Returns a Unix datagram socket at `path`, under the rules of [`listen_unix`](Self::listen_unix).
     ///
     /// During an upgrade both generations hold it. Receive through
     /// [`Shutdown::recv_from`](crate::Shutdown::recv_from), which leaves datagrams to the generation that serves.
@@ -198,29 +199,29 @@ impl Sockets {
     ///
     /// # Errors
     ///
-    /// [`Error::Socket`], with what bind(2) said.
+    /// [`Error::Socket`], with the error of bind(2).
     pub fn listen_unix_datagram(&self, path: impl AsRef<Path>) -> Result<UnixDatagram, Error> {
         let path = path.as_ref();
         self.claim_or(Key::unix_datagram(path), |_| listen::bind_unix(path, SocketType::DGRAM, None))
             .map(UnixDatagram::from)
     }
 
-    /// A takeover socket at `path` for a program with a loop of its own, which calls
-    /// [`Ecdysis::hand_over`](crate::Ecdysis::hand_over) when it is readable. Others use
-    /// [`Builder::takeover_on_socket`](crate::Builder::takeover_on_socket). Its mode is 0600 from the first moment.
+    /// Returns a takeover socket at `path` for a program with a loop of its own, which calls
+    /// [`Ecdysis::hand_over`](crate::Ecdysis::hand_over) when it is readable. Other programs use
+    /// [`Builder::takeover_on_socket`](crate::Builder::takeover_on_socket). Its mode is 0600 from the start.
     ///
     /// # Errors
     ///
-    /// [`Error::Socket`], with what bind(2) or listen(2) said.
+    /// [`Error::Socket`], with the error of bind(2) or listen(2).
     pub fn listen_takeover(&self, path: impl AsRef<Path>) -> Result<TakeoverSocket, Error> {
         let path = path.as_ref();
         let listener = self.listen_unix_with_mode(path, Some(Mode::RUSR | Mode::WUSR))?;
         Ok(TakeoverSocket { path: path.to_owned(), listener })
     }
 
-    /// Hands a socket to the next generation that came from elsewhere, under a key of the program's choice. There
-    /// [`claim`](Self::claim) gives it back; so does `listen_tcp` and its like if the key is theirs. A listener, or a
-    /// bound datagram socket, becomes nonblocking by this, through every handle to it.
+    /// Hands a socket that the program made itself to the next generation, under a key of the program's choice. There
+    /// [`claim`](Self::claim) returns it; so do `listen_tcp` and the like if the key is theirs. A listener or a bound
+    /// datagram socket becomes nonblocking, through every handle to it.
     ///
     /// ```
     /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -241,13 +242,13 @@ impl Sockets {
     ///
     /// # Errors
     ///
-    /// [`Error::Socket`] if it is not of the key's kind, or no descriptor is left.
+    /// [`Error::Socket`] if the socket is not of the key's kind, or no descriptor is free.
     pub fn adopt(&self, key: Key, socket: impl Into<OwnedFd>) -> Result<(), Error> {
         self.hold(key, socket.into().as_fd())
     }
 
-    /// Takes what the parent handed over under this key. It stays in the registry for the next generation. `None` if
-    /// there is none (left); or if there is no free descriptor for it, in which case `ready` fails.
+    /// Returns what the parent handed over under this key, and keeps it in the registry for the next generation. `None`
+    /// if nothing (more) was handed over, or if no descriptor is free; in that case `ready` fails.
     pub fn claim(&self, key: &Key) -> Option<OwnedFd> {
         let mut registry = self.registry();
         registry.claim(key).unwrap_or_else(|e| {
@@ -258,15 +259,15 @@ impl Sockets {
         })
     }
 
-    /// Takes every socket with this key out of the registry, so that the next generation does not get it. The program
-    /// keeps its own handle, and closes it when it likes; a Unix socket's file it then removes itself. Returns how
-    /// many there were.
+    /// Removes every socket with this key from the registry, so that the next generation does not get it, and returns
+    /// how many there were. The program keeps its own handle until it closes it, and then removes the file of a Unix
+    /// socket itself.
     pub fn retire(&self, key: &Key) -> usize {
         self.registry().retire(key)
     }
 
-    /// Hands any descriptor to the next generation, by name: a lock file, a timer, a shared memory. The registry keeps
-    /// a duplicate; an earlier one of the same name is replaced.
+    /// Hands any descriptor to the next generation, by name: a lock file, a timer, shared memory. The registry keeps a
+    /// duplicate, which replaces an earlier one of the same name.
     ///
     /// ```
     /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -282,12 +283,12 @@ impl Sockets {
     ///
     /// # Errors
     ///
-    /// [`Error::Socket`] if no descriptor is left, or the name is longer than 255 bytes.
+    /// [`Error::Socket`] if no descriptor is free, or the name is longer than 255 bytes.
     pub fn pass_fd(&self, name: impl AsRef<OsStr>, fd: impl AsFd) -> Result<(), Error> {
         self.pass(Key::fd(name), fd.as_fd())
     }
 
-    /// Takes the descriptor that the parent passed by this name. It is the program's alone then: the next generation
+    /// Returns the descriptor that the parent passed by this name, and removes it from the registry: the next generation
     /// gets it only if it is passed again.
     pub fn take_fd(&self, name: impl AsRef<OsStr>) -> Option<OwnedFd> {
         self.take(&Key::fd(name))

@@ -1,4 +1,4 @@
-//! What a program hands on besides what it listens on: connections, bytes, and a pair that links two generations.
+//! What a program hands on besides its listeners: connections, bytes, and a pair that links two generations.
 
 use std::error::Error as StdError;
 use std::ffi::OsStr;
@@ -20,14 +20,14 @@ use crate::key::{Key, Kind};
 
 type Callback = dyn Fn() -> Result<Vec<u8>, Box<dyn StdError + Send + Sync>> + Send + Sync;
 
-/// The program's own code that makes state when an upgrade begins.
+/// A callback of the program that produces state when an upgrade begins.
 #[derive(Clone)]
 pub(crate) struct Producer(Arc<Callback>);
 
 impl Producer {
     pub(crate) fn produce(&self, key: &Key) -> Result<OwnedFd, Error> {
         let failed = |source| Error::State { name: String::from_utf8_lossy(key.name()).into_owned(), source };
-        // Unwinding on would end the service for a fault in what is only handed on.
+        // A panic that went on would end the service because of data that is only handed on.
         let produced = panic::catch_unwind(AssertUnwindSafe(|| (self.0)()));
         let bytes = produced.unwrap_or_else(|_| Err("the callback panicked".into())).map_err(failed)?;
         blob::seal(&bytes, blob::LIMIT).map_err(|e| failed(e.into()))
@@ -41,13 +41,12 @@ impl fmt::Debug for Producer {
 }
 
 impl Sockets {
-    /// Hands bytes to the next generation, where [`take_bytes`](Self::take_bytes) gives them back: a cache worth
-    /// keeping, counters, the list of what else was passed. `produce` is called once in every upgrade, before the child
-    /// is started, in the thread that upgrades; what changes after that call is not in them. An earlier callback of the
-    /// same name is replaced.
+    /// Hands bytes to the next generation, where [`take_bytes`](Self::take_bytes) returns them: a cache, counters, the
+    /// list of what else was passed. `produce` is called once in every upgrade, before the child is started, in the
+    /// thread that upgrades. Changes after that call are not included. An earlier callback of the same name is replaced.
     ///
-    /// They travel in memory, sealed, at most 64 MiB. If `produce` fails or panics, so does the upgrade, with [`Error::State`],
-    /// and this process serves on.
+    /// The bytes are handed over in a sealed memory file, at most 64 MiB. If `produce` fails or panics, the upgrade fails
+    /// with [`Error::State`], and this process keeps serving.
     ///
     /// ```
     /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -82,30 +81,31 @@ impl Sockets {
         passed.map_err(|source| Error::Socket { key, source })
     }
 
-    /// Takes the bytes that the parent passed by this name; `None` if there are none. They are this process's alone:
-    /// the next generation gets what is passed here. To be called before `ready`, which lets go of what nobody took.
+    /// Returns the bytes that the parent passed by this name; `None` if there are none. The next generation gets only
+    /// what is passed here. Call this before `ready`, which drops what was not taken.
     ///
     /// # Errors
     ///
-    /// [`Error::Socket`] if what came is not a sealed memory file of at most 64 MiB, or there is no memory for it.
+    /// [`Error::Socket`] if the parent did not pass a sealed memory file of at most 64 MiB, or there is no memory for it.
     pub fn take_bytes(&self, name: impl AsRef<OsStr>) -> Result<Option<Vec<u8>>, Error> {
         let key = Key::bytes(name);
         let bytes = self.take(&key).map(|fd| blob::open(fd, blob::LIMIT)).transpose();
         bytes.map_err(|source| Error::Socket { key, source })
     }
 
-    /// Hands a connection to the next generation, by name. The registry keeps a duplicate; an earlier one of the same
-    /// name is replaced.
+    /// Hands a connection to the next generation, by name. The registry keeps a duplicate, which replaces an earlier one
+    /// of the same name.
     ///
-    /// Three things are the program's to see to, since only it knows its protocol:
+    /// The program must see to three things, because only it knows its protocol:
     ///
-    /// - The duplicate keeps the connection open. When it ends, [`retire`](Self::retire) it by
-    ///   [`Key::stream`], or its peer never hears the end.
-    /// - From the commit on the connection is the child's. [`Event::Committed`](crate::Event::Committed) says when to
-    ///   stop reading and writing; an [`Event::UpgradeFailed`](crate::Event::UpgradeFailed) after it gives it back. The
-    ///   child for its part leaves it alone until `ready` has returned. What was read and not yet dealt with, and what
-    ///   waits in a buffer to be written, goes with [`pass_bytes`](Self::pass_bytes), or must not exist.
-    /// - Both processes hold one connection, with one blocking mode. Never call `shutdown` on one that was passed.
+    /// - The duplicate keeps the connection open. When the connection ends, [`retire`](Self::retire) it by
+    ///   [`Key::stream`]; otherwise its peer never sees the end.
+    /// - From the commit on the connection belongs to the child. [`Event::Committed`](crate::Event::Committed) says when
+    ///   to stop reading and writing; an [`Event::UpgradeFailed`](crate::Event::UpgradeFailed) after it returns the
+    ///   connection to this process. The child does not touch it until `ready` has returned. Data that was read and not
+    ///   yet handled, and data that waits in a buffer to be written, must be passed with
+    ///   [`pass_bytes`](Self::pass_bytes), or must not exist.
+    /// - Both processes hold one connection with one blocking mode. Never call `shutdown` on one that was passed.
     ///
     /// ```
     /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -127,8 +127,8 @@ impl Sockets {
         self.pass(Key::stream(name), stream.as_fd())
     }
 
-    /// Takes the connection that the parent passed by this name; `None` if there is none. The next generation gets it
-    /// only if it is passed again. To be called before `ready`, which closes what nobody took.
+    /// Returns the connection that the parent passed by this name; `None` if there is none. The next generation gets it
+    /// only if it is passed again. Call this before `ready`, which closes what was not taken.
     ///
     /// # Errors
     ///
@@ -147,10 +147,10 @@ impl Sockets {
         stream.transpose().map_err(|source| Error::Socket { key, source })
     }
 
-    /// A chain of Unix datagram pairs through the generations. The first of the two talks to the parent, if that made a
-    /// pair of the same name; the second to the future child, if that asks for the pair of this name.
+    /// Makes a link of a chain of Unix datagram pairs through the generations. The first socket returned is connected to
+    /// the parent, if the parent made a pair of this name; the second to the next child, if that asks for this name.
     ///
-    /// After a failed upgrade the next child gets the same end, with whatever waits in it. Called again with the same
+    /// After a failed upgrade the next child gets the same end, with the datagrams in it. Called again with the same
     /// name, it makes a new pair in the place of the former one.
     ///
     /// ```
@@ -167,8 +167,8 @@ impl Sockets {
     ///
     /// # Errors
     ///
-    /// The second is [`Error::Socket`] if there is no descriptor for a pair, or the name is longer than 255 bytes; the
-    /// first is well all the same.
+    /// The second is [`Error::Socket`] if no descriptor is free for a pair, or the name is longer than 255 bytes. The
+    /// first is valid all the same.
     pub fn unix_datagram_pair(&self, name: impl AsRef<OsStr>) -> (Option<UnixDatagram>, Result<UnixDatagram, Error>) {
         let key = Key::from_parts(Kind::DatagramPair, name.as_ref().as_encoded_bytes().to_vec());
         let to_parent = self.take(&key).and_then(|fd| match check_kind(Kind::DatagramPair, fd.as_fd()) {
@@ -187,7 +187,7 @@ impl Sockets {
     }
 }
 
-/// A connection that [`Sockets::pass_stream`] takes: [`TcpStream`] or [`UnixStream`].
+/// A connection that [`Sockets::pass_stream`] accepts: [`TcpStream`] or [`UnixStream`].
 pub trait Stream: AsFd + From<OwnedFd> + sealed::Sealed {
     /// Whether it is a Unix socket.
     #[doc(hidden)]

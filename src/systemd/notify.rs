@@ -1,4 +1,4 @@
-//! Telling the service manager what this process does: the protocol of sd_notify(3), one datagram a message.
+//! Notifications to the service manager: the protocol of sd_notify(3), one datagram per message.
 
 use std::env;
 use std::ffi::{OsStr, OsString};
@@ -18,10 +18,10 @@ use rustix::net::{
 use rustix::pipe::{pipe_with, PipeFlags};
 use rustix::time::{clock_gettime, ClockId};
 
-/// What a manager accepts in one datagram (PIPE_BUF); longer ones it throws away.
+/// The longest datagram that a manager accepts (PIPE_BUF). It discards longer ones.
 const MAX_MESSAGE: usize = 4096;
 
-/// A status is for one line of `systemctl status`.
+/// The longest status, which is one line of `systemctl status`.
 const MAX_STATUS: usize = 1000;
 
 /// How long a message may wait for room in the manager's queue, which is full only while the manager hangs.
@@ -30,12 +30,12 @@ const SEND_TIMEOUT: Duration = Duration::from_secs(2);
 /// A connection to the service manager that started this process: systemd, or anything else that sets
 /// `NOTIFY_SOCKET`.
 ///
-/// The library sends what an upgrade and a stop need by itself, see
-/// [`Builder::systemd_notify`](crate::Builder::systemd_notify). This type is for what only the program knows: a status
+/// The library itself sends what an upgrade and a stop need, see
+/// [`Builder::systemd_notify`](crate::Builder::systemd_notify). Use this type for what only the program knows: a status
 /// of its own, more time for a long start.
 ///
-/// With `NotifyAccess=main`, the default, the manager listens to the main process alone: in a new generation
-/// everything sent before the end of the upgrade is thrown away (and logged by the manager).
+/// With `NotifyAccess=main`, the default, the manager accepts messages of the main process only. It discards (and logs)
+/// what a new generation sends before the end of the upgrade.
 ///
 /// Nothing here reads or changes the environment after [`from_env`](Self::from_env), and every message waits two
 /// seconds at most.
@@ -53,12 +53,12 @@ pub struct Notifier {
 }
 
 impl Notifier {
-    /// The notifier for the address in the environment variable `NOTIFY_SOCKET`; `None` where there is none, as in a
-    /// process started by hand. Nothing is sent yet.
+    /// Returns the notifier for the address in the environment variable `NOTIFY_SOCKET`; `None` if it is not set, as in
+    /// a process started by hand. Sends nothing.
     ///
     /// # Errors
-    /// The address is none that we know: a path that starts with `/`, or an abstract name that starts with `@`.
-    /// (`vsock:`, by which a virtual machine tells its host, is not supported.)
+    /// The address is neither a path that starts with `/` nor an abstract name that starts with `@`. (`vsock:`, which
+    /// reaches the host of a virtual machine, is not supported.)
     pub fn from_env() -> Result<Option<Self>, NotifyError> {
         match env::var_os("NOTIFY_SOCKET") {
             Some(address) if !address.is_empty() => Self::at(address).map(Some),
@@ -66,10 +66,10 @@ impl Notifier {
         }
     }
 
-    /// The notifier for this address, written as in `NOTIFY_SOCKET`.
+    /// Returns the notifier for this address, written as in `NOTIFY_SOCKET`.
     ///
     /// # Errors
-    /// As for [`from_env`](Self::from_env), or there is no descriptor left for a socket.
+    /// As for [`from_env`](Self::from_env), or no descriptor is free for a socket.
     pub fn at(address: impl AsRef<OsStr>) -> Result<Self, NotifyError> {
         let text = address.as_ref();
         let unusable = |source| NotifyError::Address { address: text.to_owned(), source };
@@ -82,26 +82,26 @@ impl Notifier {
         };
         let socket = socket_with(AddressFamily::UNIX, SocketType::DGRAM, SocketFlags::CLOEXEC, None)
             .and_then(|socket| {
-                // Every wait has a deadline, also the one for a manager that has stopped reading.
+                // A manager that hangs must not block this process.
                 sockopt::set_socket_timeout(&socket, sockopt::Timeout::Send, Some(SEND_TIMEOUT))?;
                 Ok(socket)
             })
             .map_err(|e| NotifyError::Socket { source: e.into() })?;
-        // Not connected: the manager may make its socket anew under the same name.
+        // Not connected, because the manager may replace its socket under the same name.
         Ok(Self { socket, address })
     }
 
-    /// `READY=1`: this service serves (again), with a line for `systemctl status`. Ends a start and a reload.
+    /// Sends `READY=1`, which ends a start or a reload, with a line for `systemctl status`.
     ///
     /// # Errors
-    /// The message did not get through. The same goes for all methods below.
+    /// The message could not be sent. The same holds for all methods below.
     pub fn ready(&self, status: &str) -> Result<(), NotifyError> {
         self.send("READY", Message::new().with("READY", "1").status(status), &[])
     }
 
-    /// `RELOADING=1` with the time it began, which is how the manager tells this reload from an earlier one. To be
-    /// followed by [`ready`](Self::ready) or [`new_main`](Self::new_main), whatever the outcome: `systemctl reload`
-    /// waits for it. `at_most` is how long that may take, should the manager have less in mind (`TimeoutStartSec=`).
+    /// Sends `RELOADING=1` with the current time, by which the manager tells this reload from an earlier one. Call
+    /// [`ready`](Self::ready) or [`new_main`](Self::new_main) afterwards, whatever the outcome: `systemctl reload` waits
+    /// for it. `at_most` is how long the reload may take, if the manager's limit is lower (`TimeoutStartSec=`).
     pub fn reloading(&self, status: &str, at_most: Duration) -> Result<(), NotifyError> {
         let now = clock_gettime(ClockId::Monotonic);
         let microseconds = now.tv_sec as i128 * 1_000_000 + now.tv_nsec as i128 / 1000;
@@ -109,46 +109,46 @@ impl Notifier {
             .with("RELOADING", "1")
             .with("MONOTONIC_USEC", &microseconds.to_string())
             .with("EXTEND_TIMEOUT_USEC", &usec(at_most))
-            // The manager extends the watchdog's time along with the other; a sign of life takes that back.
+            // The manager extends the watchdog's time as well; WATCHDOG=1 resets that.
             .with("WATCHDOG", "1")
             .status(status);
         self.send("RELOADING", message, &[])
     }
 
-    /// `STOPPING=1`: this service ends.
+    /// Sends `STOPPING=1`: this service ends.
     pub fn stopping(&self, status: &str) -> Result<(), NotifyError> {
         self.send("STOPPING", Message::new().with("STOPPING", "1").status(status), &[])
     }
 
-    /// The line that `systemctl status` shows. Line ends become spaces, and what is longer than 1000 bytes is cut.
+    /// Sets the line that `systemctl status` shows. Line ends become spaces; text beyond 1000 bytes is cut.
     pub fn status(&self, status: &str) -> Result<(), NotifyError> {
         self.send("STATUS", Message::new().status(status), &[])
     }
 
-    /// Makes process `pid` the main process of the service, which is ready: `MAINPID`, `READY=1` and the first
-    /// `WATCHDOG=1` of the new process in one datagram. From then on the manager listens to that process, and no
-    /// longer to this one. It is done when a [`barrier`](Self::barrier) has passed.
+    /// Makes process `pid` the main process of the service, which is ready: sends `MAINPID`, `READY=1` and the first
+    /// `WATCHDOG=1` of the new process in one datagram. From then on the manager accepts messages of that process, and no
+    /// longer of this one. It has taken effect when a [`barrier`](Self::barrier) has passed.
     pub fn new_main(&self, pid: u32, status: &str) -> Result<(), NotifyError> {
         let message =
             Message::new().with("MAINPID", &pid.to_string()).with("READY", "1").with("WATCHDOG", "1").status(status);
         self.send("MAINPID", message, &[])
     }
 
-    /// Asks for this much time, counted from now, until the present start, reload or stop may time out. An earlier
-    /// deadline than the one in force changes nothing.
+    /// Asks the service manager to extend the timeout of the current start, reload or stop to `time` from now. An
+    /// earlier deadline than the current one has no effect.
     pub fn extend_timeout(&self, time: Duration) -> Result<(), NotifyError> {
         self.send("EXTEND_TIMEOUT_USEC", Message::new().with("EXTEND_TIMEOUT_USEC", &usec(time)), &[])
     }
 
-    /// `WATCHDOG=1`: this process is alive, see [`watchdog_interval`]. Where the library has been told to notify, its
-    /// `run` sends it.
+    /// Sends `WATCHDOG=1`: this process is alive, see [`watchdog_interval`]. With
+    /// [`Builder::systemd_notify`](crate::Builder::systemd_notify) the library's `run` sends it.
     pub fn alive(&self) -> Result<(), NotifyError> {
         self.send("WATCHDOG", Message::new().with("WATCHDOG", "1"), &[])
     }
 
-    /// Gives the manager a copy of this descriptor, to be passed to the next start of the service under this name.
-    /// The unit needs `FileDescriptorStoreMax=`; the manager says nothing when the store is full or absent. A
-    /// descriptor that it has already it does not store twice. It is kept until [`forget`](Self::forget) (`FDPOLL=0`).
+    /// Stores a copy of this descriptor with the manager, which passes it to the next start of the service under this
+    /// name. The unit needs `FileDescriptorStoreMax=`; the manager reports no error if the store is full or absent. It
+    /// stores the same descriptor only once, and keeps it until [`forget`](Self::forget) (`FDPOLL=0`).
     ///
     /// # Errors
     /// The name is empty, longer than 255 bytes, or holds `:` or anything but printable ASCII.
@@ -157,7 +157,7 @@ impl Notifier {
         self.send("FDSTORE", message, &[fd.as_fd()])
     }
 
-    /// Takes all descriptors of this name out of the manager's store.
+    /// Removes all descriptors of this name from the manager's store.
     ///
     /// # Errors
     /// As for [`store`](Self::store).
@@ -166,16 +166,16 @@ impl Notifier {
         self.send("FDSTOREREMOVE", message, &[])
     }
 
-    /// Waits until the manager has worked through everything that this process sent before.
+    /// Waits until the manager has handled everything that this process sent before.
     ///
     /// # Errors
-    /// Not within `deadline`, which a manager older than systemd 246 never does.
+    /// The manager did not answer within `deadline`. One older than systemd 246 never does.
     pub fn barrier(&self, deadline: Duration) -> Result<(), NotifyError> {
         let until = Instant::now() + deadline;
         let failed = |e: Errno| NotifyError::Send { what: "BARRIER", source: e.into() };
         let (reader, writer) = pipe_with(PipeFlags::CLOEXEC).map_err(failed)?;
         self.send("BARRIER", Message::new().with("BARRIER", "1"), &[writer.as_fd()])?;
-        // The manager's copy is then the only one, and its end is what we wait for.
+        // The manager's copy is now the only one, and the pipe ends when the manager closes it.
         drop(writer);
         let mut wanted = [PollFd::new(&reader, PollFlags::IN)];
         loop {
@@ -236,7 +236,7 @@ impl Message {
     fn with(mut self, name: &str, value: &str) -> Self {
         self.0.push_str(name);
         self.0.push('=');
-        // A line end in a value would make an assignment of its own out of what follows it.
+        // Text after a line end would be an assignment of its own.
         self.0.extend(value.chars().map(|c| if c == '\n' || c == '\0' { ' ' } else { c }));
         self.0.push('\n');
         self
@@ -251,26 +251,26 @@ impl Message {
     }
 }
 
-/// For the manager the largest number means for ever, and a day is that to an operator.
+/// systemd reads `u64::MAX` as "no timeout", so cap the value at one day.
 fn usec(time: Duration) -> String {
     time.min(Duration::from_secs(24 * 60 * 60)).as_micros().to_string()
 }
 
-/// A name that the manager takes for a descriptor.
+/// Checks a descriptor's name against the manager's rules.
 fn fd_name(name: &str) -> Result<&str, NotifyError> {
     let fits = (1..=255).contains(&name.len()) && name.bytes().all(|b| (b' '..127).contains(&b) && b != b':');
     fits.then_some(name).ok_or_else(|| NotifyError::FdName { name: name.to_owned() })
 }
 
-/// How long the manager waits for `WATCHDOG=1` before it takes this process for hung (`WatchdogSec=`); `None` where it
-/// does not watch. Send it twice as often.
+/// Returns how long the manager waits for `WATCHDOG=1` before it considers this process hung (`WatchdogSec=`); `None`
+/// if it does not watch. Send it twice as often.
 ///
-/// After an upgrade the time stays the one that the first generation was started with.
+/// After an upgrade the time is still the one that the first generation was started with.
 pub fn watchdog_interval() -> Option<Duration> {
     interval(env::var_os("WATCHDOG_USEC"), env::var_os("WATCHDOG_PID"), std::process::id())
 }
 
-/// WATCHDOG_PID says for whom the variables are; without it they are for whoever reads them.
+/// WATCHDOG_PID names the process that the variables are for; without it they are for any reader.
 fn interval(usec: Option<OsString>, pid: Option<OsString>, me: u32) -> Option<Duration> {
     if pid.is_some_and(|pid| pid.to_str().and_then(|pid| pid.parse().ok()) != Some(me)) {
         return None;
@@ -279,35 +279,35 @@ fn interval(usec: Option<OsString>, pid: Option<OsString>, me: u32) -> Option<Du
     (usec > 0 && usec < u64::MAX).then(|| Duration::from_micros(usec))
 }
 
-/// Why the service manager was not told.
+/// Why a message did not reach the service manager.
 #[derive(Debug)]
 #[non_exhaustive]
 pub enum NotifyError {
-    /// The value of `NOTIFY_SOCKET` is no address known here.
+    /// The value of `NOTIFY_SOCKET` is not a supported address.
     Address {
         /// The value.
         address: OsString,
         /// What is wrong with it.
         source: io::Error,
     },
-    /// There is no socket to send with.
+    /// No socket could be made.
     Socket {
-        /// What the system said.
+        /// The underlying OS error.
         source: io::Error,
     },
     /// The message could not be sent.
     Send {
-        /// Which.
+        /// The message.
         what: &'static str,
-        /// What the system said.
+        /// The underlying OS error.
         source: io::Error,
     },
-    /// The manager has not worked through the messages in time.
+    /// The manager did not handle the messages in time.
     Barrier {
-        /// How long was waited.
+        /// The time limit.
         after: Duration,
     },
-    /// A name that the manager does not take for a descriptor.
+    /// The manager does not accept this name for a descriptor.
     FdName {
         /// The name.
         name: String,
@@ -320,8 +320,8 @@ impl fmt::Display for NotifyError {
             Self::Address { address, .. } => write!(f, "cannot use NOTIFY_SOCKET={}", address.to_string_lossy()),
             Self::Socket { .. } => write!(f, "cannot make a socket for the service manager"),
             Self::Send { what, .. } => write!(f, "cannot send {what} to the service manager"),
-            Self::Barrier { after } => write!(f, "the service manager has not answered within {after:?}"),
-            Self::FdName { name } => write!(f, "the service manager takes no descriptor named {name:?}"),
+            Self::Barrier { after } => write!(f, "the service manager did not answer within {after:?}"),
+            Self::FdName { name } => write!(f, "the service manager accepts no descriptor named {name:?}"),
         }
     }
 }
@@ -344,7 +344,7 @@ mod tests {
     use std::os::unix::net::{SocketAddr, UnixDatagram};
     use std::thread;
 
-    /// A manager's end: an abstract socket of our own, and the notifier that sends to it.
+    /// The manager's end, an abstract socket, and the notifier that sends to it.
     fn pair(test: &str) -> (UnixDatagram, Notifier) {
         let name = format!("ecdysis-notify-{}-{test}", std::process::id());
         let manager = UnixDatagram::bind_addr(&SocketAddr::from_abstract_name(&name).unwrap()).unwrap();

@@ -1,4 +1,4 @@
-//! What the service manager passes at the start: the protocol of sd_listen_fds(3).
+//! Sockets that the service manager passes at the start: the protocol of sd_listen_fds(3).
 
 use std::env;
 use std::ffi::{OsStr, OsString};
@@ -24,11 +24,11 @@ use crate::{Error, Key, Sockets, UnixSeqpacketListener};
 /// Sockets that units of the service manager passed; feature `systemd_sockets`, and
 /// [`Builder::systemd_sockets`](crate::Builder::systemd_sockets).
 ///
-/// `listen_tcp` and its like take such a socket by themselves if its address is written as they are asked for it. The
-/// methods here ask by the name too (`FileDescriptorName=`, by default the unit's own name), and never make a socket.
+/// `listen_tcp` and the like claim such a socket if its address is the one they are asked for. The methods here ask by
+/// the name as well (`FileDescriptorName=`, by default the unit's own name), and never make a socket.
 impl Sockets {
-    /// The TCP listener on `addr` that a unit passed by this name. Several sockets may have one name, and the same
-    /// name another meaning after an upgrade: what counts is that the unit's socket is on this address.
+    /// Returns the TCP listener on `addr` that a unit passed by this name. Several sockets may have one name, and a name
+    /// may change its meaning between versions, so the address counts as well.
     ///
     /// ```no_run
     /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -45,8 +45,8 @@ impl Sockets {
         self.systemd(name, Key::tcp(addr)).map(TcpListener::from)
     }
 
-    /// The Unix stream listener at `path`, or at an abstract name after an `@`, that a unit passed by this name. Its
-    /// file is the unit's, and is never removed here.
+    /// Returns the Unix stream listener at `path`, or at an abstract name after an `@`, that a unit passed by this name.
+    /// Its file belongs to the unit, and is never removed here.
     ///
     /// # Errors
     ///
@@ -55,7 +55,7 @@ impl Sockets {
         self.systemd(name, Key::unix(path)).map(UnixListener::from)
     }
 
-    /// The Unix seqpacket listener at `path` that a unit passed by this name.
+    /// Returns the Unix seqpacket listener at `path` that a unit passed by this name.
     ///
     /// # Errors
     ///
@@ -68,7 +68,7 @@ impl Sockets {
         self.systemd(name, Key::unix_seqpacket(path)).map(UnixSeqpacketListener::from)
     }
 
-    /// The Unix datagram socket at `path` that a unit passed by this name.
+    /// Returns the Unix datagram socket at `path` that a unit passed by this name.
     ///
     /// # Errors
     ///
@@ -77,7 +77,7 @@ impl Sockets {
         self.systemd(name, Key::unix_datagram(path)).map(UnixDatagram::from)
     }
 
-    /// The UDP socket on `addr` that a unit passed by this name.
+    /// Returns the UDP socket on `addr` that a unit passed by this name.
     ///
     /// # Errors
     ///
@@ -86,9 +86,9 @@ impl Sockets {
         self.systemd(name, Key::udp(addr)).map(UdpSocket::from)
     }
 
-    /// All descriptors that units passed by this name and nobody has claimed yet, each with what it is: for programs
-    /// that leave the addresses, and how many there are, to the unit. Sockets are nonblocking. What has
-    /// no address has the key [`Key::fd`] of the name.
+    /// Returns all descriptors that units passed by this name and that are not claimed yet, each with its key: for
+    /// programs that leave the number of listeners and their addresses to the unit. Sockets are nonblocking. The key of a
+    /// descriptor without an address is [`Key::fd`] of the name.
     ///
     /// ```no_run
     /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -103,7 +103,7 @@ impl Sockets {
     ///
     /// # Errors
     ///
-    /// [`Error::Socket`] if no descriptor is left.
+    /// [`Error::Socket`] if no descriptor is free.
     pub fn systemd_group(&self, name: &str) -> Result<Vec<(Key, OwnedFd)>, Error> {
         let failed = |source| Error::Socket { key: Key::fd(name), source };
         let mut group = Vec::new();
@@ -132,11 +132,11 @@ impl Sockets {
 pub(crate) struct Inherited {
     /// For the registry: first what a former run stored, then what units passed.
     pub(crate) sockets: Vec<Entry>,
-    /// Stored and of no use any more.
+    /// Stored, and of no use any more.
     pub(crate) stale: Vec<(Key, Option<FileId>)>,
 }
 
-/// Owns what the manager passed, and tells by its name or its address what it is.
+/// Owns what the manager passed, and finds its key by its name or its address.
 pub(crate) fn inherit() -> Result<Inherited, Error> {
     let failed = |unusable: Unusable| Error::ServiceManager { what: unusable.what, source: unusable.source };
     let (mut inherited, mut from_units) = (Inherited::default(), Vec::new());
@@ -144,7 +144,7 @@ pub(crate) fn inherit() -> Result<Inherited, Error> {
         let failed = |source: io::Error| Error::ServiceManager { what: format!("descriptor {name:?}"), source };
         #[cfg(feature = "systemd_notify")]
         if let Some((key, file)) = stored::parse(&name) {
-            // A file that was replaced meanwhile leads to another socket.
+            // If the file was replaced meanwhile, the path leads to another socket.
             let at = PathBuf::from(OsStr::from_bytes(key.name()));
             if file.is_none() || crate::listen::file_id(&at).ok() == file {
                 inherited.sockets.push(Entry { file, ..Entry::new(key, fd).map_err(failed)? });
@@ -156,7 +156,7 @@ pub(crate) fn inherit() -> Result<Inherited, Error> {
         }
         let key = match key_of(fd.as_fd()).map_err(failed)? {
             Some(key) => {
-                // The manager may have made it otherwise, and whoever accepts through us relies on it.
+                // Accept loops rely on it, and the manager may have chosen otherwise.
                 ioctl_fionbio(&fd, true).map_err(|e| failed(e.into()))?;
                 key
             }
@@ -169,7 +169,7 @@ pub(crate) fn inherit() -> Result<Inherited, Error> {
     Ok(inherited)
 }
 
-/// The key under which a program would ask for this socket; `None` for what is no socket that can be asked for so.
+/// The key under which a program would ask for this socket; `None` for anything else.
 fn key_of(fd: BorrowedFd<'_>) -> io::Result<Option<Key>> {
     let kind = match sockopt::socket_type(fd) {
         Ok(kind) => kind,
@@ -199,7 +199,7 @@ fn key_of(fd: BorrowedFd<'_>) -> io::Result<Option<Key>> {
     })
 }
 
-/// As `listen_unix` is asked for it.
+/// The path in the form that `listen_unix` accepts.
 fn unix_path(address: &SocketAddrUnix) -> Option<PathBuf> {
     if let Some(path) = address.path_bytes() {
         return Some(PathBuf::from(OsStr::from_bytes(path)));
@@ -216,18 +216,18 @@ struct Passed {
     fd: OwnedFd,
 }
 
-/// As many as a process may have open unless the system's limit (fs.nr_open) was raised.
+/// The most that a process may have open, unless the system's limit (fs.nr_open) was raised.
 const MAX_PASSED: usize = 1 << 20;
 
-/// Why what was passed cannot be used.
+/// Why the descriptors that were passed cannot be used.
 #[derive(Debug)]
 struct Unusable {
     what: String,
     source: io::Error,
 }
 
-/// Owns what the manager passed to this process, in the manager's order: socket units first, then its store. Empty for
-/// a process that no manager started, and for a child of one that it did start. The environment stays as it is.
+/// Owns what the manager passed to this process, in the manager's order: socket units first, then its store. Empty for a
+/// process that no manager started, and for a child of one that it started. The environment does not change.
 fn take() -> Result<Vec<Passed>, Unusable> {
     let Some(names) = announced(|name| env::var_os(name), std::process::id(), own_pidfd_id)? else {
         return Ok(Vec::new());
@@ -237,7 +237,7 @@ fn take() -> Result<Vec<Passed>, Unusable> {
     Ok(names.into_iter().zip(fds).map(|(name, fd)| Passed { name, fd }).collect())
 }
 
-/// The names of the descriptors passed to process `me`; `None` when the variables are absent, or for somebody else.
+/// The names of the descriptors passed to process `me`; `None` if the variables are absent, or for another process.
 fn announced(
     variable: impl Fn(&str) -> Option<OsString>,
     me: u32,
@@ -255,8 +255,8 @@ fn announced(
     if number::<u32>("LISTEN_PID", &pid)? != me {
         return Ok(None);
     }
-    // Since systemd 259: tells this process from a later one with the same number. Where the kernel has no such id
-    // (before Linux 6.9) there is nothing to compare, and the PID has to do, as in systemd's own library.
+    // Since systemd 259: tells this process from a later one with the same number. Kernels before Linux 6.9 have no such
+    // id, and then the PID must suffice, as in systemd's own library.
     if let Some(id) = variable("LISTEN_PIDFDID") {
         let id: u64 = number("LISTEN_PIDFDID", &id)?;
         if own_pidfd_id().is_some_and(|own| own != id) {
@@ -286,12 +286,12 @@ fn announced(
     }
 }
 
-/// The id that the kernel gave this process for good: the inode of its pidfd, where those have inodes of their own.
+/// The id that the kernel gives only to this process: the inode of its pidfd, where pidfds have inodes of their own.
 fn own_pidfd_id() -> Option<u64> {
     const PIDFS_MAGIC: u64 = 0x5049_4446;
     let pidfd = pidfd_open(getpid(), PidfdFlags::empty()).ok()?;
     let own_file_system = fstatfs(&pidfd).ok()?.f_type as u64 == PIDFS_MAGIC;
-    // An inode number of 32 bits holds only a part of it.
+    // An inode number of 32 bits holds only a part of the id.
     (own_file_system && cfg!(target_pointer_width = "64")).then(|| fstat(&pidfd).ok().map(|stat| stat.st_ino))?
 }
 
@@ -322,7 +322,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_for_somebody_else_is_left_alone() {
+    fn variables_for_another_process_are_ignored() {
         assert_eq!(names(&[]), Ok(None));
         assert_eq!(names(&[("LISTEN_FDS", "2")]), Ok(None));
         assert_eq!(names(&[("LISTEN_PID", "8"), ("LISTEN_FDS", "2")]), Ok(None));
@@ -340,7 +340,7 @@ mod tests {
     }
 
     #[test]
-    fn nonsense_is_named() {
+    fn a_malformed_variable_is_named() {
         for (variable, value) in
             [("LISTEN_PID", "seven"), ("LISTEN_FDS", "-1"), ("LISTEN_FDS", "many"), ("LISTEN_FDS", "99999999")]
         {
@@ -407,7 +407,7 @@ mod tests {
     }
 
     #[test]
-    fn sockets_are_known_by_what_they_are() {
+    fn the_key_of_a_socket_is_found() {
         let tcp = TcpListener::bind("127.0.0.1:0").unwrap();
         let udp = UdpSocket::bind("[::1]:0").unwrap();
         let path = env::temp_dir().join(format!("ecdysis-key-of-{}", std::process::id()));
@@ -432,7 +432,7 @@ mod tests {
     }
 
     #[test]
-    fn this_process_has_one_id_for_good() {
+    fn the_id_of_this_process_does_not_change() {
         assert_eq!(own_pidfd_id(), own_pidfd_id());
     }
 }

@@ -1,5 +1,5 @@
-//! The names under which the service manager's store keeps our sockets: the key, and the file of a Unix socket, so that
-//! the next start finds by asking what this one made by asking.
+//! The names under which the service manager's store keeps our sockets. They hold the key and the file of a Unix socket,
+//! so that the next start finds each socket by the call that made it.
 
 use crate::handover::escape::{escape, unescape};
 use crate::key::{Key, Kind};
@@ -7,14 +7,14 @@ use crate::listen::FileId;
 
 const PREFIX: &str = "ecdysis";
 
-/// `ecdysis tcp 0.0.0.0%3A80`; `None` for what has no address, or too long a one for a name.
+/// `ecdysis tcp 0.0.0.0%3A80`; `None` for a descriptor without an address, or with one that is too long for a name.
 pub(crate) fn name(key: &Key, file: Option<FileId>) -> Option<String> {
     if !key.kind().has_address() {
         return None;
     }
     let mut name = format!("{PREFIX} {} ", key.kind().word());
     escape(key.name(), &mut name);
-    // The manager separates names by colons.
+    // The manager separates names with colons.
     let mut name = name.replace(':', "%3A");
     if let Some((device, inode)) = file {
         name.push_str(&format!(" {device} {inode}"));
@@ -22,7 +22,7 @@ pub(crate) fn name(key: &Key, file: Option<FileId>) -> Option<String> {
     (name.len() <= 255).then_some(name)
 }
 
-/// The key and the file, if it is such a name.
+/// The key and the file; `None` for a name that is not of this form.
 pub(crate) fn parse(name: &str) -> Option<(Key, Option<FileId>)> {
     let mut words = name.split(' ');
     if words.next()? != PREFIX {
@@ -53,7 +53,7 @@ mod tests {
             assert_eq!(parse(expected), Some((key, file)));
         }
         assert_eq!(name(&Key::fd("lock"), None), None);
-        assert_eq!(name(&Key::unix("\n".repeat(100)), None), None, "longer than the manager takes");
+        assert_eq!(name(&Key::unix("\n".repeat(100)), None), None, "longer than the manager accepts");
         for other in [
             "",
             "http",
