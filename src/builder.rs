@@ -21,6 +21,7 @@ use crate::program::{Program, ProgramOverrides};
 use crate::service::{Core, Driver, Started};
 use crate::shutdown::Shutdown;
 use crate::sockets::Sockets;
+use crate::sys::attributes::Attributes;
 use crate::sys::peer::PeerCred;
 use crate::sys::signal::{self, Handlers};
 use crate::sys::spawn::Spawn;
@@ -349,7 +350,7 @@ impl Builder {
         let started = Started::claim().ok_or(Error::AlreadyStarted)?;
         let prepare = |what| move |source| Error::Prepare { what, source };
         // First of all, because these are as the parent made them only now.
-        let mask = signal::mask().map_err(prepare("signal mask"))?;
+        let attributes = Attributes::of_this_thread().map_err(prepare("signal mask"))?;
         let program = Program::resolve(&self.changes);
         let inherited = upgrade::inherit(&self.config)?;
         let (generation, sockets, ancestors) = match inherited {
@@ -378,7 +379,7 @@ impl Builder {
         Ok(Starting(Arc::new(Core {
             config: self.config.clone(),
             program,
-            mask,
+            attributes,
             generation,
             began: Instant::now(),
             sockets,

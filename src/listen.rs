@@ -10,7 +10,9 @@ use std::path::Path;
 
 use rustix::fs::{fchmod, Mode};
 use rustix::io::Errno;
-use rustix::net::{self, sockopt, AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
+use rustix::net::{self, sockopt, AddressFamily, SocketAddrUnix, SocketType};
+
+use crate::sys;
 
 /// A socket before bind, for [`Sockets::build_listen_tcp`](crate::Sockets::build_listen_tcp) and
 /// [`Sockets::build_socket_udp`](crate::Sockets::build_socket_udp): set options, [`bind`](Self::bind),
@@ -76,12 +78,9 @@ impl Socket {
         Ok(sockopt::set_socket_recv_buffer_size(&self.0, bytes)?)
     }
 
-    /// IP_FREEBIND: bind to an address that no interface has yet.
+    /// IP_FREEBIND: bind to an address that no interface has yet. An error on other systems than Linux.
     pub fn set_freebind(&self, on: bool) -> io::Result<()> {
-        match sockopt::socket_domain(&self.0)? {
-            AddressFamily::INET6 => Ok(sockopt::set_ipv6_freebind(&self.0, on)?),
-            _ => Ok(sockopt::set_ip_freebind(&self.0, on)?),
-        }
+        Ok(sys::net::set_freebind(&self.0, on)?)
     }
 
     /// Binds to an address (bind(2)).
@@ -120,7 +119,7 @@ impl From<Socket> for UdpSocket {
 }
 
 fn open(family: AddressFamily, kind: SocketType) -> io::Result<OwnedFd> {
-    Ok(net::socket_with(family, kind, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK, None)?)
+    Ok(sys::net::socket(family, kind, sys::Mode::Nonblocking)?)
 }
 
 /// listen(2) reduces it to the system's limit (somaxconn).
@@ -166,7 +165,7 @@ pub(crate) fn connect_unix(path: &Path) -> io::Result<Option<OwnedFd>> {
 /// The kernel's form of a path, or of an abstract name that follows an `@`.
 pub(crate) fn unix_address(path: &Path) -> rustix::io::Result<SocketAddrUnix> {
     match path.as_os_str().as_bytes().strip_prefix(b"@") {
-        Some(name) => SocketAddrUnix::new_abstract_name(name),
+        Some(name) => sys::net::abstract_address(name),
         None => SocketAddrUnix::new(path),
     }
 }

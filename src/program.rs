@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{access, Access};
 
 use crate::handover::variable::VARIABLE;
+use crate::sys::program;
 use crate::sys::spawn::IfMissing;
 
 /// By these a service manager speaks to the process that it has started itself, and to no other. NOTIFY_SOCKET and
@@ -120,7 +121,7 @@ fn start_directory() -> Option<PathBuf> {
 
 /// The path under which this program would be found again.
 fn resolve_argv0(argv0: &OsStr, start: Option<&Path>, search: Option<&OsStr>) -> PathBuf {
-    let running = Path::new("/proc/self/exe");
+    let running = program::running();
     let absolute = |path: &Path| start.map_or_else(|| path.to_owned(), |start| start.join(path));
     let named = Path::new(argv0);
     if named.components().count() > 1 || named.is_absolute() {
@@ -133,12 +134,12 @@ fn resolve_argv0(argv0: &OsStr, start: Option<&Path>, search: Option<&OsStr>) ->
         let found = env::split_paths(search.unwrap_or_default())
             .map(|dir| absolute(&dir.join(named)))
             .find(|path| runnable(path));
-        if let Some(path) = found.filter(|path| same_file(path, running)) {
+        if let Some(path) = found.filter(|path| same_file(path, &running)) {
             return path;
         }
     }
     // argv[0] is free for anyone to choose; then the kernel's word counts, without what it adds for a removed file.
-    let link = fs::read_link(running).unwrap_or_else(|_| absolute(named));
+    let link = program::path().unwrap_or_else(|| absolute(named));
     let mut bytes = link.into_os_string().into_vec();
     if bytes.ends_with(b" (deleted)") {
         bytes.truncate(bytes.len() - b" (deleted)".len());

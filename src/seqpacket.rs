@@ -5,12 +5,10 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::path::Path;
 
 use rustix::io::retry_on_intr;
-use rustix::net::{
-    accept_with, connect, recv, send, socket_with, socketpair, AddressFamily, RecvFlags, SendFlags, SocketFlags,
-    SocketType,
-};
+use rustix::net::{connect, send, AddressFamily, SocketType};
 
 use crate::listen::unix_address;
+use crate::sys::{net, Mode};
 
 /// A Unix socket that listens for seqpacket connections.
 ///
@@ -28,7 +26,7 @@ impl UnixSeqpacketListener {
     /// `WouldBlock` if the queue is empty, and those of
     /// [accept(2)](https://man7.org/linux/man-pages/man2/accept.2.html).
     pub fn accept(&self) -> io::Result<UnixSeqpacketConn> {
-        Ok(UnixSeqpacketConn(retry_on_intr(|| accept_with(&self.0, SocketFlags::CLOEXEC))?))
+        Ok(UnixSeqpacketConn(retry_on_intr(|| net::accept(&self.0, Mode::Blocking))?))
     }
 }
 
@@ -53,7 +51,7 @@ impl UnixSeqpacketConn {
     /// # Ok::<(), std::io::Error>(())
     /// ```
     pub fn connect(path: impl AsRef<Path>) -> io::Result<Self> {
-        let fd = socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?;
+        let fd = net::socket(AddressFamily::UNIX, SocketType::SEQPACKET, Mode::Blocking)?;
         retry_on_intr(|| connect(&fd, &unix_address(path.as_ref())?))?;
         Ok(UnixSeqpacketConn(fd))
     }
@@ -64,7 +62,7 @@ impl UnixSeqpacketConn {
     ///
     /// Those of [socketpair(2)](https://man7.org/linux/man-pages/man2/socketpair.2.html).
     pub fn pair() -> io::Result<(Self, Self)> {
-        let (left, right) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?;
+        let (left, right) = net::socketpair(SocketType::SEQPACKET, Mode::Blocking)?;
         Ok((UnixSeqpacketConn(left), UnixSeqpacketConn(right)))
     }
 
@@ -83,7 +81,7 @@ impl UnixSeqpacketConn {
             ));
         }
         // A record is sent whole or not at all, so the length needs no check.
-        retry_on_intr(|| send(&self.0, record, SendFlags::NOSIGNAL))?;
+        retry_on_intr(|| send(&self.0, record, net::NOSIGNAL))?;
         Ok(())
     }
 
@@ -95,7 +93,7 @@ impl UnixSeqpacketConn {
     /// Otherwise those of [recv(2)](https://man7.org/linux/man-pages/man2/recv.2.html).
     pub fn recv(&self, buffer: &mut [u8]) -> io::Result<usize> {
         let size = buffer.len();
-        let (_, length) = retry_on_intr(|| recv(&self.0, &mut buffer[..], RecvFlags::TRUNC))?;
+        let length = retry_on_intr(|| net::receive_record(&self.0, &mut buffer[..]))?;
         if length > size {
             let reason = format!("a record of {length} bytes for a buffer of {size}");
             return Err(io::Error::new(io::ErrorKind::InvalidData, reason));
@@ -145,8 +143,7 @@ mod tests {
     use rustix::net::{bind, listen};
 
     fn listener(name: &str) -> UnixSeqpacketListener {
-        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-        let fd = socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None).unwrap();
+        let fd = net::socket(AddressFamily::UNIX, SocketType::SEQPACKET, Mode::Nonblocking).unwrap();
         bind(&fd, &unix_address(Path::new(name)).unwrap()).unwrap();
         listen(&fd, 10).unwrap();
         fd.into()

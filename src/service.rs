@@ -22,8 +22,8 @@ use crate::pid_file;
 use crate::program::Program;
 use crate::shutdown::{Shutdown, State};
 use crate::sockets::Sockets;
+use crate::sys::attributes::Attributes;
 use crate::sys::poll::Deadline;
-use crate::sys::signal::Mask;
 use crate::trigger::{self, Action, Calls, Reply, Request, Triggers};
 use crate::upgrade;
 
@@ -31,8 +31,8 @@ use crate::upgrade;
 pub(crate) struct Core {
     pub(crate) config: Config,
     pub(crate) program: Program,
-    /// The signal mask this process started with, and every child will.
-    pub(crate) mask: Mask,
+    /// What this process started with, and every child will.
+    pub(crate) attributes: Attributes,
     pub(crate) generation: u64,
     pub(crate) began: Instant,
     pub(crate) sockets: Sockets,

@@ -17,6 +17,7 @@ use crate::error::Error;
 use crate::handover::greeting::{FirstLine, Greeting, GREETING_TIME};
 use crate::handover::link::nonblocking;
 use crate::listen;
+use crate::sys::net::NOSIGNAL;
 use crate::sys::peer::{peer, PeerCred};
 use crate::sys::poll::Deadline;
 
@@ -78,7 +79,7 @@ pub(crate) fn trusted(socket: impl AsFd, path: &Path, trust: impl Fn(&PeerCred) 
 /// Answers a process that will not get the handover.
 pub(crate) fn answer(socket: impl AsFd, words: &str) {
     let text = format!("{}\nend\n", words.trim_end());
-    let _ = rustix::net::send(socket, text.as_bytes(), SendFlags::NOSIGNAL | SendFlags::DONTWAIT);
+    let _ = rustix::net::send(socket, text.as_bytes(), NOSIGNAL | SendFlags::DONTWAIT);
 }
 
 /// A process that has asked to take over.
@@ -129,7 +130,7 @@ pub(crate) fn connect(path: &Path, trust: &Trust) -> Result<Option<OwnedFd>, Err
         return Err(Error::Untrusted { path: path.to_owned(), uid: peer.uid });
     }
     let line = Greeting::default().line();
-    match retry_on_intr(|| rustix::net::send(&socket, line.as_bytes(), SendFlags::NOSIGNAL)) {
+    match retry_on_intr(|| rustix::net::send(&socket, line.as_bytes(), NOSIGNAL)) {
         // It has ended since; the wait for its answer tells.
         Ok(_) | Err(Errno::PIPE | Errno::CONNRESET) => Ok(Some(socket)),
         Err(e) => Err(failed(e.into())),

@@ -15,6 +15,7 @@ use crate::exit::{ExitReason, Upgraded};
 use crate::handover::greeting::{FirstLine, GREETING_TIME};
 use crate::key::Key;
 use crate::service::Core;
+use crate::sys::net::NOSIGNAL;
 use crate::sys::peer::PeerCred;
 use crate::sys::poll::{poll, Deadline};
 use crate::sys::signal::{self, Handlers};
@@ -128,7 +129,7 @@ fn in_words(outcome: &Result<Upgraded, Error>) -> String {
 /// One line, if the peer takes it: nobody waits for a peer.
 fn tell(stream: &UnixStream, line: &str) {
     let _ =
-        rustix::net::send(stream, line.as_bytes(), rustix::net::SendFlags::NOSIGNAL | rustix::net::SendFlags::DONTWAIT);
+        rustix::net::send(stream, line.as_bytes(), NOSIGNAL | rustix::net::SendFlags::DONTWAIT);
 }
 
 /// Requests from this process's own threads, and a place to leave them.
@@ -314,7 +315,7 @@ impl Triggers {
             let ready: Vec<bool> = polled.iter().map(|fd| !fd.revents().is_empty()).collect();
             drop(polled);
             if ready[0] {
-                let _ = rustix::io::read(wake, &mut [0; 8]);
+                signal::clear_wake();
                 self.take_signals();
                 self.requests.extend(self.calls.take());
             }

@@ -14,8 +14,7 @@ use std::time::{Duration, Instant};
 
 use rustix::event::PollFlags;
 use rustix::fs::FileType;
-use rustix::io::Errno;
-use rustix::process::{kill_process, pidfd_send_signal, waitid, waitpid, Signal, WaitId, WaitIdOptions, WaitOptions};
+use rustix::process::Signal;
 
 use crate::builder::Config;
 use crate::error::Error;
@@ -32,16 +31,14 @@ use crate::service::Core;
 use crate::shutdown::{End, EndSignal, State};
 use crate::sys::adopt::Adopter;
 use crate::sys::peer::peer_pidfd;
-use crate::sys::poll::{wait_hangup, wait_readable, Deadline};
-use crate::sys::spawn::{exit_status, spawn, Parentage, Plan, Spawned};
+use crate::sys::poll::{wait_readable, Deadline};
+use crate::sys::child::{Parentage, Spawned, LOOK};
+use crate::sys::spawn::{explain, spawn, Plan};
 use crate::takeover::{self, TakeoverRequest};
 use crate::trigger::{Sockets, Triggers};
 
 /// How long a child that has closed its status pipe may take to end by itself.
 const ENDING: Duration = Duration::from_millis(200);
-
-/// How long a killed child may take to end.
-const KILLING: Duration = Duration::from_secs(5);
 
 /// How long the manifest may take, which the parent has written before the child began.
 const MANIFEST: Duration = Duration::from_secs(10);
@@ -95,7 +92,7 @@ fn start(core: &Core, handover: Handover) -> Result<Child<'_>, Error> {
         directory: program.directory_c().map_err(prepare("directory"))?,
         keep: child_end.keep(),
         status: child_end.status,
-        mask: core.mask,
+        attributes: core.attributes.clone(),
         // systemd waits at a stop for its own children only; the others it kills at once (`unit_kill_context`).
         parent: if core.is_main() { Parentage::OurParent } else { Parentage::Us },
     };
@@ -131,7 +128,7 @@ fn wait_ready(child: &mut Child<'_>, core: &Core, triggers: &mut Triggers, since
             Some(FromChild::Ready) if child.link.is_sent() => return Ok(()),
             Some(FromChild::Refused(reason)) => return Err(Error::Refused { pid, reason }),
             Some(FromChild::Failed { step, errno }) => {
-                let (program, source) = (core.program.path.clone(), io::Error::from_raw_os_error(errno));
+                let (program, source) = (core.program.path.clone(), explain(io::Error::from_raw_os_error(errno)));
                 return Err(Error::Exec { program, pid, step, source });
             }
             Some(other) => return Err(Error::Garbage { pid, received: other.line() }),
@@ -147,7 +144,7 @@ fn wait_ready(child: &mut Child<'_>, core: &Core, triggers: &mut Triggers, since
         let (mut fds, again) = child.link.poll_for();
         // Its death is seen by the link's end as a rule; but a process of its own may hold that open.
         fds.extend(child.process.pidfd());
-        triggers.wait(core, &fds, deadline.min(again), Sockets::Answer)?;
+        triggers.wait(core, &fds, deadline.min(again).min(child.process.look_again()), Sockets::Answer)?;
         timed_out = deadline.has_passed();
         waited = true;
         child.link.send_some().map_err(|source| Error::Send { pid, source })?;
@@ -219,7 +216,7 @@ fn commit(mut child: Child<'_>, core: &Core, triggers: &mut Triggers, since: Ins
         }
         let (mut fds, _) = child.link.poll_for();
         fds.extend(child.process.pidfd());
-        if let Err(e) = triggers.wait(core, &fds, until, Sockets::Leave) {
+        if let Err(e) = triggers.wait(core, &fds, until.min(child.process.look_again()), Sockets::Leave) {
             // The child serves; a failing poll of ours is no reason to end it.
             log::warn!("{}", crate::error::chain(&e));
             break;
@@ -344,17 +341,18 @@ impl Process<'_> {
 
     /// Whether the child ends within that time.
     fn ends_within(&self, time: Duration) -> bool {
-        if let Some(pidfd) = self.end_fd() {
-            return wait_readable(pidfd, Deadline::after(time));
-        }
-        let Who::Child(child) = &self.who else { return false };
-        // Without a pidfd there is no event for it, and this is asked with a time only when its pipe has ended.
         let deadline = Deadline::after(time);
-        loop {
-            if deadline.has_passed() || is_unreaped(child) != Ok(false) {
-                return !deadline.has_passed();
-            }
-            thread::sleep(Duration::from_millis(2));
+        match &self.who {
+            Who::Child(child) => child.ends_before(deadline),
+            Who::Stranger { pidfd, .. } => pidfd.as_ref().is_some_and(|pidfd| wait_readable(pidfd, deadline)),
+        }
+    }
+
+    /// When to look again whether a child has ended whose end is no event, because there is no pidfd.
+    fn look_again(&self) -> Deadline {
+        match &self.who {
+            Who::Child(Spawned { pidfd: None, .. }) => Deadline::after(LOOK),
+            _ => Deadline::NEVER,
         }
     }
 
@@ -365,7 +363,7 @@ impl Process<'_> {
             return None;
         }
         let status = match &self.who {
-            Who::Child(spawned) => kill_and_reap(spawned),
+            Who::Child(spawned) => spawned.kill_and_reap(),
             Who::Stranger { socket, .. } => {
                 // Without this word it would take our closing for our death, and serve.
                 let _ = send(socket, FromParent::Stop.line());
@@ -381,50 +379,6 @@ impl Process<'_> {
 impl Drop for Process<'_> {
     fn drop(&mut self) {
         self.end();
-    }
-}
-
-/// Whether the child has ended and waits to be reaped; ECHILD if it is not ours to reap (any more).
-fn is_unreaped(child: &Spawned) -> rustix::io::Result<bool> {
-    let options = WaitIdOptions::EXITED | WaitIdOptions::NOHANG | WaitIdOptions::NOWAIT;
-    waitid(WaitId::Pid(child.pid), options).map(|status| status.is_some())
-}
-
-fn kill_and_reap(child: &Spawned) -> Option<ExitStatus> {
-    let pid = child.pid;
-    match &child.pidfd {
-        Some(pidfd) => {
-            // A filter may know only the older call. Nobody has reaped the child while its pidfd is silent.
-            if pidfd_send_signal(pidfd, Signal::KILL).is_err() && !wait_readable(pidfd, Deadline::after(Duration::ZERO))
-            {
-                let _ = kill_process(pid, Signal::KILL);
-            }
-            // SIGKILL ends a stopped process too, but not one that hangs in the kernel.
-            if !wait_readable(pidfd, Deadline::after(KILLING)) {
-                log::error!("child {pid} survives SIGKILL: it hangs in the kernel");
-                return None;
-            }
-        }
-        None => {
-            // If somebody else has reaped it, its number may be another process's by now.
-            if is_unreaped(child) == Err(Errno::CHILD) {
-                return None;
-            }
-            let _ = kill_process(pid, Signal::KILL);
-        }
-    }
-    if let (Some(pidfd), Parentage::OurParent) = (&child.pidfd, child.parent) {
-        // Our parent reaps it, and only then does the kernel say how it ended.
-        let _ = wait_hangup(pidfd, Deadline::after(ENDING));
-        return exit_status(pidfd);
-    }
-    loop {
-        match waitpid(Some(pid), WaitOptions::empty()) {
-            Err(Errno::INTR) => {}
-            Ok(Some((_, status))) => return Some(ExitStatus::from_raw(status.as_raw())),
-            // SIGCHLD is ignored, or somebody waits for any child.
-            _ => return None,
-        }
     }
 }
 

@@ -7,11 +7,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use rustix::fs::fstat;
 
 use super::entry::Entry;
 use super::lines::{send, FromChild, FromParent, Lines, Read};
 use crate::key::Key;
+use crate::sys::adopt::identity;
 use crate::sys::poll::{wait_hangup, wait_readable, Deadline};
 
 /// The generations before this one that lived when it began.
@@ -77,7 +77,7 @@ impl ParentLink {
         lines: Lines,
         is_takeover: bool,
     ) -> io::Result<Self> {
-        let writer = DrainLink { generation, inode: fstat(&writer)?.st_ino, fd: writer };
+        let writer = DrainLink { generation, inode: identity(&writer)?, fd: writer };
         let received = Mutex::new(Received { lines, ..Received::default() });
         Ok(Self { reader, writer, received, ended: AtomicBool::new(false), is_takeover })
     }

@@ -4,11 +4,12 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::sync::Arc;
 
-use rustix::fs::fstat;
 use rustix::io::fcntl_dupfd_cloexec;
 
 use crate::key::Key;
 use crate::listen::FileId;
+use crate::sys::adopt::identity;
+use crate::sys::stdio::above_stdio;
 
 /// A descriptor and what it is. In a manifest, `F` is its number.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -27,7 +28,8 @@ pub(crate) struct Entry<F = Arc<OwnedFd>> {
 
 impl Entry {
     pub(crate) fn new(key: Key, fd: OwnedFd) -> io::Result<Self> {
-        let inode = fstat(&fd)?.st_ino;
+        let fd = above_stdio(fd)?;
+        let inode = identity(&fd)?;
         Ok(Self { key, fd: Arc::new(fd), inode, file: None, unit: None })
     }
 
@@ -62,7 +64,7 @@ pub(crate) struct FdRef {
 
 impl FdRef {
     pub(crate) fn to(fd: &OwnedFd) -> io::Result<Self> {
-        Ok(Self { fd: fd.as_raw_fd(), inode: fstat(fd)?.st_ino })
+        Ok(Self { fd: fd.as_raw_fd(), inode: identity(fd)? })
     }
 }
 

@@ -13,8 +13,7 @@ use std::time::Duration;
 use rustix::event::PollFlags;
 use rustix::fs::{fcntl_getfl, fcntl_setfl, OFlags};
 use rustix::io::Errno;
-use rustix::net::{shutdown, socketpair, AddressFamily, Shutdown, SocketFlags, SocketType};
-use rustix::pipe::{fcntl_setpipe_size, pipe_with, PipeFlags};
+use rustix::net::{shutdown, Shutdown, SocketType};
 
 use super::entry::{Entry, FdRef};
 use super::lines::{send, FromParent, Lines, Read};
@@ -22,8 +21,10 @@ use super::manifest;
 use super::scm::{Sender, Sent};
 use super::variable::Carrier;
 use crate::error::Error;
+use crate::sys::net;
 use crate::sys::poll::Deadline;
 use crate::sys::signal::without_sigpipe;
+use crate::sys::Mode;
 
 /// How a child gets its handover. A process that takes over always gets it over its socket.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -92,14 +93,14 @@ impl ChildLink {
     /// usually proceed on its own if this process dies.
     pub(crate) fn pipes(handover: Handover) -> Result<(Self, ChildEnd), Error> {
         // Nonblocking at both ends: each process waits only in a poll with a deadline, never in a read or write.
-        let pipe = || pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK).map_err(io::Error::from);
-        let (manifest_read, manifest_write) = pipe().map_err(prepare("manifest pipe"))?;
-        let (status_read, status_write) = pipe().map_err(prepare("status pipe"))?;
+        let pipe = |what| net::pipe().map_err(io::Error::from).map_err(prepare(what));
+        let (manifest_read, manifest_write) = pipe("manifest pipe")?;
+        let (status_read, status_write) = pipe("status pipe")?;
         let Handover { generation, entries } = handover;
         let text = manifest::encode(generation, entries.iter().map(|entry| (entry.number(), entry))).into_bytes();
         // A larger pipe only saves the child a wait. Without it the rest is sent while this process waits for `ready`.
         if text.len() > 64 * 1024 {
-            let _ = fcntl_setpipe_size(&manifest_write, text.len());
+            net::grow_pipe(&manifest_write, text.len());
         }
         let manifest = FdRef::to(&manifest_read).map_err(prepare("manifest pipe"))?;
         let status = FdRef::to(&status_write).map_err(prepare("status pipe"))?;
@@ -112,8 +113,7 @@ impl ChildLink {
 
     /// The link to a child that receives.
     pub(crate) fn socketpair(handover: Handover) -> Result<(Self, ChildEnd), Error> {
-        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-        let (ours, child_end) = socketpair(AddressFamily::UNIX, SocketType::STREAM, flags, None)
+        let (ours, child_end) = net::socketpair(SocketType::STREAM, Mode::Nonblocking)
             .map_err(|e| prepare("handover socket")(e.into()))?;
         let socket = FdRef::to(&child_end).map_err(prepare("handover socket"))?;
         let mut link = Self::socket(ours.into(), handover)?;

@@ -6,7 +6,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use rustix::buffer::spare_capacity;
-use rustix::fs::fstat;
 use rustix::io::Errno;
 
 use super::ancestors::{Ancestors, DrainLink, ParentLink};
@@ -15,7 +14,7 @@ use super::lines::Lines;
 use super::manifest::{Manifest, MAX_ENTRIES, MAX_SIZE};
 use super::scm::{Limits, Receiver};
 use crate::error::Error;
-use crate::sys::adopt::Adopter;
+use crate::sys::adopt::{identity, Adopter};
 use crate::sys::poll::{wait_readable, Deadline};
 
 /// What came from the parent, before anything in it was used.
@@ -83,7 +82,7 @@ impl Descriptors {
                 let owned = received.get_mut(index).and_then(Option::take);
                 let owned =
                     owned.ok_or_else(|| io::Error::new(io::ErrorKind::NotFound, "the descriptor is missing"))?;
-                if fstat(&owned)?.st_ino != fd.inode {
+                if identity(&owned)? != fd.inode {
                     return Err(io::Error::new(io::ErrorKind::InvalidData, "the descriptor is another file"));
                 }
                 Ok(owned)

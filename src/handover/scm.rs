@@ -19,6 +19,8 @@ use rustix::net::{
     SendAncillaryMessage, SendFlags,
 };
 
+use crate::sys::net::{received, CMSG_CLOEXEC, NOSIGNAL};
+
 /// The kernel's limit (SCM_MAX_FD) on descriptors in one message.
 const DESCRIPTORS_PER_MESSAGE: usize = 253;
 
@@ -82,7 +84,7 @@ impl<F: AsFd> Sender<F> {
             if !batch.is_empty() {
                 control.push(SendAncillaryMessage::ScmRights(&batch));
             }
-            match sendmsg(&socket, &[IoSlice::new(piece)], &mut control, SendFlags::NOSIGNAL | SendFlags::DONTWAIT) {
+            match sendmsg(&socket, &[IoSlice::new(piece)], &mut control, NOSIGNAL | SendFlags::DONTWAIT) {
                 // The kernel sends the descriptors with the first byte, so one byte sent means that all of them are.
                 Ok(count) => {
                     self.text_sent += count;
@@ -132,7 +134,7 @@ impl Receiver {
         while self.length.is_none() {
             let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(DESCRIPTORS_PER_MESSAGE))];
             let mut control = RecvAncillaryBuffer::new(&mut space);
-            let flags = RecvFlags::CMSG_CLOEXEC | RecvFlags::DONTWAIT;
+            let flags = CMSG_CLOEXEC | RecvFlags::DONTWAIT;
             let message = match recvmsg(&socket, &mut [IoSliceMut::new(&mut bytes)], &mut control, flags) {
                 Ok(message) => message,
                 Err(Errno::INTR) => continue,
@@ -141,7 +143,9 @@ impl Receiver {
             };
             for part in control.drain() {
                 if let RecvAncillaryMessage::ScmRights(descriptors) = part {
-                    self.descriptors.extend(descriptors);
+                    for fd in descriptors {
+                        self.descriptors.push(received(fd)?);
+                    }
                 }
             }
             // The kernel drops descriptors for which this process has no free number. This flag is the only sign.

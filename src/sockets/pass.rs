@@ -10,13 +10,14 @@ use std::os::unix::net::{UnixDatagram, UnixStream};
 use std::panic::{self, AssertUnwindSafe};
 use std::sync::Arc;
 
-use rustix::net::{sockopt, AddressFamily};
+use rustix::net::AddressFamily;
 
 use super::registry::check_kind;
 use super::Sockets;
 use crate::error::Error;
 use crate::handover::blob;
 use crate::key::{Key, Kind};
+use crate::sys;
 
 type Callback = dyn Fn() -> Result<Vec<u8>, Box<dyn StdError + Send + Sync>> + Send + Sync;
 
@@ -137,7 +138,7 @@ impl Sockets {
         let key = Key::stream(name);
         let stream = self.take(&key).map(|fd| {
             check_kind(Kind::Stream, fd.as_fd())?;
-            let is_unix = sockopt::socket_domain(&fd)? == AddressFamily::UNIX;
+            let is_unix = sys::net::family(&fd)? == AddressFamily::UNIX;
             if is_unix != S::UNIX {
                 let reason = if is_unix { "a Unix connection, not TCP" } else { "a TCP connection, not Unix" };
                 return Err(io::Error::new(io::ErrorKind::InvalidInput, reason));

@@ -19,6 +19,7 @@ use crate::handover::entry::{duplicate, Entry};
 use crate::key::{Key, Kind};
 use crate::listen::{self, FileId};
 use crate::manager::Manager;
+use crate::sys;
 
 /// All descriptors of a generation that take part in a handover.
 #[derive(Debug, Default)]
@@ -268,8 +269,8 @@ pub(super) fn check_kind(kind: Kind, fd: BorrowedFd<'_>) -> io::Result<()> {
         Kind::Bytes | Kind::Fd | Kind::Drain => return Ok(()),
     };
     if sockopt::socket_type(fd)? == socket_type
-        && families.contains(&sockopt::socket_domain(fd)?)
-        && sockopt::socket_acceptconn(fd)? == listening
+        && families.contains(&sys::net::family(fd)?)
+        && sys::net::is_listening(fd)? == listening
     {
         return Ok(());
     }

@@ -1,11 +1,19 @@
 //! Turning a descriptor number from the parent into an owned descriptor, after a proof that it is the one meant.
 
 use std::io;
-use std::os::fd::{BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use rustix::fs::{fstat, FileType};
 use rustix::io::{fcntl_setfd, FdFlags};
+
+use super::system::identity;
+use super::system::program::is_secure;
+
+/// The number that, next to its own, proves that a descriptor is the one meant: its inode, or 0 where it has none.
+pub(crate) fn identity(fd: impl AsFd) -> io::Result<u64> {
+    Ok(identity::of(&fstat(fd)?))
+}
 
 /// The right to adopt descriptors by number. There is one in a process, because a number may be adopted once.
 pub(crate) struct Adopter {
@@ -18,14 +26,12 @@ impl Adopter {
     /// then must not choose its descriptors.
     pub(crate) fn take() -> Option<Self> {
         static TAKEN: AtomicBool = AtomicBool::new(false);
-        // SAFETY: getauxval(3) reads a table that the kernel made.
-        let secure = unsafe { libc::getauxval(libc::AT_SECURE) } != 0;
-        let free = !secure && !TAKEN.swap(true, Ordering::AcqRel);
+        let free = !is_secure() && !TAKEN.swap(true, Ordering::AcqRel);
         free.then(|| Self { adopted: Vec::new() })
     }
 
-    /// Owns descriptor `fd` if it is open, of that type and inode, and not adopted before; marks it close-on-exec.
-    pub(crate) fn adopt(&mut self, fd: RawFd, file_type: Option<FileType>, inode: u64) -> io::Result<OwnedFd> {
+    /// Owns descriptor `fd` if it is open, of that type and [`identity`], and not adopted before; marks it close-on-exec.
+    pub(crate) fn adopt(&mut self, fd: RawFd, file_type: Option<FileType>, wanted: u64) -> io::Result<OwnedFd> {
         let index = usize::try_from(fd).unwrap_or_default();
         if fd <= libc::STDERR_FILENO || self.adopted.get(index) == Some(&true) {
             return Err(io::ErrorKind::InvalidInput.into());
@@ -34,7 +40,7 @@ impl Adopter {
         let borrowed = unsafe { BorrowedFd::borrow_raw(fd) };
         let stat = fstat(borrowed)?;
         let actual = FileType::from_raw_mode(stat.st_mode);
-        if stat.st_ino != inode || file_type.is_some_and(|wanted| wanted != actual) {
+        if identity::of(&stat) != wanted || file_type.is_some_and(|wanted| wanted != actual) {
             return Err(io::Error::new(io::ErrorKind::NotFound, "the descriptor is another file"));
         }
         fcntl_setfd(borrowed, FdFlags::CLOEXEC)?;

@@ -2,32 +2,32 @@
 //!
 //! The clone way shares the parent's memory until execve, so it costs the same at any heap size. Unlike vfork(2) it
 //! does not suspend the parent: a child that is stopped, or whose execve hangs on a dead file system, must not take
-//! the parent's deadline and triggers with it. The fork way is fork(3), for profiles that look at clone's flags.
+//! the parent's deadline and triggers with it. The fork way is fork(3), for profiles that look at clone's flags and for
+//! systems that have no such clone.
 //!
 //! In the child, before execve: no allocation, no lock, no panic, no Drop, no errno.
 
-use std::ffi::{c_char, c_int, c_void, CString};
+use std::ffi::{c_char, c_int, c_void, CStr, CString};
 use std::io;
 use std::mem::ManuallyDrop;
-use std::os::fd::{FromRawFd, OwnedFd, RawFd};
-use std::os::unix::process::ExitStatusExt;
-use std::process::ExitStatus;
+use std::os::fd::RawFd;
 use std::ptr;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 
-use rustix::ioctl::{self, Opcode};
-use rustix::process::{getpid, pidfd_open, PidfdFlags};
+use rustix::process::Pid;
 
-use super::raw::{self, call};
-use super::signal::{self, Mask};
-use super::sweep::{set_flags, sweep};
+use super::attributes::{Attributes, Scheduling};
+use super::child::{Parentage, Spawned};
+use super::signal::{self, Blocked, Mask};
+use super::system::clone::{self, Cloned, Stack};
+use super::system::{calls, mask, sweep};
 
 /// How the new process is made.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Spawn {
-    /// `clone(CLONE_VM)`, and `fork` where the kernel or a filter refuses that with an error. Takes the same time at
-    /// any heap size.
+    /// On Linux (x86-64, aarch64, riscv64) `clone(CLONE_VM)`, which takes the same time at any heap size; `fork` on other
+    /// systems and processors, and where the kernel or a filter refuses that with an error, which is logged once.
     #[default]
     Auto,
     /// `fork` alone: for seccomp profiles that end a process which calls clone with flags they do not know. Copies
@@ -35,189 +35,149 @@ pub enum Spawn {
     Fork,
 }
 
-/// The child needs a few KiB, more in a debug build.
-const STACK: usize = 64 * 1024;
+/// How often, and how many milliseconds apart, a program file that is open for writing is tried again.
+const BUSY_TRIES: u32 = 100;
+const BUSY_PAUSE: std::ffi::c_long = 10;
 
 /// Everything the child needs, made before it exists.
 pub(crate) struct Plan {
     pub(crate) program: CString,
     pub(crate) argv: Vec<CString>,
     pub(crate) envp: Vec<CString>,
-    /// Where the child starts, and whether it may start where the parent stands now when that directory is gone.
+    /// Where the child starts, and whether it may start where the parent stands if that cannot be entered.
     pub(crate) directory: Option<(CString, IfMissing)>,
     /// What survives the execve, besides stdin, stdout and stderr.
     pub(crate) keep: Vec<RawFd>,
     /// Where the child reports a failure before the new program runs. One of `keep`.
     pub(crate) status: RawFd,
-    /// The signal mask of the new program.
-    pub(crate) mask: Mask,
+    /// What the new program starts with.
+    pub(crate) attributes: Attributes,
     /// Whose child it is to be.
     pub(crate) parent: Parentage,
 }
 
-/// Whose child a new process is to be.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Parentage {
-    /// Ours.
-    Us,
-    /// Our own parent's, where the kernel allows it; that reaps it then. For a service manager which at a stop waits for
-    /// its own children only.
-    OurParent,
-}
-
-/// Whether a missing directory is an error or means "stay where we are".
+/// Whether a directory that is gone, or may not be entered, is an error or means "stay where we are". To stay needs no
+/// right; to enter by name needs the right to search every part of the path.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum IfMissing {
     Fail,
     Stay,
 }
 
-/// A child process.
-pub(crate) struct Spawned {
-    pub(crate) pid: rustix::process::Pid,
-    /// Readable once the child has ended. `None` where the kernel did not give one.
-    pub(crate) pidfd: Option<OwnedFd>,
-    pub(crate) parent: Parentage,
-    /// What the child still reads until its execve.
-    _shared: SharedMemory,
-}
-
 /// Makes a child that executes the plan. Returns without waiting for its execve; what fails before that comes as a
 /// `failed` line over the plan's status descriptor.
 pub(crate) fn spawn(plan: Plan, how: Spawn) -> io::Result<Spawned> {
+    static LOGGED: AtomicBool = AtomicBool::new(false);
     let shared = SharedMemory::new(plan);
-    // The child must not run a handler of the parent's; it lifts the mask when it has reset them.
-    let mask = signal::block_all()?;
-    let spawned = match how {
-        Spawn::Auto if raw::LEAVES_ERRNO_ALONE => match clone(&shared.0) {
-            Err(e) if matches!(e.raw_os_error(), Some(libc::EPERM | libc::ENOSYS | libc::EINVAL)) => fork(&shared.0),
+    let cloned = match how {
+        Spawn::Auto if clone::WORKS => match clone(&shared.0) {
+            Err(e) if matches!(e.raw_os_error(), Some(libc::EPERM | libc::ENOSYS | libc::EINVAL)) => {
+                // Before there is a child, since a logger may panic.
+                if !LOGGED.swap(true, Ordering::Relaxed) {
+                    log::warn!("clone with CLONE_VM refused, using fork error={e:?}");
+                }
+                fork(&shared.0)
+            }
             other => other,
         },
         _ => fork(&shared.0),
     };
-    // A filter may refuse it; then there is a child all the same, and the caller must have it.
-    if let Err(e) = signal::set_mask(mask) {
-        log::error!("cannot unblock signals after a spawn: {e}");
-    }
-    let (pid, pidfd, parent) = spawned?;
-    let pid = rustix::process::Pid::from_raw(pid).ok_or(io::ErrorKind::Other)?;
-    Ok(Spawned { pid, pidfd, parent, _shared: shared })
+    let Cloned { pid, pidfd, is_sibling } = cloned.map_err(explain)?;
+    let pid = Pid::from_raw(pid).ok_or(io::ErrorKind::Other)?;
+    let parent = if is_sibling { Parentage::OurParent } else { Parentage::Us };
+    Ok(Spawned { pid, pidfd, parent, _memory: shared })
 }
 
-/// The sibling way first, where it is wanted. The first process of a PID namespace cannot have siblings (EINVAL). Without
-/// a pidfd we could neither see nor surely end what is not our child.
-fn clone(memory: &Memory) -> io::Result<Made> {
-    let pidfds = || pidfd_open(getpid(), PidfdFlags::empty()).is_ok();
-    if memory.plan.parent == Parentage::OurParent && pidfds() {
-        if let Ok((pid, Some(pidfd))) = clone_with(memory, libc::CLONE_PARENT) {
-            return Ok((pid, Some(pidfd), Parentage::OurParent));
-        }
-    }
-    clone_with(memory, 0).map(|(pid, pidfd)| (pid, pidfd, Parentage::Us))
-}
-
-type Made = (c_int, Option<OwnedFd>, Parentage);
-
-fn clone_with(memory: &Memory, flags: c_int) -> io::Result<(c_int, Option<OwnedFd>)> {
-    let mut pidfd: RawFd = -1;
-    memory.in_use.store(1, Ordering::Relaxed);
-    let flags = flags | libc::CLONE_VM | libc::CLONE_CHILD_CLEARTID | libc::CLONE_PIDFD | libc::SIGCHLD;
-    // SAFETY: the stack's top is aligned and belongs to this child alone; `child` touches no thread-local storage and
-    // never returns; `memory` outlives the child's use of it, see `SharedMemory::drop` (clone(2)).
-    let pid = unsafe {
-        let top = memory.stack.as_ptr().add(STACK);
-        let top = (top as usize & !15) as *mut c_void;
-        libc::clone(
-            child,
-            top,
-            flags,
-            ptr::from_ref(memory).cast_mut().cast(),
-            &raw mut pidfd,
-            ptr::null_mut::<c_void>(),
-            memory.in_use.as_ptr(),
-        )
+/// Adds to an error of [`spawn`] or of a `failed` line what to look at.
+pub(crate) fn explain(error: io::Error) -> io::Error {
+    let hint = match error.raw_os_error() {
+        Some(libc::EAGAIN) => "a limit on processes is reached: RLIMIT_NPROC of the user, or pids.max of the cgroup",
+        Some(libc::ENOMEM) => "the kernel has no memory for another process: overcommit, or memory.max of the cgroup",
+        Some(libc::ETXTBSY) => "the program's file has been open for writing for a second",
+        Some(libc::E2BIG) => "arguments and environment are larger than a quarter of RLIMIT_STACK, or one is over 128 KiB",
+        _ => return error,
     };
-    if pid < 0 {
-        let error = io::Error::last_os_error();
-        memory.in_use.store(0, Ordering::Relaxed);
-        return Err(error);
-    }
-    // SAFETY: the kernel made this descriptor for this call (CLONE_PIDFD); kernels that do not know the flag leave -1.
-    Ok((pid, (pidfd >= 0).then(|| unsafe { OwnedFd::from_raw_fd(pidfd) })))
+    io::Error::new(error.kind(), format!("{error}: {hint}"))
 }
 
-fn fork(memory: &Memory) -> io::Result<Made> {
+fn clone(memory: &Memory) -> io::Result<Cloned> {
+    let sibling = memory.plan.parent == Parentage::OurParent;
+    // The child must not run a handler of the parent's; it lifts the mask when it has reset them.
+    let _blocked = Blocked::new(Mask::all())?;
+    // SAFETY: `child` does what is asked of it, and `memory` outlives the child's use of it, see `SharedMemory::drop`.
+    unsafe { memory.stack.clone(sibling, child, ptr::from_ref(memory).cast_mut().cast()) }
+}
+
+fn fork(memory: &Memory) -> io::Result<Cloned> {
+    let _blocked = Blocked::new(Mask::all())?;
     // SAFETY: the child runs async-signal-safe code only and never returns (fork(2)).
     match unsafe { libc::fork() } {
         -1 => Err(io::Error::last_os_error()),
         0 => run(memory),
-        pid => Ok((pid, None, Parentage::Us)),
+        pid => Ok(Cloned { pid, pidfd: Pid::from_raw(pid).and_then(clone::pidfd), is_sibling: false }),
     }
-}
-
-/// How a process ended that somebody else has reaped. `None` before Linux 6.15, and while it is not reaped.
-pub(crate) fn exit_status(pidfd: &OwnedFd) -> Option<ExitStatus> {
-    /// `struct pidfd_info` in its first version.
-    #[repr(C)]
-    struct Info {
-        mask: u64,
-        cgroup: u64,
-        ids: [u32; 11],
-        exit_code: i32,
-    }
-    const EXIT: u64 = 1 << 3;
-    const GET_INFO: Opcode = ioctl::opcode::read_write::<Info>(0xff, 11);
-    let mut info = Info { mask: EXIT, cgroup: 0, ids: [0; 11], exit_code: 0 };
-    // SAFETY: PIDFD_GET_INFO takes a structure of the size that its number says, and writes no more than that.
-    unsafe { ioctl::ioctl(pidfd, ioctl::Updater::<GET_INFO, Info>::new(&mut info)) }.ok()?;
-    (info.mask & EXIT != 0).then(|| ExitStatus::from_raw(info.exit_code))
 }
 
 extern "C" fn child(memory: *mut c_void) -> c_int {
     // SAFETY: `memory` is what `clone` above passes, alive until our execve or exit.
-    run(unsafe { &*memory.cast::<Memory>() })
+    let memory = unsafe { &*memory.cast::<Memory>() };
+    memory.stack.release_at_exec();
+    run(memory)
 }
 
 /// The child, from fork to execve.
 fn run(memory: &Memory) -> ! {
-    let plan = &memory.plan;
-    let (step, errno) = match execute(memory) {
-        Ok(()) => ("execve", 0),
-        Err(failure) => failure,
-    };
+    let (step, errno) = execute(memory);
     let mut report = [0_u8; 32];
     let length = failed_line(&mut report, step, errno);
-    // SAFETY: `report` holds `length` bytes; exit_group does not return.
-    unsafe {
-        let _ = call(libc::SYS_write, [plan.status as usize, report.as_ptr() as usize, length, 0]);
-        loop {
-            let _ = call(libc::SYS_exit_group, [127, 0, 0, 0]);
-        }
-    }
+    // SAFETY: `report` holds `length` bytes.
+    let _ = unsafe { calls::write(memory.plan.status, report.as_ptr(), length) };
+    calls::exit(127)
 }
 
 /// Returns only if a step failed, with the step's name and the errno.
-fn execute(memory: &Memory) -> Result<(), (&'static str, i32)> {
+fn execute(memory: &Memory) -> (&'static str, i32) {
+    match prepare(memory) {
+        Ok(()) => ("execve", execve(memory)),
+        Err(failure) => failure,
+    }
+}
+
+fn prepare(memory: &Memory) -> Result<(), (&'static str, i32)> {
     let plan = &memory.plan;
     // SAFETY: this process's signal dispositions and descriptor table are its own, because neither CLONE_SIGHAND nor
-    // CLONE_FILES was asked for; every pointer leads into `memory`.
+    // CLONE_FILES was asked for.
     unsafe {
-        signal::reset_all();
-        sweep().map_err(|e| ("sweep", e))?;
-        if let Some((directory, if_missing)) = &plan.directory {
-            match call(libc::SYS_chdir, [directory.as_ptr() as usize, 0, 0, 0]) {
-                Err(libc::ENOENT) if *if_missing == IfMissing::Stay => {}
-                Err(e) => return Err(("chdir", e)),
-                Ok(_) => {}
-            }
+        mask::reset_all();
+        sweep::sweep().map_err(|e| ("sweep", e))?;
+    }
+    if let Some((directory, if_missing)) = &plan.directory {
+        match calls::chdir(directory) {
+            Err(e) if *if_missing == IfMissing::Fail => return Err(("chdir", e)),
+            _ => {}
         }
-        for &fd in &plan.keep {
-            set_flags(fd as usize, 0).map_err(|e| ("keep", e))?;
+    }
+    memory.restore.apply();
+    for &fd in &plan.keep {
+        // SAFETY: as above.
+        unsafe { calls::set_fd_flags(fd as usize, 0).map_err(|e| ("keep", e))? };
+    }
+    signal::set_mask_raw(plan.attributes.mask).map_err(|e| ("sigmask", e))
+}
+
+/// Executes the program. A file that is open for writing (a copy that is just being closed, another thread's child before
+/// its execve) is usually free again within milliseconds.
+fn execve(memory: &Memory) -> i32 {
+    let program: &CStr = &memory.plan.program;
+    let mut tries = 0;
+    loop {
+        // SAFETY: both arrays lead into `memory` and end with null.
+        let errno = unsafe { calls::execve(program, memory.argv.as_ptr(), memory.envp.as_ptr()) };
+        if errno != libc::ETXTBSY || tries == BUSY_TRIES {
+            return errno;
         }
-        signal::set_mask_raw(plan.mask).map_err(|e| ("sigmask", e))?;
-        let argv = memory.argv.as_ptr() as usize;
-        let envp = memory.envp.as_ptr() as usize;
-        call(libc::SYS_execve, [plan.program.as_ptr() as usize, argv, envp, 0]).map(drop).map_err(|e| ("execve", e))
+        tries += 1;
+        calls::pause(BUSY_PAUSE);
     }
 }
 
@@ -252,14 +212,13 @@ struct Memory {
     /// The pointers that execve takes, into `plan`, null at the end.
     argv: Vec<*const c_char>,
     envp: Vec<*const c_char>,
-    /// Room of [`STACK`] bytes, not touched before the child does: to zero it would be 16 page faults.
-    stack: Vec<u8>,
-    /// Not 0 while a child may read this memory; the kernel clears it at execve or exit (CLONE_CHILD_CLEARTID).
-    in_use: AtomicU32,
+    /// What the thread that spawns has other than the plan says.
+    restore: Scheduling,
+    stack: Stack,
 }
 
-/// Gives the memory back only when no child uses it any more.
-struct SharedMemory(ManuallyDrop<Box<Memory>>);
+/// Frees the memory only when no child uses it any more.
+pub(super) struct SharedMemory(ManuallyDrop<Box<Memory>>);
 
 // SAFETY: the raw pointers lead into `plan`, which moves with them and which nobody changes.
 unsafe impl Send for SharedMemory {}
@@ -276,9 +235,9 @@ impl SharedMemory {
         Self(ManuallyDrop::new(Box::new(Memory {
             argv: pointers(&plan.argv),
             envp: pointers(&plan.envp),
+            restore: plan.attributes.scheduling.to_restore(),
             plan,
-            stack: Vec::with_capacity(STACK),
-            in_use: AtomicU32::new(0),
+            stack: Stack::new(),
         })))
     }
 }
@@ -286,7 +245,7 @@ impl SharedMemory {
 impl Drop for SharedMemory {
     fn drop(&mut self) {
         // A child that is stuck before its execve, and survived even SIGKILL, still reads this: then it is leaked.
-        if self.0.in_use.load(Ordering::Acquire) == 0 {
+        if !self.0.stack.is_in_use() {
             // SAFETY: nobody uses the memory any more, and this is the only drop.
             unsafe { ManuallyDrop::drop(&mut self.0) }
         }

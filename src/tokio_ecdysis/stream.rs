@@ -10,13 +10,13 @@ use std::task::{Context, Poll};
 
 use bytes::BytesMut;
 use futures_core::Stream;
-use rustix::net::SocketFlags;
 use tokio::io::ReadBuf;
 use tokio::net::{TcpListener, TcpStream, UdpSocket, UnixListener, UnixStream};
 use tokio_stream::wrappers::{TcpListenerStream, UnixListenerStream};
 
 use super::gate::{Gate, StopOnShutdown};
 use crate::shutdown::{Phase, Shutdown};
+use crate::sys::{net, Mode};
 
 /// The connections of a listener, or the datagrams of a UDP socket, as a [`Stream`] of `io::Result`s: that of
 /// tokio-stream's `TcpListenerStream` or `UnixListenerStream`, of [`UnixSeqpacketListenerStream`](super::UnixSeqpacketListenerStream) or [`UdpStream`], with
@@ -143,7 +143,7 @@ pub(super) mod sealed {
 }
 
 fn accept(listener: impl AsFd) -> io::Result<OwnedFd> {
-    Ok(rustix::net::accept_with(listener, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK)?)
+    Ok(net::accept(listener, Mode::Nonblocking)?)
 }
 
 /// The peer has closed meanwhile, which concerns one connection only.

@@ -2,14 +2,14 @@
 //!
 //! Async-signal-safe: no allocation, no lock, no errno.
 
-use super::raw::call;
+use super::calls::{call, set_fd_flags};
 
 /// Sets close-on-exec on every descriptor from 3 up.
 ///
 /// # Safety
 ///
 /// Changes descriptors that others own, so only the child of a spawn may call it, whose descriptor table is its own.
-pub(super) unsafe fn sweep() -> Result<(), i32> {
+pub(crate) unsafe fn sweep() -> Result<(), i32> {
     // SAFETY: plain numbers (close_range(2)).
     let swept = unsafe { call(libc::SYS_close_range, [3, u32::MAX as usize, libc::CLOSE_RANGE_CLOEXEC as usize, 0]) };
     match swept {
@@ -49,7 +49,7 @@ unsafe fn sweep_listed() -> Result<(), i32> {
             }
             if let Some(fd @ 3..) = fd {
                 // SAFETY: the caller owns the descriptor table.
-                unsafe { set_flags(fd, libc::FD_CLOEXEC)? };
+                unsafe { set_fd_flags(fd, libc::FD_CLOEXEC)? };
             }
             if length == 0 {
                 return Err(libc::EIO);
@@ -67,17 +67,7 @@ unsafe fn sweep_all() -> Result<(), i32> {
     // The hard limit, because the soft one may have been lowered under open descriptors; Linux caps it at nr_open.
     for fd in 3..limit.rlim_max.min(1 << 20) as usize {
         // SAFETY: the caller owns the descriptor table. EBADF is the usual answer.
-        let _ = unsafe { set_flags(fd, libc::FD_CLOEXEC) };
+        let _ = unsafe { set_fd_flags(fd, libc::FD_CLOEXEC) };
     }
     Ok(())
-}
-
-/// Sets the descriptor flags of `fd`: FD_CLOEXEC or 0.
-///
-/// # Safety
-///
-/// The caller owns the descriptor table.
-pub(super) unsafe fn set_flags(fd: usize, flags: i32) -> Result<(), i32> {
-    // SAFETY: plain numbers (fcntl(2)).
-    unsafe { call(libc::SYS_fcntl, [fd, libc::F_SETFD as usize, flags as usize, 0]).map(drop) }
 }

@@ -1,16 +1,16 @@
 //! System calls that touch no thread-local storage.
 //!
 //! The child of a `clone(CLONE_VM)` shares its memory, and so the `errno`, with the thread that made it and that
-//! goes on running. libc's wrappers write `errno`; these give the error back as a value.
+//! continues to run. libc's wrappers write `errno`; these return the error as a value.
 
-use std::ffi::c_long;
+use std::ffi::{c_char, c_int, c_long, CStr};
 
 /// Whether this architecture has a system call of ours that leaves `errno` alone. A sanitizer's runtime has more such
 /// storage, and would use it in two processes at a time (tests/sanitizers.sh sets the cfg).
 pub(crate) const LEAVES_ERRNO_ALONE: bool =
     cfg!(all(any(target_arch = "x86_64", target_arch = "aarch64", target_arch = "riscv64"), not(sanitized)));
 
-/// Makes the system call `number`; gives its result, or the errno as the error.
+/// Makes the system call `number` and returns its result, or the errno as the error.
 ///
 /// # Safety
 ///
@@ -51,4 +51,53 @@ pub(crate) unsafe fn call(number: c_long, args: [usize; 4]) -> Result<usize, i32
     } else {
         Ok(result as usize)
     }
+}
+
+/// # Safety
+///
+/// `bytes` points at `length` bytes.
+pub(crate) unsafe fn write(fd: c_int, bytes: *const u8, length: usize) -> Result<usize, i32> {
+    // SAFETY: as for this function (write(2)).
+    unsafe { call(libc::SYS_write, [fd as usize, bytes as usize, length, 0]) }
+}
+
+pub(crate) fn chdir(path: &CStr) -> Result<(), i32> {
+    // SAFETY: a C string (chdir(2)).
+    unsafe { call(libc::SYS_chdir, [path.as_ptr() as usize, 0, 0, 0]).map(drop) }
+}
+
+/// Returns only on an error.
+///
+/// # Safety
+///
+/// Both arrays end with a null pointer, and their other elements are C strings.
+pub(crate) unsafe fn execve(program: &CStr, argv: *const *const c_char, envp: *const *const c_char) -> i32 {
+    // SAFETY: as for this function (execve(2)).
+    let result = unsafe { call(libc::SYS_execve, [program.as_ptr() as usize, argv as usize, envp as usize, 0]) };
+    result.err().unwrap_or_default()
+}
+
+pub(crate) fn exit(status: c_int) -> ! {
+    loop {
+        // SAFETY: a plain number (exit_group(2)).
+        let _ = unsafe { call(libc::SYS_exit_group, [status as usize, 0, 0, 0]) };
+    }
+}
+
+/// Blocks for so many milliseconds, fewer than a thousand.
+pub(crate) fn pause(milliseconds: c_long) {
+    // The kernel's timespec for this call has two longs on every architecture (nanosleep(2)).
+    let time: [c_long; 2] = [0, milliseconds * 1_000_000];
+    // SAFETY: `time` is alive during the call.
+    let _ = unsafe { call(libc::SYS_nanosleep, [time.as_ptr() as usize, 0, 0, 0]) };
+}
+
+/// Sets the descriptor flags of `fd`: FD_CLOEXEC or 0.
+///
+/// # Safety
+///
+/// The caller owns the descriptor table.
+pub(crate) unsafe fn set_fd_flags(fd: usize, flags: c_int) -> Result<(), i32> {
+    // SAFETY: plain numbers (fcntl(2)).
+    unsafe { call(libc::SYS_fcntl, [fd, libc::F_SETFD as usize, flags as usize, 0]).map(drop) }
 }

@@ -1,0 +1,20 @@
+//! What a process inherits from the thread that starts it, by accident: the next generation gets what the first had.
+
+use std::io;
+
+use super::signal::{self, Mask};
+pub(crate) use super::system::scheduling::Scheduling;
+
+/// The attributes with which a generation was started, and every later one will be.
+#[derive(Clone, Debug)]
+pub(crate) struct Attributes {
+    pub(super) mask: Mask,
+    pub(super) scheduling: Scheduling,
+}
+
+impl Attributes {
+    /// Those of the calling thread, which is the main thread of a program that has just started.
+    pub(crate) fn of_this_thread() -> io::Result<Self> {
+        Ok(Self { mask: signal::mask()?, scheduling: Scheduling::of_this_thread() })
+    }
+}

@@ -1,0 +1,109 @@
+//! A child process: whether it has ended, how, and how it is made to.
+
+use std::os::fd::OwnedFd;
+use std::os::unix::process::ExitStatusExt;
+use std::process::ExitStatus;
+use std::thread;
+use std::time::Duration;
+
+use rustix::io::Errno;
+use rustix::process::{kill_process, waitid, waitpid, Pid, Signal, WaitId, WaitIdOptions, WaitOptions};
+
+use super::poll::{wait_hangup, wait_readable, Deadline};
+use super::spawn::SharedMemory;
+use super::system::clone;
+
+/// How often to look whether a child has ended for which there is no pidfd.
+pub(crate) const LOOK: Duration = Duration::from_millis(50);
+
+/// How long a killed child may take to end.
+const KILLING: Duration = Duration::from_secs(5);
+
+/// How long our own parent may take to reap a child.
+const REAPING: Duration = Duration::from_millis(200);
+
+/// Whose child a new process is to be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Parentage {
+    /// Ours.
+    Us,
+    /// Our own parent's, where the kernel allows it; that reaps it then. For a service manager which at a stop waits for
+    /// its own children only.
+    OurParent,
+}
+
+/// A child process.
+pub(crate) struct Spawned {
+    pub(crate) pid: Pid,
+    /// Readable once the child has ended. `None` where the kernel did not provide one.
+    pub(crate) pidfd: Option<OwnedFd>,
+    pub(crate) parent: Parentage,
+    /// What the child still reads until its execve.
+    pub(super) _memory: SharedMemory,
+}
+
+impl Spawned {
+    /// Waits for the end of the child. Returns whether it has ended before the deadline.
+    pub(crate) fn ends_before(&self, deadline: Deadline) -> bool {
+        if let Some(pidfd) = &self.pidfd {
+            return wait_readable(pidfd, deadline);
+        }
+        loop {
+            if self.is_unreaped() != Ok(false) {
+                return true;
+            }
+            if deadline.has_passed() {
+                return false;
+            }
+            thread::sleep(Duration::from_millis(2));
+        }
+    }
+
+    /// Whether the child has ended and waits to be reaped; ECHILD if it is not ours to reap (any more).
+    fn is_unreaped(&self) -> rustix::io::Result<bool> {
+        let options = WaitIdOptions::EXITED | WaitIdOptions::NOHANG | WaitIdOptions::NOWAIT;
+        waitid(WaitId::Pid(self.pid), options).map(|status| status.is_some())
+    }
+
+    /// Kills and reaps the child. Returns how it ended, unless another process or another part of this one has reaped it.
+    pub(crate) fn kill_and_reap(&self) -> Option<ExitStatus> {
+        let pid = self.pid;
+        match &self.pidfd {
+            Some(pidfd) => {
+                // A filter may know only the older call. Nobody has reaped the child while its pidfd is silent.
+                if clone::kill(pidfd).is_err() && !wait_readable(pidfd, Deadline::after(Duration::ZERO)) {
+                    let _ = kill_process(pid, Signal::KILL);
+                }
+                // SIGKILL ends a stopped process too, but not one that hangs in the kernel.
+                if !wait_readable(pidfd, Deadline::after(KILLING)) {
+                    log::error!("child {pid} survives SIGKILL: it hangs in the kernel");
+                    return None;
+                }
+            }
+            None => {
+                // If it has been reaped, its number may be another process's by now.
+                if self.is_unreaped() == Err(Errno::CHILD) {
+                    return None;
+                }
+                let _ = kill_process(pid, Signal::KILL);
+                if !self.ends_before(Deadline::after(KILLING)) {
+                    log::error!("child {pid} survives SIGKILL: it hangs in the kernel");
+                    return None;
+                }
+            }
+        }
+        if let (Some(pidfd), Parentage::OurParent) = (&self.pidfd, self.parent) {
+            // Our parent reaps it, and only then does the kernel say how it ended.
+            let _ = wait_hangup(pidfd, Deadline::after(REAPING));
+            return clone::exit_status(pidfd);
+        }
+        loop {
+            match waitpid(Some(pid), WaitOptions::empty()) {
+                Err(Errno::INTR) => {}
+                Ok(Some((_, status))) => return Some(ExitStatus::from_raw(status.as_raw())),
+                // SIGCHLD is ignored, or somebody waits for any child.
+                _ => return None,
+            }
+        }
+    }
+}

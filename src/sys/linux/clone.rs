@@ -1,0 +1,131 @@
+//! A new process by clone(2) that shares the memory of its parent until it executes another program.
+
+use std::ffi::{c_int, c_void};
+use std::io;
+use std::os::fd::{FromRawFd, OwnedFd, RawFd};
+use std::os::unix::process::ExitStatusExt;
+use std::process::ExitStatus;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use rustix::ioctl::{self, Opcode};
+use rustix::process::{getpid, pidfd_open, pidfd_send_signal, Pid, PidfdFlags, Signal};
+
+use super::calls::{self, call};
+use crate::sys::stdio::above_stdio;
+
+/// Whether a child may share the memory of its parent here. It must not write the parent's `errno`.
+pub(crate) const WORKS: bool = calls::LEAVES_ERRNO_ALONE;
+
+/// The child needs a few KiB, more in a debug build.
+const SIZE: usize = 64 * 1024;
+
+/// The stack of the child.
+pub(crate) struct Stack {
+    /// Room of [`SIZE`] bytes, not touched before the child does: to zero it would be 16 page faults.
+    room: Vec<u8>,
+    /// Not 0 while a child may use the stack, and whatever else of its parent's it reads.
+    in_use: AtomicU32,
+}
+
+/// A child, the descriptor that polls as readable once it has ended, and whether our own parent is its parent.
+pub(crate) struct Cloned {
+    pub(crate) pid: c_int,
+    pub(crate) pidfd: Option<OwnedFd>,
+    pub(crate) is_sibling: bool,
+}
+
+impl Stack {
+    pub(crate) fn new() -> Self {
+        Self { room: Vec::with_capacity(SIZE), in_use: AtomicU32::new(0) }
+    }
+
+    pub(crate) fn is_in_use(&self) -> bool {
+        self.in_use.load(Ordering::Acquire) != 0
+    }
+
+    /// Makes a child that runs `child(argument)` on this stack. With `sibling` it becomes a child of our own parent if the
+    /// kernel allows that: the first process of a PID namespace cannot have siblings (EINVAL), and without a pidfd we could
+    /// neither see nor end what is not our child.
+    ///
+    /// # Safety
+    ///
+    /// `child` calls [`release_at_exec`](Self::release_at_exec) first, touches no thread-local storage and does not
+    /// return. What `argument` leads to, and this stack, live until [`is_in_use`](Self::is_in_use) is false.
+    pub(crate) unsafe fn clone(
+        &self,
+        sibling: bool,
+        child: extern "C" fn(*mut c_void) -> c_int,
+        argument: *mut c_void,
+    ) -> io::Result<Cloned> {
+        if sibling && pidfd_open(getpid(), PidfdFlags::empty()).is_ok() {
+            // SAFETY: as for this function.
+            if let Ok((pid, Some(pidfd))) = unsafe { self.clone_with(libc::CLONE_PARENT, child, argument) } {
+                return Ok(Cloned { pid, pidfd: Some(pidfd), is_sibling: true });
+            }
+        }
+        // SAFETY: as for this function.
+        let (pid, pidfd) = unsafe { self.clone_with(0, child, argument) }?;
+        Ok(Cloned { pid, pidfd, is_sibling: false })
+    }
+
+    unsafe fn clone_with(
+        &self,
+        flags: c_int,
+        child: extern "C" fn(*mut c_void) -> c_int,
+        argument: *mut c_void,
+    ) -> io::Result<(c_int, Option<OwnedFd>)> {
+        let mut pidfd: RawFd = -1;
+        self.in_use.store(1, Ordering::Relaxed);
+        let flags = flags | libc::CLONE_VM | libc::CLONE_PIDFD | libc::SIGCHLD;
+        // SAFETY: the stack's top is aligned and belongs to this child alone (clone(2)); the rest as for this function.
+        let pid = unsafe {
+            let top = self.room.as_ptr().add(SIZE);
+            let top = (top as usize & !15) as *mut c_void;
+            libc::clone(child, top, flags, argument, &raw mut pidfd)
+        };
+        if pid < 0 {
+            let error = io::Error::last_os_error();
+            self.in_use.store(0, Ordering::Relaxed);
+            return Err(error);
+        }
+        // SAFETY: the kernel made this descriptor for this call; kernels that do not know CLONE_PIDFD leave -1.
+        let pidfd = (pidfd >= 0).then(|| unsafe { OwnedFd::from_raw_fd(pidfd) });
+        Ok((pid, pidfd.and_then(|pidfd| above_stdio(pidfd).ok())))
+    }
+
+    /// In the child: makes the kernel mark the stack as free when this process executes a program or ends. (The flag
+    /// CLONE_CHILD_CLEARTID does the same from the start, but musl's clone refuses it. A child that is killed before this
+    /// call leaks its stack.)
+    pub(crate) fn release_at_exec(&self) {
+        // SAFETY: the kernel writes four bytes there (set_tid_address(2)), and the parent frees them only afterwards.
+        let _ = unsafe { call(libc::SYS_set_tid_address, [self.in_use.as_ptr() as usize, 0, 0, 0]) };
+    }
+}
+
+/// A descriptor that polls as readable once the child `pid` has ended. `None` before Linux 5.3.
+pub(crate) fn pidfd(pid: Pid) -> Option<OwnedFd> {
+    pidfd_open(pid, PidfdFlags::empty()).and_then(above_stdio).ok()
+}
+
+/// Sends SIGKILL. A filter may know only the older call, kill(2).
+pub(crate) fn kill(pidfd: &OwnedFd) -> rustix::io::Result<()> {
+    pidfd_send_signal(pidfd, Signal::KILL)
+}
+
+/// How a process ended that another process has reaped. `None` before Linux 6.15, and while it is not reaped.
+pub(crate) fn exit_status(pidfd: &OwnedFd) -> Option<ExitStatus> {
+    /// `struct pidfd_info` in its first version.
+    #[repr(C)]
+    struct Info {
+        mask: u64,
+        cgroup: u64,
+        ids: [u32; 11],
+        exit_code: i32,
+    }
+    const EXIT: u64 = 1 << 3;
+    const GET_INFO: Opcode = ioctl::opcode::read_write::<Info>(0xff, 11);
+    let mut info = Info { mask: EXIT, cgroup: 0, ids: [0; 11], exit_code: 0 };
+    // SAFETY: PIDFD_GET_INFO takes a structure of the size that its number says, and writes no more than that.
+    unsafe { ioctl::ioctl(pidfd, ioctl::Updater::<GET_INFO, Info>::new(&mut info)) }.ok()?;
+    (info.mask & EXIT != 0).then(|| ExitStatus::from_raw(info.exit_code))
+}

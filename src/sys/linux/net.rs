@@ -1,0 +1,86 @@
+//! Sockets and pipes that are close-on-exec and in the right blocking mode from the first moment.
+
+use std::os::fd::{AsFd, OwnedFd};
+
+use rustix::io::{Errno, Result};
+use rustix::net::sockopt;
+use rustix::net::{accept_with, socket_with, AddressFamily, RecvFlags, SendFlags, SocketAddrUnix, SocketFlags, SocketType};
+use rustix::pipe::{fcntl_setpipe_size, pipe_with, PipeFlags};
+
+use crate::sys::stdio::above_stdio;
+use crate::sys::Mode;
+
+/// For send(2) and sendmsg(2): a peer that is gone is an error, not a signal.
+pub(crate) const NOSIGNAL: SendFlags = SendFlags::NOSIGNAL;
+
+/// For recvmsg(2): close-on-exec on what is received.
+pub(crate) const CMSG_CLOEXEC: RecvFlags = RecvFlags::CMSG_CLOEXEC;
+
+fn flags(mode: Mode) -> SocketFlags {
+    match mode {
+        Mode::Blocking => SocketFlags::CLOEXEC,
+        Mode::Nonblocking => SocketFlags::CLOEXEC | SocketFlags::NONBLOCK,
+    }
+}
+
+pub(crate) fn socket(family: AddressFamily, kind: SocketType, mode: Mode) -> Result<OwnedFd> {
+    above_stdio(socket_with(family, kind, flags(mode), None)?)
+}
+
+/// Two connected Unix sockets.
+pub(crate) fn socketpair(kind: SocketType, mode: Mode) -> Result<(OwnedFd, OwnedFd)> {
+    let (left, right) = rustix::net::socketpair(AddressFamily::UNIX, kind, flags(mode), None)?;
+    Ok((above_stdio(left)?, above_stdio(right)?))
+}
+
+/// accept4(2) without the peer's address, which std's would ask for.
+pub(crate) fn accept(listener: impl AsFd, mode: Mode) -> Result<OwnedFd> {
+    above_stdio(accept_with(listener, flags(mode))?)
+}
+
+/// A nonblocking pipe: the end to read, the end to write.
+pub(crate) fn pipe() -> Result<(OwnedFd, OwnedFd)> {
+    let (read, write) = pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK)?;
+    Ok((above_stdio(read)?, above_stdio(write)?))
+}
+
+/// Makes room in a pipe for so many bytes, where the system can.
+pub(crate) fn grow_pipe(pipe: &OwnedFd, bytes: usize) {
+    let _ = fcntl_setpipe_size(pipe, bytes);
+}
+
+/// Dresses a descriptor that came over a socket as [`CMSG_CLOEXEC`] would have.
+pub(crate) fn received(fd: OwnedFd) -> Result<OwnedFd> {
+    above_stdio(fd)
+}
+
+pub(crate) fn family(socket: impl AsFd) -> Result<AddressFamily> {
+    sockopt::socket_domain(socket)
+}
+
+pub(crate) fn is_listening(socket: impl AsFd) -> Result<bool> {
+    sockopt::socket_acceptconn(socket)
+}
+
+/// IP_FREEBIND.
+pub(crate) fn set_freebind(socket: impl AsFd, on: bool) -> Result<()> {
+    match family(&socket)? {
+        AddressFamily::INET6 => sockopt::set_ipv6_freebind(socket, on),
+        _ => sockopt::set_ip_freebind(socket, on),
+    }
+}
+
+/// The address of an abstract name (unix(7)).
+pub(crate) fn abstract_address(name: &[u8]) -> Result<SocketAddrUnix> {
+    SocketAddrUnix::new_abstract_name(name)
+}
+
+/// Receives one message. Returns its length, which is larger than the buffer if the message did not fit.
+pub(crate) fn receive_record(socket: impl AsFd, buffer: &mut [u8]) -> Result<usize> {
+    rustix::net::recv(socket, buffer, RecvFlags::TRUNC).map(|(_, length)| length)
+}
+
+/// Whether accept(2) fails so for a network error that only this system has.
+pub(crate) fn is_network_error(error: Errno) -> bool {
+    error == Errno::NONET
+}
