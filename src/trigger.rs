@@ -128,8 +128,7 @@ fn in_words(outcome: &Result<Upgraded, Error>) -> String {
 
 /// One line, if the peer takes it: nobody waits for a peer.
 fn tell(stream: &UnixStream, line: &str) {
-    let _ =
-        rustix::net::send(stream, line.as_bytes(), NOSIGNAL | rustix::net::SendFlags::DONTWAIT);
+    let _ = rustix::net::send(stream, line.as_bytes(), NOSIGNAL | rustix::net::SendFlags::DONTWAIT);
 }
 
 /// Requests from this process's own threads, and a place to leave them.

@@ -7,7 +7,6 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-
 use super::entry::Entry;
 use super::lines::{send, FromChild, FromParent, Lines, Read};
 use crate::key::Key;

@@ -113,8 +113,8 @@ impl ChildLink {
 
     /// The link to a child that receives.
     pub(crate) fn socketpair(handover: Handover) -> Result<(Self, ChildEnd), Error> {
-        let (ours, child_end) = net::socketpair(SocketType::STREAM, Mode::Nonblocking)
-            .map_err(|e| prepare("handover socket")(e.into()))?;
+        let (ours, child_end) =
+            net::socketpair(SocketType::STREAM, Mode::Nonblocking).map_err(|e| prepare("handover socket")(e.into()))?;
         let socket = FdRef::to(&child_end).map_err(prepare("handover socket"))?;
         let mut link = Self::socket(ours.into(), handover)?;
         link.send_some().map_err(prepare("manifest"))?;

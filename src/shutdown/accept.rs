@@ -1,14 +1,15 @@
 //! The accept loop of a thread.
 
 use std::io;
-use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd};
 
-use rustix::event::{epoll, PollFd, PollFlags};
+use rustix::event::{PollFd, PollFlags};
 
 use super::decide::{decide_and_log, Step, Tries, HANDSHAKE};
-use super::flag::Flag;
 use super::gate::{Gate, Phase, State};
+use crate::sys::flag::Flag;
 use crate::sys::poll::{poll, wait_readable, Deadline, SCARCE};
+use crate::sys::watch::Watch;
 
 /// After an attempt on an empty queue, the number of connections that are waited for before they are accepted: such an
 /// attempt makes the kernel create a socket and discard it, which costs more than a wait that returns at once.
@@ -29,7 +30,7 @@ enum Readiness {
     /// Not chosen yet.
     Unused,
     /// EPOLLEXCLUSIVE: one connection wakes one thread. With poll it would wake all of them.
-    Epoll(OwnedFd),
+    Watch(Watch),
     Poll,
 }
 
@@ -97,26 +98,14 @@ impl AcceptLoop {
     fn wait(&mut self, fd: BorrowedFd<'_>, closed: &Flag) {
         if let Readiness::Unused = self.readiness {
             // Without a spare descriptor, poll does the same at a higher cost.
-            self.readiness = epoll_of(fd, closed).map_or(Readiness::Poll, Readiness::Epoll);
+            self.readiness = Watch::new(fd, closed.as_fd()).map_or(Readiness::Poll, Readiness::Watch);
         }
         match &self.readiness {
-            Readiness::Epoll(epoll) => {
-                let mut events =
-                    [epoll::Event { flags: epoll::EventFlags::empty(), data: epoll::EventData::new_u64(0) }];
-                let _ = epoll::wait(epoll, &mut events, None);
-            }
+            Readiness::Watch(watch) => watch.wait(),
             _ => {
                 let mut fds = [PollFd::from_borrowed_fd(fd, PollFlags::IN), PollFd::new(closed, PollFlags::IN)];
                 let _ = poll(&mut fds, Deadline::NEVER);
             }
         }
     }
-}
-
-fn epoll_of(fd: BorrowedFd<'_>, closed: &Flag) -> io::Result<OwnedFd> {
-    let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
-    let data = epoll::EventData::new_u64(0);
-    epoll::add(&epoll, fd, data, epoll::EventFlags::IN | epoll::EventFlags::EXCLUSIVE)?;
-    epoll::add(&epoll, closed, data, epoll::EventFlags::IN)?;
-    Ok(epoll)
 }

@@ -6,6 +6,7 @@ use std::time::Duration;
 use rustix::io::Errno;
 
 use super::gate::Phase;
+use crate::sys::net::is_network_error;
 
 /// The time that a handshake under way at a stop may need to reach the accept queue.
 pub(crate) const HANDSHAKE: Duration = Duration::from_millis(20);
@@ -108,9 +109,8 @@ fn concerns_one_connection(e: Errno) -> bool {
             | Errno::NETDOWN
             | Errno::NOPROTOOPT
             | Errno::HOSTDOWN
-            | Errno::NONET
             | Errno::HOSTUNREACH
             | Errno::NETUNREACH
             | Errno::TIMEDOUT
-    )
+    ) || is_network_error(e)
 }

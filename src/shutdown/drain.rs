@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags};
 
-use super::flag::Flag;
+use crate::sys::flag::Flag;
 use crate::sys::poll::{poll, Deadline};
 
 /// A later generation, which may ask this one to end its drain.

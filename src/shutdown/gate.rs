@@ -4,7 +4,7 @@ use std::io;
 use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering};
 use std::sync::{Condvar, Mutex, PoisonError};
 
-use super::flag::Flag;
+use crate::sys::flag::Flag;
 
 /// The states of a generation, in the order in which it enters them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

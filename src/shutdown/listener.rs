@@ -5,9 +5,8 @@ use std::net::{TcpListener, TcpStream, UdpSocket};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
 
-use rustix::net::SocketFlags;
-
 use crate::seqpacket::{UnixSeqpacketConn, UnixSeqpacketListener};
+use crate::sys::{net, Mode};
 
 /// A listener for [`Shutdown::accept`](crate::Shutdown::accept) and [`Shutdown::incoming`](crate::Shutdown::incoming). It
 /// must be nonblocking, as every listener of [`Sockets`](crate::Sockets) is.
@@ -56,9 +55,8 @@ impl Accept for UnixListener {
     }
 }
 
-/// accept4(2) without the peer's address, for which std would ask.
 fn accept(listener: impl AsFd) -> io::Result<OwnedFd> {
-    Ok(rustix::net::accept_with(listener, SocketFlags::CLOEXEC)?)
+    Ok(net::accept(listener, Mode::Blocking)?)
 }
 
 impl Accept for UnixSeqpacketListener {

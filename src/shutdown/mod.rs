@@ -6,7 +6,6 @@
 mod accept;
 mod decide;
 mod drain;
-mod flag;
 mod gate;
 mod listener;
 #[cfg(feature = "tokio_ecdysis")]

@@ -98,7 +98,8 @@ impl Handlers {
     /// runs on the alternate stack of a thread that has one (SA_ONSTACK), since the other may be used up. A handler that
     /// is there already is called after ours.
     pub(crate) fn install(&mut self, signal: i32) -> io::Result<()> {
-        let Some(place) = usize::try_from(signal).ok().filter(|&signal| signal > 0).and_then(|at| FORMER.get(at)) else {
+        let Some(place) = usize::try_from(signal).ok().filter(|&signal| signal > 0).and_then(|at| FORMER.get(at))
+        else {
             return Err(io::ErrorKind::InvalidInput.into());
         };
         if self.0.iter().any(|(installed, _)| *installed == signal) {

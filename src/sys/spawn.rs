@@ -94,7 +94,9 @@ pub(crate) fn explain(error: io::Error) -> io::Error {
         Some(libc::EAGAIN) => "a limit on processes is reached: RLIMIT_NPROC of the user, or pids.max of the cgroup",
         Some(libc::ENOMEM) => "the kernel has no memory for another process: overcommit, or memory.max of the cgroup",
         Some(libc::ETXTBSY) => "the program's file has been open for writing for a second",
-        Some(libc::E2BIG) => "arguments and environment are larger than a quarter of RLIMIT_STACK, or one is over 128 KiB",
+        Some(libc::E2BIG) => {
+            "arguments and environment are larger than a quarter of RLIMIT_STACK, or one is over 128 KiB"
+        }
         _ => return error,
     };
     io::Error::new(error.kind(), format!("{error}: {hint}"))

@@ -12,11 +12,11 @@ use std::time::{Duration, Instant};
 use rustix::event::{poll, PollFd, PollFlags, Timespec};
 use rustix::io::Errno;
 use rustix::net::{
-    sendmsg_addr, socket_with, sockopt, AddressFamily, SendAncillaryBuffer, SendAncillaryMessage, SendFlags,
-    SocketAddrUnix, SocketFlags, SocketType,
+    sendmsg_addr, sockopt, AddressFamily, SendAncillaryBuffer, SendAncillaryMessage, SocketAddrUnix, SocketType,
 };
-use rustix::pipe::{pipe_with, PipeFlags};
 use rustix::time::{clock_gettime, ClockId};
+
+use crate::sys::{net, Mode};
 
 /// The longest datagram that a manager accepts (PIPE_BUF). It discards longer ones.
 const MAX_MESSAGE: usize = 4096;
@@ -75,12 +75,10 @@ impl Notifier {
         let unusable = |source| NotifyError::Address { address: text.to_owned(), source };
         let address = match text.as_bytes() {
             [b'/', ..] => SocketAddrUnix::new(text).map_err(|e| unusable(e.into()))?,
-            [b'@', name @ ..] if !name.is_empty() => {
-                SocketAddrUnix::new_abstract_name(name).map_err(|e| unusable(e.into()))?
-            }
+            [b'@', name @ ..] if !name.is_empty() => net::abstract_address(name).map_err(|e| unusable(e.into()))?,
             _ => return Err(unusable(io::ErrorKind::Unsupported.into())),
         };
-        let socket = socket_with(AddressFamily::UNIX, SocketType::DGRAM, SocketFlags::CLOEXEC, None)
+        let socket = net::socket(AddressFamily::UNIX, SocketType::DGRAM, Mode::Blocking)
             .and_then(|socket| {
                 // A manager that hangs must not block this process.
                 sockopt::set_socket_timeout(&socket, sockopt::Timeout::Send, Some(SEND_TIMEOUT))?;
@@ -173,7 +171,7 @@ impl Notifier {
     pub fn barrier(&self, deadline: Duration) -> Result<(), NotifyError> {
         let until = Instant::now() + deadline;
         let failed = |e: Errno| NotifyError::Send { what: "BARRIER", source: e.into() };
-        let (reader, writer) = pipe_with(PipeFlags::CLOEXEC).map_err(failed)?;
+        let (reader, writer) = net::pipe().map_err(failed)?;
         self.send("BARRIER", Message::new().with("BARRIER", "1"), &[writer.as_fd()])?;
         // The manager's copy is now the only one, and the pipe ends when the manager closes it.
         drop(writer);
@@ -215,7 +213,7 @@ impl Notifier {
         }
         let text = [IoSlice::new(message.0.as_bytes())];
         loop {
-            match sendmsg_addr(&self.socket, &self.address, &text, &mut control, SendFlags::NOSIGNAL) {
+            match sendmsg_addr(&self.socket, &self.address, &text, &mut control, net::NOSIGNAL) {
                 Ok(_) => return Ok(()),
                 Err(Errno::INTR) => {}
                 Err(Errno::AGAIN) => return Err(failed(io::ErrorKind::TimedOut.into())),
@@ -418,7 +416,7 @@ mod tests {
     #[test]
     fn a_descriptor_is_stored_by_name() {
         let (manager, notifier) = pair("store");
-        let (reader, writer) = pipe_with(PipeFlags::CLOEXEC).unwrap();
+        let (reader, writer) = net::pipe().unwrap();
         notifier.store("tcp 1.2.3.4%3A80", &writer).unwrap();
         let (text, fds) = receive(&manager);
         assert_eq!(text, "FDSTORE=1\nFDNAME=tcp 1.2.3.4%3A80\nFDPOLL=0\n");

@@ -9,16 +9,14 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::{UnixDatagram, UnixListener};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{fstat, fstatfs};
 use rustix::io::ioctl_fionbio;
 use rustix::net::{getsockname, sockopt, AddressFamily, SocketAddrUnix, SocketType};
-use rustix::process::{getpid, pidfd_open, PidfdFlags};
 
 #[cfg(feature = "systemd_notify")]
 use super::stored;
 use crate::handover::entry::Entry;
 use crate::listen::FileId;
-use crate::sys::listen_fds;
+use crate::sys::{listen_fds, program};
 use crate::{Error, Key, Sockets, UnixSeqpacketListener};
 
 /// Sockets that units of the service manager passed; feature `systemd_sockets`, and
@@ -229,7 +227,7 @@ struct Unusable {
 /// Owns what the manager passed to this process, in the manager's order: socket units first, then its store. Empty for a
 /// process that no manager started, and for a child of one that it started. The environment does not change.
 fn take() -> Result<Vec<Passed>, Unusable> {
-    let Some(names) = announced(|name| env::var_os(name), std::process::id(), own_pidfd_id)? else {
+    let Some(names) = announced(|name| env::var_os(name), std::process::id(), program::own_pidfd_id)? else {
         return Ok(Vec::new());
     };
     let fds =
@@ -284,15 +282,6 @@ fn announced(
             Ok(Some(names))
         }
     }
-}
-
-/// The id that the kernel gives only to this process: the inode of its pidfd, where pidfds have inodes of their own.
-fn own_pidfd_id() -> Option<u64> {
-    const PIDFS_MAGIC: u64 = 0x5049_4446;
-    let pidfd = pidfd_open(getpid(), PidfdFlags::empty()).ok()?;
-    let own_file_system = fstatfs(&pidfd).ok()?.f_type as u64 == PIDFS_MAGIC;
-    // An inode number of 32 bits holds only a part of the id.
-    (own_file_system && cfg!(target_pointer_width = "64")).then(|| fstat(&pidfd).ok().map(|stat| stat.st_ino))?
 }
 
 #[cfg(test)]
@@ -354,7 +343,7 @@ mod tests {
     }
 
     fn inode(fd: impl AsFd) -> u64 {
-        fstat(fd).unwrap().st_ino
+        rustix::fs::fstat(fd).unwrap().st_ino
     }
 
     #[test]
@@ -433,6 +422,6 @@ mod tests {
 
     #[test]
     fn the_id_of_this_process_does_not_change() {
-        assert_eq!(own_pidfd_id(), own_pidfd_id());
+        assert_eq!(program::own_pidfd_id(), program::own_pidfd_id());
     }
 }

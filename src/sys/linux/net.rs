@@ -4,7 +4,9 @@ use std::os::fd::{AsFd, OwnedFd};
 
 use rustix::io::{Errno, Result};
 use rustix::net::sockopt;
-use rustix::net::{accept_with, socket_with, AddressFamily, RecvFlags, SendFlags, SocketAddrUnix, SocketFlags, SocketType};
+use rustix::net::{
+    accept_with, socket_with, AddressFamily, RecvFlags, SendFlags, SocketAddrUnix, SocketFlags, SocketType,
+};
 use rustix::pipe::{fcntl_setpipe_size, pipe_with, PipeFlags};
 
 use crate::sys::stdio::above_stdio;

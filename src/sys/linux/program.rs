@@ -18,3 +18,16 @@ pub(crate) fn is_secure() -> bool {
     // SAFETY: getauxval(3) reads a table that the kernel made.
     unsafe { libc::getauxval(libc::AT_SECURE) != 0 }
 }
+
+/// The id that the kernel gave this process for good: the inode of its pidfd, where those have inodes of their own.
+#[cfg(feature = "systemd_sockets")]
+pub(crate) fn own_pidfd_id() -> Option<u64> {
+    use rustix::fs::{fstat, fstatfs};
+    use rustix::process::{getpid, pidfd_open, PidfdFlags};
+
+    const PIDFS_MAGIC: u64 = 0x5049_4446;
+    let pidfd = pidfd_open(getpid(), PidfdFlags::empty()).ok()?;
+    let own_file_system = fstatfs(&pidfd).ok()?.f_type as u64 == PIDFS_MAGIC;
+    // An inode number of 32 bits holds only a part of it.
+    (own_file_system && cfg!(target_pointer_width = "64")).then(|| fstat(&pidfd).ok().map(|stat| stat.st_ino))?
+}
