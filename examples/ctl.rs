@@ -6,6 +6,8 @@
 //!     cargo run --example ctl -- /tmp/http.control status              # pid 812, generation 2, up 3.1 s, serving …
 //!     cargo run --example ctl -- /tmp/http.control stop                # stopped: the process has ended
 //!
+//! `cargo install ecdysis --example ctl` installs it. `ecdysis::control::request` does the same for a program.
+//!
 //!     ctl SOCKET upgrade|stop|partial-stop|status
 //!       --json               the outcome as one line of JSON
 //!       --timeout SECONDS    how long to wait (120); what was asked for goes on
@@ -14,23 +16,24 @@
 //! under way; or wrong usage. 3: nobody to be reached at the socket. 4: no answer in time, or the server ended
 //! without one. The outcome of 0 goes to stdout, any other to stderr; JSON always to stdout.
 
-use rustix::io::Errno;
-use rustix::net::sockopt::{set_socket_timeout, Timeout};
-use rustix::net::{connect, socket_with, AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
+mod support;
+
 use serde_json::{json, Map, Value};
-use std::io::{self, ErrorKind, IsTerminal, Read, Write};
-use std::os::unix::net::UnixStream;
+use std::io::{self, ErrorKind, IsTerminal, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::sync::mpsc::{channel, RecvTimeoutError, Sender};
+use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 const USAGE: &str = "usage: ctl SOCKET upgrade|stop|partial-stop|status [--json] [--timeout SECONDS]";
 
 fn main() -> ExitCode {
+    support::help(include_str!("ctl.rs"));
     let options = match Options::parse() {
         Ok(options) => options,
         Err(error) => {
-            eprintln!("ctl: {error}\n{USAGE}");
+            let _ = writeln!(io::stderr(), "ctl: {error}\n{USAGE}");
             return ExitCode::from(2);
         }
     };
@@ -38,13 +41,12 @@ fn main() -> ExitCode {
         Ok(answer) => Outcome::of(&options.command, &answer),
         Err(error) => error,
     };
-    if options.json {
-        println!("{}", outcome.json());
-    } else if outcome.code == 0 {
-        println!("{}", outcome.words);
-    } else {
-        eprintln!("ctl: {}", outcome.words);
-    }
+    // The exit code is the answer, even if nobody reads the text: `println!` would panic.
+    let _ = match (options.json, outcome.code) {
+        (true, _) => writeln!(io::stdout(), "{}", outcome.json()),
+        (false, 0) => writeln!(io::stdout(), "{}", outcome.words),
+        (false, _) => writeln!(io::stderr(), "ctl: {}", outcome.words),
+    };
     ExitCode::from(outcome.code)
 }
 
@@ -67,7 +69,6 @@ impl Options {
                 Long("timeout") => {
                     timeout = args.value()?.parse_with(|s| Duration::try_from_secs_f64(s.parse().unwrap_or(-1.0)))?
                 }
-                Long("help") | Short('h') => return Err("talks to a server's control socket".into()),
                 other => return Err(other.unexpected()),
             }
         }
@@ -200,80 +201,47 @@ fn status(fields: &Map<String, Value>) -> String {
 
 /// One command, one line back; and then the end of the connection, which after a stop is the end of the server.
 fn ask(options: &Options) -> Result<String, Outcome> {
-    let cannot = |error| Outcome::new(3, "unreachable", format!("cannot reach {}: {error}", options.socket.display()));
-    let late = |what| Outcome::new(4, "no-answer", format!("{what} within {} s", options.timeout.as_secs_f64()));
-    let deadline = Instant::now() + options.timeout;
-    let stops = options.command.ends_with("stop");
-    let mut stream = match reach(options) {
-        Ok(stream) => stream,
-        Err(Errno::AGAIN) => return Err(late("not accepted")),
-        Err(error) => return Err(cannot(error.into())),
-    };
-    stream.write_all(format!("{}\n", options.command).as_bytes()).map_err(cannot)?;
-    stream.set_read_timeout(Some(Duration::from_millis(100))).map_err(cannot)?;
-
-    let mut spinner = Spinner::new(&options.command);
-    let (mut answer, mut chunk) = (Vec::new(), [0; 1024]);
-    loop {
-        let ended = match stream.read(&mut chunk) {
-            Ok(n) => {
-                answer.extend_from_slice(&chunk[..n]);
-                n == 0
-            }
-            Err(e) => !matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut | ErrorKind::Interrupted),
-        };
-        // Who stops waits for the end of the process. Anybody else has the answer.
-        let complete = answer.ends_with(b"\n") && (ended || !answer.starts_with(b"stopping") || !stops);
-        match (complete, ended) {
-            (true, _) => break,
-            (_, true) => {
-                let words = "no answer: the server has ended, or does not trust this user";
-                return Err(Outcome::new(4, "no-answer", words));
-            }
-            _ => {}
+    let _spinner = Spinner::start(&options.command);
+    ecdysis::control::request(&options.socket, &options.command, options.timeout).map_err(|error| match error.kind() {
+        ErrorKind::TimedOut => {
+            let words = format!("no answer within {} s; what was asked for goes on", options.timeout.as_secs_f64());
+            Outcome::new(4, "no-answer", words)
         }
-        if Instant::now() >= deadline {
-            return Err(late(if answer.is_empty() { "no answer" } else { "told to stop, but not ended" }));
+        ErrorKind::UnexpectedEof => {
+            Outcome::new(4, "no-answer", "no answer: the server has ended, or does not trust this user")
         }
-        spinner.turn();
-    }
-    Ok(String::from_utf8_lossy(&answer).trim_end().to_owned())
-}
-
-/// Connects. The standard library's connect would wait for ever at a queue that is full; the send timeout bounds it.
-fn reach(options: &Options) -> Result<UnixStream, Errno> {
-    let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
-    set_socket_timeout(&socket, Timeout::Send, Some(options.timeout.max(Duration::from_millis(1))))?;
-    connect(&socket, &SocketAddrUnix::new(&options.socket)?)?;
-    Ok(socket.into())
+        _ => Outcome::new(3, "unreachable", error.to_string()),
+    })
 }
 
 /// Shows on a terminal that something is waited for, and for how long it has been.
-struct Spinner<'a> {
-    what: &'a str,
-    since: Instant,
-    turns: usize,
-    shown: bool,
-}
+struct Spinner(Option<(Sender<()>, JoinHandle<()>)>);
 
-impl<'a> Spinner<'a> {
-    fn new(what: &'a str) -> Self {
-        Self { what, since: Instant::now(), turns: 0, shown: io::stderr().is_terminal() }
-    }
-
-    fn turn(&mut self) {
-        if self.shown {
-            let sign = ['|', '/', '-', '\\'][self.turns % 4];
-            eprint!("\r{sign} {} {:.1} s", self.what, self.since.elapsed().as_secs_f64());
-            self.turns += 1;
+impl Spinner {
+    fn start(what: &str) -> Self {
+        if !io::stderr().is_terminal() {
+            return Self(None);
         }
+        let (what, since, (end, ended)) = (what.to_owned(), Instant::now(), channel());
+        let thread = thread::spawn(move || {
+            for sign in ['|', '/', '-', '\\'].into_iter().cycle() {
+                let waited = ended.recv_timeout(Duration::from_millis(100));
+                if waited != Err(RecvTimeoutError::Timeout) {
+                    break;
+                }
+                let _ = write!(io::stderr(), "\r{sign} {what} {:.1} s", since.elapsed().as_secs_f64());
+            }
+            let _ = write!(io::stderr(), "\r\x1b[K");
+        });
+        Self(Some((end, thread)))
     }
 }
 
-impl Drop for Spinner<'_> {
+impl Drop for Spinner {
     fn drop(&mut self) {
-        if self.turns > 0 {
-            eprint!("\r\x1b[K");
+        if let Some((end, thread)) = self.0.take() {
+            drop(end);
+            let _ = thread.join();
         }
     }
 }

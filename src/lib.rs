@@ -81,6 +81,7 @@
 #![warn(missing_docs, rust_2018_idioms)]
 
 mod builder;
+pub mod control;
 mod ecdysis;
 mod error;
 mod event;

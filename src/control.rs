@@ -1,0 +1,101 @@
+//! The client of a control socket: one command, one line in answer.
+
+use std::io::{Error, ErrorKind, Result};
+use std::os::fd::OwnedFd;
+use std::path::Path;
+use std::time::Duration;
+
+use rustix::io::{retry_on_intr, Errno};
+use rustix::net::sockopt::{set_socket_timeout, Timeout};
+use rustix::net::{connect, recv, send, socket_with, AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType};
+
+use crate::listen::unix_address;
+use crate::sys::poll::{wait_readable, Deadline};
+
+/// No answer is longer: `status` lists the sockets, and there may be thousands.
+const LONGEST: usize = 16 << 20;
+
+/// Sends `command` to the server whose [control socket](crate::Builder::control_on_socket) is at `path`, and returns its
+/// answer, without the end of the line. Blocks for at most `timeout`.
+///
+/// [The chapter on the protocol](crate::guide::protocol) lists the commands and their answers. `stop` and `partial-stop`
+/// are answered at once; this returns when the server has closed the connection as well, which it does when it exits.
+///
+/// # Errors
+///
+/// [`NotFound`](ErrorKind::NotFound), [`ConnectionRefused`](ErrorKind::ConnectionRefused) or another error of
+/// [connect(2)](https://man7.org/linux/man-pages/man2/connect.2.html) if no server can be reached;
+/// [`UnexpectedEof`](ErrorKind::UnexpectedEof) if it closed the connection without an answer, because it ended or does not
+/// trust this user; [`TimedOut`](ErrorKind::TimedOut). After the last two, the command may still be carried out.
+///
+/// ```
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// # let dir = std::env::temp_dir().join(format!("control-{}", std::process::id()));
+/// # std::fs::create_dir(&dir)?;
+/// # let socket = dir.join("socket");
+/// use std::time::Duration;
+/// let server = ecdysis::Ecdysis::builder().control_on_socket(&socket).start()?.ready()?;
+/// let run = std::thread::spawn({
+///     let server = server.clone();
+///     move || server.run()
+/// });
+/// let answer = ecdysis::control::request(&socket, "status", Duration::from_secs(10))?;
+/// assert!(answer.contains("generation=1"), "{answer}");
+/// # server.stop();
+/// # run.join().unwrap()?;
+/// # std::fs::remove_dir_all(&dir)?;
+/// # Ok(())
+/// # }
+/// ```
+pub fn request(path: impl AsRef<Path>, command: &str, timeout: Duration) -> Result<String> {
+    let (path, deadline) = (path.as_ref(), Deadline::after(timeout));
+    let failed = |what: &str, error: Error| {
+        Error::new(error.kind(), format!("cannot {what} control socket {}: {error}", path.display()))
+    };
+    let socket = reach(path, timeout).map_err(|error| failed("connect to", error))?;
+    let line = format!("{command}\n");
+    retry_on_intr(|| send(&socket, line.as_bytes(), SendFlags::NOSIGNAL)).map_err(|e| failed("write to", e.into()))?;
+    let stops = matches!(command, "stop" | "partial-stop");
+    let answer = receive(&socket, deadline, stops).map_err(|error| failed("read an answer from", error))?;
+    Ok(String::from_utf8_lossy(&answer).trim_end().to_owned())
+}
+
+/// Connects. The send timeout is also a limit for connect, which would otherwise block while the queue is full.
+fn reach(path: &Path, timeout: Duration) -> Result<OwnedFd> {
+    let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
+    // Zero would mean "no limit", and so would more than a year.
+    let limit = timeout.clamp(Duration::from_millis(1), Duration::from_secs(365 * 24 * 60 * 60));
+    set_socket_timeout(&socket, Timeout::Send, Some(limit))?;
+    match retry_on_intr(|| connect(&socket, &unix_address(path)?)) {
+        Err(Errno::AGAIN) => Err(ErrorKind::TimedOut.into()),
+        other => other.map(|()| socket).map_err(Error::from),
+    }
+}
+
+/// Reads the answer, and on to the end of the connection if `to_the_end`.
+fn receive(socket: &OwnedFd, deadline: Deadline, to_the_end: bool) -> Result<Vec<u8>> {
+    let (mut answer, mut chunk) = (Vec::new(), [0; 4096]);
+    loop {
+        if !wait_readable(socket, deadline) {
+            return Err(ErrorKind::TimedOut.into());
+        }
+        let length = match recv(socket, &mut chunk, RecvFlags::DONTWAIT) {
+            Ok((_, length)) => length,
+            Err(Errno::INTR | Errno::AGAIN) => continue,
+            // The server ended with something unread: an end all the same.
+            Err(Errno::CONNRESET) => 0,
+            Err(error) => return Err(error.into()),
+        };
+        answer.extend_from_slice(&chunk[..length]);
+        let complete = answer.ends_with(b"\n");
+        // A refusal, such as `busy`, does not end the server.
+        let goes_on = to_the_end && answer.starts_with(b"stopping");
+        match length {
+            0 if complete => return Ok(answer),
+            0 => return Err(ErrorKind::UnexpectedEof.into()),
+            _ if complete && !goes_on => return Ok(answer),
+            _ if answer.len() > LONGEST => return Err(ErrorKind::InvalidData.into()),
+            _ => {}
+        }
+    }
+}
