@@ -1,6 +1,7 @@
 //! The clients: threads that send requests at full speed, and what they saw.
 
 use crate::request::{Client, Failure, Target};
+use crate::Options;
 use hdrhistogram::Histogram;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::sync::Arc;
@@ -123,15 +124,16 @@ impl Seen {
 }
 
 impl Load {
-    pub fn start(target: &Target, clients: usize, timeout: Duration, keep_points: bool) -> Load {
+    pub fn start(target: &Target, options: &Options, keep_points: bool) -> Load {
         let window = Window { opened: AtomicU64::new(u64::MAX), closed: AtomicU64::new(0) };
         let (answered, failed, stop) = (AtomicU64::new(0), AtomicU64::new(0), AtomicBool::new(false));
         let shared = Arc::new(Shared { window, answered, failed, stop });
         let client = |_| {
-            let (shared, client) = (shared.clone(), Client::new(target.clone(), timeout));
+            let (shared, client) =
+                (shared.clone(), Client::new(target.clone(), options.timeout).using(options.connections));
             thread::spawn(move || ask_until_told(client, &shared, keep_points))
         };
-        let clients = (0..clients).map(client).collect();
+        let clients = (0..options.clients).map(client).collect();
         Load { shared, clients, started: now() }
     }
 

@@ -7,6 +7,8 @@
 //!     --upgrades N     how often the server is replaced (40)
 //!     --every MS       time from one SIGHUP to the next (250)
 //!     --clients N      threads that send requests at full speed (8)
+//!     --keep-alive     each client keeps its connection until the server says in an answer that it ends
+//!     --http           the same in HTTP/1.1
 //!     --unix, --udp    over a Unix socket; over UDP, compared with a run without upgrades
 //!     --tokio          the server runs on Tokio; needs `--features tokio`
 //!     --json           print one line of JSON, and the table on stderr
@@ -27,11 +29,14 @@ mod plot;
 mod report;
 mod request;
 mod server;
+#[path = "../support/mod.rs"]
+mod support;
 #[cfg(feature = "tokio_ecdysis")]
 mod tokio_server;
 
 use load::{now, Load};
 use operator::Operator;
+use request::Use;
 use std::io::{self, IsTerminal, Write};
 use std::path::PathBuf;
 use std::process::{self, ExitCode};
@@ -43,6 +48,7 @@ pub struct Options {
     every: Duration,
     clients: usize,
     transport: Transport,
+    connections: Use,
     tokio: bool,
     json: bool,
     plot: Option<PathBuf>,
@@ -69,6 +75,7 @@ impl Options {
             every: Duration::from_millis(250),
             clients: 8,
             transport: Transport::Tcp,
+            connections: Use::Once,
             tokio: false,
             json: false,
             plot: None,
@@ -83,6 +90,8 @@ impl Options {
                 Long("upgrades") => options.upgrades = args.value()?.parse()?,
                 Long("every") => options.every = Duration::from_millis(args.value()?.parse()?),
                 Long("clients") => options.clients = args.value()?.parse::<usize>()?.max(1),
+                Long("keep-alive") => options.connections = Use::KeepAlive,
+                Long("http") => options.connections = Use::Http,
                 Long("unix") => options.transport = Transport::Unix,
                 Long("udp") => options.transport = Transport::Udp,
                 Long("tokio") if !cfg!(feature = "tokio_ecdysis") => {
@@ -97,6 +106,9 @@ impl Options {
                 Long("listen") => options.listen = args.value()?.string()?,
                 other => return Err(other.unexpected()),
             }
+        }
+        if options.transport == Transport::Udp && options.connections != Use::Once {
+            return Err("--udp has no connections to keep".into());
         }
         if options.listen.is_empty() {
             options.listen = match options.transport {
@@ -117,6 +129,7 @@ impl Options {
 }
 
 fn main() -> ExitCode {
+    support::help(include_str!("main.rs"));
     let options = match Options::parse() {
         Ok(options) => options,
         Err(error) => {
@@ -147,7 +160,7 @@ fn demo(options: &Options) -> Result<ExitCode, Box<dyn std::error::Error>> {
     if options.transport == Transport::Udp {
         // UDP may lose a datagram at any time, so measure first what is lost without an upgrade.
         let time = (options.every * options.upgrades as u32 / 3).max(Duration::from_millis(200));
-        let load = Load::start(&target, options.clients, options.timeout, false);
+        let load = Load::start(&target, options, false);
         let mut progress = Progress::new("without upgrades");
         let waited = operator.watch(Instant::now() + time, || progress.show(&load, ""));
         baseline = Some(load.stop());
@@ -155,7 +168,7 @@ fn demo(options: &Options) -> Result<ExitCode, Box<dyn std::error::Error>> {
     }
 
     let draws = options.plot.is_some() || options.picture.is_some();
-    let load = Load::start(&target, options.clients, options.timeout, draws);
+    let load = Load::start(&target, options, draws);
     let start = now();
     let problem = drive(options, &mut operator, &load).err();
     let seen = load.stop();

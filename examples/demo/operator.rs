@@ -1,7 +1,7 @@
 //! Starts the server, replaces it, ends it: what a person would do with a shell and `kill -HUP`. Every wait has a deadline.
 
 use crate::load::now;
-use crate::request::field;
+use crate::request::{field, Use};
 use crate::{Options, Transport};
 use ecdysis::Ecdysis;
 use rustix::process::{kill_process, kill_process_group, set_child_subreaper, wait, Pid, Signal, WaitOptions};
@@ -100,6 +100,11 @@ impl Operator {
             .args(["--every", &options.every.as_millis().to_string()])
             .args(["--timeout", &options.timeout.as_millis().to_string()])
             .args(options.tokio.then_some("--tokio"))
+            .args(match options.connections {
+                Use::Once => None,
+                Use::KeepAlive => Some("--keep-alive"),
+                Use::Http => Some("--http"),
+            })
             .stdin(Stdio::piped())
             .stderr(Stdio::piped())
             .process_group(0);
@@ -131,10 +136,12 @@ impl Operator {
         let line = line.map_err(|e| e.to_string())?.ok_or("the server did not start in time")?;
         operator.address = line.split(' ').nth(1).ok_or("no address")?.to_string();
         if !options.json {
-            let kind = match options.transport {
-                Transport::Tcp => "a new TCP connection per request",
-                Transport::Unix => "a new connection per request",
-                Transport::Udp => "a numbered datagram per request",
+            let kind = match (options.connections, options.transport) {
+                (Use::KeepAlive, _) => "each on a connection that it keeps",
+                (Use::Http, _) => "each in HTTP/1.1 on a connection that it keeps",
+                (Use::Once, Transport::Tcp) => "a new TCP connection per request",
+                (Use::Once, Transport::Unix) => "a new connection per request",
+                (Use::Once, Transport::Udp) => "a numbered datagram per request",
             };
             println!("{} clients ask {}, {kind}", options.clients, operator.address);
         }

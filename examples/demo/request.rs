@@ -1,9 +1,9 @@
 //! One request to the demo's server or to `whoami`, and the kinds in which it can fail. The integration tests use it too.
 
 use rustix::net::sockopt::{set_socket_timeout, Timeout};
-use rustix::net::{connect, socket_with, AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
+use rustix::net::{connect, socket_with, SocketAddrAny, SocketAddrUnix, SocketFlags, SocketType};
 use std::fs::File;
-use std::io::{self, ErrorKind, Read, Write};
+use std::io::{self, BufRead, BufReader, ErrorKind, Read, Write};
 use std::net::{SocketAddr, UdpSocket};
 use std::str::FromStr;
 use std::time::{Duration, Instant};
@@ -76,50 +76,71 @@ pub fn field<T: FromStr>(line: &str, name: &str) -> Option<T> {
     line.split_whitespace().find_map(|word| word.strip_prefix(name)?.strip_prefix('=')?.parse().ok())
 }
 
+/// What a client does with its connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Use {
+    /// A new one for each request.
+    Once,
+    /// It is kept until the server says in an answer that it is the last one.
+    KeepAlive,
+    /// The same, in HTTP/1.1.
+    Http,
+}
+
 pub struct Client {
     target: Target,
     timeout: Duration,
+    connections: Use,
+    kept: Option<BufReader<File>>,
     /// Only for UDP: the socket, and the number of the last datagram.
     udp: Option<(UdpSocket, u64)>,
 }
 
 impl Client {
     pub fn new(target: Target, timeout: Duration) -> Client {
-        Client { target, timeout, udp: None }
+        Client { target, timeout, connections: Use::Once, kept: None, udp: None }
     }
 
-    /// One request, on a connection of its own. No step waits longer than the timeout.
+    pub fn using(self, connections: Use) -> Client {
+        Client { connections, ..self }
+    }
+
+    /// One request. No step waits longer than the timeout.
     pub fn ask(&mut self) -> io::Result<Answer> {
-        match &self.target {
-            Target::Tcp(address) => {
-                let family = if address.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
-                self.exchange(family, address)
-            }
-            Target::Unix(path) => {
-                let address = match path.strip_prefix('@') {
-                    Some(name) => SocketAddrUnix::new_abstract_name(name.as_bytes()),
-                    None => SocketAddrUnix::new(path.as_str()),
-                };
-                self.exchange(AddressFamily::UNIX, &address?)
-            }
-            Target::Udp(address) => {
-                let address = *address;
-                self.datagram(address)
+        match self.target {
+            Target::Udp(address) => self.datagram(address),
+            _ if self.connections == Use::Once => self.exchange(),
+            _ => {
+                let connection = self.kept.take().map_or_else(|| self.connect().map(BufReader::new), Ok)?;
+                let (answer, kept) = self.exchange_on(connection)?;
+                self.kept = kept;
+                Ok(answer)
             }
         }
+    }
+
+    fn connect(&self) -> io::Result<File> {
+        let address: SocketAddrAny = match &self.target {
+            Target::Tcp(address) | Target::Udp(address) => (*address).into(),
+            Target::Unix(path) => match path.strip_prefix('@') {
+                Some(name) => SocketAddrUnix::new_abstract_name(name.as_bytes())?.into(),
+                None => SocketAddrUnix::new(path.as_str())?.into(),
+            },
+        };
+        let socket = socket_with(address.address_family(), SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
+        // Linux applies the send timeout to connect, for Unix sockets too.
+        set_socket_timeout(&socket, Timeout::Send, Some(self.timeout))?;
+        set_socket_timeout(&socket, Timeout::Recv, Some(self.timeout))?;
+        connect(&socket, &address)?;
+        Ok(File::from(socket))
     }
 
     /// The client reads to the end, so the *server* closes first. That is what keeps a client at full speed honest: the side
     /// that closes first holds the connection in TIME_WAIT for a minute. On the client's side that would use up the
     /// local ports in a second or two; on the server's side it costs nothing, since a new connection from the same port
     /// may take its place at once. So no SO_LINGER is needed here, which could hide a reset.
-    fn exchange(&self, family: AddressFamily, address: &impl rustix::net::addr::SocketAddrArg) -> io::Result<Answer> {
-        let socket = socket_with(family, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
-        // Linux applies the send timeout to connect, for Unix sockets too.
-        set_socket_timeout(&socket, Timeout::Send, Some(self.timeout))?;
-        set_socket_timeout(&socket, Timeout::Recv, Some(self.timeout))?;
-        connect(&socket, address)?;
-        let mut stream = File::from(socket);
+    fn exchange(&self) -> io::Result<Answer> {
+        let mut stream = self.connect()?;
         stream.write_all(b"who?\n")?;
         let (mut answer, mut length) = ([0; 64], 0);
         loop {
@@ -133,6 +154,23 @@ impl Client {
             }
         }
         Answer::parse(&String::from_utf8_lossy(&answer[..length]))
+    }
+
+    /// A request on a connection that is kept; gives the connection back unless the answer says that it ends. Nothing is
+    /// sent a second time: a request that gets no answer has failed.
+    fn exchange_on(&self, mut connection: BufReader<File>) -> io::Result<(Answer, Option<BufReader<File>>)> {
+        let http = self.connections == Use::Http;
+        connection.get_mut().write_all(if http { b"GET / HTTP/1.1\r\nHost: demo\r\n\r\n" } else { b"keep\n" })?;
+        let mut line = next_line(&mut connection)?;
+        let mut last = line.ends_with(" last");
+        if http {
+            while !line.is_empty() {
+                last |= line.eq_ignore_ascii_case("connection: close");
+                line = next_line(&mut connection)?;
+            }
+            line = next_line(&mut connection)?;
+        }
+        Ok((Answer::parse(&line)?, (!last).then_some(connection)))
     }
 
     /// Numbered, so that a late answer to an earlier datagram is not taken for this one's.
@@ -162,4 +200,11 @@ impl Client {
             }
         }
     }
+}
+
+fn next_line(connection: &mut impl BufRead) -> io::Result<String> {
+    let mut line = String::new();
+    connection.read_line(&mut line)?;
+    let whole = line.strip_suffix('\n').ok_or(ErrorKind::UnexpectedEof)?;
+    Ok(whole.trim_end_matches('\r').to_owned())
 }

@@ -1,16 +1,23 @@
 //! The server that is replaced, and the words in which it tells the demo what happens to it. `demo --serve` runs it.
 
-use ecdysis::{Ecdysis, Event, Shutdown, Socket};
-use std::io::{self, BufRead, BufReader, Read, Write};
+use ecdysis::{Accept, Ecdysis, Event, Readable, Shutdown, Socket};
+use rustix::event::{poll, PollFd, PollFlags, Timespec};
+use std::fs::File;
+use std::io::{self, BufRead, BufReader, Write};
 use std::net::UdpSocket;
+use std::os::fd::OwnedFd;
 use std::time::Duration;
 use std::{error::Error, process, thread};
 
 use crate::load::now;
+use crate::request::Use;
 use crate::Options;
 
 /// Threads that accept (or receive), and answer what they accepted: enough for requests as short as these.
 const THREADS: usize = 4;
+
+/// How long a client may be silent.
+const PATIENCE: Duration = Duration::from_secs(5);
 
 pub fn serve(options: &Options) -> Result<(), Box<dyn Error>> {
     let began = now();
@@ -23,14 +30,10 @@ pub fn serve(options: &Options) -> Result<(), Box<dyn Error>> {
         .start()?;
     let (gen, pid) = (starting.generation(), process::id());
     let (shutdown, answer) = (starting.shutdown(), format!("gen={gen} pid={pid}"));
+    let kept = options.connections;
     let address = if let Some(path) = options.listen.strip_prefix("unix:") {
         let listener = starting.listen_unix(path)?;
-        threads(&shutdown, &answer, move |shutdown, answer| {
-            for stream in shutdown.incoming(&listener).flatten() {
-                let _ = stream.set_read_timeout(Some(Duration::from_secs(5)));
-                let _ = reply(stream, answer);
-            }
-        });
+        threads(&shutdown, &answer, move |shutdown, answer| accept(&listener, shutdown, answer, kept));
         options.listen.clone()
     } else if let Some(address) = options.listen.strip_prefix("udp:") {
         let socket = starting.build_socket_udp(address.parse()?, |socket: Socket, address| {
@@ -43,12 +46,7 @@ pub fn serve(options: &Options) -> Result<(), Box<dyn Error>> {
     } else {
         let listener = starting.listen_tcp(options.listen.parse()?)?;
         let address = listener.local_addr()?;
-        threads(&shutdown, &answer, move |shutdown, answer| {
-            for stream in shutdown.incoming(&listener).flatten() {
-                let _ = stream.set_read_timeout(Some(Duration::from_secs(5)));
-                let _ = reply(stream, answer);
-            }
-        });
+        threads(&shutdown, &answer, move |shutdown, answer| accept(&listener, shutdown, answer, kept));
         address.to_string()
     };
     let ready = now();
@@ -75,10 +73,72 @@ fn threads(shutdown: &Shutdown, answer: &str, serve: impl Fn(&Shutdown, &str) + 
     }
 }
 
-fn reply(stream: impl Read + Write, answer: &str) -> io::Result<()> {
+fn accept<L: Accept<Stream: Into<OwnedFd>>>(listener: &L, shutdown: &Shutdown, answer: &str, kept: Use) {
+    for stream in shutdown.incoming(listener).flatten() {
+        let stream = File::from(stream.into());
+        if kept == Use::Once {
+            let _ = reply(stream, shutdown, answer);
+            continue;
+        }
+        let (shutdown, guard, answer) = (shutdown.clone(), shutdown.guard(), answer.to_owned());
+        thread::spawn(move || {
+            let _ = replies(stream, &shutdown, &answer, kept);
+            drop(guard);
+        });
+    }
+}
+
+fn reply(stream: File, shutdown: &Shutdown, answer: &str) -> io::Result<()> {
+    if shutdown.readable(&stream, Some(PATIENCE))? == Readable::TimedOut {
+        return Ok(());
+    }
     let mut stream = BufReader::with_capacity(64, stream);
     stream.read_until(b'\n', &mut Vec::with_capacity(64))?;
     stream.get_mut().write_all(format!("{answer}\n").as_bytes())
+}
+
+/// Answers requests until one of the two sides ends the connection. This side does so in an answer, or when the
+/// connection has been idle for a while after the upgrade.
+fn replies(stream: File, shutdown: &Shutdown, answer: &str, kept: Use) -> io::Result<()> {
+    let mut requests = BufReader::with_capacity(256, stream);
+    while more_comes(&requests, shutdown)? {
+        let mut line = String::new();
+        while requests.read_line(&mut line)? > 0 && kept == Use::Http && line != "\r\n" {
+            line.clear();
+        }
+        let last = line.is_empty() || shutdown.is_over();
+        requests.get_mut().write_all(text(answer, kept, last).as_bytes())?;
+        if last {
+            break;
+        }
+    }
+    Ok(())
+}
+
+/// An answer, which says whether it is the last one of its connection.
+pub fn text(answer: &str, kept: Use, last: bool) -> String {
+    match (kept, last) {
+        (Use::Once, _) | (Use::KeepAlive, false) => format!("{answer}\n"),
+        (Use::KeepAlive, true) => format!("{answer} last\n"),
+        (Use::Http, _) => {
+            let (length, connection) = (answer.len() + 1, if last { "close" } else { "keep-alive" });
+            format!("HTTP/1.1 200 OK\r\nContent-Length: {length}\r\nConnection: {connection}\r\n\r\n{answer}\n")
+        }
+    }
+}
+
+fn more_comes(requests: &BufReader<File>, shutdown: &Shutdown) -> io::Result<bool> {
+    if !requests.buffer().is_empty() {
+        return Ok(true);
+    }
+    Ok(match shutdown.readable(requests.get_ref(), Some(PATIENCE))? {
+        Readable::Ready => true,
+        Readable::TimedOut => false,
+        Readable::Over => {
+            let grace = Timespec { tv_sec: 0, tv_nsec: 500_000_000 };
+            poll(&mut [PollFd::new(requests.get_ref(), PollFlags::IN)], Some(&grace))? > 0
+        }
+    })
 }
 
 fn datagrams(socket: &UdpSocket, shutdown: &Shutdown, answer: &str) {

@@ -7,7 +7,8 @@ use std::{error::Error, io, process, thread};
 use tokio::io::{AsyncBufReadExt, AsyncRead, AsyncWrite, AsyncWriteExt, BufReader};
 
 use crate::load::now;
-use crate::server::{say, tell};
+use crate::request::Use;
+use crate::server::{self, say, tell};
 use crate::Options;
 
 pub fn serve(options: &Options) -> Result<(), Box<dyn Error>> {
@@ -25,7 +26,7 @@ async fn run(options: &Options) -> Result<(), Box<dyn Error>> {
     let (shutdown, answer) = (builder.shutdown(), format!("gen={gen} pid={pid}"));
     let address = if let Some(path) = options.listen.strip_prefix("unix:") {
         let connections = builder.listen_unix(StopOnShutdown::Yes, path)?;
-        tokio::spawn(each(connections, shutdown, answer));
+        tokio::spawn(each(connections, shutdown, answer, options.connections));
         options.listen.clone()
     } else if let Some(address) = options.listen.strip_prefix("udp:") {
         let stream = builder.build_stream_udp(StopOnShutdown::Yes, address.parse()?, |socket, address| {
@@ -38,7 +39,7 @@ async fn run(options: &Options) -> Result<(), Box<dyn Error>> {
     } else {
         let connections = builder.listen_tcp(StopOnShutdown::Yes, options.listen.parse()?)?;
         let address = connections.get_ref().ok_or("over")?.local_addr()?;
-        tokio::spawn(each(connections, shutdown, answer));
+        tokio::spawn(each(connections, shutdown, answer, options.connections));
         address.to_string()
     };
     let ready = now();
@@ -57,20 +58,36 @@ async fn run(options: &Options) -> Result<(), Box<dyn Error>> {
     Ok(())
 }
 
-async fn each<S, C>(mut connections: S, shutdown: Shutdown, answer: String)
+async fn each<S, C>(mut connections: S, shutdown: Shutdown, answer: String, kept: Use)
 where
     S: Stream<Item = io::Result<C>> + Unpin,
     C: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
     while let Some(Ok(connection)) = connections.next().await {
-        let (guard, answer) = (shutdown.guard(), format!("{answer}\n"));
+        let (guard, shutdown, answer) = (shutdown.guard(), shutdown.clone(), answer.clone());
         tokio::spawn(async move {
-            let mut connection = BufReader::with_capacity(64, connection);
-            if connection.read_until(b'\n', &mut Vec::with_capacity(64)).await.is_ok() {
-                let _ = connection.write_all(answer.as_bytes()).await;
-            }
+            let connection = BufReader::with_capacity(256, connection);
+            let _ = replies(connection, &shutdown, &answer, kept).await;
             drop(guard);
         });
+    }
+}
+
+/// As `server::replies`.
+async fn replies<C>(mut requests: BufReader<C>, shutdown: &Shutdown, answer: &str, kept: Use) -> io::Result<()>
+where
+    C: AsyncRead + AsyncWrite + Unpin,
+{
+    loop {
+        let mut line = String::new();
+        while requests.read_line(&mut line).await? > 0 && kept == Use::Http && line != "\r\n" {
+            line.clear();
+        }
+        let last = line.is_empty() || kept == Use::Once || shutdown.is_over();
+        requests.write_all(server::text(answer, kept, last).as_bytes()).await?;
+        if last {
+            return Ok(());
+        }
     }
 }
 

@@ -87,6 +87,13 @@ fn unix() {
 }
 
 #[test]
+fn connections_that_are_kept() {
+    for args in [&["--keep-alive"][..], &["--keep-alive", "--unix"], &["--http"]] {
+        five_upgrades(args);
+    }
+}
+
+#[test]
 fn udp() {
     let json = five_upgrades(&["--udp"]);
     assert!(json["without_upgrades"]["requests"].as_u64().unwrap() > 0, "{json}");
