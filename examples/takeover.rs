@@ -18,6 +18,8 @@
 //!     --linger            once replaced, do not end before SIGTERM: for supervisors that start again whatever ends, see
 //!                         takeover.yaml beside this file
 
+mod support;
+
 use std::error::Error;
 use std::io::{BufRead, BufReader, Write};
 use std::net::{SocketAddr, TcpStream};
@@ -27,9 +29,12 @@ use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
+use support::{help, say};
+
 use ecdysis::{Ecdysis, ExitMode, Readable, Shutdown};
 
 fn main() -> Result<(), Box<dyn Error>> {
+    help(include_str!("takeover.rs"));
     let options = Options::parse()?;
     let mut builder = Ecdysis::builder();
     builder.take_over(&options.socket).takeover_on_socket(&options.socket);
@@ -67,17 +72,17 @@ fn main() -> Result<(), Box<dyn Error>> {
     // Until here the other version serves; from here on this one does, or the other one if something goes wrong.
     let server = starting.ready()?;
     let so_far = answers.load(Ordering::Relaxed);
-    eprintln!("serving: generation {generation}, pid {}, {so_far} answers so far", process::id());
+    say(format_args!("serving: generation {generation}, pid {}, {so_far} answers so far", process::id()));
 
     let exit = server.run()?;
     if let ExitMode::Upgraded(new) = &exit.mode {
-        eprintln!("handed over to pid {}", new.pid);
+        say(format_args!("handed over to pid {}", new.pid));
     }
     let left = shutdown.drain(options.drain);
     if options.linger {
         server.wait_for_stop()?;
     }
-    eprintln!("ended: generation {generation}, pid {}, {left} connections cut", process::id());
+    say(format_args!("ended: generation {generation}, pid {}, {left} connections cut", process::id()));
     Ok(())
 }
 

@@ -6,6 +6,8 @@
 //!
 //! The `nc` that was open stays with the old process, which ends when `nc` does. A new `nc` talks to the new one.
 
+mod support;
+
 use ecdysis::tokio_ecdysis::{SignalKind, StopOnShutdown, TokioEcdysisBuilder};
 use futures::StreamExt;
 use std::net::SocketAddr;
@@ -13,6 +15,7 @@ use tokio::{net::TcpStream, task::JoinSet};
 
 #[tokio::main]
 async fn main() {
+    support::help(include_str!("tokio_echo.rs"));
     let mut ecdysis_builder = TokioEcdysisBuilder::new(SignalKind::hangup()).unwrap();
     ecdysis_builder.stop_on_signal(SignalKind::user_defined1()).unwrap();
     let addr: SocketAddr = "0.0.0.0:8080".parse().unwrap();

@@ -8,10 +8,14 @@
 //! With a second argument it also listens to `--example ctl` there. What has no state between two datagrams, as DNS,
 //! needs no more than this. QUIC does: a datagram that belongs to a connection of the old process has to find it.
 
+mod support;
+
 use ecdysis::{Ecdysis, Socket};
 use std::{env, error::Error, io, net::SocketAddr, thread, time::Duration};
+use support::{help, say};
 
 fn main() -> Result<(), Box<dyn Error>> {
+    help(include_str!("udp.rs"));
     let mut args = env::args().skip(1);
     let address: SocketAddr = args.next().as_deref().unwrap_or("127.0.0.1:7000").parse()?;
     let mut builder = Ecdysis::builder();
@@ -24,9 +28,9 @@ fn main() -> Result<(), Box<dyn Error>> {
     let bind = |socket: Socket, address| socket.bind(address).map(|()| socket.into());
     let socket = starting.build_socket_udp(address, bind)?;
     let whoami = format!("gen={} pid={}", starting.generation(), std::process::id());
-    eprintln!("listening {} {whoami}", socket.local_addr()?);
+    say(format_args!("listening {} {whoami}", socket.local_addr()?));
     let server = starting.ready()?;
-    eprintln!("serving {whoami}");
+    say(format_args!("serving {whoami}"));
 
     let shutdown = server.shutdown();
     let receiving = shutdown.clone();
@@ -46,7 +50,7 @@ fn main() -> Result<(), Box<dyn Error>> {
 
     let exit = server.run()?;
     shutdown.drain(Duration::from_secs(10));
-    eprintln!("ended {whoami} {exit}");
+    say(format_args!("ended {whoami} {exit}"));
     receiver.join().map_err(|_| "the receiving thread panicked")??;
     Ok(())
 }

@@ -15,6 +15,8 @@
 //! `Shutdown`.
 
 mod metrics;
+#[path = "../support/mod.rs"]
+mod support;
 
 use ecdysis::{Ecdysis, Readable, Shutdown};
 use metrics::Metrics;
@@ -22,10 +24,12 @@ use std::error::Error;
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use std::{env, process, thread};
+use support::{help, say};
 
-/// How long a connection may be idle, and how long the bytes of a request or an answer may make us wait.
+/// How long a connection may be idle, and how long a whole request, or each write of an answer, may take. (A limit for each
+/// read would let a client that sends a byte at a time hold every old process until the drain's deadline.)
 const IDLE: Duration = Duration::from_secs(60);
 const PATIENCE: Duration = Duration::from_secs(10);
 /// After the upgrade, how long an idle connection may yet send a request.
@@ -36,6 +40,7 @@ const MAX_HEAD: usize = 16 << 10;
 const MAX_BODY: usize = 1 << 20;
 
 fn main() -> Result<(), Box<dyn Error>> {
+    help(include_str!("main.rs"));
     let mut args = env::args().skip(1);
     let address: SocketAddr = args.next().as_deref().unwrap_or("127.0.0.1:8000").parse()?;
 
@@ -51,9 +56,9 @@ fn main() -> Result<(), Box<dyn Error>> {
     metrics.inherit(&starting)?;
     let listener = starting.listen_tcp(address)?;
     let whoami = format!("gen={} pid={}", starting.generation(), process::id());
-    eprintln!("listening {} {whoami}", listener.local_addr()?);
+    say(format_args!("listening {} {whoami}", listener.local_addr()?));
     let server = starting.ready()?;
-    eprintln!("serving {whoami}");
+    say(format_args!("serving {whoami}"));
 
     let shutdown = server.shutdown();
     let app = Arc::new(App { shutdown: shutdown.clone(), metrics, whoami });
@@ -73,7 +78,7 @@ fn main() -> Result<(), Box<dyn Error>> {
 
     let exit = server.run()?;
     let left = shutdown.drain(DRAIN);
-    eprintln!("ended {} left={left} {exit}", app.whoami);
+    say(format_args!("ended {} left={left} {exit}", app.whoami));
     Ok(())
 }
 
@@ -90,7 +95,6 @@ impl App {
         stream.set_write_timeout(Some(PATIENCE))?;
         let mut received = Vec::new();
         while !received.is_empty() || self.more_comes(stream)? {
-            stream.set_read_timeout(Some(PATIENCE))?;
             let request = Request::read(stream, &mut received)?;
             let (status, text) = match &request {
                 Ok(request) => self.answer(request),
@@ -152,7 +156,8 @@ struct Request {
 impl Request {
     /// Takes one request out of what has been received, reading on until it is complete. Its body is thrown away.
     /// A request that is answered by a status alone is the last of its connection.
-    fn read(mut stream: &TcpStream, received: &mut Vec<u8>) -> io::Result<Result<Self, &'static str>> {
+    fn read(stream: &TcpStream, received: &mut Vec<u8>) -> io::Result<Result<Self, &'static str>> {
+        let deadline = Instant::now() + PATIENCE;
         loop {
             match Self::parse(received) {
                 Ok(Some(request)) if received.len() >= request.head + request.body => {
@@ -165,7 +170,7 @@ impl Request {
                 Err(status) => return Ok(Err(status)),
             }
             let mut chunk = [0; 8 << 10];
-            match stream.read(&mut chunk)? {
+            match read_until(deadline, stream, &mut chunk)? {
                 0 => return Err(ErrorKind::UnexpectedEof.into()),
                 length => received.extend_from_slice(&chunk[..length]),
             }
@@ -209,15 +214,16 @@ impl Request {
     }
 }
 
-/// To close with something unread is to reset, and a reset overtakes the last answer: so hear the client out, a moment.
-fn close(mut stream: &TcpStream) -> io::Result<()> {
+/// Closing with something unread resets the connection, and the reset overtakes the last answer. So read on for a moment.
+fn close(stream: &TcpStream) -> io::Result<()> {
     stream.shutdown(std::net::Shutdown::Write)?;
-    stream.set_read_timeout(Some(GRACE))?;
-    let mut rest = [0; 8 << 10];
-    for _ in 0..MAX_BODY / rest.len() {
-        if stream.read(&mut rest)? == 0 {
-            break;
-        }
-    }
+    let deadline = Instant::now() + GRACE;
+    while read_until(deadline, stream, &mut [0; 8 << 10])? > 0 {}
     Ok(())
+}
+
+fn read_until(deadline: Instant, mut stream: &TcpStream, chunk: &mut [u8]) -> io::Result<usize> {
+    let left = deadline.checked_duration_since(Instant::now()).filter(|left| !left.is_zero());
+    stream.set_read_timeout(Some(left.ok_or(ErrorKind::TimedOut)?))?;
+    stream.read(chunk)
 }

@@ -20,6 +20,7 @@ mod examples;
 mod faults;
 #[cfg(feature = "systemd")]
 mod notify;
+mod output;
 mod passing;
 mod post_fork;
 mod probation;
