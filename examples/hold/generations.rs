@@ -1,0 +1,122 @@
+//! Who serves: the generation that gets the signals and is believed, and the ones that it replaced.
+
+use std::fs;
+
+use crate::process::{self, descendants, Descendant, Process};
+use crate::signals::send;
+
+pub struct Generations {
+    /// The generation that serves, or starts.
+    main: Option<Process>,
+    /// It has said so. One that has not is silent: then its successors are known by their command line only.
+    pub ready: bool,
+    /// The program that it runs.
+    program: Vec<u8>,
+    /// The process that was started; all later generations are in its session.
+    session: i32,
+    /// Generations that were replaced, and may drain.
+    former: Vec<i32>,
+    /// The signals that were sent to the present one, as a mask.
+    received: u64,
+}
+
+impl Generations {
+    pub fn new(program: &[u8]) -> Self {
+        let program = program.to_vec();
+        Self { main: None, ready: false, program, session: 0, former: Vec::new(), received: 0 }
+    }
+
+    pub fn main(&self) -> Option<&Process> {
+        self.main.as_ref()
+    }
+
+    pub fn is_main(&self, pid: i32) -> bool {
+        self.main.as_ref().is_some_and(|main| main.pid == pid)
+    }
+
+    pub fn is_former(&self, pid: i32) -> bool {
+        self.former.contains(&pid)
+    }
+
+    /// The server was started, for the first time or again.
+    pub fn started(&mut self, process: Process) {
+        (self.session, self.ready, self.received) = (process.pid, false, 0);
+        self.main = Some(process);
+    }
+
+    /// Another generation serves from now on.
+    pub fn replace(&mut self, process: Process) {
+        self.former.extend(self.main.take().map(|main| main.pid));
+        self.former.retain(|pid| *pid != process.pid);
+        self.received = 0;
+        self.main = Some(process);
+        self.look();
+    }
+
+    /// A process has ended. Returns the serving generation if it was that.
+    pub fn ended(&mut self, pid: i32) -> Option<Process> {
+        self.former.retain(|former| *former != pid);
+        self.main.take_if(|main| main.pid == pid)
+    }
+
+    /// Notes which program the main process runs, which may be another than the one started: a script that executes it.
+    pub fn look(&mut self) {
+        if let Some(program) = self.main.as_ref().and_then(|main| process::program_of(main.pid)) {
+            self.program = program;
+        }
+    }
+
+    /// The generations that live and were not replaced, the youngest last. Only executed programs of the same name count:
+    /// a successor executes itself, and a worker or a helper does not or is another program.
+    pub fn successors(&self) -> Vec<Descendant> {
+        let mut all = descendants();
+        all.retain(|process| !self.is_former(process.pid) && process.runs(&self.program));
+        all
+    }
+
+    /// Any generation lives, draining or not.
+    pub fn any_lives(&self) -> bool {
+        self.main.is_some() || descendants().iter().any(|process| process.runs(&self.program))
+    }
+
+    /// Sends a signal to the generation that serves.
+    ///
+    /// A silent server's is the youngest that handles the signal: one that has just been started has no handler yet and would
+    /// be ended, and one that has handed over ignores it. But a stop goes to all of them. In the middle of an upgrade the
+    /// youngest has come far enough to handle it and not far enough to serve; if only that one stopped, the upgrade would
+    /// have failed, and the service would go on.
+    pub fn send(&mut self, signal: i32, to_all: bool) -> Vec<i32> {
+        if let Some(main) = self.main.as_ref().filter(|_| self.ready) {
+            main.signal(signal);
+            self.received |= 1 << (signal - 1);
+            return vec![main.pid];
+        }
+        let mut pids: Vec<i32> =
+            self.successors().iter().filter(|process| process.handles(signal)).map(|process| process.pid).collect();
+        if pids.is_empty() {
+            pids.extend(self.main.as_ref().map(|main| main.pid));
+        } else if !to_all {
+            pids.drain(..pids.len() - 1);
+        }
+        pids.iter().for_each(|pid| send(*pid, signal));
+        self.received |= 1 << (signal - 1);
+        pids
+    }
+
+    /// Whether that signal was sent to the serving generation from here.
+    pub fn received(&self, signal: i32) -> bool {
+        self.received >> (signal - 1) & 1 == 1
+    }
+
+    /// Sends a signal to every process of the service.
+    pub fn send_to_all(&self, signal: i32) {
+        // Where /proc cannot be read, this is what can be reached.
+        send(-self.session, signal);
+        descendants().iter().for_each(|process| send(process.pid, signal));
+    }
+}
+
+/// Whether there is a terminal that could send signals.
+pub fn terminal_is_there() -> bool {
+    fs::File::open("/dev/tty").is_ok()
+}

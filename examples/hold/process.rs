@@ -1,0 +1,141 @@
+//! Watching processes: what the kernel and /proc know of them.
+
+use std::fs;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::process::ExitStatusExt;
+use std::process::ExitStatus;
+use std::ptr;
+
+use rustix::event::{poll, PollFd, PollFlags, Timespec};
+use rustix::io::Errno;
+use rustix::process::{pidfd_open, wait, waitid, Pid, PidfdFlags, WaitId, WaitIdOptions, WaitOptions};
+
+use crate::signals::send;
+
+/// A process that is watched. It need not be a child.
+pub struct Process {
+    pub pid: i32,
+    pidfd: Option<OwnedFd>,
+}
+
+impl Process {
+    pub fn of(pid: i32) -> Self {
+        let pidfd = Pid::from_raw(pid).and_then(|pid| pidfd_open(pid, PidfdFlags::empty()).ok());
+        Self { pid, pidfd }
+    }
+
+    /// Readable when the process has ended; `None` where the kernel has no such descriptors.
+    pub fn pidfd(&self) -> Option<BorrowedFd<'_>> {
+        self.pidfd.as_ref().map(|pidfd| pidfd.as_fd())
+    }
+
+    pub fn signal(&self, signal: i32) {
+        let null = ptr::null::<libc::siginfo_t>();
+        match &self.pidfd {
+            // SAFETY: the null pointer asks for what kill(2) would send.
+            Some(pidfd) => unsafe {
+                libc::syscall(libc::SYS_pidfd_send_signal, pidfd.as_raw_fd(), signal, null, 0);
+            },
+            // Of a child the number is not used again before we reap it.
+            None => send(self.pid, signal),
+        }
+    }
+
+    /// It has ended, and is not ours to reap.
+    pub fn has_ended_elsewhere(&self) -> bool {
+        let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+        let ended = |pidfd| poll(&mut [PollFd::from_borrowed_fd(pidfd, PollFlags::IN)], Some(&now)) == Ok(1);
+        self.pidfd().is_some_and(ended) && !self.is_child()
+    }
+
+    fn is_child(&self) -> bool {
+        let options = WaitIdOptions::EXITED | WaitIdOptions::NOHANG | WaitIdOptions::NOWAIT;
+        Pid::from_raw(self.pid).is_some_and(|pid| waitid(WaitId::Pid(pid), options).err() != Some(Errno::CHILD))
+    }
+
+    /// Whether it is a child, or a child's child.
+    pub fn is_ours(&self) -> bool {
+        self.is_child() || descendants().iter().any(|process| process.pid == self.pid)
+    }
+}
+
+/// What `reap` found.
+pub enum Reaped {
+    Child(i32, ExitStatus),
+    /// The children that there are live.
+    None,
+    /// There are no children.
+    NoChildren,
+}
+
+/// Reaps one child that has ended.
+pub fn reap() -> Reaped {
+    match wait(WaitOptions::NOHANG) {
+        Ok(Some((pid, status))) => Reaped::Child(pid.as_raw_nonzero().get(), ExitStatus::from_raw(status.as_raw())),
+        Err(Errno::CHILD) => Reaped::NoChildren,
+        _ => Reaped::None,
+    }
+}
+
+/// A living process below this one.
+pub struct Descendant {
+    pub pid: i32,
+    parent: i32,
+    /// When it was made, in ticks.
+    start: u64,
+    /// It runs a program that it has executed itself: a worker that was forked does not.
+    executed: bool,
+}
+
+/// All of them, in the order of their start. None where /proc is missing or another PID namespace's.
+pub fn descendants() -> Vec<Descendant> {
+    let me = std::process::id() as i32;
+    let is_ours = fs::read_link("/proc/self").is_ok_and(|to| to.to_str() == Some(&me.to_string()));
+    let Some(entries) = is_ours.then(|| fs::read_dir("/proc").ok()).flatten() else { return Vec::new() };
+    let pids = entries.flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+    let all: Vec<Descendant> = pids.filter_map(Descendant::read).collect();
+    let mut below = vec![me];
+    let mut found = Vec::new();
+    while let Some(parent) = below.pop() {
+        let children = all.iter().filter(|process| process.parent == parent);
+        children.for_each(|child| {
+            below.push(child.pid);
+            found.push(child.pid);
+        });
+    }
+    let mut found: Vec<_> = all.into_iter().filter(|process| found.contains(&process.pid)).collect();
+    found.sort_by_key(|process| (process.start, process.pid));
+    found
+}
+
+impl Descendant {
+    /// From /proc/PID/stat; `None` for a zombie.
+    fn read(pid: i32) -> Option<Self> {
+        const PF_FORKNOEXEC: u64 = 0x40;
+        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+        // The name before the parenthesis may hold anything.
+        let fields: Vec<&str> = stat.rsplit_once(") ")?.1.split(' ').collect();
+        let number = |field: usize| fields.get(field)?.parse::<u64>().ok();
+        let executed = number(6)? & PF_FORKNOEXEC == 0;
+        (fields[0] != "Z").then_some(Self { pid, parent: number(1)? as i32, start: number(19)?, executed })
+    }
+
+    /// Whether it runs the program of this name, which it has executed itself.
+    pub fn runs(&self, program: &[u8]) -> bool {
+        self.executed && program_of(self.pid).is_some_and(|name| name == program)
+    }
+
+    /// Whether it has a handler for the signal. It has not before it has come far enough in its start.
+    pub fn handles(&self, signal: i32) -> bool {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.pid)).unwrap_or_default();
+        let mask = status.lines().find_map(|line| line.strip_prefix("SigCgt:"));
+        let mask = mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok());
+        mask.is_some_and(|mask| mask >> (signal - 1) & 1 == 1)
+    }
+}
+
+/// The name under which a process was executed: its first argument.
+pub fn program_of(pid: i32) -> Option<Vec<u8>> {
+    let line = fs::read(format!("/proc/{pid}/cmdline")).ok()?;
+    line.split(|byte| *byte == 0).next().filter(|name| !name.is_empty()).map(<[u8]>::to_vec)
+}

@@ -1,0 +1,120 @@
+//! Starting a program: what it gets from `hold`, and what `hold` got itself.
+
+use std::convert::Infallible;
+use std::env;
+use std::ffi::{c_char, CString};
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::ffi::OsStringExt;
+use std::ptr;
+
+use rustix::io::{fcntl_setfd, FdFlags};
+
+use crate::options::Options;
+use crate::process::Process;
+use crate::say;
+use crate::signals::{check, Signals};
+use crate::store::{Entry, Store};
+
+/// The first descriptor that is passed, SD_LISTEN_FDS_START.
+const FIRST: RawFd = 3;
+
+/// Variables that are for one process, and not for what it starts.
+const OURS: [&str; 7] =
+    ["NOTIFY_SOCKET", "FDSTORE", "LISTEN_PID", "LISTEN_PIDFDID", "LISTEN_FDS", "LISTEN_FDNAMES", "WATCHDOG_PID"];
+
+/// Our environment, less what is meant for us alone.
+pub fn inherited() -> Vec<CString> {
+    let for_others = env::vars_os().filter(|(name, _)| name.to_str().is_none_or(|name| !OURS.contains(&name)));
+    let joined = for_others.map(|(name, value)| [name.into_vec(), value.into_vec()].join(&b'='));
+    // Neither can hold a NUL: both come from such strings.
+    joined.filter_map(|variable| CString::new(variable).ok()).collect()
+}
+
+/// The server's environment: with a service manager in it, which is us.
+pub fn environment(options: &Options, notify_socket: &str) -> Vec<CString> {
+    let mut environment = inherited();
+    let mut set = |name: &str, value: String| {
+        let prefix = format!("{name}=");
+        environment.retain(|variable| !variable.as_bytes().starts_with(prefix.as_bytes()));
+        environment.extend(CString::new(prefix + &value));
+    };
+    set("NOTIFY_SOCKET", notify_socket.into());
+    if options.store > 0 {
+        set("FDSTORE", options.store.to_string());
+    }
+    if let Some(every) = options.watchdog {
+        set("WATCHDOG_USEC", every.as_micros().to_string());
+    }
+    environment
+}
+
+/// Takes what was passed to us by LISTEN_FDS into the store, for the server. To be called before any descriptor is opened.
+pub fn adopt_passed(store: &mut Store) {
+    let number = |name| env::var(name).ok()?.parse::<i32>().ok();
+    let (Some(pid), Some(count)) = (number("LISTEN_PID"), number("LISTEN_FDS")) else { return };
+    if pid != std::process::id() as i32 {
+        return;
+    }
+    let names = env::var("LISTEN_FDNAMES").unwrap_or_default();
+    let mut names = names.split(':').filter(|name| !name.is_empty());
+    for number in FIRST..FIRST.saturating_add(count) {
+        let name = names.next().unwrap_or("unknown");
+        if let Err(why) = adopt(number).map_err(|e| e.to_string()).and_then(|fd| Ok(store.put(name, fd, false)?)) {
+            say(&format!("cannot pass on descriptor {number}, {name:?}: {why}"));
+            break;
+        }
+    }
+}
+
+/// Owns a descriptor that we were started with.
+pub fn adopt(number: RawFd) -> io::Result<OwnedFd> {
+    // SAFETY: used for a call that is harmless on any number; a closed one is an error.
+    fcntl_setfd(unsafe { BorrowedFd::borrow_raw(number) }, FdFlags::CLOEXEC)?;
+    // SAFETY: it is open, and whoever started us passed it for us to own: nothing here has opened any yet.
+    Ok(unsafe { OwnedFd::from_raw_fd(number) })
+}
+
+/// Starts a program as the leader of a session of its own, so that the signals of a terminal reach `hold` alone. The
+/// descriptors go along as LISTEN_FDS.
+pub fn start(argv: &[CString], environment: &[CString], passed: &[Entry], signals: &Signals) -> io::Result<Process> {
+    // SAFETY: this process has one thread, so no lock is held in the child, which may allocate. It does not return.
+    match unsafe { check(libc::fork())? } {
+        0 => {
+            let Err(error) = execute(argv, environment, passed, signals);
+            say(&format!("cannot execute {}: {error}", argv[0].to_string_lossy()));
+            let code = if error.kind() == io::ErrorKind::NotFound { 127 } else { 126 };
+            // SAFETY: ends the child without the handlers of its parent.
+            unsafe { libc::_exit(code) }
+        }
+        pid => Ok(Process::of(pid)),
+    }
+}
+
+fn execute(argv: &[CString], environment: &[CString], passed: &[Entry], signals: &Signals) -> io::Result<Infallible> {
+    let mut environment = environment.to_vec();
+    if !passed.is_empty() {
+        // First copies out of the way of the numbers that they are to have. All but those are close-on-exec.
+        let beyond = FIRST + passed.len() as RawFd;
+        // SAFETY: makes a new number for an open descriptor.
+        let copy = |entry: &Entry| check(unsafe { libc::fcntl(entry.fd.as_raw_fd(), libc::F_DUPFD_CLOEXEC, beyond) });
+        let copies: Vec<RawFd> = passed.iter().map(copy).collect::<io::Result<_>>()?;
+        for (number, copy) in (FIRST..).zip(copies) {
+            // SAFETY: what had this number is gone in this child only, which does not use it any more.
+            check(unsafe { libc::dup2(copy, number) })?;
+        }
+        let names: Vec<&str> = passed.iter().map(|entry| entry.name.as_str()).collect();
+        environment.push(CString::new(format!("LISTEN_PID={}", std::process::id()))?);
+        environment.push(CString::new(format!("LISTEN_FDS={}", passed.len()))?);
+        environment.push(CString::new(format!("LISTEN_FDNAMES={}", names.join(":")))?);
+    }
+    let pointers = |strings: &[CString]| -> Vec<*const c_char> {
+        strings.iter().map(|string| string.as_ptr()).chain([ptr::null()]).collect()
+    };
+    let (argv, environment) = (pointers(argv), pointers(&environment));
+    rustix::process::setsid()?;
+    signals.restore();
+    // SAFETY: both lists end with null, and lead to strings that live.
+    unsafe { libc::execvpe(argv[0], argv.as_ptr(), environment.as_ptr()) };
+    Err(io::Error::last_os_error())
+}
