@@ -3,8 +3,7 @@
 use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::AtomicBool;
-use std::sync::{Arc, Condvar, Mutex, OnceLock};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use rustix::fs::Mode;
@@ -12,22 +11,26 @@ use rustix::fs::Mode;
 use crate::ecdysis::Starting;
 use crate::error::Error;
 use crate::event::Event;
+use crate::generation::Generation;
 use crate::handover::ancestors::Ancestors;
-use crate::handover::entry::Entry;
 use crate::handover::link::Transport;
 use crate::handover::receive::Inherited;
-use crate::manager::Manager;
+use crate::manager::ServiceManager;
+use crate::options::{Launch, Limits, Overlap};
+use crate::pid_file::PidFile;
 use crate::program::{Program, ProgramOverrides};
-use crate::service::{Core, Driver, Started};
+use crate::reporter::{Observer, Reporter};
+use crate::service::{Service, Started};
 use crate::shutdown::Shutdown;
 use crate::sockets::Sockets;
 use crate::sys::attributes::Attributes;
 use crate::sys::peer::PeerCred;
 use crate::sys::signal::{self, Handlers};
 use crate::sys::spawn::Spawn;
-use crate::takeover::Trust;
-use crate::trigger::{Action, Calls, ControlSocket, Purpose, Triggers};
-use crate::upgrade;
+use crate::triggers::control::{ControlSocket, Purpose, Trust};
+use crate::triggers::request::{Action, Calls};
+use crate::triggers::Triggers;
+use crate::upgrade::child::inherit;
 
 /// Chooses triggers, deadlines, and what the next generation runs. Nothing happens before [`start`](Self::start).
 ///
@@ -49,43 +52,17 @@ use crate::upgrade;
 pub struct Builder {
     signals: Vec<(i32, Action)>,
     sockets: Vec<(PathBuf, Purpose)>,
-    changes: ProgramOverrides,
-    config: Config,
-}
-
-/// What the builder chose and the running process needs.
-#[derive(Clone)]
-pub(crate) struct Config {
-    pub(crate) pid_file: Option<PathBuf>,
-    pub(crate) ready_timeout: Duration,
-    pub(crate) probation: Duration,
-    pub(crate) spawn: Spawn,
-    pub(crate) transport: Transport,
-    /// Where the running process listens that this one is to take over from.
-    pub(crate) take_over: Option<PathBuf>,
-    pub(crate) trust: Trust,
-    pub(crate) overlap: Overlap,
-    pub(crate) observer: Option<Observer>,
-    #[cfg(feature = "systemd_notify")]
-    pub(crate) systemd_notify: bool,
+    overrides: ProgramOverrides,
+    pid_file: Option<PathBuf>,
+    spawn: Spawn,
+    transport: Transport,
+    limits: Limits,
+    take_over: Option<PathBuf>,
+    trust: Trust,
+    observer: Option<Observer>,
+    systemd_notify: bool,
     #[cfg(feature = "systemd_sockets")]
-    pub(crate) systemd_sockets: bool,
-}
-
-pub(crate) type Observer = Arc<dyn Fn(&Event<'_>) + Send + Sync>;
-
-/// What happens when an upgrade is asked for while an older generation still drains.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum Overlap {
-    /// The upgrade goes ahead; any number of generations may drain.
-    #[default]
-    Allow,
-    /// The upgrade fails with [`Error::ParentDrains`].
-    Refuse,
-    /// The upgrade goes ahead; when it has succeeded, the oldest generations beyond this many are told to end their
-    /// [`drain`](Shutdown::drain), which then returns early. This process, which begins to drain, counts as one.
-    AtMost(usize),
+    systemd_sockets: bool,
 }
 
 impl Default for Builder {
@@ -100,22 +77,17 @@ impl Builder {
         Self {
             signals: Vec::new(),
             sockets: Vec::new(),
-            changes: ProgramOverrides::default(),
-            config: Config {
-                pid_file: None,
-                ready_timeout: Duration::from_secs(60),
-                probation: Duration::from_secs(1),
-                spawn: Spawn::default(),
-                transport: Transport::default(),
-                take_over: None,
-                trust: Arc::new(PeerCred::is_same_user_or_root),
-                overlap: Overlap::default(),
-                observer: None,
-                #[cfg(feature = "systemd_notify")]
-                systemd_notify: false,
-                #[cfg(feature = "systemd_sockets")]
-                systemd_sockets: false,
-            },
+            overrides: ProgramOverrides::default(),
+            pid_file: None,
+            spawn: Spawn::default(),
+            transport: Transport::default(),
+            limits: Limits::default(),
+            take_over: None,
+            trust: Arc::new(PeerCred::is_same_user_or_root),
+            observer: None,
+            systemd_notify: false,
+            #[cfg(feature = "systemd_sockets")]
+            systemd_sockets: false,
         }
     }
 
@@ -191,20 +163,20 @@ impl Builder {
     /// Keeps the serving process's PID in this file, mode 0644. It is written at `ready`, by rename, and removed at a
     /// final stop if it is still ours. A relative path is resolved at each write.
     pub fn pid_file(&mut self, path: impl AsRef<Path>) -> &mut Self {
-        self.config.pid_file = Some(path.as_ref().to_owned());
+        self.pid_file = Some(path.as_ref().to_owned());
         self
     }
 
     /// The program that the next generation runs. A relative path starts at the directory of this process's start; no
     /// link is followed. Default: what `argv[0]` means, resolved at [`start`](Self::start) in the same way.
     pub fn exec(&mut self, program: impl AsRef<Path>) -> &mut Self {
-        self.changes.exec = Some(program.as_ref().to_owned());
+        self.overrides.exec = Some(program.as_ref().to_owned());
         self
     }
 
     /// The next generation's arguments, without `argv[0]`. Default: this one's.
     pub fn args(&mut self, args: impl IntoIterator<Item = impl Into<OsString>>) -> &mut Self {
-        self.changes.args = Some(args.into_iter().map(Into::into).collect());
+        self.overrides.args = Some(args.into_iter().map(Into::into).collect());
         self
     }
 
@@ -221,19 +193,19 @@ impl Builder {
     }
 
     fn environment(&mut self) -> &mut BTreeMap<OsString, Option<OsString>> {
-        &mut self.changes.env
+        &mut self.overrides.env
     }
 
     /// Where the next generation starts. Default: where this one started, or, if that directory is gone, where it is.
     pub fn current_dir(&mut self, path: impl AsRef<Path>) -> &mut Self {
-        self.changes.directory = Some(path.as_ref().to_owned());
+        self.overrides.directory = Some(path.as_ref().to_owned());
         self
     }
 
     /// How long a child may take from the trigger to its `ready`. Then it is killed, and the upgrade has failed.
     /// Default: 60 seconds.
     pub fn ready_timeout(&mut self, time: Duration) -> &mut Self {
-        self.config.ready_timeout = time;
+        self.limits.ready_timeout = time;
         self
     }
 
@@ -241,19 +213,19 @@ impl Builder {
     /// nothing but keeps its sockets; if the child dies, it accepts again, and the upgrade has failed. Default: one
     /// second. Zero: no probation.
     pub fn probation(&mut self, time: Duration) -> &mut Self {
-        self.config.probation = time;
+        self.limits.probation = time;
         self
     }
 
     /// How the child is made.
     pub fn spawn(&mut self, spawn: Spawn) -> &mut Self {
-        self.config.spawn = spawn;
+        self.spawn = spawn;
         self
     }
 
     /// What carries a handover to a child.
     pub fn transport(&mut self, transport: Transport) -> &mut Self {
-        self.config.transport = transport;
+        self.transport = transport;
         self
     }
 
@@ -276,7 +248,7 @@ impl Builder {
     /// # }
     /// ```
     pub fn take_over(&mut self, path: impl AsRef<Path>) -> &mut Self {
-        self.config.take_over = Some(path.as_ref().to_owned());
+        self.take_over = Some(path.as_ref().to_owned());
         self
     }
 
@@ -284,20 +256,20 @@ impl Builder {
     /// [`PeerCred::is_same_user_or_root`]. For another user to get as far as being asked about, the socket file must let
     /// it in; its mode is 0600 until the program changes it.
     pub fn trust_peers(&mut self, trust: impl Fn(&PeerCred) -> bool + Send + Sync + 'static) -> &mut Self {
-        self.config.trust = Arc::new(trust);
+        self.trust = Arc::new(trust);
         self
     }
 
     /// What happens when an upgrade is asked for while an older generation still drains.
     pub fn overlap(&mut self, overlap: Overlap) -> &mut Self {
-        self.config.overlap = overlap;
+        self.limits.overlap = overlap;
         self
     }
 
     /// Calls `observer` at every [`Event`], in the thread that waits for triggers: it must return soon, and must not
     /// call [`Ecdysis::upgrade`](crate::Ecdysis::upgrade). If it panics, that is logged and changes nothing.
     pub fn on_event(&mut self, observer: impl Fn(&Event<'_>) + Send + Sync + 'static) -> &mut Self {
-        self.config.observer = Some(Arc::new(observer));
+        self.observer = Some(Arc::new(observer));
         self
     }
 
@@ -314,7 +286,7 @@ impl Builder {
     /// [`start`](Self::start) fails with [`Error::ServiceManager`] if the address in `NOTIFY_SOCKET` cannot be used.
     #[cfg(feature = "systemd_notify")]
     pub fn systemd_notify(&mut self, on: bool) -> &mut Self {
-        self.config.systemd_notify = on;
+        self.systemd_notify = on;
         self
     }
 
@@ -335,7 +307,7 @@ impl Builder {
     /// open.
     #[cfg(feature = "systemd_sockets")]
     pub fn systemd_sockets(&mut self, on: bool) -> &mut Self {
-        self.config.systemd_sockets = on;
+        self.systemd_sockets = on;
         self
     }
 
@@ -349,11 +321,12 @@ impl Builder {
     pub fn start(&mut self) -> Result<Starting, Error> {
         let started = Started::claim().ok_or(Error::AlreadyStarted)?;
         let prepare = |what| move |source| Error::Prepare { what, source };
-        // First of all, because these are as the parent made them only now.
+        // First of all, because only now these are as the parent made them.
         let attributes = Attributes::of_this_thread().map_err(prepare("signal mask"))?;
-        let program = Program::resolve(&self.changes);
-        let inherited = upgrade::inherit(&self.config)?;
-        let (generation, sockets, ancestors) = match inherited {
+        let program = Program::resolve(&self.overrides);
+        let launch = Launch { program, spawn: self.spawn, transport: self.transport, attributes };
+        let inherited = inherit(self.take_over.as_deref(), &self.trust, self.limits.ready_timeout)?;
+        let (number, entries, ancestors) = match inherited {
             Some(Inherited { generation, entries, ancestors }) => (generation + 1, entries, ancestors),
             None => (1, Vec::new(), Ancestors::default()),
         };
@@ -363,80 +336,83 @@ impl Builder {
         for &(signal, _) in &self.signals {
             handlers.install(signal).map_err(|source| Error::Signal { signal, source })?;
         }
-        let manager = self.config.manager(generation, ancestors.parent.is_some())?.map(Arc::new);
-        let sockets = self.config.sockets(sockets)?;
-        let mut control = Vec::new();
-        for (path, meaning) in &self.sockets {
-            let listener = sockets.listen_unix_with_mode(path, Some(Mode::RUSR | Mode::WUSR))?;
-            control.push(ControlSocket { path: path.clone(), listener, meaning: *meaning });
-        }
+        let sockets = Sockets::new(entries);
         let shutdown = Shutdown::new().map_err(prepare("shutdown handle"))?;
-        if let Some(manager) = &manager {
-            report_progress(&shutdown, manager);
-        }
-        let calls = Arc::new(Calls::default());
-        let triggers = Triggers::new(self.signals.clone(), handlers, control, self.config.trust.clone(), calls.clone());
-        Ok(Starting(Arc::new(Core {
-            config: self.config.clone(),
-            program,
-            attributes,
-            generation,
+        let ancestors = Arc::new(ancestors);
+        let reporter = Reporter::new(self.observer.clone(), ancestors.clone(), sockets.clone());
+        let pid_file = PidFile::new(self.pid_file.clone());
+        let generation = Generation {
+            number,
             began: Instant::now(),
+            launch,
+            limits: self.limits,
             sockets,
             shutdown,
-            manager: manager.map(OnceLock::from).unwrap_or_default(),
-            takes_sockets: AtomicBool::new(self.config.takes_sockets()),
             ancestors,
-            calls,
-            pid_file: Mutex::new(self.config.pid_file.clone()),
-            driver: Mutex::new(Driver { triggers: Some(triggers), exit: None, stop: None }),
-            changed: Condvar::new(),
-            kept: Mutex::default(),
-            _started: started,
-        })))
-    }
-}
-
-impl Config {
-    /// The service manager, if the program wants to know of it.
-    pub(crate) fn manager(&self, generation: u64, is_child: bool) -> Result<Option<Manager>, Error> {
-        #[cfg(feature = "systemd_notify")]
+            pid_file,
+            reporter,
+        };
         if self.systemd_notify {
-            let upgrade_time = self.ready_timeout.saturating_add(self.probation);
-            let manager = Manager::from_env(generation, is_child, upgrade_time)?;
-            return Ok(Some(manager).filter(Manager::is_there));
+            enable_manager(&generation)?;
         }
-        let _ = (generation, is_child);
-        Ok(None)
-    }
-
-    fn takes_sockets(&self) -> bool {
-        #[cfg(feature = "systemd_sockets")]
-        return self.systemd_sockets;
-        #[cfg(not(feature = "systemd_sockets"))]
-        false
-    }
-
-    /// What is inherited: from the parent, and then from the service manager.
-    fn sockets(&self, from_parent: Vec<Entry>) -> Result<Sockets, Error> {
         #[cfg(feature = "systemd_sockets")]
         if self.systemd_sockets {
-            let passed = crate::systemd::sockets::inherit()?;
-            let sockets = Sockets::new(from_parent.into_iter().chain(passed.sockets).collect());
-            sockets.registry().forget_later(passed.stale);
-            return Ok(sockets);
+            inherit_from_manager(&generation)?;
         }
-        Ok(Sockets::new(from_parent))
+        let control = self.sockets.iter().map(|(path, purpose)| control_socket(&generation, path, *purpose));
+        let control = control.collect::<Result<_, _>>()?;
+        let calls = Arc::new(Calls::default());
+        let triggers = Triggers::new(self.signals.clone(), handlers, control, self.trust.clone(), calls.clone());
+        Ok(Starting(Arc::new(Service::new(generation, triggers, calls, self.trust.clone(), started))))
     }
 }
 
-/// Reports to `manager` when a drain makes progress.
-fn report_progress(shutdown: &Shutdown, manager: &Arc<Manager>) {
-    let manager = manager.clone();
-    shutdown.on_progress(move |left| manager.progress(left));
+fn control_socket(generation: &Generation, path: &Path, purpose: Purpose) -> Result<ControlSocket, Error> {
+    let listener = generation.sockets.listen_unix_with_mode(path, Some(Mode::RUSR | Mode::WUSR))?;
+    Ok(ControlSocket { path: path.to_owned(), listener, purpose })
 }
 
-/// For the asynchronous face: its builder starts first, and hears of triggers later.
+/// Reports to the service manager from now on, if there is one.
+fn enable_manager(generation: &Generation) -> Result<(), Error> {
+    if let Some(manager) = find_manager(generation)? {
+        if generation.reporter.set_manager(manager.clone()) {
+            generation.shutdown.on_progress(move |left| manager.progress(left));
+        }
+    }
+    Ok(())
+}
+
+#[cfg(feature = "systemd_notify")]
+fn find_manager(generation: &Generation) -> Result<Option<Arc<dyn ServiceManager>>, Error> {
+    let Limits { ready_timeout, probation, .. } = generation.limits;
+    let is_child = generation.ancestors.parent.is_some();
+    let systemd = crate::systemd::manager::Systemd::from_env(
+        generation.number,
+        is_child,
+        ready_timeout.saturating_add(probation),
+    )?;
+    Ok(systemd.map(|systemd| Arc::new(systemd) as _))
+}
+
+#[cfg(not(feature = "systemd_notify"))]
+fn find_manager(_: &Generation) -> Result<Option<Arc<dyn ServiceManager>>, Error> {
+    Ok(None)
+}
+
+/// Takes what the service manager passed, in addition to what the parent handed over. Returns false if that was done
+/// before.
+#[cfg(feature = "systemd_sockets")]
+fn inherit_from_manager(generation: &Generation) -> Result<bool, Error> {
+    if generation.reporter.take_sockets() {
+        return Ok(false);
+    }
+    let passed = crate::systemd::sockets::inherit()?;
+    generation.sockets.registry().inherit(passed.sockets);
+    generation.sockets.registry().forget_later(passed.stale);
+    Ok(true)
+}
+
+/// For the asynchronous face: its builder starts first, and the program chooses triggers later.
 #[cfg(feature = "tokio_ecdysis")]
 impl Starting {
     /// The handle that this generation will have. Before `ready` it upgrades nothing.
@@ -445,47 +421,30 @@ impl Starting {
     }
 
     pub(crate) fn add_signal(&self, signal: i32, action: Action) -> Result<(), Error> {
-        match &mut self.0.lock().triggers {
-            Some(triggers) => triggers.add_signal(signal, action).map_err(|source| Error::Signal { signal, source }),
-            None => Err(Error::Busy),
-        }
+        self.with_triggers(|triggers| triggers.add_signal(signal, action))?
+            .map_err(|source| Error::Signal { signal, source })
     }
 
-    pub(crate) fn add_socket(&self, path: &Path, meaning: Purpose) -> Result<(), Error> {
-        let listener = self.0.sockets.listen_unix_with_mode(path, Some(Mode::RUSR | Mode::WUSR))?;
-        match &mut self.0.lock().triggers {
-            Some(triggers) => triggers.add_socket(ControlSocket { path: path.to_owned(), listener, meaning }),
-            None => return Err(Error::Busy),
-        }
-        Ok(())
+    pub(crate) fn add_socket(&self, path: &Path, purpose: Purpose) -> Result<(), Error> {
+        let socket = control_socket(&self.0.generation, path, purpose)?;
+        self.with_triggers(|triggers| triggers.add_socket(socket))
     }
 
-    /// Has the service manager, if there is one, hear of this generation.
+    fn with_triggers<T>(&self, change: impl FnOnce(&mut Triggers) -> T) -> Result<T, Error> {
+        self.0.lead().triggers.as_mut().map(change).ok_or(Error::Busy)
+    }
+
     #[cfg(feature = "systemd_notify")]
     pub(crate) fn enable_manager(&self) -> Result<(), Error> {
-        let config = Config { systemd_notify: true, ..self.0.config.clone() };
-        if self.0.manager.get().is_none() {
-            if let Some(manager) = config.manager(self.0.generation, self.is_child())?.map(Arc::new) {
-                report_progress(&self.0.shutdown, &manager);
-                let _ = self.0.manager.set(manager);
-            }
-        }
-        Ok(())
+        enable_manager(&self.0.generation)
     }
 
-    /// Takes what the service manager passed. False if that was done before.
     #[cfg(feature = "systemd_sockets")]
     pub(crate) fn inherit_from_manager(&self) -> Result<bool, Error> {
-        if self.0.takes_sockets.swap(true, std::sync::atomic::Ordering::Relaxed) {
-            return Ok(false);
-        }
-        let passed = crate::systemd::sockets::inherit()?;
-        self.0.sockets.registry().inherit(passed.sockets);
-        self.0.sockets.registry().forget_later(passed.stale);
-        Ok(true)
+        inherit_from_manager(&self.0.generation)
     }
 
     pub(crate) fn set_pid_file(&self, path: &Path) {
-        *self.0.pid_file.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = Some(path.to_owned());
+        self.0.generation.pid_file.set(path);
     }
 }

@@ -80,7 +80,7 @@ pub fn receive(data: &[u8]) {
 
 /// Any first line of a control connection.
 pub fn command(data: &[u8]) {
-    let _ = crate::trigger::command(data);
+    let _ = crate::triggers::control::command(data);
 }
 
 /// Any manifest survives the trip, whatever its names are, and its end is found.

@@ -85,19 +85,21 @@ pub mod control;
 mod ecdysis;
 mod error;
 mod event;
+mod event_loop;
 mod exit;
 #[cfg(any(test, fuzzing))]
 #[doc(hidden)]
 #[allow(missing_docs, clippy::missing_panics_doc)]
 pub mod fuzzing;
+mod generation;
 mod handover;
 mod key;
 mod listen;
-#[cfg_attr(feature = "systemd_notify", path = "systemd/manager.rs")]
-#[cfg_attr(not(feature = "systemd_notify"), path = "systemd/no_manager.rs")]
 mod manager;
+mod options;
 mod pid_file;
 mod program;
+mod reporter;
 mod seqpacket;
 mod service;
 mod shutdown;
@@ -105,10 +107,9 @@ mod sockets;
 mod sys;
 #[cfg(any(feature = "systemd_notify", feature = "systemd_sockets"))]
 pub mod systemd;
-mod takeover;
 #[cfg(feature = "tokio_ecdysis")]
 pub mod tokio_ecdysis;
-mod trigger;
+mod triggers;
 mod upgrade;
 
 /// Chapters of the guide. Each can be read alone.
@@ -143,20 +144,21 @@ pub mod guide {
 }
 
 pub use crate::ecdysis::{Ecdysis, Starting};
-pub use builder::{Builder, Overlap};
+pub use builder::Builder;
 pub use error::Error;
 pub use event::Event;
 pub use exit::{Exit, ExitMode, ExitReason, Upgraded};
 pub use handover::link::Transport;
 pub use key::Key;
 pub use listen::Socket;
+pub use options::Overlap;
 pub use seqpacket::{UnixSeqpacketConn, UnixSeqpacketListener};
 pub use shutdown::{Accept, Datagram, Guard, Incoming, Readable, Shutdown};
 pub use sockets::pass::Stream;
 pub use sockets::Sockets;
 pub use sys::peer::PeerCred;
 pub use sys::spawn::Spawn;
-pub use takeover::TakeoverSocket;
+pub use triggers::control::TakeoverSocket;
 // Where version 1.1.1 has them.
 #[cfg(feature = "tokio_ecdysis")]
 pub use tokio_ecdysis::UnixSeqpacketListenerStream;

@@ -1,19 +1,89 @@
-//! The PID file: written whole or not at all, removed only while it is still ours.
+//! The PID file: written whole or not at all, restored or removed only while it names this process.
 
 use std::fs::{self, OpenOptions, Permissions};
 use std::io::{self, Write};
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process;
+use std::sync::{Mutex, PoisonError};
 
-/// Writes this process's PID to `path`, mode 0644, by way of a new file that takes the path's place. A symlink at
-/// `path` is replaced, never followed.
-pub(crate) fn write(path: &Path) -> io::Result<()> {
+use crate::error::{chain, Error};
+
+/// The PID file of a program, if it has one. The one place that knows the path.
+#[derive(Debug, Default)]
+pub(crate) struct PidFile(Mutex<Option<PathBuf>>);
+
+impl PidFile {
+    pub(crate) fn new(path: Option<PathBuf>) -> Self {
+        Self(Mutex::new(path))
+    }
+
+    #[cfg(feature = "tokio_ecdysis")]
+    pub(crate) fn set(&self, path: &Path) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(path.to_owned());
+    }
+
+    fn path(&self) -> Option<PathBuf> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    pub(crate) fn write(&self) -> Result<(), Error> {
+        self.replace().map(Replaced::keep)
+    }
+
+    /// Writes the file. The previous contents are restored when the result is dropped, unless it is kept.
+    pub(crate) fn replace(&self) -> Result<Replaced, Error> {
+        let Some(path) = self.path() else { return Ok(Replaced(None)) };
+        let before = fs::read(&path).ok();
+        match write(&path) {
+            Ok(()) => Ok(Replaced(Some((path, before)))),
+            Err(source) => Err(Error::PidFile { path, source }),
+        }
+    }
+
+    /// After a failed upgrade, whose child may have written its own PID.
+    pub(crate) fn rewrite(&self) {
+        if let Err(e) = self.write() {
+            log::error!("{}", chain(&e));
+        }
+    }
+
+    /// At a final stop: removes the file if it names this process.
+    pub(crate) fn remove(&self) {
+        let Some(path) = self.path() else { return };
+        if let Err(e) = remove_if_ours(&path) {
+            log::warn!("cannot remove PID file {}: {e}", path.display());
+        }
+    }
+}
+
+/// A written PID file, and what it contained before.
+#[must_use = "dropping this restores the previous contents"]
+pub(crate) struct Replaced(Option<(PathBuf, Option<Vec<u8>>)>);
+
+impl Replaced {
+    pub(crate) fn keep(mut self) {
+        self.0 = None;
+    }
+}
+
+impl Drop for Replaced {
+    fn drop(&mut self) {
+        let Some((path, before)) = &self.0 else { return };
+        if let Err(e) = restore(path, before.as_deref()) {
+            log::warn!("cannot restore PID file {}: {e}", path.display());
+        }
+    }
+}
+
+/// Writes this process's PID to `path`, mode 0644, by way of a new file that is renamed. A symlink at `path` is replaced,
+/// never followed.
+fn write(path: &Path) -> io::Result<()> {
     replace(path, format!("{}\n", process::id()).as_bytes())
 }
 
-/// Puts back what was in the file before this process wrote itself into it; unless somebody else has written since.
-pub(crate) fn put_back(path: &Path, before: Option<&[u8]>) -> io::Result<()> {
+/// Restores the previous contents unless another process has written the file since.
+fn restore(path: &Path, before: Option<&[u8]>) -> io::Result<()> {
     match before {
         Some(before) if is_ours(path)? => replace(path, before),
         Some(_) => Ok(()),
@@ -23,7 +93,7 @@ pub(crate) fn put_back(path: &Path, before: Option<&[u8]>) -> io::Result<()> {
 
 fn replace(path: &Path, content: &[u8]) -> io::Result<()> {
     let new = beside(path)?;
-    // What a former process of the same PID left when it was killed between the two steps below.
+    // A process of the same PID may have been killed between the two steps below.
     let _ = fs::remove_file(&new);
     let mut file = OpenOptions::new().write(true).create_new(true).mode(0o644).open(&new)?;
     let written = (|| {
@@ -39,7 +109,7 @@ fn replace(path: &Path, content: &[u8]) -> io::Result<()> {
 }
 
 /// Removes the file if it names this process.
-pub(crate) fn remove_if_ours(path: &Path) -> io::Result<()> {
+fn remove_if_ours(path: &Path) -> io::Result<()> {
     if is_ours(path)? {
         fs::remove_file(path)?;
     }
@@ -100,12 +170,12 @@ mod tests {
         let path = dir.path().join("pid");
         let read = || fs::read_to_string(&path).unwrap();
         write(&path).unwrap();
-        put_back(&path, Some(b"1\n")).unwrap();
+        restore(&path, Some(b"1\n")).unwrap();
         assert_eq!(read(), "1\n");
-        put_back(&path, Some(b"2\n")).unwrap();
+        restore(&path, Some(b"2\n")).unwrap();
         assert_eq!(read(), "1\n", "somebody has written since");
         write(&path).unwrap();
-        put_back(&path, None).unwrap();
+        restore(&path, None).unwrap();
         assert!(!path.exists());
     }
 }

@@ -1,301 +1,256 @@
-//! What all handles of a generation share, and the loop that does what the triggers ask for.
+//! A service: which thread leads the event loop, and what each request does.
 
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::net::UnixStream;
-use std::panic::{self, AssertUnwindSafe};
-use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
-use std::time::Instant;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use rustix::event::PollFlags;
 
-use crate::builder::{Config, Overlap};
 use crate::error::{chain, Error};
 use crate::event::Event;
+use crate::event_loop::{EventLoop, Phase};
 use crate::exit::{Exit, ExitMode, ExitReason, Upgraded};
-use crate::handover::ancestors::{Ancestors, Announced, ParentLink};
-use crate::handover::escape::escape;
-use crate::handover::lines::{send, FromChild, FromParent};
-use crate::manager::{Manager, ANNOUNCE};
-use crate::pid_file;
-use crate::program::Program;
-use crate::shutdown::{Shutdown, State};
-use crate::sockets::Sockets;
-use crate::sys::attributes::Attributes;
+use crate::generation::Generation;
+use crate::handover::lines::{FromChild, FromParent};
+use crate::shutdown::State;
 use crate::sys::poll::Deadline;
-use crate::trigger::{self, Action, Calls, Reply, Request, Triggers};
-use crate::upgrade;
+use crate::triggers::control::{TakeoverSocket, Trust};
+use crate::triggers::request::{take_outcome, Action, Calls, Outcome, Reply, Request};
+use crate::triggers::Triggers;
+use crate::upgrade::parent::{upgrade, Succeeded};
 
 /// What all handles of a generation share.
-pub(crate) struct Core {
-    pub(crate) config: Config,
-    pub(crate) program: Program,
-    /// What this process started with, and every child will.
-    pub(crate) attributes: Attributes,
-    pub(crate) generation: u64,
-    pub(crate) began: Instant,
-    pub(crate) sockets: Sockets,
-    pub(crate) shutdown: Shutdown,
-    /// Empty if there is none, or nobody asked for it.
-    pub(crate) manager: OnceLock<Arc<Manager>>,
-    /// What the manager passed is taken, so it may store what it is to pass.
-    pub(crate) takes_sockets: AtomicBool,
-    pub(crate) ancestors: Ancestors,
-    pub(crate) calls: Arc<Calls>,
-    pub(crate) pid_file: Mutex<Option<PathBuf>>,
-    pub(crate) driver: Mutex<Driver>,
-    /// The triggers are free again, or a call has its answer.
-    pub(crate) changed: Condvar,
-    /// Open until this process ends.
-    pub(crate) kept: Mutex<Kept>,
-    pub(crate) _started: Started,
+pub(crate) struct Service {
+    pub(crate) generation: Generation,
+    calls: Arc<Calls>,
+    lead: Mutex<Lead>,
+    /// A thread has stopped leading, or a call has its outcome.
+    changed: Condvar,
+    /// The link to the child that took over. It stays open until this process ends, which the child sees by it.
+    held_open: Mutex<Option<Arc<OwnedFd>>>,
+    trust: Trust,
+    _started: Started,
 }
 
-/// Who waits on the triggers, and what came of it.
-pub(crate) struct Driver {
-    /// `None` while some thread has them.
+/// Who leads the event loop, and how the service ended.
+pub(crate) struct Lead {
+    /// `None` while a thread leads.
     pub(crate) triggers: Option<Triggers>,
-    pub(crate) exit: Option<Exit>,
-    /// What has asked this process to stop although it was replaced.
-    pub(crate) stop: Option<ExitReason>,
+    exit: Option<Exit>,
+    /// What has requested a stop although this process was replaced.
+    stop: Option<ExitReason>,
 }
 
-/// What stays open until this process ends, because others wait for that.
-#[derive(Default)]
-pub(crate) struct Kept {
-    /// The link to the child that took over.
-    pub(crate) link: Option<Arc<OwnedFd>>,
-    /// Control connections that asked for a stop.
-    stopping: Vec<UnixStream>,
-}
-
-impl Core {
-    pub(crate) fn lock(&self) -> MutexGuard<'_, Driver> {
-        self.driver.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    pub(crate) fn kept(&self) -> MutexGuard<'_, Kept> {
-        self.kept.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    pub(crate) fn manager(&self) -> Arc<Manager> {
-        self.manager.get().cloned().unwrap_or_default()
-    }
-
-    /// Logs an event and tells the observer.
-    pub(crate) fn emit(&self, event: &Event<'_>) {
-        event.log();
-        if self.is_main() {
-            self.manager().hear(event);
+impl Service {
+    pub(crate) fn new(
+        generation: Generation,
+        triggers: Triggers,
+        calls: Arc<Calls>,
+        trust: Trust,
+        started: Started,
+    ) -> Self {
+        Self {
+            generation,
+            calls,
+            lead: Mutex::new(Lead { triggers: Some(triggers), exit: None, stop: None }),
+            changed: Condvar::new(),
+            held_open: Mutex::default(),
+            trust,
+            _started: started,
         }
-        if let Some(observer) = &self.config.observer {
-            // In the middle of an upgrade a panic would leave a service that is neither here nor there.
-            if panic::catch_unwind(AssertUnwindSafe(|| observer(event))).is_err() {
-                log::error!("the observer panicked at {event:?}");
+    }
+
+    pub(crate) fn lead(&self) -> MutexGuard<'_, Lead> {
+        self.lead.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Returns when `done` returns a value. Until then this thread leads, `turn` by `turn`, or waits while another does.
+    ///
+    /// A thread that leads does not stop while a stop is queued. So whoever requests a stop need not wait for it.
+    fn lead_until<T>(
+        &self,
+        mut turn: impl FnMut(&mut EventLoop<'_>) -> Result<(), Error>,
+        mut done: impl FnMut(&Lead) -> Option<T>,
+    ) -> Result<T, Error> {
+        /// Gives the triggers back, also after a panic.
+        struct Turn<'a>(&'a Service, Option<Triggers>);
+        impl Drop for Turn<'_> {
+            fn drop(&mut self) {
+                self.0.lead().triggers = self.1.take();
+                self.0.changed.notify_all();
+            }
+        }
+
+        let (mut lead, mut value) = (self.lead(), None);
+        loop {
+            value = value.or_else(|| done(&lead));
+            let stop_queued = lead.exit.is_none()
+                && lead.triggers.as_mut().is_some_and(|triggers| {
+                    triggers.take_calls();
+                    triggers.stop_requested()
+                });
+            if let Some(value) = value.take_if(|_| !stop_queued) {
+                return Ok(value);
+            }
+            let Some(triggers) = lead.triggers.take() else {
+                lead = self.changed.wait(lead).unwrap_or_else(PoisonError::into_inner);
+                continue;
+            };
+            drop(lead);
+            let mut taken = Turn(self, Some(triggers));
+            if let Some(triggers) = &mut taken.1 {
+                turn(&mut EventLoop { generation: &self.generation, triggers })?;
+            }
+            drop(taken);
+            lead = self.lead();
+        }
+    }
+
+    pub(crate) fn run(&self) -> Result<Exit, Error> {
+        self.check_ready()?;
+        self.lead_until(|event_loop| self.serve(event_loop), |lead| lead.exit.clone())
+    }
+
+    /// Upgrades, or hands over, and waits for the verdict.
+    pub(crate) fn upgrade(&self, reply: impl FnOnce(Outcome) -> Reply) -> Result<Upgraded, Error> {
+        self.check_ready()?;
+        let outcome = Outcome::default();
+        self.calls.post(Request::new(Action::Upgrade, ExitReason::Call, reply(outcome.clone())));
+        let upgraded = self.lead_until(
+            |event_loop| self.serve(event_loop),
+            |lead| take_outcome(&outcome).or_else(|| lead.exit.is_some().then_some(Err(Error::Over))),
+        )??;
+        self.generation.shutdown.wait();
+        Ok(upgraded)
+    }
+
+    /// Hands over to the process that has connected to `socket` and asks for it, if one has.
+    pub(crate) fn hand_over(&self, socket: &TakeoverSocket) -> Result<Option<Upgraded>, Error> {
+        let Some(request) = socket.accept(&self.trust)? else { return Ok(None) };
+        self.upgrade(|outcome| Reply::Takeover(request, Some(outcome))).map(Some)
+    }
+
+    /// Requests a stop. If another thread leads, that does it; otherwise it is done here.
+    pub(crate) fn stop(&self) {
+        self.calls.post(Request::new(Action::Stop, ExitReason::Call, Reply::Nobody));
+        if self.check_ready().is_ok() {
+            let led = |lead: &Lead| (lead.exit.is_some() || lead.triggers.is_none()).then_some(());
+            if let Err(e) = self.lead_until(|event_loop| self.serve(event_loop), led) {
+                log::error!("cannot stop: {}", chain(&e));
             }
         }
     }
 
-    /// Whether the service manager listens to this process, as it does to a child once the parent has announced it.
-    pub(crate) fn is_main(&self) -> bool {
-        if !self.manager().is_there() || self.manager().is_main() {
-            return self.manager().is_there();
+    pub(crate) fn wait_for_stop(&self) -> Result<ExitReason, Error> {
+        let exit = self.run()?;
+        if !matches!(exit.mode, ExitMode::Upgraded(_)) {
+            return Ok(exit.reason);
         }
-        match self.ancestors.parent.as_ref().map(ParentLink::announced) {
-            Some(Announced::Yes) => self.manager().become_main(true),
-            Some(Announced::Never) => self.manager().become_main(false),
-            Some(Announced::NotYet) | None => return false,
-        }
-        self.store_sockets();
-        true
-    }
-
-    pub(crate) fn store_sockets(&self) {
-        if self.takes_sockets.load(Ordering::Relaxed) && self.manager().room() > 0 {
-            self.sockets.registry().store_in(self.manager());
-        }
-    }
-
-    /// Tells the service manager who serves now, before we may end. Our child becomes the main process of the service; a
-    /// process that took over belongs to another unit or to none, so for this one it is the end.
-    pub(crate) fn announce(&self, upgraded: &Upgraded, is_child: bool, link: &OwnedFd) {
-        if !self.manager().is_there() {
-            return;
-        }
-        // We may be a child whose own parent is about to announce it.
-        if let Some(parent) = self.ancestors.parent.as_ref().filter(|_| !self.manager().is_main()) {
-            parent.wait_announced(ANNOUNCE);
-        }
-        if self.is_main() {
-            self.manager().announce(upgraded, is_child);
-        }
-        if is_child {
-            // It may have ended since, on purpose.
-            let _ = send(link, FromParent::Main.line());
-        }
-    }
-
-    /// Keeps the service manager's watchdog content, and says when that has to be done again.
-    pub(crate) fn beat(&self) -> Option<Instant> {
-        self.manager().beat(|| self.is_main())
-    }
-
-    fn pid_file(&self) -> Option<PathBuf> {
-        self.pid_file.lock().unwrap_or_else(PoisonError::into_inner).clone()
-    }
-
-    pub(crate) fn write_pid_file(&self) -> Result<(), Error> {
-        match self.pid_file() {
-            Some(path) => pid_file::write(&path).map_err(|source| Error::PidFile { path, source }),
-            None => Ok(()),
-        }
-    }
-
-    /// After a failed upgrade, whose child may have written its own PID.
-    pub(crate) fn rewrite_pid_file(&self) {
-        if let Err(e) = self.write_pid_file() {
-            log::error!("{}", chain(&e));
-        }
-    }
-
-    /// The answer to `status`.
-    pub(crate) fn status(&self, phase: &str) -> String {
-        let draining: Vec<_> = self.ancestors.draining().map(|link| link.generation.to_string()).collect();
-        let mut line = format!(
-            "pid={} generation={} uptime_ms={} phase={phase} connections={} draining={}",
-            std::process::id(),
-            self.generation,
-            self.began.elapsed().as_millis(),
-            self.shutdown.guarded(),
-            draining.join(","),
-        );
-        for key in self.sockets.registry().keys() {
-            line.push_str(" socket=");
-            escape(key.to_string().as_bytes(), &mut line);
-        }
-        line.push('\n');
-        line
-    }
-
-    /// After a successful upgrade: ends the drains that are too many.
-    fn bound_overlap(&self) {
-        let Overlap::AtMost(most) = self.config.overlap else { return };
-        let draining: Vec<_> = self.ancestors.draining().collect();
-        let too_many = (draining.len() + 1).saturating_sub(most);
-        for link in draining.iter().take(too_many) {
-            log::info!("tells generation {} to end its drain", link.generation);
-            link.end_drain();
-        }
-        if too_many > draining.len() {
-            self.shutdown.end_drain();
-        }
-    }
-}
-
-/// A thread's turn at the triggers. It gives them back however it ends.
-pub(crate) struct Turn<'a> {
-    pub(crate) core: &'a Core,
-    pub(crate) triggers: Option<Triggers>,
-}
-
-impl Drop for Turn<'_> {
-    fn drop(&mut self) {
-        self.core.lock().triggers = self.triggers.take();
-        self.core.changed.notify_all();
-    }
-}
-
-impl Turn<'_> {
-    /// Waits for requests, or does what the first of them asks for. True if the service is over.
-    pub(crate) fn serve(&mut self) -> Result<bool, Error> {
-        let core = self.core;
-        let Some(triggers) = &mut self.triggers else { return Ok(true) };
-        let Some(Request { action, reason, since, reply }) = triggers.next_request() else {
-            let parent = core.ancestors.parent.as_ref().filter(|parent| !parent.has_ended());
-            let fds: Vec<_> = parent.iter().map(|parent| (parent.reader.as_fd(), PollFlags::IN)).collect();
-            triggers.wait(core, &fds, Deadline::NEVER, trigger::Sockets::Answer)?;
-            // The announcement is among what the parent may have said.
-            core.is_main();
-            // In the probation the parent is still the one that is asked to stop.
-            if parent.and_then(ParentLink::next_message) == Some(FromParent::Stop) {
-                let (reason, since) = (ExitReason::Parent, Instant::now());
-                triggers.requests.push_back(Request { action: Action::Stop, reason, since, reply: Reply::Nobody });
-            }
-            return Ok(false);
+        let wait = |event_loop: &mut EventLoop<'_>| {
+            event_loop.wait(Phase::Over, &[], Deadline::NEVER)?;
+            self.lead().stop = event_loop.triggers.stop_reason();
+            Ok(())
         };
-        let (mode, state) = match action {
+        self.lead_until(wait, |lead| lead.stop.clone())
+    }
+
+    fn check_ready(&self) -> Result<(), Error> {
+        match self.generation.shutdown.state() {
+            State::Starting => Err(Error::NotReady),
+            _ => Ok(()),
+        }
+    }
+
+    /// Does what the next request asks for, or waits for one.
+    fn serve(&self, event_loop: &mut EventLoop<'_>) -> Result<(), Error> {
+        let generation = &self.generation;
+        let Some(Request { action, reason, since, reply }) = event_loop.triggers.next_request() else {
+            return self.wait(event_loop);
+        };
+        // Accepting ends when this is dropped, which is after everyone has been notified.
+        let mut _paused = None;
+        let mode = match action {
             Action::Stop => {
-                core.ancestors.send_to_parent(&FromChild::Stopping);
-                core.sockets.registry().unlink(|_| true);
-                if let Some(Err(e)) = core.pid_file().as_deref().map(pid_file::remove_if_ours) {
-                    log::warn!("cannot remove the PID file: {e}");
-                }
-                core.kept().stopping.extend(reply.stopping());
-                (ExitMode::Stopped, State::Stopped)
+                generation.ancestors.send_to_parent(&FromChild::Stopping);
+                generation.sockets.registry().unlink(|_| true);
+                generation.pid_file.remove();
+                event_loop.triggers.answer_stop(reply);
+                ExitMode::Stopped
             }
             Action::PartialStop => {
-                core.ancestors.send_to_parent(&FromChild::Stopping);
-                core.sockets.registry().unlink(|key| triggers.listens_on(key));
-                core.kept().stopping.extend(reply.stopping());
-                (ExitMode::PartiallyStopped, State::Stopped)
-            }
-            Action::Status => {
-                reply.status(&core.status("serving"));
-                return Ok(false);
+                generation.ancestors.send_to_parent(&FromChild::Stopping);
+                generation.sockets.registry().unlink(|key| event_loop.triggers.listens_on(key));
+                event_loop.triggers.answer_stop(reply);
+                ExitMode::PartiallyStopped
             }
             Action::Upgrade => {
-                let refused = core.config.overlap == Overlap::Refuse && core.ancestors.draining().next().is_some();
-                let outcome = if refused {
-                    Err(Error::ParentDrains)
+                let succeeded = if generation.may_overlap() {
+                    upgrade(event_loop, reply.takeover(), since)
                 } else {
-                    upgrade::upgrade(core, reply.taker(), triggers, since)
+                    Err(Error::ParentDrains)
                 };
-                let upgraded = outcome.as_ref().ok().cloned();
+                let outcome = succeeded.map(|Succeeded { upgraded, link, paused }| {
+                    *self.held_open.lock().unwrap_or_else(PoisonError::into_inner) = Some(link);
+                    _paused = Some(paused);
+                    generation.bound_overlap();
+                    upgraded
+                });
                 match &outcome {
-                    Ok(upgraded) => {
-                        core.bound_overlap();
-                        core.emit(&Event::Upgraded(upgraded));
+                    Ok(upgraded) => generation.reporter.emit(&Event::Upgraded(upgraded)),
+                    Err(error) => {
+                        generation.reporter.emit(&Event::UpgradeFailed { error, after: since.elapsed() });
                     }
-                    Err(error) => core.emit(&Event::UpgradeFailed { error, after: since.elapsed() }),
                 }
+                let upgraded = outcome.as_ref().ok().cloned();
                 reply.upgrade(outcome);
-                core.changed.notify_all();
-                match upgraded {
-                    Some(upgraded) => (ExitMode::Upgraded(upgraded), State::HandedOver),
-                    None => return Ok(false),
-                }
+                self.changed.notify_all();
+                let Some(upgraded) = upgraded else { return Ok(()) };
+                ExitMode::Upgraded(upgraded)
+            }
+            Action::Status => {
+                reply.status(&generation.status("serving"));
+                return Ok(());
             }
         };
-        core.sockets.registry().close_all();
-        core.lock().stop = triggers.stop_reason();
-        core.kept().stopping.extend(triggers.answer_over());
-        triggers.close_sockets();
-        let exit = Exit { mode, reason };
-        core.emit(&Event::Ended(&exit));
-        // Last: a program that waits for the shutdown handle may end the process at once, and by then whoever is to
-        // hear of this has heard. After an upgrade nothing is accepted meanwhile: it is paused since the commit.
-        core.shutdown.set(state);
-        core.lock().exit = Some(exit);
-        core.changed.notify_all();
-        Ok(true)
+        self.end(event_loop.triggers, Exit { mode, reason });
+        Ok(())
     }
 
-    /// After the service is over: waits until this process is asked to stop.
-    pub(crate) fn wait_for_stop(&mut self) -> Result<ExitReason, Error> {
-        let core = self.core;
-        let Some(triggers) = &mut self.triggers else { return Err(Error::Over) };
-        loop {
-            if let Some(reason) = triggers.stop_reason() {
-                return Ok(reason);
-            }
-            triggers.answer_over();
-            triggers.wait(core, &[], Deadline::NEVER, trigger::Sockets::Leave)?;
+    /// Waits for a request, and for messages of a parent that can still take its commit back.
+    fn wait(&self, event_loop: &mut EventLoop<'_>) -> Result<(), Error> {
+        let generation = &self.generation;
+        let parent = generation.ancestors.parent.as_ref().filter(|parent| !parent.has_ended());
+        let fds: Vec<_> = parent.iter().map(|parent| (parent.reader.as_fd(), PollFlags::IN)).collect();
+        event_loop.wait(Phase::Serving, &fds, Deadline::NEVER)?;
+        // The parent may have sent its announcement.
+        generation.reporter.main();
+        // During the probation the parent is still the process that is asked to stop.
+        if parent.and_then(|parent| parent.next_message()) == Some(FromParent::Stop) {
+            event_loop.triggers.push(Request::new(Action::Stop, ExitReason::Parent, Reply::Nobody));
         }
+        Ok(())
+    }
+
+    /// The service is over.
+    fn end(&self, triggers: &mut Triggers, exit: Exit) {
+        let generation = &self.generation;
+        generation.sockets.registry().close_all();
+        self.lead().stop = triggers.stop_reason();
+        triggers.close();
+        generation.reporter.emit(&Event::Ended(&exit));
+        let state = match exit.mode {
+            ExitMode::Upgraded(_) => State::HandedOver,
+            ExitMode::Stopped | ExitMode::PartiallyStopped => State::Stopped,
+        };
+        // Last: a program that waits for the shutdown handle may end the process at once, so everyone else must have been
+        // notified before. After an upgrade nothing is accepted meanwhile, because accepting is paused since the commit.
+        generation.shutdown.set(state);
+        self.lead().exit = Some(exit);
+        self.changed.notify_all();
     }
 }
 
-/// There is one start at a time in a process: signals are the process's, and so is the handover.
+/// There is one start at a time in a process: signals belong to the process, and so does the handover.
 pub(crate) struct Started;
 
 static STARTED: AtomicBool = AtomicBool::new(false);

@@ -44,8 +44,6 @@ pub(crate) struct ParentLink {
     writer: DrainLink,
     received: Mutex<Received>,
     ended: AtomicBool,
-    /// Whether this process took over, and was not started by the other one.
-    pub(crate) is_takeover: bool,
 }
 
 /// What the parent has sent.
@@ -69,16 +67,10 @@ pub(crate) enum Announced {
 
 impl ParentLink {
     /// The link over these two descriptors, which may be one. `lines` holds what was read with the manifest.
-    pub(crate) fn new(
-        generation: u64,
-        reader: Arc<OwnedFd>,
-        writer: Arc<OwnedFd>,
-        lines: Lines,
-        is_takeover: bool,
-    ) -> io::Result<Self> {
+    pub(crate) fn new(generation: u64, reader: Arc<OwnedFd>, writer: Arc<OwnedFd>, lines: Lines) -> io::Result<Self> {
         let writer = DrainLink { generation, inode: identity(&writer)?, fd: writer };
         let received = Mutex::new(Received { lines, ..Received::default() });
-        Ok(Self { reader, writer, received, ended: AtomicBool::new(false), is_takeover })
+        Ok(Self { reader, writer, received, ended: AtomicBool::new(false) })
     }
 
     /// The next message of the parent; none once it has ended.

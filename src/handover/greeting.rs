@@ -1,13 +1,18 @@
-//! The first line on a control or takeover socket, and the one by which a process asks to take over.
+//! How a connection to a control or takeover socket begins: its first line, and the answer to one that asks to take over.
 
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
 use std::time::Duration;
 
-use rustix::io::Errno;
-use rustix::net::RecvFlags;
+use rustix::io::{retry_on_intr, Errno};
+use rustix::net::{send, RecvFlags, SendFlags};
 
 use super::escape::{escape, unescape};
+use crate::error::Error;
+use crate::listen::connect_unix;
+use crate::sys::net::NOSIGNAL;
+use crate::sys::peer::{peer, PeerCred};
 use crate::sys::poll::{wait_readable, Deadline};
 
 /// How long a peer may take to send its first line.
@@ -82,6 +87,32 @@ impl Greeting {
         }
         (!line.contains('\n')).then_some(greeting)
     }
+}
+
+/// Answers a process that will not get the handover: one line, and the line `end`.
+pub(crate) fn refuse(socket: impl AsFd, why: &str) {
+    let text = format!("{}\nend\n", why.trim_end());
+    let _ = send(socket, text.as_bytes(), NOSIGNAL | SendFlags::DONTWAIT);
+}
+
+/// Connects to the process that serves, and asks for the handover. `None` if no process listens there.
+pub(crate) fn connect(path: &Path, trust: impl Fn(&PeerCred) -> bool) -> Result<Option<OwnedFd>, Error> {
+    let failed = |source| Error::Connect { path: path.to_owned(), source };
+    let Some(socket) = connect_unix(path).map_err(failed)? else { return Ok(None) };
+    let peer = peer(&socket).map_err(failed)?;
+    if !trust(&peer) {
+        return Err(Error::Untrusted { path: path.to_owned(), uid: peer.uid });
+    }
+    match retry_on_intr(|| send(&socket, Greeting::default().line().as_bytes(), NOSIGNAL)) {
+        // If the process has ended since, the wait for its answer reports it.
+        Ok(_) | Err(Errno::PIPE | Errno::CONNRESET) => Ok(Some(socket)),
+        Err(e) => Err(failed(e.into())),
+    }
+}
+
+/// Whether the other process closed its end before the handover was complete.
+pub(crate) fn is_end(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe)
 }
 
 #[cfg(test)]

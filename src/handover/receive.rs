@@ -36,12 +36,7 @@ pub(crate) struct Inherited {
 impl Arrived {
     /// Owns the descriptors that the manifest names. The link to the parent consists of `reader` and `writer`, which
     /// may be one socket.
-    pub(crate) fn unpack(
-        self,
-        reader: Arc<OwnedFd>,
-        writer: Arc<OwnedFd>,
-        is_takeover: bool,
-    ) -> Result<Inherited, Error> {
+    pub(crate) fn unpack(self, reader: Arc<OwnedFd>, writer: Arc<OwnedFd>) -> Result<Inherited, Error> {
         let Self { manifest: Manifest { generation, entries: named, unknown }, mut descriptors, rest } = self;
         let (mut entries, mut older) = (Vec::with_capacity(named.len()), Vec::new());
         for entry in named {
@@ -58,7 +53,7 @@ impl Arrived {
             drop(descriptors.take(fd));
             log::info!("closed a descriptor of an unknown kind");
         }
-        let parent = ParentLink::new(generation, reader, writer, Lines::with(rest), is_takeover)
+        let parent = ParentLink::new(generation, reader, writer, Lines::with(rest))
             .map_err(|source| Error::Handover { what: "status link", source })?;
         Ok(Inherited { generation, entries, ancestors: Ancestors { parent: Some(parent), older } })
     }

@@ -23,7 +23,7 @@ use crate::handover::entry::Entry;
 use crate::key::Key;
 use crate::listen::{self, FileId, Socket};
 use crate::seqpacket::UnixSeqpacketListener;
-use crate::takeover::TakeoverSocket;
+use crate::triggers::control::TakeoverSocket;
 
 /// The sockets of this generation: makes them, or claims what the parent handed over.
 ///

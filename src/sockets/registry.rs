@@ -18,7 +18,7 @@ use crate::error::Error;
 use crate::handover::entry::{duplicate, Entry};
 use crate::key::{Key, Kind};
 use crate::listen::{self, FileId};
-use crate::manager::Manager;
+use crate::manager::Store;
 use crate::sys;
 
 /// All descriptors of a generation that take part in a handover.
@@ -34,7 +34,7 @@ pub(crate) struct Registry {
     /// What was inherited and closed, for the service manager to forget.
     closed: Vec<(Key, Option<FileId>)>,
     /// Keeps copies of what is ours.
-    store: Option<Arc<Manager>>,
+    store: Option<Arc<dyn Store>>,
     /// The first claim that failed for lack of descriptors.
     failed: Option<(Key, io::Error)>,
 }
@@ -225,15 +225,15 @@ impl Registry {
 
     /// From now on `store` keeps a copy of every socket that is made here, and forgets what is retired. It does not keep
     /// what a unit keeps.
-    pub(crate) fn store_in(&mut self, store: Arc<Manager>) {
+    pub(crate) fn store_in(&mut self, store: Arc<dyn Store>) {
         // The store forgets by name, and one of ours may have the same name, so this comes first.
         for (key, file) in mem::take(&mut self.closed) {
             store.forget(&key, file);
         }
         let own: Vec<_> =
             self.ours.iter().filter(|entry| entry.unit.is_none() && entry.key.kind().has_address()).collect();
-        if own.len() > store.room() {
-            log::warn!("{} sockets, but FileDescriptorStoreMax= is {}", own.len(), store.room());
+        if own.len() > store.capacity() {
+            log::warn!("{} sockets, but FileDescriptorStoreMax= is {}", own.len(), store.capacity());
         }
         for entry in own {
             store.keep(&entry.key, entry.fd.as_fd(), entry.file);

@@ -4,6 +4,8 @@
 //! `systemd_sockets`; see the [guide](crate::guide::systemd).
 
 #[cfg(feature = "systemd_notify")]
+pub(crate) mod manager;
+#[cfg(feature = "systemd_notify")]
 mod notify;
 #[cfg(feature = "systemd_sockets")]
 pub(crate) mod sockets;

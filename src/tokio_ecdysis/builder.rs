@@ -17,7 +17,8 @@ use super::systemd_sockets::{passed_to_us, SystemdSocketsReadError};
 use super::thread::in_thread;
 #[cfg(feature = "systemd_sockets")]
 use crate::error::chain;
-use crate::trigger::{Action, Purpose};
+use crate::triggers::control::Purpose;
+use crate::triggers::request::Action;
 use crate::{Builder, Ecdysis, Error, Starting};
 
 /// A generation that does not serve yet.

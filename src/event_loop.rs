@@ -1,0 +1,93 @@
+//! The one poll of a generation: triggers, the watchdog, and whatever the caller waits for.
+
+use std::os::fd::BorrowedFd;
+
+use rustix::event::PollFlags;
+
+use crate::error::Error;
+use crate::generation::Generation;
+use crate::sys::poll::Deadline;
+use crate::triggers::request::Action;
+use crate::triggers::Triggers;
+
+/// A thread's turn at the triggers.
+pub(crate) struct EventLoop<'a> {
+    pub(crate) generation: &'a Generation,
+    pub(crate) triggers: &'a mut Triggers,
+}
+
+/// What this generation is doing, which decides how it answers requests.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Phase {
+    Serving,
+    /// A child starts.
+    Upgrading,
+    /// The child serves. The control sockets are the child's to answer.
+    Probation,
+    /// The service is over; only a stop is waited for.
+    Over,
+}
+
+/// Why a wait ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Wake {
+    /// A descriptor is ready; or, while serving, there is a request.
+    Ready,
+    Deadline,
+    /// A stop was requested. It stays in the queue.
+    Stop,
+}
+
+impl EventLoop<'_> {
+    /// Waits until one of `fds` is ready, the deadline has passed or there is a request to act on. Answers `status`, and
+    /// refuses an upgrade during another one.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Wait`] if poll(2) fails.
+    pub(crate) fn wait(
+        &mut self,
+        phase: Phase,
+        fds: &[(BorrowedFd<'_>, PollFlags)],
+        deadline: Deadline,
+    ) -> Result<Wake, Error> {
+        let (mut polled, mut ready) = (false, false);
+        loop {
+            self.answer(phase);
+            if self.triggers.stop_requested() {
+                return Ok(Wake::Stop);
+            }
+            if ready || self.triggers.has_requests() {
+                return Ok(Wake::Ready);
+            }
+            if polled && deadline.has_passed() {
+                return Ok(Wake::Deadline);
+            }
+            let tick = self.generation.reporter.watchdog_tick().map_or(Deadline::NEVER, Deadline::at);
+            let accept = matches!(phase, Phase::Serving | Phase::Upgrading);
+            ready = self.triggers.poll(fds, deadline.min(tick), accept)?;
+            polled = true;
+        }
+    }
+
+    /// Answers what can be answered at once.
+    fn answer(&mut self, phase: Phase) {
+        let name = match phase {
+            Phase::Serving => "serving",
+            Phase::Upgrading => "upgrading",
+            Phase::Probation => "probation",
+            Phase::Over => return self.triggers.answer_over(),
+        };
+        while let Some(request) = self.triggers.take_request(|action| action == Action::Status) {
+            request.reply.status(&self.generation.status(name));
+        }
+        if phase == Phase::Serving {
+            return;
+        }
+        while let Some(request) = self.triggers.take_request(|action| action == Action::Upgrade) {
+            log::info!("refused an upgrade requested by {}: busy", request.reason);
+            self.generation.reporter.asked_again();
+            request.reply.upgrade(Err(Error::Busy));
+        }
+    }
+}

@@ -1,0 +1,75 @@
+//! What the library needs of a service manager and of its store for sockets. Module `systemd` has the one implementation.
+
+use std::fmt;
+use std::os::fd::BorrowedFd;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crate::event::Event;
+use crate::exit::Upgraded;
+use crate::key::Key;
+use crate::listen::FileId;
+
+/// How long the manager may take to make a child the main process. It does that at once, unless it hangs.
+pub(crate) const ANNOUNCE: Duration = Duration::from_secs(5);
+
+/// A service manager that was found in the environment.
+///
+/// # Contract
+///
+/// - No method fails: an implementation logs what goes wrong, and the service goes on without its manager.
+/// - No method blocks for longer than [`ANNOUNCE`], whatever the manager does.
+/// - The manager listens to the main process alone. That is the process that it started, and later each one that its
+///   predecessor announced. [`is_main`](Self::is_main) says whether this process is the one; the caller sends nothing
+///   before. A process that is main stays main until it has announced another.
+/// - Any thread may call any method, also two at once.
+pub(crate) trait ServiceManager: fmt::Debug + Send + Sync {
+    fn is_main(&self) -> bool;
+
+    /// The parent has announced this process. Or it has ended without doing so (`announced` is false); then this process
+    /// announces itself, for a manager that listens to all.
+    fn become_main(&self, announced: bool);
+
+    /// Reports an event of the main process.
+    fn on_event(&self, event: &Event<'_>);
+
+    /// Announces the process that serves now. A child becomes the main process, and this returns when the manager knows:
+    /// a main process that ended earlier would take the service along. If a process of another unit took over, this
+    /// service ends.
+    fn announce(&self, upgraded: &Upgraded, is_child: bool);
+
+    /// An upgrade was requested during another one. If the manager requested it, it waits for the end of an upgrade that
+    /// began after its request, so this reports a new one.
+    fn asked_again(&self);
+
+    /// Sends a sign of life if one is due and `is_main` agrees; returns when the next one is due.
+    fn watchdog_tick(&self, is_main: &dyn Fn() -> bool) -> Option<Instant>;
+
+    /// Reports that a stop has made progress, with the number of connections that are left.
+    fn progress(&self, left: usize);
+
+    /// Asks for more time for the current start, reload or stop.
+    #[cfg(all(feature = "tokio_ecdysis", feature = "systemd_notify"))]
+    fn extend_timeout(&self, time: Duration) -> std::io::Result<()>;
+
+    /// The manager's store, if it has room for sockets.
+    fn store(self: Arc<Self>) -> Option<Arc<dyn Store>>;
+}
+
+/// Keeps sockets beyond the end of this process, and passes them to the next start of the service.
+///
+/// # Contract
+///
+/// - No method fails or blocks, as above.
+/// - The store keeps one copy for each key and file. Storing it again changes nothing.
+/// - Only the main process may use it.
+pub(crate) trait Store: fmt::Debug + Send + Sync {
+    /// How many sockets have room; more are dropped without an error.
+    fn capacity(&self) -> usize;
+
+    /// Stores a copy of `fd`. `file` identifies the file of a Unix socket.
+    fn keep(&self, key: &Key, fd: BorrowedFd<'_>, file: Option<FileId>);
+
+    /// Closes the stored copies of this key and file.
+    fn forget(&self, key: &Key, file: Option<FileId>);
+}

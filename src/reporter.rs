@@ -1,0 +1,107 @@
+//! Reports what happens: to the log, to the program's observer, and to the service manager.
+
+use std::panic::{self, AssertUnwindSafe};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
+use std::time::Instant;
+
+use crate::event::Event;
+use crate::exit::Upgraded;
+use crate::handover::ancestors::{Ancestors, Announced, ParentLink};
+use crate::manager::{ServiceManager, ANNOUNCE};
+use crate::sockets::Sockets;
+
+pub(crate) type Observer = Arc<dyn Fn(&Event<'_>) + Send + Sync>;
+
+pub(crate) struct Reporter {
+    observer: Option<Observer>,
+    ancestors: Arc<Ancestors>,
+    sockets: Sockets,
+    /// Empty if there is no service manager, or the program does not use it.
+    manager: OnceLock<Arc<dyn ServiceManager>>,
+    /// Whether the program takes what the manager passes; only then may the manager store sockets.
+    takes_sockets: AtomicBool,
+}
+
+impl Reporter {
+    pub(crate) fn new(observer: Option<Observer>, ancestors: Arc<Ancestors>, sockets: Sockets) -> Self {
+        Self { observer, ancestors, sockets, manager: OnceLock::new(), takes_sockets: AtomicBool::new(false) }
+    }
+
+    /// Uses this manager from now on. Returns false if there is one already.
+    pub(crate) fn set_manager(&self, manager: Arc<dyn ServiceManager>) -> bool {
+        self.manager.set(manager).is_ok()
+    }
+
+    pub(crate) fn emit(&self, event: &Event<'_>) {
+        // Code of the program's runs here in the middle of an upgrade. A panic must not leave the upgrade half done.
+        let log = || event.log();
+        let _ = panic::catch_unwind(AssertUnwindSafe(log));
+        if let Some(manager) = self.main() {
+            manager.on_event(event);
+        }
+        if let Some(observer) = &self.observer {
+            if panic::catch_unwind(AssertUnwindSafe(|| observer(event))).is_err() {
+                log::error!("the observer panicked at {event:?}");
+            }
+        }
+    }
+
+    /// The service manager, if this process is its main process. A child becomes that when its parent has announced it.
+    pub(crate) fn main(&self) -> Option<&Arc<dyn ServiceManager>> {
+        let manager = self.manager.get()?;
+        if !manager.is_main() {
+            match self.ancestors.parent.as_ref().map(ParentLink::announced) {
+                Some(Announced::Yes) => manager.become_main(true),
+                Some(Announced::Never) => manager.become_main(false),
+                Some(Announced::NotYet) | None => return None,
+            }
+            self.store_sockets();
+        }
+        Some(manager)
+    }
+
+    /// Has the manager store every socket, now and from now on.
+    pub(crate) fn store_sockets(&self) {
+        if self.takes_sockets() {
+            if let Some(store) = self.main().cloned().and_then(ServiceManager::store) {
+                self.sockets.registry().store_in(store);
+            }
+        }
+    }
+
+    pub(crate) fn takes_sockets(&self) -> bool {
+        self.takes_sockets.load(Ordering::Relaxed)
+    }
+
+    /// The program takes what the manager passes. Returns whether that was so before.
+    #[cfg(feature = "systemd_sockets")]
+    pub(crate) fn take_sockets(&self) -> bool {
+        self.takes_sockets.swap(true, Ordering::Relaxed)
+    }
+
+    /// Announces the process that serves now, before this one may end. Our child becomes the main process of the service.
+    /// A process that took over belongs to another unit or to none, so for this one it is the end.
+    pub(crate) fn announce(&self, upgraded: &Upgraded, is_child: bool) {
+        let Some(manager) = self.manager.get() else { return };
+        // This process may be a child whose own parent is about to announce it.
+        if let Some(parent) = self.ancestors.parent.as_ref().filter(|_| !manager.is_main()) {
+            parent.wait_announced(ANNOUNCE);
+        }
+        if let Some(manager) = self.main() {
+            manager.announce(upgraded, is_child);
+        }
+    }
+
+    /// Reports that an upgrade was requested during another one.
+    pub(crate) fn asked_again(&self) {
+        if let Some(manager) = self.manager.get() {
+            manager.asked_again();
+        }
+    }
+
+    /// Sends the watchdog's sign of life if one is due; returns when the next one is due.
+    pub(crate) fn watchdog_tick(&self) -> Option<Instant> {
+        self.manager.get()?.watchdog_tick(&|| self.main().is_some())
+    }
+}

@@ -1,0 +1,282 @@
+//! Control and takeover sockets: accepts connections, checks who connects, and reads the first line.
+
+use std::cell::Cell;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use rustix::event::{PollFd, PollFlags};
+
+use super::request::{send_line, Action, Reply, Request};
+use crate::error::Error;
+use crate::exit::ExitReason;
+use crate::handover::greeting::{self, FirstLine, Greeting, GREETING_TIME};
+use crate::handover::link::nonblocking;
+use crate::key::Key;
+use crate::sys::peer::{peer, PeerCred};
+use crate::sys::poll::Deadline;
+
+/// Who may be at the other end of a takeover socket.
+pub(crate) type Trust = Arc<dyn Fn(&PeerCred) -> bool + Send + Sync>;
+
+/// How many connections may be open without having sent their command.
+const MAX_PENDING: usize = 16;
+
+/// How long a socket is not polled after a failed accept, which may be for lack of descriptors.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// What a connection to a control socket means.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Purpose {
+    /// The connection itself is the request.
+    Connect(Action),
+    /// The first line is the request.
+    Command,
+    /// The first line says that the peer wants to take over.
+    Takeover,
+}
+
+#[derive(Debug)]
+pub(crate) struct ControlSocket {
+    pub(crate) path: PathBuf,
+    pub(crate) listener: UnixListener,
+    pub(crate) purpose: Purpose,
+}
+
+/// All control sockets of a process.
+pub(super) struct ControlSockets {
+    sockets: Vec<ControlSocket>,
+    trust: Trust,
+    pending: Vec<PendingCommand>,
+    accept_again: Deadline,
+}
+
+/// A connection whose first line is not complete.
+#[derive(Debug)]
+struct PendingCommand {
+    stream: UnixStream,
+    peer: PeerCred,
+    path: PathBuf,
+    purpose: Purpose,
+    line: FirstLine,
+    deadline: Deadline,
+}
+
+impl ControlSockets {
+    pub(super) fn new(sockets: Vec<ControlSocket>, trust: Trust) -> Self {
+        Self { sockets, trust, pending: Vec::new(), accept_again: Deadline::after(Duration::ZERO) }
+    }
+
+    #[cfg(feature = "tokio_ecdysis")]
+    pub(super) fn add(&mut self, socket: ControlSocket) {
+        self.sockets.push(socket);
+    }
+
+    pub(super) fn listens_on(&self, key: &Key) -> bool {
+        self.sockets.iter().any(|socket| Key::unix(&socket.path) == *key)
+    }
+
+    pub(super) fn close(&mut self) {
+        self.sockets.clear();
+        self.pending.clear();
+    }
+
+    /// Ends the connections that were silent for too long. Returns when to call this again.
+    pub(super) fn expire(&mut self) -> Deadline {
+        self.pending.retain(|pending| !pending.deadline.has_passed());
+        let pause = if self.accept_again.has_passed() { Deadline::NEVER } else { self.accept_again };
+        self.pending.iter().fold(pause, |first, pending| first.min(pending.deadline))
+    }
+
+    /// What to poll: the pending connections, and the sockets if connections are accepted now.
+    pub(super) fn poll_for(&self, accept: bool) -> impl Iterator<Item = PollFd<'_>> {
+        let accept = accept && self.accept_again.has_passed();
+        let sockets = self.sockets.iter().filter(move |_| accept);
+        let pending = self.pending.iter().map(|pending| PollFd::new(&pending.stream, PollFlags::IN));
+        pending.chain(sockets.map(|socket| PollFd::new(&socket.listener, PollFlags::IN)))
+    }
+
+    /// Handles what is ready, in the order of [`poll_for`](Self::poll_for), and returns the requests.
+    pub(super) fn handle(&mut self, ready: &[bool]) -> Vec<Request> {
+        let pending = self.pending.len();
+        let mut requests = Vec::new();
+        // From the end, because a connection that is done is removed, and an accept may remove the oldest.
+        for at in (0..pending).rev().filter(|at| ready[*at]) {
+            requests.extend(self.read(at));
+        }
+        for at in (pending..ready.len()).filter(|at| ready[*at]) {
+            requests.extend(self.accept(at - pending));
+        }
+        requests
+    }
+
+    fn accept(&mut self, at: usize) -> Option<Request> {
+        let ControlSocket { path, listener, purpose } = &self.sockets[at];
+        let stream = match accept(listener) {
+            Ok(stream) => stream?,
+            Err(e) => {
+                log::warn!("cannot accept on control socket {}: {e}", path.display());
+                self.accept_again = Deadline::after(ACCEPT_PAUSE);
+                return None;
+            }
+        };
+        let peer = match purpose {
+            Purpose::Takeover => trusted_for_takeover(&stream, path, &*self.trust)?,
+            _ => trusted(&stream, path, PeerCred::is_same_user_or_root)?,
+        };
+        if let Purpose::Connect(action) = *purpose {
+            return Some(Request::new(action, ExitReason::Socket(path.clone()), Reply::Socket(stream)));
+        }
+        let (path, purpose, line) = (path.clone(), *purpose, FirstLine::default());
+        self.pending.push(PendingCommand {
+            stream,
+            peer,
+            path,
+            purpose,
+            line,
+            deadline: Deadline::after(GREETING_TIME),
+        });
+        if self.pending.len() > MAX_PENDING {
+            // Drop the connection that has been idle longest, so that idle peers cannot lock others out.
+            match self.pending.remove(0) {
+                PendingCommand { stream, purpose: Purpose::Takeover, .. } => greeting::refuse(&stream, "busy"),
+                PendingCommand { stream, .. } => send_line(&stream, "busy\n"),
+            }
+        }
+        None
+    }
+
+    /// Reads more of a first line. When it is complete the connection is no longer pending, whatever it says.
+    fn read(&mut self, at: usize) -> Option<Request> {
+        let pending = &mut self.pending[at];
+        let complete = pending.line.receive(&pending.stream);
+        if matches!(complete, Ok(false)) {
+            return None;
+        }
+        let PendingCommand { stream, peer, path, purpose, line, .. } = self.pending.remove(at);
+        complete.ok()?;
+        let (action, reply) = if purpose == Purpose::Takeover {
+            (Action::Upgrade, Reply::Takeover(TakeoverRequest::new(stream.into(), peer, line.bytes())?, None))
+        } else {
+            let Some(action) = command(line.bytes()) else {
+                send_line(&stream, "failed: unknown command; known are upgrade, stop, partial-stop, status\n");
+                return None;
+            };
+            (action, Reply::Socket(stream))
+        };
+        Some(Request::new(action, ExitReason::Socket(path), reply))
+    }
+}
+
+/// `None` if nobody has connected (any more).
+fn accept(listener: &UnixListener) -> io::Result<Option<UnixStream>> {
+    match listener.accept() {
+        Ok((stream, _)) => Ok(Some(stream)),
+        Err(e) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::ConnectionAborted) => Ok(None),
+        Err(e) => Err(e),
+    }
+}
+
+/// The peer, if it may be there. Otherwise it is logged.
+fn trusted(socket: impl AsFd, path: &Path, trust: impl Fn(&PeerCred) -> bool) -> Option<PeerCred> {
+    match peer(socket) {
+        Ok(peer) if trust(&peer) => Some(peer),
+        Ok(peer) => {
+            log::warn!("refused user {} on socket {}", peer.uid, path.display());
+            None
+        }
+        Err(e) => {
+            log::warn!("refused a peer without credentials on socket {}: {e}", path.display());
+            None
+        }
+    }
+}
+
+fn trusted_for_takeover(
+    socket: &UnixStream,
+    path: &Path,
+    trust: &(dyn Fn(&PeerCred) -> bool + Send + Sync),
+) -> Option<PeerCred> {
+    let trusted = trusted(socket, path, trust);
+    if trusted.is_none() {
+        greeting::refuse(socket, "denied");
+    }
+    trusted
+}
+
+/// The command in the first line of `received`.
+pub(crate) fn command(received: &[u8]) -> Option<Action> {
+    match received.split(|byte| *byte == b'\n').next()?.trim_ascii() {
+        b"upgrade" => Some(Action::Upgrade),
+        b"stop" => Some(Action::Stop),
+        b"partial-stop" => Some(Action::PartialStop),
+        b"status" => Some(Action::Status),
+        _ => None,
+    }
+}
+
+/// A takeover socket for programs with a loop of their own, from
+/// [`Sockets::listen_takeover`](crate::Sockets::listen_takeover). When it is readable, call
+/// [`Ecdysis::hand_over`](crate::Ecdysis::hand_over). It is nonblocking.
+#[derive(Debug)]
+pub struct TakeoverSocket {
+    pub(crate) path: PathBuf,
+    pub(crate) listener: UnixListener,
+}
+
+impl AsFd for TakeoverSocket {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.listener.as_fd()
+    }
+}
+
+impl TakeoverSocket {
+    /// The next process that asks to take over; `None` if nobody has connected. Waits only for the first line.
+    pub(crate) fn accept(&self, trust: &Trust) -> Result<Option<TakeoverRequest>, Error> {
+        let accepted = accept(&self.listener).map_err(|source| Error::Connect { path: self.path.clone(), source })?;
+        let Some(stream) = accepted else { return Ok(None) };
+        let Some(peer) = trusted_for_takeover(&stream, &self.path, &**trust) else { return Ok(None) };
+        let line = FirstLine::default().wait(&stream, Deadline::after(GREETING_TIME));
+        Ok(TakeoverRequest::new(stream.into(), peer, &line))
+    }
+}
+
+/// A process that has asked to take over.
+#[derive(Debug)]
+pub(crate) struct TakeoverRequest {
+    pub(crate) socket: Arc<OwnedFd>,
+    pub(crate) peer: PeerCred,
+    /// Whether the handover has begun. From then on the socket carries messages, and no answer.
+    begun: Cell<bool>,
+}
+
+impl TakeoverRequest {
+    /// `None` for a connection whose first line asks for something else.
+    fn new(socket: OwnedFd, peer: PeerCred, line: &[u8]) -> Option<Self> {
+        if Greeting::parse(line).is_none() {
+            greeting::refuse(&socket, "failed: this is a takeover socket");
+            return None;
+        }
+        if let Err(e) = nonblocking(&socket) {
+            greeting::refuse(&socket, &format!("failed: {e}"));
+            return None;
+        }
+        Some(Self { socket: Arc::new(socket), peer, begun: Cell::new(false) })
+    }
+
+    /// The handover begins.
+    pub(crate) fn begin(&self) -> Arc<OwnedFd> {
+        self.begun.set(true);
+        self.socket.clone()
+    }
+
+    /// Answers why there is no handover, unless it has begun.
+    pub(crate) fn refuse(&self, why: &str) {
+        if !self.begun.get() {
+            greeting::refuse(&self.socket, why);
+        }
+    }
+}

@@ -1,0 +1,135 @@
+//! A request for an upgrade, a stop or the status, and where its answer goes.
+
+use std::os::unix::net::UnixStream;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
+
+use rustix::net::{send, SendFlags};
+
+use super::control::TakeoverRequest;
+use crate::error::{chain, Error};
+use crate::exit::{ExitReason, Upgraded};
+use crate::sys::net::NOSIGNAL;
+use crate::sys::signal;
+
+/// What is requested.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Action {
+    Upgrade,
+    Stop,
+    PartialStop,
+    /// Reports the state and changes nothing.
+    Status,
+}
+
+impl Action {
+    pub(crate) fn stops(self) -> bool {
+        matches!(self, Self::Stop | Self::PartialStop)
+    }
+}
+
+#[derive(Debug)]
+pub(crate) struct Request {
+    pub(crate) action: Action,
+    pub(crate) reason: ExitReason,
+    pub(crate) since: Instant,
+    pub(crate) reply: Reply,
+}
+
+impl Request {
+    pub(crate) fn new(action: Action, reason: ExitReason, reply: Reply) -> Self {
+        Self { action, reason, since: Instant::now(), reply }
+    }
+}
+
+/// Who receives the outcome.
+#[derive(Debug)]
+pub(crate) enum Reply {
+    Nobody,
+    Socket(UnixStream),
+    Call(Outcome),
+    /// A process that takes over, and the call that accepted it, if any.
+    Takeover(TakeoverRequest, Option<Outcome>),
+}
+
+/// Where a call finds its outcome.
+pub(crate) type Outcome = Arc<Mutex<Option<Result<Upgraded, Error>>>>;
+
+pub(crate) fn take_outcome(outcome: &Outcome) -> Option<Result<Upgraded, Error>> {
+    outcome.lock().unwrap_or_else(PoisonError::into_inner).take()
+}
+
+impl Reply {
+    /// Delivers the outcome. Returns the connection, for those that must stay open until this process ends.
+    pub(crate) fn upgrade(self, outcome: Result<Upgraded, Error>) -> Option<UnixStream> {
+        let line = in_words(&outcome);
+        let call = match self {
+            Self::Nobody => None,
+            Self::Call(call) => Some(call),
+            Self::Takeover(request, call) => {
+                request.refuse(&line);
+                call
+            }
+            Self::Socket(stream) => {
+                send_line(&stream, &line);
+                return Some(stream);
+            }
+        };
+        if let Some(call) = call {
+            *call.lock().unwrap_or_else(PoisonError::into_inner) = Some(outcome);
+        }
+        None
+    }
+
+    /// The process to hand over to, if it runs already.
+    pub(crate) fn takeover(&self) -> Option<&TakeoverRequest> {
+        match self {
+            Self::Takeover(request, _) => Some(request),
+            _ => None,
+        }
+    }
+
+    pub(crate) fn status(self, line: &str) {
+        if let Self::Socket(stream) = self {
+            send_line(&stream, line);
+        }
+    }
+
+    /// Answers that the service is over.
+    pub(crate) fn stopping(self) -> Option<UnixStream> {
+        self.upgrade(Err(Error::Over))
+    }
+}
+
+/// The outcome in one line.
+fn in_words(outcome: &Result<Upgraded, Error>) -> String {
+    match outcome {
+        Ok(Upgraded { pid, generation, commit }) => {
+            let ms = commit.as_secs_f64() * 1e3;
+            format!("upgraded pid={pid} generation={generation} ms={ms:.1}\n")
+        }
+        Err(Error::Busy) => "busy\n".into(),
+        Err(Error::Over | Error::StopAsked { .. }) => "stopping\n".into(),
+        Err(e) => format!("failed: {}\n", chain(e)),
+    }
+}
+
+/// Sends one line if the socket has room for it. No peer is waited for.
+pub(super) fn send_line(stream: &UnixStream, line: &str) {
+    let _ = send(stream, line.as_bytes(), NOSIGNAL | SendFlags::DONTWAIT);
+}
+
+/// Requests from this process's own threads.
+#[derive(Debug, Default)]
+pub(crate) struct Calls(Mutex<Vec<Request>>);
+
+impl Calls {
+    pub(crate) fn post(&self, request: Request) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).push(request);
+        signal::wake();
+    }
+
+    pub(super) fn take(&self) -> Vec<Request> {
+        std::mem::take(&mut *self.0.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+}

@@ -1,0 +1,248 @@
+//! The parent's half of an upgrade: steps 2, 3, 4 and 7.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
+
+use super::successor::{Process, Successor};
+use super::COMMIT;
+use crate::error::{chain, Error};
+use crate::event::Event;
+use crate::event_loop::{EventLoop, Phase, Wake};
+use crate::exit::Upgraded;
+use crate::generation::Generation;
+use crate::handover::ancestors::DrainLink;
+use crate::handover::lines::{FromChild, FromParent, Lines, Read};
+use crate::handover::link::{ChildLink, Handover, Transport};
+use crate::shutdown::{End, EndSignal, Shutdown, State};
+use crate::sys::child::Parentage;
+use crate::sys::peer::peer_pidfd;
+use crate::sys::poll::Deadline;
+use crate::sys::spawn::{explain, spawn, Plan};
+use crate::triggers::control::TakeoverRequest;
+
+/// A successful upgrade.
+pub(crate) struct Succeeded<'a> {
+    pub(crate) upgraded: Upgraded,
+    /// What the child reads from. While it is open the child knows that this process lives.
+    pub(crate) link: Arc<OwnedFd>,
+    /// Accepting ends for good when this is dropped.
+    pub(crate) paused: Paused<'a>,
+}
+
+/// Replaces this process, by a child or by the process that requests to take over. On an error this process serves as
+/// before, and the child is gone.
+pub(crate) fn upgrade<'a>(
+    event_loop: &mut EventLoop<'a>,
+    target: Option<&TakeoverRequest>,
+    since: Instant,
+) -> Result<Succeeded<'a>, Error> {
+    let generation = event_loop.generation;
+    generation.reporter.emit(&Event::Upgrading);
+    let handover = pack(generation)?;
+    let mut successor = match target {
+        None => start(generation, handover)?,
+        Some(request) => begin(generation, request, handover)?,
+    };
+    wait_ready(&mut successor, event_loop, since)?;
+    commit(successor, event_loop, since)
+}
+
+/// Step 2: everything that is handed over, whatever carries it.
+fn pack(generation: &Generation) -> Result<Handover, Error> {
+    let mut entries = generation.sockets.snapshot()?;
+    entries.extend(generation.ancestors.draining().map(DrainLink::entry));
+    Ok(Handover { generation: generation.number, entries })
+}
+
+/// Step 3 with a child. Everything that needs memory is built before the child exists.
+fn start(generation: &Generation, handover: Handover) -> Result<Successor<'_>, Error> {
+    let launch = &generation.launch;
+    let (link, child_end) = match launch.transport {
+        Transport::Pipes => ChildLink::pipes(handover)?,
+        Transport::Socket => ChildLink::socketpair(handover)?,
+    };
+    let prepare = |what| move |source| Error::Prepare { what, source };
+    let program = &launch.program;
+    let plan = Plan {
+        program: program.path_c().map_err(prepare("program"))?,
+        argv: program.argv().map_err(prepare("arguments"))?,
+        envp: program.envp(&child_end.carrier.value()).map_err(prepare("environment"))?,
+        directory: program.directory_c().map_err(prepare("directory"))?,
+        keep: child_end.keep(),
+        status: child_end.status,
+        attributes: launch.attributes.clone(),
+        // systemd waits at a stop for its own children only; it kills all others at once (`unit_kill_context`).
+        parent: if generation.reporter.main().is_some() { Parentage::OurParent } else { Parentage::Us },
+    };
+    let spawned = spawn(plan, launch.spawn).map_err(|source| Error::Spawn { program: program.path.clone(), source })?;
+    let successor = Successor::new(generation, Process::Child(spawned), link);
+    // Otherwise this process keeps the child's ends open and never sees the child's end.
+    drop(child_end);
+    generation.reporter.emit(&Event::Spawned { pid: successor.pid() });
+    Ok(successor)
+}
+
+/// Step 3 with a process that runs already.
+fn begin<'a>(
+    generation: &'a Generation,
+    request: &TakeoverRequest,
+    handover: Handover,
+) -> Result<Successor<'a>, Error> {
+    let socket = request.begin();
+    let pid = request.peer.pid.unwrap_or(0);
+    log::info!("takeover pid={pid} uid={}", request.peer.uid);
+    let process = Process::Takeover { pid, pidfd: peer_pidfd(&socket) };
+    let mut successor = Successor::new(generation, process, ChildLink::socket(socket, handover)?);
+    successor.link.send_some().map_err(|source| Error::Send { pid, source })?;
+    Ok(successor)
+}
+
+/// Step 4: one poll over the link, the triggers and the deadline.
+fn wait_ready(successor: &mut Successor<'_>, event_loop: &mut EventLoop<'_>, since: Instant) -> Result<(), Error> {
+    let (pid, timeout) = (successor.pid(), event_loop.generation.limits.ready_timeout);
+    let deadline = Deadline::since(since, timeout);
+    let mut wake = Wake::Ready;
+    loop {
+        // What the child has sent comes first. It may be ready although the deadline has passed.
+        match successor.next_message()? {
+            Some(FromChild::Ready) if successor.link.is_sent() => return Ok(()),
+            Some(FromChild::Refused(reason)) => return Err(Error::Refused { pid, reason }),
+            Some(FromChild::Failed { step, errno }) => {
+                let program = event_loop.generation.launch.program.path.clone();
+                return Err(Error::Exec { program, pid, step, source: explain(io::Error::from_raw_os_error(errno)) });
+            }
+            Some(other) => return Err(Error::Garbage { pid, received: other.line() }),
+            None => {}
+        }
+        match wake {
+            Wake::Stop => return Err(Error::StopAsked { pid }),
+            Wake::Deadline if deadline.has_passed() => return Err(Error::Timeout { pid, after: timeout }),
+            Wake::Deadline | Wake::Ready => {}
+        }
+        let (fds, again) = successor.poll_for();
+        wake = event_loop.wait(Phase::Upgrading, &fds, deadline.min(again))?;
+        successor.link.send_some().map_err(|source| Error::Send { pid, source })?;
+    }
+}
+
+/// Step 7. The child serves after `commit`, so accepting is paused first. During the probation this process keeps its
+/// sockets, and if the child dies it accepts again: the connections of that time wait in the queue.
+fn commit<'a>(
+    successor: Successor<'a>,
+    event_loop: &mut EventLoop<'a>,
+    since: Instant,
+) -> Result<Succeeded<'a>, Error> {
+    let generation = event_loop.generation;
+    let mut paused = Paused::begin(&generation.shutdown);
+    // Declared after `paused`, so that on every way out the child is ended before this process accepts again.
+    let mut successor = successor;
+    let committed = Instant::now();
+    let pid = successor.pid();
+    let died = |error| match error {
+        Error::ChildEnded { status, .. } => Error::DiedAfterReady { pid, status, after: committed.elapsed() },
+        Error::ChildSilent { .. } => Error::DiedAfterReady { pid, status: None, after: committed.elapsed() },
+        other => other,
+    };
+    if successor.link.send(FromParent::Commit).is_err() {
+        return Err(died(successor.link_ended()));
+    }
+    // From here on a parent of our own must not take the end of this process for a death.
+    generation.ancestors.send_to_parent(&FromChild::HandedOver);
+    let upgraded = Upgraded { pid, generation: generation.number + 1, commit: committed - since };
+    generation.reporter.emit(&Event::Committed(&upgraded));
+
+    let probation = generation.limits.probation;
+    let mut serving = probation.is_zero();
+    loop {
+        // Read first, whatever the clock says: this process may have been stopped meanwhile, and the child serves.
+        match successor.next_message() {
+            Ok(Some(FromChild::Stopping | FromChild::HandedOver)) => break,
+            Ok(Some(FromChild::Serving)) => {
+                serving = true;
+                continue;
+            }
+            Ok(Some(_)) => continue,
+            Ok(None) => {}
+            // A child that already serves is kept even if it breaks the protocol.
+            Err(error @ Error::Garbage { .. }) if serving || !successor.take_back() => {
+                log::warn!("{error}");
+                break;
+            }
+            Err(error) => return Err(died(error)),
+        }
+        let until = if serving { Deadline::since(committed, probation) } else { Deadline::since(committed, COMMIT) };
+        let (fds, again) = successor.poll_for();
+        match event_loop.wait(Phase::Probation, &fds, until.min(again)) {
+            Ok(Wake::Stop) => {
+                // The stop is for the service, and that is the child now. A process that took over has its own supervisor,
+                // which may have caused this stop: a new container is ready, and the old one ends.
+                if successor.is_child() {
+                    let _ = successor.link.send(FromParent::Stop);
+                }
+                break;
+            }
+            Ok(Wake::Deadline) if !until.has_passed() => {}
+            Ok(Wake::Deadline) if serving => break,
+            // The child sent `ready` but never `serving`, so no process is accepting.
+            Ok(Wake::Deadline) if successor.take_back() => return Err(Error::Timeout { pid, after: COMMIT }),
+            Ok(Wake::Deadline) => serving = true,
+            Ok(Wake::Ready) => {}
+            Err(e) => {
+                // The child serves. A failing poll of this process is no reason to end it.
+                log::warn!("{}", chain(&e));
+                break;
+            }
+        }
+    }
+    paused.then = State::HandedOver;
+    generation.reporter.announce(&upgraded, successor.is_child());
+    if successor.is_child() {
+        // It may have ended since, on purpose.
+        let _ = successor.link.send(FromParent::Main);
+    }
+    let (link, later) = successor.keep();
+    generation.shutdown.set_end_signal(Arc::new(later));
+    Ok(Succeeded { upgraded, link, paused })
+}
+
+/// Accepting is paused while this lives.
+pub(crate) struct Paused<'a> {
+    shutdown: &'a Shutdown,
+    then: State,
+}
+
+impl<'a> Paused<'a> {
+    fn begin(shutdown: &'a Shutdown) -> Self {
+        shutdown.set(State::Paused);
+        Self { shutdown, then: State::Accepting }
+    }
+}
+
+impl Drop for Paused<'_> {
+    fn drop(&mut self) {
+        self.shutdown.set(self.then);
+    }
+}
+
+/// The child's end of the link, on which every later generation may ask this one to end its drain.
+#[derive(Debug)]
+pub(super) struct LaterGenerations {
+    pub(super) from: Arc<OwnedFd>,
+    pub(super) lines: Mutex<Lines>,
+}
+
+impl EndSignal for LaterGenerations {
+    fn fd(&self) -> BorrowedFd<'_> {
+        self.from.as_fd()
+    }
+
+    fn read(&self) -> End {
+        match self.lines.lock().unwrap_or_else(PoisonError::into_inner).next(self.fd()) {
+            Ok(Read::Line(line)) if FromChild::parse(&line) == Some(FromChild::EndDrain) => End::Now,
+            Ok(Read::Line(_) | Read::Wait) => End::Continue,
+            Ok(Read::End | Read::Garbage(_)) | Err(_) => End::Gone,
+        }
+    }
+}

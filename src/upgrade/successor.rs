@@ -1,0 +1,162 @@
+//! The new process of an upgrade, and the link to it. Dropping it ends the process, or turns it away.
+
+use std::mem;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::process::ExitStatusExt;
+use std::process::ExitStatus;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use rustix::event::PollFlags;
+use rustix::process::Signal;
+
+use super::parent::LaterGenerations;
+use crate::error::Error;
+use crate::generation::Generation;
+use crate::handover::lines::{preview, FromChild, FromParent, Read};
+use crate::handover::link::ChildLink;
+use crate::sys::child::{Spawned, LOOK};
+use crate::sys::poll::{wait_readable, Deadline};
+
+/// How long a child that has closed its status pipe may take to end by itself.
+const ENDING: Duration = Duration::from_millis(200);
+
+/// The new process, and the link to it.
+///
+/// While it is `armed`, dropping it ends a child, and turns away a process that took over. So no early return leaves one
+/// behind.
+pub(super) struct Successor<'a> {
+    generation: &'a Generation,
+    process: Process,
+    pub(super) link: ChildLink,
+    armed: bool,
+}
+
+pub(super) enum Process {
+    Child(Spawned),
+    /// It takes over, and belongs to another supervisor. The pid is 0 if it is not visible here.
+    Takeover {
+        pid: u32,
+        pidfd: Option<OwnedFd>,
+    },
+}
+
+impl<'a> Successor<'a> {
+    pub(super) fn new(generation: &'a Generation, process: Process, link: ChildLink) -> Self {
+        Self { generation, process, link, armed: true }
+    }
+
+    pub(super) fn pid(&self) -> u32 {
+        match &self.process {
+            Process::Child(spawned) => spawned.pid.as_raw_nonzero().get() as u32,
+            Process::Takeover { pid, .. } => *pid,
+        }
+    }
+
+    pub(super) fn is_child(&self) -> bool {
+        matches!(self.process, Process::Child(_))
+    }
+
+    fn pidfd(&self) -> Option<&OwnedFd> {
+        match &self.process {
+            Process::Child(spawned) => spawned.pidfd.as_ref(),
+            Process::Takeover { pidfd, .. } => pidfd.as_ref(),
+        }
+    }
+
+    /// What to poll for messages and for the end of the process; and when to look again in any case.
+    pub(super) fn poll_for(&self) -> (Vec<(BorrowedFd<'_>, PollFlags)>, Deadline) {
+        let (mut fds, mut again) = self.link.poll_for();
+        // Usually the link ends with the process. But a process that it has made may hold the link open.
+        match self.pidfd() {
+            Some(pidfd) => fds.push((pidfd.as_fd(), PollFlags::IN)),
+            // No event reports the end of this child, so look at times.
+            None if self.is_child() => again = again.min(Deadline::after(LOOK)),
+            None => {}
+        }
+        (fds, again)
+    }
+
+    /// The next message, if there is one. The end of the process is an error.
+    pub(super) fn next_message(&mut self) -> Result<Option<FromChild>, Error> {
+        let pid = self.pid();
+        let garbage = |received| Err(Error::Garbage { pid, received });
+        match self.link.next() {
+            Ok(Read::Line(line)) => match FromChild::parse(&line) {
+                Some(message) => Ok(Some(message)),
+                None => garbage(preview(line.as_bytes())),
+            },
+            Ok(Read::Garbage(received)) => garbage(received),
+            Ok(Read::Wait) if !self.ends_within(Duration::ZERO) => Ok(None),
+            Ok(Read::Wait | Read::End) | Err(_) => Err(self.link_ended()),
+        }
+    }
+
+    /// The link has ended, and so must the process.
+    pub(super) fn link_ended(&mut self) -> Error {
+        let pid = self.pid();
+        // A process closes its descriptors a little before it has ended.
+        let by_itself = self.ends_within(ENDING);
+        let lives_on = !by_itself && matches!(self.process, Process::Takeover { pidfd: Some(_), .. });
+        match self.end() {
+            Some(status) if !by_itself && status.signal() == Some(Signal::KILL.as_raw()) => Error::ChildSilent { pid },
+            None if lives_on => Error::ChildLivesOn { pid },
+            status => Error::ChildEnded { pid, status },
+        }
+    }
+
+    /// Takes the commit back. Returns false if the process has just answered it.
+    pub(super) fn take_back(&mut self) -> bool {
+        // A process that takes over cannot be killed. But it must send `serving` before it accepts, and from now on that
+        // fails, however late it continues.
+        self.link.stop_receiving();
+        while let Ok(Read::Line(line)) = self.link.next() {
+            if FromChild::parse(&line) == Some(FromChild::Serving) {
+                return false;
+            }
+        }
+        self.end();
+        true
+    }
+
+    /// The upgrade has succeeded: the process is not ours to end any more. Returns the two ends of the link.
+    pub(super) fn keep(mut self) -> (Arc<OwnedFd>, LaterGenerations) {
+        self.armed = false;
+        let lines = Mutex::new(mem::take(&mut self.link.lines));
+        (self.link.to.clone(), LaterGenerations { from: self.link.from.clone(), lines })
+    }
+
+    /// Whether the process ends within that time.
+    fn ends_within(&self, time: Duration) -> bool {
+        let deadline = Deadline::after(time);
+        match &self.process {
+            Process::Child(child) => child.ends_before(deadline),
+            Process::Takeover { pidfd, .. } => pidfd.as_ref().is_some_and(|pidfd| wait_readable(pidfd, deadline)),
+        }
+    }
+
+    /// Kills and reaps a child, or turns away a process that takes over. Returns how a child ended, unless it was ended
+    /// before or another part of the program has reaped it.
+    fn end(&mut self) -> Option<ExitStatus> {
+        if !mem::replace(&mut self.armed, false) {
+            return None;
+        }
+        let status = match &self.process {
+            Process::Child(spawned) => spawned.kill_and_reap(),
+            Process::Takeover { .. } => {
+                // Without this message it would take the closed link for our death, and serve.
+                let _ = self.link.send(FromParent::Stop);
+                None
+            }
+        };
+        // The process may have written its PID file already.
+        self.generation.pid_file.rewrite();
+        status
+    }
+}
+
+impl Drop for Successor<'_> {
+    fn drop(&mut self) {
+        self.end();
+    }
+}
