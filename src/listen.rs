@@ -5,12 +5,13 @@ use std::io;
 use std::net::{SocketAddr, TcpListener, UdpSocket};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
-use std::path::Path;
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
 
-use rustix::fs::{fchmod, Mode};
+use rustix::fs::{fchmod, flock, FlockOperation, Mode};
 use rustix::io::Errno;
 use rustix::net::{self, sockopt, AddressFamily, SocketAddrUnix, SocketType};
+use rustix::process::geteuid;
 
 use crate::sys;
 
@@ -144,7 +145,8 @@ pub(crate) fn bind_unix(path: &Path, kind: SocketType, mode: Option<Mode>) -> io
     }
     match net::bind(&socket, &address) {
         Err(Errno::ADDRINUSE) => {
-            let _replacing = remove_stale(path, kind)?;
+            let _lock = ReplaceLock::take(path)?;
+            remove_stale(path, kind)?;
             net::bind(&socket, &address)?;
         }
         other => other?,
@@ -179,20 +181,58 @@ pub(crate) fn file_id(path: &Path) -> io::Result<FileId> {
     Ok((file.dev(), file.ino()))
 }
 
-/// Removes the socket file of a process that has ended. Hold the returned lock until the path is bound again.
+/// The right to replace a stale socket file, until it is dropped.
 ///
-/// Two starting processes may find the same stale file, and the slower one must not remove what the faster one has
-/// bound meanwhile. So the right to remove it is an abstract socket named after the file's inode, and under that lock
-/// the file is looked at again.
-fn remove_stale(path: &Path, kind: SocketType) -> io::Result<OwnedFd> {
-    let in_use = || io::Error::from(io::ErrorKind::AddrInUse);
-    let found = file_id(path)?;
-    let lock = open(AddressFamily::UNIX, SocketType::STREAM)?;
-    let name = format!("ecdysis/stale/{}/{}", found.0, found.1);
-    net::bind(&lock, &SocketAddrUnix::new_abstract_name(name.as_bytes())?)?;
+/// Two starting processes may find the same stale file. The slower one could then remove the file that the faster one
+/// has bound meanwhile, whose clients would find nobody. So a process looks at the file, removes it and binds while it
+/// holds a lock.
+///
+/// The lock is on a file of mode 0600, because only its owner can open it. An abstract socket would be a lock that any
+/// local user can take, and so prevent the start; a lock on the directory, one for any user who can read it.
+struct ReplaceLock {
+    path: PathBuf,
+    _file: fs::File,
+}
 
-    let file = fs::symlink_metadata(path)?;
-    if (file.dev(), file.ino()) != found || !file.file_type().is_socket() {
+impl ReplaceLock {
+    /// `None` where no such file can be made: in a directory where another user has taken the name, for example. A
+    /// start without the lock is better than none.
+    fn take(socket: &Path) -> io::Result<Option<Self>> {
+        let mut path = socket.as_os_str().to_owned();
+        path.push(".lock");
+        let path = PathBuf::from(path);
+        let open = fs::File::options().write(true).create(true).mode(0o600).custom_flags(libc::O_NOFOLLOW).open(&path);
+        let file = match open.and_then(|file| Ok((file.metadata()?, file))) {
+            Ok((metadata, file)) if metadata.uid() == geteuid().as_raw() && metadata.is_file() => file,
+            other => {
+                let why = other.map_or_else(|e| e.to_string(), |_| "it belongs to another user".into());
+                log::warn!("no lock while a stale socket file is replaced path={} error={why}", path.display());
+                return Ok(None);
+            }
+        };
+        match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+            // Another process has bound the path if it has removed this file since, and is about to if it has not.
+            Err(Errno::WOULDBLOCK) => return Err(io::ErrorKind::AddrInUse.into()),
+            other => other?,
+        }
+        if file_id(&path).ok() != Some((file.metadata()?.dev(), file.metadata()?.ino())) {
+            return Err(io::ErrorKind::AddrInUse.into());
+        }
+        Ok(Some(Self { path, _file: file }))
+    }
+}
+
+impl Drop for ReplaceLock {
+    fn drop(&mut self) {
+        // Before the file is closed, so that the lock is still ours.
+        let _ = fs::remove_file(&self.path);
+    }
+}
+
+/// Removes the socket file of a process that has ended.
+fn remove_stale(path: &Path, kind: SocketType) -> io::Result<()> {
+    let in_use = || io::Error::from(io::ErrorKind::AddrInUse);
+    if !fs::symlink_metadata(path)?.file_type().is_socket() {
         return Err(in_use());
     }
     // With a socket of another type, for which a live socket answers EPROTOTYPE: a connection to a control socket could
@@ -200,10 +240,9 @@ fn remove_stale(path: &Path, kind: SocketType) -> io::Result<OwnedFd> {
     let other = if kind == SocketType::DGRAM { SocketType::STREAM } else { SocketType::DGRAM };
     let probe = open(AddressFamily::UNIX, other)?;
     match net::connect(&probe, &SocketAddrUnix::new(path)?) {
-        Err(Errno::CONNREFUSED) => fs::remove_file(path)?,
-        _ => return Err(in_use()),
+        Err(Errno::CONNREFUSED) => fs::remove_file(path),
+        _ => Err(in_use()),
     }
-    Ok(lock)
 }
 
 /// Removes the file at `path` if it still has this identity.
@@ -213,5 +252,65 @@ pub(crate) fn unlink_if_ours(path: &Path, ours: FileId) -> io::Result<()> {
         Ok(_) => Ok(()),
         Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
         Err(e) => Err(e),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::PermissionsExt;
+    use std::os::unix::net::UnixListener;
+    use tempfile::TempDir;
+
+    /// A directory with the socket file of a process that has ended.
+    fn stale() -> (TempDir, PathBuf) {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("a.sock");
+        drop(UnixListener::bind(&path).unwrap());
+        (directory, path)
+    }
+
+    fn bind(path: &Path) -> io::Result<(OwnedFd, Option<FileId>)> {
+        bind_unix(path, SocketType::STREAM, None)
+    }
+
+    #[test]
+    fn locks_that_any_user_can_take_do_not_prevent_a_start() {
+        let (directory, path) = stale();
+        let file = file_id(&path).unwrap();
+        let abstract_lock = rustix::net::socket(AddressFamily::UNIX, SocketType::STREAM, None).unwrap();
+        let name = format!("ecdysis/stale/{}/{}", file.0, file.1);
+        net::bind(&abstract_lock, &SocketAddrUnix::new_abstract_name(name.as_bytes()).unwrap()).unwrap();
+        let readable = fs::File::open(directory.path()).unwrap();
+        flock(&readable, FlockOperation::NonBlockingLockExclusive).unwrap();
+        let (_socket, bound) = bind(&path).unwrap();
+        assert_eq!(bound, Some(file_id(&path).unwrap()));
+        assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 1, "the lock's file is gone");
+    }
+
+    #[test]
+    fn one_process_at_a_time_replaces_a_stale_file() {
+        let (_directory, path) = stale();
+        let lock = ReplaceLock::take(&path).unwrap().unwrap();
+        assert_eq!(fs::metadata(&lock.path).unwrap().permissions().mode() & 0o777, 0o600);
+        assert_eq!(bind(&path).unwrap_err().kind(), io::ErrorKind::AddrInUse);
+        drop(lock);
+        let bound = bind(&path).unwrap();
+        assert_eq!(bind(&path).unwrap_err().kind(), io::ErrorKind::AddrInUse, "bound, so not stale");
+        drop(bound);
+        bind(&path).unwrap();
+    }
+
+    #[test]
+    fn a_lock_file_of_another_user_does_not_prevent_a_start() {
+        if !geteuid().is_root() {
+            return;
+        }
+        let (_directory, path) = stale();
+        let lock = path.with_extension("sock.lock");
+        fs::write(&lock, "").unwrap();
+        std::os::unix::fs::chown(&lock, Some(54_321), None).unwrap();
+        bind(&path).unwrap();
+        assert!(lock.exists(), "and is not removed");
     }
 }

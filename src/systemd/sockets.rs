@@ -230,6 +230,12 @@ fn take() -> Result<Vec<Passed>, Unusable> {
     let Some(names) = announced(|name| env::var_os(name), std::process::id(), program::own_pidfd_id)? else {
         return Ok(Vec::new());
     };
+    if program::is_secure() {
+        let why = "not used by a process with more rights than its caller (AT_SECURE: a set-user-ID program, or file \
+                   capabilities); give it ambient capabilities instead (AmbientCapabilities=)";
+        let source = io::Error::new(io::ErrorKind::PermissionDenied, why);
+        return Err(Unusable { what: "LISTEN_FDS".into(), source });
+    }
     let fds =
         listen_fds::take(names.len()).map_err(|(fd, source)| Unusable { what: format!("descriptor {fd}"), source })?;
     Ok(names.into_iter().zip(fds).map(|(name, fd)| Passed { name, fd }).collect())
@@ -261,27 +267,27 @@ fn announced(
             return Ok(None);
         }
     }
-    let Some(count) = variable("LISTEN_FDS") else { return Ok(None) };
-    let count = match number::<usize>("LISTEN_FDS", &count)? {
-        n if n <= MAX_PASSED => n,
-        _ => return Err(malformed("LISTEN_FDS", &count)),
+    let count = match variable("LISTEN_FDS") {
+        None => None,
+        Some(text) => match number::<usize>("LISTEN_FDS", &text)? {
+            n if n <= MAX_PASSED => Some(n),
+            _ => return Err(malformed("LISTEN_FDS", &text)),
+        },
     };
-    match variable("LISTEN_FDNAMES") {
-        None => Ok(Some(vec!["unknown".into(); count])),
-        Some(list) => {
-            let names: Vec<String> = match list.to_str() {
-                Some("") if count == 0 => Vec::new(),
-                Some(list) => list.split(':').map(str::to_owned).collect(),
-                None => return Err(malformed("LISTEN_FDNAMES", &list)),
-            };
-            if names.len() != count {
-                let why = format!("{} names for {count} descriptors", names.len());
-                let source = io::Error::new(io::ErrorKind::InvalidInput, why);
-                return Err(Unusable { what: format!("LISTEN_FDNAMES={}", list.to_string_lossy()), source });
-            }
-            Ok(Some(names))
-        }
+    let names = match variable("LISTEN_FDNAMES") {
+        None => return Ok(count.map(|count| vec!["unknown".into(); count])),
+        Some(list) if list.is_empty() && count.is_none_or(|count| count == 0) => return Ok(count.map(|_| Vec::new())),
+        Some(list) => list,
+    };
+    let list = names.to_str().ok_or_else(|| malformed("LISTEN_FDNAMES", &names))?;
+    let list: Vec<String> = list.split(':').map(str::to_owned).collect();
+    // Without LISTEN_FDS the names count: version 1.1.1 read nothing else, so its users' tests set nothing else.
+    if let Some(count) = count.filter(|count| *count != list.len()) {
+        let why = format!("{} names for {count} descriptors", list.len());
+        let source = io::Error::new(io::ErrorKind::InvalidInput, why);
+        return Err(Unusable { what: format!("LISTEN_FDNAMES={}", names.to_string_lossy()), source });
     }
+    Ok(Some(list))
 }
 
 #[cfg(test)]
@@ -306,6 +312,8 @@ mod tests {
         assert_eq!(passed("1", ""), some(&[""]));
         assert_eq!(passed("0", ""), some(&[]));
         assert_eq!(names(&[("LISTEN_PID", "7"), ("LISTEN_FDS", "2")]), some(&["unknown", "unknown"]));
+        assert_eq!(names(&[("LISTEN_PID", "7"), ("LISTEN_FDNAMES", "a:b")]), some(&["a", "b"]));
+        assert_eq!(names(&[("LISTEN_PID", "7"), ("LISTEN_FDNAMES", "")]), Ok(None));
         assert_eq!(passed("2", "a").unwrap_err(), "LISTEN_FDNAMES=a: 1 names for 2 descriptors");
         assert!(passed("1", "a:b").is_err());
     }

@@ -73,6 +73,7 @@ pub const TABLE: &[Row] = &[
         &[Serving, Parent, Before, Child, HandsOver, TakesOver, Program],
         "`F_SETFD`, `F_DUPFD_CLOEXEC`; `F_SETPIPE_SZ` for thousands of sockets, may be refused with an error",
     ),
+    row("flock", SYS_flock, &[Serving], "a stale file of a Unix socket replaced"),
     row("fstat", SYS_fstat, &[Serving, Parent, Child, HandsOver, TakesOver, Program], "inodes"),
     row("futex", SYS_futex, &[Serving, Program], "locks"),
     row("getcwd", SYS_getcwd, &[Child, TakesOver], "the start directory, where `PWD` does not name it"),
