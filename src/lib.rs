@@ -133,6 +133,8 @@ pub mod guide {
     pub mod operations {}
     #[doc = include_str!("guide/protocol.md")]
     pub mod protocol {}
+    #[doc = include_str!("guide/who-serves.md")]
+    pub mod who_serves {}
     #[doc = include_str!("guide/gotchas.md")]
     pub mod gotchas {}
     #[doc = include_str!("guide/migrating.md")]

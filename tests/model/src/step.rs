@@ -1,0 +1,272 @@
+//! What a process does next. A step ends where another process can see what it did, so that a process can be stopped or
+//! killed between any two system calls that matter.
+
+use crate::parent;
+use crate::state::*;
+use crate::{Carrier, Rules};
+
+impl State {
+    pub fn link(&self, child: Pid) -> &Link {
+        self.links[child].as_ref().expect("only asked for a process that has one")
+    }
+
+    pub fn link_mut(&mut self, child: Pid) -> &mut Link {
+        self.links[child].as_mut().expect("only asked for a process that has one")
+    }
+
+    /// Whether somebody holds the child's reading end.
+    pub fn reader_lives(&self, child: Pid) -> bool {
+        let link = self.link(child);
+        (self.processes[child].life == Life::Alive && link.child_reads) || self.is_held_by_others(child)
+    }
+
+    /// Whether somebody holds the child's writing end.
+    pub fn writer_lives(&self, child: Pid) -> bool {
+        self.processes[child].life != Life::Dead || self.is_held_by_others(child)
+    }
+
+    fn is_held_by_others(&self, child: Pid) -> bool {
+        let link = self.link(child);
+        link.wrapper || link.kind == Kind::WithHelper
+    }
+
+    /// Whether what the parent has started, or let in, has ended.
+    pub fn started_ended(&self, child: Pid) -> bool {
+        match self.link(child).kind {
+            Kind::Wrapped => !self.link(child).wrapper,
+            _ => self.processes[child].life == Life::Dead,
+        }
+    }
+
+    /// Whether the child reads the end of the parent, once it has read everything before.
+    pub fn parent_ended(&self, child: Pid) -> bool {
+        !self.link(child).parent_writes
+    }
+
+    pub fn say(&mut self, child: Pid, message: FromParent) -> bool {
+        let goes = self.reader_lives(child);
+        if goes {
+            self.link_mut(child).to_child.push(message);
+        }
+        goes
+    }
+
+    /// The child's message. False: nobody reads any more (EPIPE).
+    fn report(&mut self, child: Pid, message: FromChild) -> bool {
+        let link = self.link_mut(child);
+        if link.parent_reads {
+            link.to_parent.push(message);
+        }
+        link.parent_reads
+    }
+
+    pub fn end(&mut self, p: Pid) {
+        self.processes[p].life = Life::Dying;
+        self.processes[p].accepts = false;
+        for link in self.links.iter_mut().flatten().filter(|link| link.parent == p) {
+            link.parent_reads = false;
+            link.to_parent.clear();
+        }
+        if self.connection == Connection::Woke(p) {
+            // Taken, and lost with the process.
+            self.connection = Connection::None;
+        }
+    }
+
+    pub fn end_fully(&mut self, p: Pid) {
+        self.processes[p].life = Life::Dead;
+        self.processes[p].frozen = false;
+        for link in self.links.iter_mut().flatten().filter(|link| link.parent == p) {
+            link.parent_writes = false;
+        }
+    }
+
+    pub fn accept(&mut self, p: Pid) {
+        self.processes[p].accepts = true;
+        // It looks into the queue before it waits.
+        if self.connection == Connection::Queued {
+            self.connection = Connection::None;
+        }
+    }
+
+    pub fn pause(&mut self, p: Pid, rules: &Rules) {
+        self.processes[p].accepts = false;
+        if self.connection == Connection::Woke(p) {
+            self.connection = if rules.woken_serves { Connection::None } else { Connection::Queued };
+        }
+    }
+}
+
+/// Reads everything that the parent has sent, and notes the requests.
+fn read_mail(state: &mut State, c: Pid) -> Mail {
+    let mut mail = Mail::default();
+    let process = &mut state.processes[c];
+    let link = state.links[c].as_mut().expect("a child has one");
+    mail.any = !link.to_child.is_empty();
+    for message in link.to_child.drain(..) {
+        match message {
+            FromParent::Manifest => {}
+            FromParent::End => mail.end = true,
+            FromParent::Commit => mail.commit = true,
+            FromParent::Stop => mail.stop = true,
+            FromParent::RequestStop => process.stop = true,
+            FromParent::RequestUpgrade => process.upgrade = true,
+            FromParent::Main => process.main = true,
+            FromParent::Verdict => process.free = true,
+        }
+    }
+    mail
+}
+
+#[derive(Default)]
+struct Mail {
+    any: bool,
+    end: bool,
+    commit: bool,
+    stop: bool,
+}
+
+/// The next step of a process that runs, if it has one; `timeout`: with its deadline over.
+pub fn step(state: &State, p: Pid, timeout: bool, rules: &Rules) -> Option<State> {
+    let mut next = state.clone();
+    let s = &mut next;
+    let child = state.processes[p].child;
+    match state.processes[p].at {
+        At::Manifest | At::Ready | At::WaitCommit | At::Serving | At::LookAgain | At::WaitEnd => {
+            new_process(s, p, timeout, rules)?
+        }
+        At::Loop => serve(s, p, timeout)?,
+        At::GivenBack if !timeout => {
+            s.pause(p, rules);
+            // The answer: from here on the parent may accept.
+            s.report(p, FromChild::Refused);
+            s.processes[p].at = At::Leave;
+        }
+        At::SayStopping if !timeout => {
+            s.pause(p, rules);
+            if s.links[p].is_some() && !s.processes[p].free {
+                s.report(p, FromChild::Stopping);
+            }
+            s.processes[p].at = At::Stop;
+        }
+        At::Stop if !timeout => {
+            // A `stop` that came before that message was read: the parent decides.
+            if s.links[p].is_some() && !s.processes[p].free && read_mail(s, p).stop {
+                s.processes[p].at = At::Leave;
+                return Some(next);
+            }
+            s.stopped = true;
+            s.processes[p].stop = false;
+            s.processes[p].at = At::Over;
+        }
+        At::Over | At::Leave if !timeout => s.end(p),
+        _ => parent::step(s, p, child?, timeout, rules)?,
+    }
+    (next != *state).then_some(next)
+}
+
+fn new_process(s: &mut State, p: Pid, timeout: bool, rules: &Rules) -> Option<()> {
+    let given_up = |s: &mut State| s.processes[p].at = At::Leave;
+    match s.processes[p].at {
+        At::Manifest => {
+            // Only the first part has come; the rest goes out when the parent sees that this was read.
+            if s.link(p).to_child.as_slice() == [FromParent::Manifest] && !timeout {
+                s.link_mut(p).to_child.clear();
+                return Some(());
+            }
+            if timeout && !s.link(p).to_child.is_empty() {
+                return None;
+            }
+            let mail = read_mail(s, p);
+            if mail.stop || (!mail.end && (timeout || s.parent_ended(p))) {
+                // No complete manifest: never a first generation by accident.
+                given_up(s);
+            } else if mail.end {
+                let sees_error = rules.carrier == Carrier::Pipes && !s.link(p).parent_reads;
+                s.processes[p].at = if sees_error && !s.parent_ended(p) { At::WaitEnd } else { At::Ready };
+            } else {
+                return None;
+            }
+        }
+        At::Ready if !timeout => {
+            let goes = s.report(p, FromChild::Ready);
+            s.processes[p].at = if goes { At::WaitCommit } else { At::WaitEnd };
+        }
+        At::WaitCommit => {
+            if timeout && !s.link(p).to_child.is_empty() {
+                return None;
+            }
+            let mail = read_mail(s, p);
+            if mail.stop {
+                given_up(s);
+            } else if mail.commit || s.parent_ended(p) || timeout {
+                s.processes[p].at = At::Serving;
+            } else if !mail.any {
+                return None;
+            }
+        }
+        At::Serving if !timeout => {
+            let goes = s.report(p, FromChild::Serving);
+            s.processes[p].at = if goes { At::LookAgain } else { At::WaitEnd };
+        }
+        At::LookAgain if !timeout => {
+            if read_mail(s, p).stop && rules.give_up_says_stop {
+                given_up(s);
+            } else {
+                s.processes[p].at = At::Loop;
+                s.accept(p);
+            }
+        }
+        At::WaitEnd => {
+            let mail = read_mail(s, p);
+            if mail.stop {
+                given_up(s);
+            } else if s.parent_ended(p) {
+                s.processes[p].free = true;
+                s.processes[p].at = At::Loop;
+                s.accept(p);
+            } else if timeout && s.processes[s.link(p).parent].life == Life::Alive {
+                // 5 s; to die takes less.
+                given_up(s);
+            } else if !mail.any {
+                return None;
+            }
+        }
+        _ => return None,
+    }
+    Some(())
+}
+
+fn serve(s: &mut State, p: Pid, timeout: bool) -> Option<()> {
+    if timeout {
+        // A verdict that does not come: the request is answered with an error.
+        let process = &s.processes[p];
+        if process.free || !process.upgrade || !s.processes[s.link(p).parent].frozen {
+            return None;
+        }
+        s.processes[p].upgrade = false;
+        parent::end_reload(s, p);
+        return Some(());
+    }
+    if s.links[p].is_some() && !s.processes[p].free {
+        let mail = read_mail(s, p);
+        if mail.stop {
+            s.processes[p].at = At::GivenBack;
+            return Some(());
+        }
+        if !mail.any && s.parent_ended(p) {
+            let process = &mut s.processes[p];
+            (process.free, process.main) = (true, true);
+            return Some(());
+        }
+        if mail.any {
+            return Some(());
+        }
+    }
+    if s.processes[p].stop {
+        s.processes[p].at = At::SayStopping;
+        return Some(());
+    }
+    // An upgrade: see `spawn`.
+    None
+}

@@ -1,0 +1,165 @@
+//! The page of the guide that says who serves after each event: a table that the model fills in.
+//!
+//! Here deadlines are long: one passes only when nothing else can happen. So a cell says what is seen in practice, where
+//! the exploration asks what is possible.
+
+use std::collections::{BTreeSet, HashSet};
+use std::fmt::Write;
+
+use crate::state::*;
+use crate::{Action, Carrier, Protocol};
+
+/// Whether it is this moment, by where the two processes are.
+type IsMoment = fn(&Process, &Process) -> bool;
+
+/// The moments of an upgrade.
+const MOMENTS: [(&str, IsMoment); 6] = [
+    ("child starts", |p, c| p.at == At::WaitReady && matches!(c.at, At::Manifest | At::Ready)),
+    ("`ready` sent", |p, c| p.at == At::WaitReady && c.at == At::WaitCommit),
+    ("paused", |p, c| p.at == At::Commit && c.at == At::WaitCommit),
+    ("`commit` sent", |p, c| p.at == At::WaitServing && !c.accepts),
+    ("probation", |p, c| p.at == At::Probation && c.accepts),
+    ("`verdict` sent", |p, _| p.at == At::Over),
+];
+
+/// What happens at that moment, and then.
+enum Event {
+    Nothing,
+    One(Action),
+    /// This, and that when everything has come to rest.
+    Then(Action, Action),
+    Both(Action, Action),
+}
+
+const PARENT: Pid = 0;
+const CHILD: Pid = 1;
+
+fn events() -> Vec<(&'static str, Kind, Event)> {
+    use Action::*;
+    use Event::*;
+    vec![
+        ("nothing", Kind::Child, Nothing),
+        ("parent killed", Kind::Child, One(Kill(PARENT))),
+        ("child killed", Kind::Child, One(Kill(CHILD))),
+        ("both killed", Kind::Child, Both(Kill(PARENT), Kill(CHILD))),
+        ("shell before the child killed", Kind::Wrapped, One(KillWrapper(CHILD))),
+        ("child killed, its helper lives", Kind::WithHelper, One(Kill(CHILD))),
+        ("parent frozen", Kind::Child, One(Freeze(PARENT))),
+        ("… and continued later", Kind::Child, Then(Freeze(PARENT), Continue(PARENT))),
+        ("… or killed later", Kind::Child, Then(Freeze(PARENT), Kill(PARENT))),
+        ("child frozen", Kind::Child, One(Freeze(CHILD))),
+        ("… and continued later", Kind::Child, Then(Freeze(CHILD), Continue(CHILD))),
+        ("the same behind a shell", Kind::Wrapped, Then(Freeze(CHILD), Continue(CHILD))),
+        ("parent asked to stop", Kind::Child, One(AskStop(PARENT))),
+        ("child asked to stop", Kind::Child, One(AskStop(CHILD))),
+        ("parent asked for another upgrade", Kind::Child, One(AskUpgrade(PARENT))),
+        ("child asked for another upgrade", Kind::Child, One(AskUpgrade(CHILD))),
+        ("commit taken back", Kind::Child, One(AskRollback(PARENT))),
+    ]
+}
+
+/// Everything in which the system can come to rest.
+fn rest(model: &Protocol, from: Vec<State>) -> HashSet<State> {
+    let (mut seen, mut todo, mut resting): (HashSet<_>, _, _) = (HashSet::new(), from, HashSet::new());
+    while let Some(state) = todo.pop() {
+        if !seen.insert(state.clone()) {
+            continue;
+        }
+        let next: Vec<_> = model.next(&state).into_iter().filter(|(action, _)| action.is_internal()).collect();
+        let at_once = next.iter().any(|(action, _)| !matches!(action, Action::Timeout(_)));
+        let mut any = false;
+        for (action, state) in next {
+            if !(at_once && matches!(action, Action::Timeout(_))) {
+                any = true;
+                todo.push(state);
+            }
+        }
+        if !any {
+            resting.insert(state);
+        }
+    }
+    resting
+}
+
+/// The states of an undisturbed upgrade.
+fn undisturbed(model: &Protocol) -> HashSet<State> {
+    let mut first = model.first();
+    first.processes[PARENT].upgrade = true;
+    let (mut seen, mut todo) = (HashSet::new(), vec![first]);
+    while let Some(state) = todo.pop() {
+        if seen.insert(state.clone()) {
+            let next = model.next(&state).into_iter().filter(|(action, _)| action.is_internal());
+            // The probation ends by a deadline.
+            let probation = state.processes[PARENT].at == At::Probation;
+            let late = |action: &Action| matches!(action, Action::Timeout(p) if !(probation && *p == PARENT));
+            todo.extend(next.filter(|(action, _)| !late(action)).map(|(_, state)| state));
+        }
+    }
+    seen
+}
+
+fn who_serves(state: &State) -> String {
+    let name = |p: Pid| ["parent", "child", "third"][p.min(2)];
+    let serving = |p: &Pid| state.processes[*p].runs() && state.processes[*p].accepts;
+    let mut names: Vec<String> = (0..state.processes.len()).filter(serving).map(|p| name(p).into()).collect();
+    if names.is_empty() {
+        // One that is stopped will, when it goes on.
+        let will = |process: &Process| process.accepts || process.at == At::LookAgain;
+        let frozen = |p: &Pid| state.processes[*p].frozen && will(&state.processes[*p]);
+        names.extend((0..state.processes.len()).filter(frozen).map(|p| format!("({})", name(p))));
+    }
+    match names.as_slice() {
+        [] => "–".into(),
+        names => names.join(" and "),
+    }
+}
+
+/// One cell: who serves in the end.
+fn cell(kind: Kind, event: &Event, is_moment: IsMoment) -> String {
+    let budget = Budget { deaths: 2, freezes: 1, stops: 1, upgrades: 1, rollbacks: 1, ..Budget::default() };
+    let mut model = Protocol::new(Carrier::Pipes, budget);
+    model.kinds = vec![kind];
+    // What cannot happen at that moment changes nothing.
+    let now = |s: &State, action: &Action| {
+        model.next(s).into_iter().find(|(a, _)| a == action).map_or_else(|| s.clone(), |(_, next)| next)
+    };
+    let mut after = BTreeSet::new();
+    for state in undisturbed(&model) {
+        if !(state.processes.len() > CHILD && is_moment(&state.processes[PARENT], &state.processes[CHILD])) {
+            continue;
+        }
+        if state.processes.iter().any(|process| process.life == Life::Dying) {
+            continue;
+        }
+        let end = match event {
+            Event::Nothing => rest(&model, vec![state]),
+            Event::One(action) => rest(&model, vec![now(&state, action)]),
+            Event::Both(one, other) => rest(&model, vec![now(&now(&state, one), other)]),
+            Event::Then(one, other) => {
+                let between = rest(&model, vec![now(&state, one)]);
+                rest(&model, between.iter().map(|state| now(state, other)).collect())
+            }
+        };
+        after.extend(end.iter().map(who_serves));
+    }
+    after.into_iter().collect::<Vec<_>>().join(" or ")
+}
+
+/// The table, in Markdown.
+pub fn table() -> String {
+    let mut out = String::from("| what happens |");
+    for (moment, _) in MOMENTS {
+        write!(out, " {moment} |").unwrap();
+    }
+    out.push_str("\n|---|");
+    out.push_str(&"---|".repeat(MOMENTS.len()));
+    out.push('\n');
+    for (name, kind, event) in events() {
+        write!(out, "| {name} |").unwrap();
+        for (_, is_moment) in MOMENTS {
+            write!(out, " {} |", cell(kind, &event, is_moment)).unwrap();
+        }
+        out.push('\n');
+    }
+    out
+}
