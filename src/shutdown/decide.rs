@@ -6,17 +6,21 @@ use std::time::Duration;
 use rustix::io::Errno;
 
 use super::gate::Phase;
-use crate::sys::net::is_network_error;
 
 /// The time that a handshake under way at a stop may need to reach the accept queue.
 pub(crate) const HANDSHAKE: Duration = Duration::from_millis(20);
+
+/// Failures in a row after which a loop pauses before it tries again.
+const MAX_FAILED: u32 = 16;
 
 /// What one accept loop remembers from one attempt to the next.
 #[derive(Debug, Default)]
 pub(crate) struct Tries {
     /// The queue was found empty once since the stop.
     lingered: bool,
-    /// A lack of descriptors or memory was logged.
+    /// Attempts that have failed one after the other, except for an empty queue.
+    failed: u32,
+    /// A pause was logged.
     logged: bool,
 }
 
@@ -31,7 +35,8 @@ pub(crate) enum Step {
     Wait,
     /// Try again when there is something, or after [`HANDSHAKE`].
     Linger,
-    /// Try again after [`SCARCE`](crate::sys::poll::SCARCE). The listener stays readable meanwhile, so to poll it would be to spin.
+    /// Try again after [`SCARCE`](crate::sys::poll::SCARCE). The listener stays readable meanwhile, so polling it would be a
+    /// busy loop.
     Pause,
     /// End.
     End,
@@ -48,13 +53,14 @@ pub(crate) fn decide<T>(phase: Phase, result: &io::Result<T>, tries: &mut Tries)
         }
         Err(error) => AcceptFailure::of(error),
     };
+    tries.failed = if failure == AcceptFailure::Empty { 0 } else { tries.failed.saturating_add(1) };
     match failure {
         AcceptFailure::Empty if phase == Phase::Accept => Step::Wait,
         // A client may take itself for connected before its last packet has put it into the queue.
         AcceptFailure::Empty if !std::mem::replace(&mut tries.lingered, true) => Step::Linger,
         AcceptFailure::Empty => Step::End,
-        AcceptFailure::Connection => Step::Retry,
-        AcceptFailure::Exhausted => Step::Pause,
+        AcceptFailure::Connection if tries.failed < MAX_FAILED => Step::Retry,
+        AcceptFailure::Connection | AcceptFailure::Exhausted => Step::Pause,
         AcceptFailure::Listener => Step::Fail,
     }
 }
@@ -64,8 +70,13 @@ pub(crate) fn decide_and_log<T>(phase: Phase, result: &io::Result<T>, tries: &mu
     let step = decide(phase, result, tries);
     match (step, result) {
         (Step::Pause, Err(error)) if !std::mem::replace(&mut tries.logged, true) => {
-            log::warn!("out of descriptors or memory; retrying accept: {error}");
+            let reason = match AcceptFailure::of(error) {
+                AcceptFailure::Exhausted => "out of descriptors or memory",
+                _ => "accept fails repeatedly",
+            };
+            log::warn!("{reason}; retrying accept: {error}");
         }
+        (Step::Fail, Err(error)) => log::error!("accept failed, and the accept loop ends: {error}"),
         _ => {}
     }
     step
@@ -80,37 +91,82 @@ enum AcceptFailure {
     Connection,
     /// No descriptor or memory is left.
     Exhausted,
-    /// The listener itself is broken.
+    /// The descriptor is not a listener, or no longer.
     Listener,
 }
 
 impl AcceptFailure {
+    /// accept(2) reports errors of the new connection as its own, and the list of those is open: firewalls (EPERM) and
+    /// security modules (EACCES) add to it. recvfrom(2) reports in the same way what an earlier answer met. A loop that
+    /// ended because of one of them would leave every later client unserved. So only the errors that name the descriptor
+    /// itself end it, and those of Tokio that have no number: its runtime is gone.
     fn of(error: &io::Error) -> Self {
         match Errno::from_io_error(error) {
             Some(Errno::AGAIN) => Self::Empty,
-            Some(e) if concerns_one_connection(e) => Self::Connection,
             // ENOSPC: epoll is out of watches, of which an asynchronous runtime needs one for each connection.
             Some(Errno::MFILE | Errno::NFILE | Errno::NOMEM | Errno::NOBUFS | Errno::NOSPC) => Self::Exhausted,
-            _ => Self::Listener,
+            Some(Errno::BADF | Errno::FAULT | Errno::INVAL | Errno::NOTSOCK | Errno::NOSYS) | None => Self::Listener,
+            Some(_) => Self::Connection,
         }
     }
 }
 
-/// Errors that accept(2) passes on from the network: that connection is lost, the next one may work. recvfrom(2) reports
-/// in the same way what an earlier answer met.
-fn concerns_one_connection(e: Errno) -> bool {
-    matches!(
-        e,
-        Errno::INTR
-            | Errno::CONNABORTED
-            | Errno::CONNREFUSED
-            | Errno::CONNRESET
-            | Errno::PROTO
-            | Errno::NETDOWN
-            | Errno::NOPROTOOPT
-            | Errno::HOSTDOWN
-            | Errno::HOSTUNREACH
-            | Errno::NETUNREACH
-            | Errno::TIMEDOUT
-    ) || is_network_error(e)
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn after(phase: Phase, errno: Errno, tries: &mut Tries) -> Step {
+        decide(phase, &Err::<(), _>(errno.into()), tries)
+    }
+
+    #[test]
+    fn no_error_of_a_connection_ends_a_loop() {
+        for errno in [
+            Errno::PERM,
+            Errno::ACCESS,
+            Errno::OPNOTSUPP,
+            Errno::SOCKTNOSUPPORT,
+            Errno::PROTONOSUPPORT,
+            Errno::NETDOWN,
+            Errno::PROTO,
+            Errno::NOPROTOOPT,
+            Errno::HOSTDOWN,
+            Errno::HOSTUNREACH,
+            Errno::NETUNREACH,
+            Errno::TIMEDOUT,
+            Errno::CONNABORTED,
+            Errno::CONNREFUSED,
+            Errno::CONNRESET,
+            Errno::INTR,
+        ] {
+            for phase in [Phase::Accept, Phase::AcceptQueued] {
+                assert_eq!(after(phase, errno, &mut Tries::default()), Step::Retry, "{errno:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn an_error_that_stays_does_not_spin() {
+        let mut tries = Tries::default();
+        let steps: Vec<_> = (0..100).map(|_| after(Phase::Accept, Errno::PERM, &mut tries)).collect();
+        assert_eq!(steps.iter().filter(|step| **step == Step::Retry).count(), MAX_FAILED as usize - 1);
+        assert_eq!(steps.last(), Some(&Step::Pause));
+        assert_eq!(decide(Phase::Accept, &Ok(()), &mut tries), Step::Return);
+        assert_eq!(after(Phase::Accept, Errno::PERM, &mut tries), Step::Retry);
+    }
+
+    #[test]
+    fn an_error_of_the_listener_ends_the_loop() {
+        for errno in [Errno::BADF, Errno::INVAL, Errno::NOTSOCK] {
+            assert_eq!(after(Phase::Accept, errno, &mut Tries::default()), Step::Fail, "{errno:?}");
+        }
+    }
+
+    #[test]
+    fn a_stop_ends_the_loop_when_the_queue_is_empty_twice() {
+        let mut tries = Tries::default();
+        assert_eq!(after(Phase::Accept, Errno::AGAIN, &mut tries), Step::Wait);
+        assert_eq!(after(Phase::AcceptQueued, Errno::AGAIN, &mut tries), Step::Linger);
+        assert_eq!(after(Phase::AcceptQueued, Errno::AGAIN, &mut tries), Step::End);
+    }
 }

@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags};
 
+use super::gate::{Gate, State};
 use crate::sys::flag::Flag;
 use crate::sys::poll::{poll, Deadline};
 
@@ -60,14 +61,10 @@ impl Drain {
         })
     }
 
-    pub(crate) fn begin_loop(&self) {
+    /// Counts an accept loop until the guard is dropped.
+    pub(crate) fn count_loop(self: &Arc<Self>) -> LoopGuard {
         self.loops.fetch_add(1, Ordering::SeqCst);
-    }
-
-    pub(crate) fn end_loop(&self) {
-        if self.loops.fetch_sub(1, Ordering::SeqCst) == 1 {
-            self.look_again();
-        }
+        LoopGuard(self.clone())
     }
 
     pub(crate) fn begin_connection(&self) {
@@ -102,11 +99,11 @@ impl Drain {
         let _ = self.progress.set(progress);
     }
 
-    /// Blocks until nothing is left, the drain is ended, or `time` has passed. Returns what is left. Progress is reported
-    /// while `stopped` returns true.
+    /// Blocks until accepting is over and nothing is left, the drain is ended, or `time` has passed. Returns what is left.
     ///
-    /// Several threads may drain at once, each with its own `time`, so no lock is held over the wait.
-    pub(crate) fn wait(&self, time: Duration, stopped: impl Fn() -> bool) -> usize {
+    /// Several threads may drain at once, each with its own `time`, and long before accepting is over. So no lock is held
+    /// over the wait: one who needs it would wait with them.
+    pub(crate) fn wait(&self, time: Duration, gate: &Gate) -> usize {
         let deadline = Deadline::after(time);
         self.draining.store(true, Ordering::SeqCst);
         let mut least = None;
@@ -114,18 +111,20 @@ impl Drain {
             // The loops first: a guard that is taken in a loop's body counts before that loop ends.
             let left = self.loops.load(Ordering::SeqCst);
             let left = left + self.connections();
-            if left == 0 || deadline.has_passed() || self.ended.load(Ordering::SeqCst) {
+            let state = gate.state();
+            if (left == 0 && state.is_over()) || deadline.has_passed() || self.ended.load(Ordering::SeqCst) {
                 // This thread may have lowered the flag before another one saw it raised.
                 self.look.raise();
                 return left;
             }
-            if let Some(progress) = self.progress.get().filter(|_| stopped()) {
+            if let Some(progress) = self.progress.get().filter(|_| state == State::Stopped) {
                 if least.replace(left).is_some_and(|least| left < least) {
                     progress(left);
                 }
             }
             let signal = self.signal();
             let mut fds = vec![PollFd::new(&self.look, PollFlags::IN)];
+            fds.extend((!state.is_over()).then(|| PollFd::new(gate.over(), PollFlags::IN)));
             fds.extend(signal.iter().map(|signal| PollFd::from_borrowed_fd(signal.fd(), PollFlags::IN)));
             let _ = poll(&mut fds, deadline);
             self.look.lower();
@@ -159,5 +158,23 @@ impl fmt::Debug for Drain {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let loops = self.loops.load(Ordering::Relaxed);
         f.debug_struct("Drain").field("loops", &loops).field("guards", &self.connections()).finish_non_exhaustive()
+    }
+}
+
+/// One accept loop.
+#[derive(Debug)]
+pub(crate) struct LoopGuard(Arc<Drain>);
+
+impl LoopGuard {
+    pub(crate) fn is_of(&self, drain: &Arc<Drain>) -> bool {
+        Arc::ptr_eq(&self.0, drain)
+    }
+}
+
+impl Drop for LoopGuard {
+    fn drop(&mut self) {
+        if self.0.loops.fetch_sub(1, Ordering::SeqCst) == 1 {
+            self.0.look_again();
+        }
     }
 }

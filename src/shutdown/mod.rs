@@ -4,10 +4,13 @@
 //! tasks. `decide` says what follows from an accept call, for threads and for Tokio.
 
 mod accept;
+mod calls;
 mod decide;
 mod drain;
 mod gate;
 mod listener;
+#[cfg(test)]
+mod tests;
 #[cfg(feature = "tokio_ecdysis")]
 mod watch;
 
@@ -25,7 +28,7 @@ use self::accept::AcceptLoop;
 #[cfg(feature = "tokio_ecdysis")]
 pub(crate) use self::decide::{decide_and_log, Step, Tries, HANDSHAKE};
 use self::drain::Drain;
-pub(crate) use self::drain::{End, EndSignal};
+pub(crate) use self::drain::{End, EndSignal, LoopGuard};
 use self::gate::Gate;
 #[cfg(feature = "tokio_ecdysis")]
 pub(crate) use self::gate::Phase;
@@ -84,7 +87,7 @@ pub struct Shutdown(Arc<Inner>);
 #[derive(Debug)]
 struct Inner {
     gate: Gate,
-    drain: Drain,
+    drain: Arc<Drain>,
     #[cfg(feature = "tokio_ecdysis")]
     watchers: Watchers,
 }
@@ -104,7 +107,7 @@ impl Shutdown {
     pub(crate) fn new() -> io::Result<Self> {
         Ok(Self(Arc::new(Inner {
             gate: Gate::new()?,
-            drain: Drain::new()?,
+            drain: Arc::new(Drain::new()?),
             #[cfg(feature = "tokio_ecdysis")]
             watchers: Watchers::default(),
         })))
@@ -116,10 +119,14 @@ impl Shutdown {
     /// itself is returned, after which it is useless to accept again. At a stop, the connections that wait in the queue
     /// come before the `None`; after an upgrade they belong to the next generation.
     ///
+    /// For a loop of calls. From the first call on, the calling thread counts as an accept loop of this listener, for which
+    /// [`drain`](Self::drain) waits: until a call returns `None` or an error, or the thread ends or itself calls `drain`. To
+    /// accept one connection only, take one from [`incoming`](Self::incoming) and drop the iterator.
+    ///
     /// Several threads may accept from one listener. The stream is blocking and close-on-exec
     /// ([accept4(2)](https://man7.org/linux/man-pages/man2/accept4.2.html)).
     pub fn accept<L: Accept>(&self, listener: &L) -> Option<io::Result<L::Stream>> {
-        AcceptLoop::once().next(&self.0.gate, listener.as_fd(), || listener.try_accept())
+        calls::next(&self.0.gate, &self.0.drain, listener.as_fd(), || listener.try_accept())
     }
 
     /// Returns an iterator over the connections until accepting is over, each as from [`accept`](Self::accept). It ends
@@ -138,10 +145,10 @@ impl Shutdown {
     /// [`UdpSocket::recv_from`](std::net::UdpSocket::recv_from), with the states of this handle. Also for
     /// [`UnixDatagram`](std::os::unix::net::UnixDatagram).
     ///
-    /// [`drain`](Self::drain) does not count this loop. Hold a [`guard`](Self::guard) while the thread runs, so that the
-    /// last answer is sent before the process ends.
+    /// The calling thread counts as an accept loop, as with [`accept`](Self::accept), so the last answer is sent before the
+    /// process ends.
     pub fn recv_from<D: Datagram>(&self, socket: &D, buffer: &mut [u8]) -> Option<io::Result<(usize, D::Address)>> {
-        AcceptLoop::once().next(&self.0.gate, socket.as_fd(), || socket.try_recv_from(buffer))
+        calls::next(&self.0.gate, &self.0.drain, socket.as_fd(), || socket.try_recv_from(buffer))
     }
 
     /// Blocks until `fd` is readable or accepting is over, whichever comes first, for at most `timeout`
@@ -175,7 +182,7 @@ impl Shutdown {
     /// Counts a connection until the guard is dropped. Call this before the connection goes to another thread.
     pub fn guard(&self) -> Guard {
         self.0.drain.begin_connection();
-        Guard(self.clone())
+        Guard(self.0.drain.clone())
     }
 
     /// Returns the number of guards that exist now.
@@ -183,15 +190,17 @@ impl Shutdown {
         self.0.drain.connections()
     }
 
-    /// Blocks until every accept loop has ended and every guard is dropped, for at most `deadline`. Returns the number of
-    /// loops and guards that are left.
+    /// Blocks until accepting is over, every accept loop has ended and every guard is dropped, for at most `deadline`.
+    /// Returns the number of loops and guards that are left.
     ///
-    /// Call this when accepting is over: before, the loops do not end. A loop counts from [`incoming`](Self::incoming) on.
-    /// A thread that was spawned and has not yet called it counts only if it was given a guard.
+    /// Several threads may call this, before or after accepting is over. A loop counts from [`incoming`](Self::incoming), or
+    /// the first [`accept`](Self::accept), on. A thread that was spawned and has not come so far counts only if it was given
+    /// a guard.
     ///
     /// Also returns when a later generation with [`Overlap::AtMost`](crate::Overlap::AtMost) asks this one to end.
     pub fn drain(&self, deadline: Duration) -> usize {
-        self.0.drain.wait(deadline, || self.state() == State::Stopped)
+        calls::end(&self.0.drain);
+        self.0.drain.wait(deadline, &self.0.gate)
     }
 
     /// Ends every drain although connections are left.
@@ -219,8 +228,7 @@ impl Shutdown {
 
     /// Counts an accept loop, for which a drain waits, until the value is dropped.
     pub(crate) fn count_loop(&self) -> LoopGuard {
-        self.0.drain.begin_loop();
-        LoopGuard(self.clone())
+        self.0.drain.count_loop()
     }
 
     pub(crate) fn state(&self) -> State {
@@ -258,21 +266,11 @@ impl AsFd for Shutdown {
 /// One connection being served: [`Shutdown::drain`] waits until it is dropped.
 #[derive(Debug)]
 #[must_use = "a connection counts only while its guard lives"]
-pub struct Guard(Shutdown);
+pub struct Guard(Arc<Drain>);
 
 impl Drop for Guard {
     fn drop(&mut self) {
-        self.0 .0.drain.end_connection();
-    }
-}
-
-/// One accept loop.
-#[derive(Debug)]
-pub(crate) struct LoopGuard(Shutdown);
-
-impl Drop for LoopGuard {
-    fn drop(&mut self) {
-        self.0 .0.drain.end_loop();
+        self.0.end_connection();
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::os::fd::{AsFd, OwnedFd};
 
-use rustix::io::{Errno, Result};
+use rustix::io::Result;
 use rustix::net::sockopt;
 use rustix::net::{
     accept_with, socket_with, AddressFamily, RecvFlags, SendFlags, SocketAddrUnix, SocketFlags, SocketType,
@@ -80,9 +80,4 @@ pub(crate) fn abstract_address(name: &[u8]) -> Result<SocketAddrUnix> {
 /// Receives one message. Returns its length, which is larger than the buffer if the message did not fit.
 pub(crate) fn receive_record(socket: impl AsFd, buffer: &mut [u8]) -> Result<usize> {
     rustix::net::recv(socket, buffer, RecvFlags::TRUNC).map(|(_, length)| length)
-}
-
-/// Whether accept(2) fails so for a network error that only this system has.
-pub(crate) fn is_network_error(error: Errno) -> bool {
-    error == Errno::NONET
 }
