@@ -56,7 +56,7 @@ fn dir() -> PathBuf {
 fn builder() -> ecdysis::Builder {
     let mut builder = Ecdysis::builder();
     builder.upgrade_on_signal(libc::SIGHUP).stop_on_signal(libc::SIGTERM);
-    builder.probation(Duration::from_millis(50)).ready_timeout(Duration::from_secs(10));
+    builder.probation(Duration::from_millis(50)).ready_timeout(DEADLINE);
     builder.on_event(|event| match event {
         Event::Committed(new) => {
             say(format!("committed pid={} gen={} ms={:.3}", new.pid, new.generation, new.commit.as_secs_f64() * 1e3));
@@ -82,7 +82,7 @@ fn finish(starting: Starting) -> Result<()> {
     let server = starting.ready()?;
     say(format!("serving gen={generation} pid={}", process::id()));
     let exit = server.run()?;
-    shutdown.drain(Duration::from_secs(5));
+    shutdown.drain(DEADLINE);
     say(format!("ended gen={generation} {exit}"));
     Ok(())
 }

@@ -16,7 +16,7 @@ fn server(dir: &TempDir, more: &[&str]) -> (Server, impl Fn(&str)) {
 /// In every peer nobody serves then.
 #[test]
 fn a_child_that_dies_after_ready_gives_the_service_back() {
-    for way in [&["--probation", "5000"][..], &["--probation", "5000", "--fork"]] {
+    for way in [&["--probation", "20000"][..], &["--probation", "20000", "--fork"]] {
         let dir = tempdir();
         let pid_file = dir.path().join("pid");
         let up = dir.path().join("up");
@@ -42,7 +42,7 @@ fn a_child_that_dies_after_ready_gives_the_service_back() {
 #[test]
 fn nobody_is_refused_when_a_child_dies() {
     let dir = tempdir();
-    let (mut server, misbehave) = server(&dir, &["--probation", "5000", "--hold"]);
+    let (mut server, misbehave) = server(&dir, &["--probation", "20000", "--hold"]);
     let addr = server.addr();
     misbehave("die-after-ready=100");
     server.signal(Signal::HUP);

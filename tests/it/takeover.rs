@@ -324,9 +324,9 @@ fn a_bad_successor_costs_nothing() {
 /// It is not ours to kill; so it must hear that it is not wanted any more, or it would serve beside us.
 #[test]
 fn a_successor_that_is_too_late_is_told() {
-    let meeting = Meeting::new(&["--ready-timeout", "200"]);
+    let meeting = Meeting::new(&["--ready-timeout", "1000"]);
     let mut server = meeting.serving();
-    for (words, wake) in [("sleep=600", false), ("stop-self", true)] {
+    for (words, wake) in [("sleep=3000", false), ("stop-self", true)] {
         let mut late = meeting.misbehaving(words);
         server.wait("upgrade failed");
         if wake {
@@ -502,7 +502,7 @@ fn who_comes_third_hears_that_it_is_busy() {
 #[test]
 fn peers_that_stall_or_talk_garbage_change_nothing_and_block_nobody() {
     // A manifest of this size does not fit into the socket.
-    let mut args = vec!["--probation".to_owned(), "20".into(), "--ready-timeout".into(), "1000".into()];
+    let mut args = vec!["--probation".to_owned(), "20".into(), "--ready-timeout".into(), "3000".into()];
     let dir = tempdir();
     let long = "x".repeat(90);
     for n in 0..50 {
@@ -548,7 +548,7 @@ fn peers_that_stall_or_talk_garbage_change_nothing_and_block_nobody() {
     verdict(&mut server, "child ");
     // One that takes nothing.
     let stalled = meeting.ask();
-    verdict(&mut server, "was not ready within 1s");
+    verdict(&mut server, "was not ready within 3s");
     drop(stalled);
     load.stop().assert_none_failed();
 }

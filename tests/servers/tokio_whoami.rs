@@ -292,6 +292,10 @@ impl Options {
                 Long("exec") => drop(choices.exec(args.value()?)),
                 Long("ready-timeout") => drop(choices.ready_timeout(ms(args.value()?)?)),
                 Long("probation") => drop(choices.probation(ms(args.value()?)?)),
+                Long("help") | Short('h') => {
+                    let _ = io::stdout().write_all(help(include_str!("tokio_whoami.rs")).as_bytes());
+                    process::exit(0);
+                }
                 other => return Err(other.unexpected().into()),
             }
         }
@@ -316,6 +320,12 @@ fn report(event: &Event) {
         Event::UpgradeFailed { error, .. } => say(format!("upgrade failed: {}", chain(error))),
         _ => {}
     }
+}
+
+/// The head comment of a program.
+fn help(source: &str) -> String {
+    let lines = source.lines().map_while(|line| line.strip_prefix("//!"));
+    lines.map(|line| format!("{}\n", line.strip_prefix(' ').unwrap_or(line))).collect()
 }
 
 /// One write, so that the lines of several generations never mix; nobody to tell when it fails.

@@ -12,7 +12,7 @@
 //!                                         unit passed by name and address, systemd:NAME all that it passed by name
 //!       --hold                            keep each connection, answer its lines until it ends or the shutdown comes
 //!       --threads N                       accepting threads per listener (1)
-//!       --drain SECONDS                   how long to wait for open connections at the end (10)
+//!       --drain SECONDS                   how long to wait for open connections at the end (60)
 //!       --takeover-socket P               hand over to whoever connects there, as another whoami with --take-over P does
 //!       --transport pipes|socket          what carries the handover to a child (pipes)
 //!       --upgrade-socket P  --stop-socket P  --partial-stop-socket P  --control-socket P  --pid-file P  --exec P
@@ -100,6 +100,12 @@ fn serve() -> Result<()> {
     Ok(())
 }
 
+/// The head comment of a program.
+fn help(source: &str) -> String {
+    let lines = source.lines().map_while(|line| line.strip_prefix("//!"));
+    lines.map(|line| format!("{}\n", line.strip_prefix(' ').unwrap_or(line))).collect()
+}
+
 /// One write, so that the lines of several generations never mix; nobody to tell when it fails.
 fn say(line: String) {
     let _ = io::stderr().write_all(format!("{line}\n").as_bytes());
@@ -152,7 +158,7 @@ impl Options {
             hold: false,
             chdir: None,
             wait_for_parent: false,
-            drain: Duration::from_secs(10),
+            drain: Duration::from_secs(60),
             misbehave: None,
         };
         let mut args = lexopt::Parser::from_env();
@@ -191,6 +197,10 @@ impl Options {
                     "refuse" => Overlap::Refuse,
                     most => Overlap::AtMost(most.parse()?),
                 })),
+                Long("help") | Short('h') => {
+                    let _ = io::stdout().write_all(help(include_str!("whoami.rs")).as_bytes());
+                    process::exit(0);
+                }
                 other => return Err(other.unexpected().into()),
             }
         }

@@ -32,7 +32,7 @@ const SERVER: [&str; 12] = [
     "--probation",
     "30",
     "--drain",
-    "5",
+    "60",
 ];
 
 #[derive(Clone, Copy)]
@@ -42,10 +42,10 @@ struct Setup {
     ready_timeout: &'static str,
 }
 
-const CLONE: Setup = Setup { fork: false, transport: "pipes", ready_timeout: "20000" };
-const FORK: Setup = Setup { fork: true, transport: "pipes", ready_timeout: "20000" };
+const CLONE: Setup = Setup { fork: false, transport: "pipes", ready_timeout: "60000" };
+const FORK: Setup = Setup { fork: true, transport: "pipes", ready_timeout: "60000" };
 
-const SOCKET: Setup = Setup { fork: false, transport: "socket", ready_timeout: "20000" };
+const SOCKET: Setup = Setup { fork: false, transport: "socket", ready_timeout: "60000" };
 
 impl Setup {
     fn server(self) -> Server {
@@ -105,7 +105,7 @@ fn record(setup: Setup) -> Clean {
     let server = setup.server();
     let load = Load::paced(&server.stream_addrs(), Duration::from_millis(2));
     let at = server.log.len();
-    let seen = traced(&server, None, Duration::from_secs(20)).unwrap();
+    let seen = traced(&server, None, DEADLINE).unwrap();
     let pid = field(&server.verdict(at).unwrap(), "pid");
     eventually("the old process ends", || gone(server.first_pid()));
     load.stop().assert_none_failed();
@@ -148,7 +148,7 @@ fn fail(setup: Setup, clean: &Level, call: Call, errno: i32) -> Result<Survival,
     let before = Level::settled(&server, server.first_pid(), SOCKETS)?;
     let at = server.log.len();
     let load = Load::paced(&server.stream_addrs(), Duration::from_millis(2));
-    let seen = traced(&server, Some((call, Fault::Errno(errno))), Duration::from_secs(20))?;
+    let seen = traced(&server, Some((call, Fault::Errno(errno))), DEADLINE)?;
     let verdict = server.verdict(at)?;
     let serving = if verdict.starts_with("upgrade ok") {
         let new = try_field(&verdict, "pid").ok_or("no pid")?;
@@ -217,7 +217,7 @@ fn die(setup: Setup, call: Call, signal: i32) -> Result<Survival, String> {
     let before = Level::settled(&server, server.first_pid(), SOCKETS)?;
     let at = server.log.len();
     let load = Load::paced(&server.stream_addrs(), Duration::from_millis(2));
-    let seen = traced(&server, Some((call, Fault::Signal(signal))), Duration::from_secs(20))?;
+    let seen = traced(&server, Some((call, Fault::Signal(signal))), DEADLINE)?;
     if seen.hit.is_none() {
         return Ok(Survival::Missed);
     }
@@ -353,7 +353,7 @@ fn fault_sweep(title: &str, setup: Setup, clean: &Level, points: &[(Call, i32)])
 }
 
 /// What is stopped is waited for until its deadline: many at a time, because they only wait.
-const STOPPED: Setup = Setup { fork: false, transport: "pipes", ready_timeout: "3000" };
+const STOPPED: Setup = Setup { fork: false, transport: "pipes", ready_timeout: "5000" };
 
 fn all_deaths(signal: i32) -> Vec<(Call, i32)> {
     let calls = deaths(&record(CLONE).calls).into_iter().filter(|call| !spoken(call, signal));
