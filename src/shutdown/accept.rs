@@ -2,6 +2,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
+use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags};
 
@@ -66,6 +67,10 @@ impl AcceptLoop {
                 }
                 Phase::Accept => {}
                 Phase::AcceptQueued => gate.count_queued(),
+                Phase::Wait | Phase::End if std::mem::take(&mut waited) => {
+                    self.pass_on(fd);
+                    continue;
+                }
                 Phase::Wait => {
                     gate.wait_while(|state| matches!(state, State::Starting | State::Paused));
                     continue;
@@ -92,6 +97,18 @@ impl AcceptLoop {
         let waits = self.wait_first > 0;
         self.wait_first = self.wait_first.saturating_sub(1);
         waits
+    }
+
+    /// Wakes the other processes and threads that wait for the listener, if a connection is queued.
+    ///
+    /// A connection wakes one of the threads that wait exclusively, in whichever process. Suppose that this one was woken,
+    /// and paused before it could accept. The connection would stay in the queue, and a thread of the other generation,
+    /// which accepts, would sleep until the next one arrived. shutdown(2) of the sending side means nothing to a listener,
+    /// but it wakes everyone who waits for it.
+    fn pass_on(&self, fd: BorrowedFd<'_>) {
+        if matches!(self.readiness, Readiness::Watch(_)) && wait_readable(fd, Deadline::after(Duration::ZERO)) {
+            let _ = rustix::net::shutdown(fd, rustix::net::Shutdown::Write);
+        }
     }
 
     /// Returns when there may be something. Errors show at the next attempt.

@@ -111,6 +111,12 @@ impl Gate {
         drop(self.changed.wait_while(change, |()| condition(self.state())));
     }
 
+    /// The instant of a pause in which no thread has been woken yet.
+    #[cfg(test)]
+    pub(crate) fn pause_unnoticed(&self) {
+        self.state.store(State::Paused as u8, Ordering::SeqCst);
+    }
+
     pub(crate) fn closed(&self) -> &Flag {
         &self.closed
     }

@@ -1,6 +1,7 @@
 //! The shutdown handle with real sockets and threads.
 
 use std::net::{Ipv4Addr, TcpListener, TcpStream, UdpSocket};
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc;
 use std::thread;
@@ -9,7 +10,7 @@ use std::time::{Duration, Instant};
 use super::*;
 
 /// Far more than anything here takes, also on a loaded machine.
-const LONG: Duration = Duration::from_secs(60);
+const LONG: Duration = Duration::from_secs(30);
 
 fn accepting() -> Shutdown {
     let shutdown = Shutdown::new().unwrap();
@@ -174,4 +175,58 @@ fn a_thread_that_drains_does_not_wait_for_itself() {
     shutdown.accept(&listener).unwrap().unwrap();
     shutdown.set(State::HandedOver);
     assert_eq!(shutdown.drain(LONG), 0);
+}
+
+/// Two generations on one listener: this one's thread is woken for a connection, and paused before it accepts.
+#[test]
+fn a_paused_thread_passes_its_wakeup_on() {
+    let path = std::env::temp_dir().join(format!("ecdysis-pass-on-{}", std::process::id()));
+    let _ = std::fs::remove_file(&path);
+    let unix = UnixListener::bind(&path).unwrap();
+    unix.set_nonblocking(true).unwrap();
+    let tcp = listener();
+    let address = tcp.local_addr().unwrap();
+    passes_on(tcp, || drop(TcpStream::connect(address).unwrap()));
+    passes_on(unix, || drop(UnixStream::connect(&path).unwrap()));
+    std::fs::remove_file(&path).unwrap();
+}
+
+fn passes_on<L: Accept + Send + Sync + 'static>(listener: L, connect: impl FnOnce()) {
+    let listener = Arc::new(listener);
+    let (old, new) = (accepting(), accepting());
+    // The kernel wakes the one that came first.
+    let old_thread = accepting_thread(&old, &listener).0;
+    let (new_thread, accepted) = accepting_thread(&new, &listener);
+    old.0.gate.pause_unnoticed();
+    connect();
+    accepted.recv_timeout(LONG).expect("the connection waits for a thread that is paused");
+    for shutdown in [&old, &new] {
+        shutdown.set(State::HandedOver);
+    }
+    for thread in [old_thread, new_thread] {
+        thread.join().unwrap();
+    }
+}
+
+/// A thread that sleeps in its wait for a connection.
+fn accepting_thread<L: Accept + Send + Sync + 'static>(
+    shutdown: &Shutdown,
+    listener: &Arc<L>,
+) -> (thread::JoinHandle<()>, mpsc::Receiver<()>) {
+    let (shutdown, listener) = (shutdown.clone(), listener.clone());
+    let (tell, told) = mpsc::channel();
+    let (tell_accepted, accepted) = mpsc::channel();
+    let thread = thread::spawn(move || {
+        tell.send(std::fs::read_link("/proc/thread-self").unwrap()).unwrap();
+        for _ in shutdown.incoming(&*listener).flatten() {
+            let _ = tell_accepted.send(());
+        }
+    });
+    let stat = std::path::Path::new("/proc").join(told.recv().unwrap()).join("stat");
+    let started = Instant::now();
+    while !std::fs::read_to_string(&stat).unwrap().contains(") S ") {
+        assert!(started.elapsed() < LONG);
+        thread::yield_now();
+    }
+    (thread, accepted)
 }

@@ -135,7 +135,7 @@ pub const TABLE: &[Row] = &[
     row("set_tid_address", SYS_set_tid_address, &[Program], "threads"),
     row("setpriority", SYS_setpriority, &[Failed], "before `execve`, if the thread that upgrades has another nice value"),
     row("setsockopt", SYS_setsockopt, &[Serving], "new sockets"),
-    row("shutdown", SYS_shutdown, &[HandsOver], "a commit taken back"),
+    row("shutdown", SYS_shutdown, &[Serving, HandsOver], "a wakeup that a paused accept loop passes on; a commit taken back"),
     row("sigaltstack", SYS_sigaltstack, &[Program], "std's stack for SIGSEGV"),
     row("socket", SYS_socket, &[Serving, TakesOver], "new sockets"),
     row("socketpair", SYS_socketpair, &[Parent], "`Transport::Socket`"),
