@@ -336,7 +336,7 @@ impl Builder {
         for &(signal, _) in &self.signals {
             handlers.install(signal).map_err(|source| Error::Signal { signal, source })?;
         }
-        let sockets = Sockets::new(entries);
+        let sockets = Sockets::new(entries, ancestors.parent.is_some());
         let shutdown = Shutdown::new().map_err(prepare("shutdown handle"))?;
         let ancestors = Arc::new(ancestors);
         let reporter = Reporter::new(self.observer.clone(), ancestors.clone(), sockets.clone());

@@ -7,6 +7,8 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicI32, Ordering};
+use std::sync::Arc;
 
 use rustix::fs::{fchmod, flock, FlockOperation, Mode};
 use rustix::io::Errno;
@@ -36,91 +38,126 @@ use crate::sys;
 /// # }
 /// ```
 #[derive(Debug)]
-pub struct Socket(OwnedFd);
+pub struct Socket {
+    fd: OwnedFd,
+    start: Start,
+}
 
 impl Socket {
-    pub(crate) fn new(addr: SocketAddr, kind: SocketType) -> io::Result<Self> {
+    pub(crate) fn new(addr: SocketAddr, kind: SocketType, start: Start) -> io::Result<Self> {
         let family = if addr.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
-        Ok(Self(open(family, kind)?))
+        Ok(Self { fd: open(family, kind)?, start })
     }
 
     /// SO_REUSEADDR: bind although connections of a former listener are in TIME_WAIT. Set by `listen_tcp`.
     pub fn set_reuse_address(&self, on: bool) -> io::Result<()> {
-        Ok(sockopt::set_socket_reuseaddr(&self.0, on)?)
+        Ok(sockopt::set_socket_reuseaddr(&self.fd, on)?)
     }
 
     /// SO_REUSEPORT: several sockets on one address, among which the kernel spreads connections.
     pub fn set_reuse_port(&self, on: bool) -> io::Result<()> {
-        Ok(sockopt::set_socket_reuseport(&self.0, on)?)
+        Ok(sockopt::set_socket_reuseport(&self.fd, on)?)
     }
 
     /// IPV6_V6ONLY: the socket accepts IPv6 only. Without it, one on `[::]` also accepts IPv4.
     pub fn set_only_v6(&self, on: bool) -> io::Result<()> {
-        Ok(sockopt::set_ipv6_v6only(&self.0, on)?)
+        Ok(sockopt::set_ipv6_v6only(&self.fd, on)?)
     }
 
     /// TCP_NODELAY, which accepted connections inherit.
     pub fn set_nodelay(&self, on: bool) -> io::Result<()> {
-        Ok(sockopt::set_tcp_nodelay(&self.0, on)?)
+        Ok(sockopt::set_tcp_nodelay(&self.fd, on)?)
     }
 
     /// SO_KEEPALIVE, which accepted connections inherit.
     pub fn set_keepalive(&self, on: bool) -> io::Result<()> {
-        Ok(sockopt::set_socket_keepalive(&self.0, on)?)
+        Ok(sockopt::set_socket_keepalive(&self.fd, on)?)
     }
 
     /// SO_SNDBUF in bytes; the kernel doubles it and keeps it within its limits.
     pub fn set_send_buffer_size(&self, bytes: usize) -> io::Result<()> {
-        Ok(sockopt::set_socket_send_buffer_size(&self.0, bytes)?)
+        Ok(sockopt::set_socket_send_buffer_size(&self.fd, bytes)?)
     }
 
     /// SO_RCVBUF in bytes; the kernel doubles it and keeps it within its limits.
     pub fn set_recv_buffer_size(&self, bytes: usize) -> io::Result<()> {
-        Ok(sockopt::set_socket_recv_buffer_size(&self.0, bytes)?)
+        Ok(sockopt::set_socket_recv_buffer_size(&self.fd, bytes)?)
     }
 
     /// IP_FREEBIND: bind to an address that no interface has yet. An error on other systems than Linux.
     pub fn set_freebind(&self, on: bool) -> io::Result<()> {
-        Ok(sys::net::set_freebind(&self.0, on)?)
+        Ok(sys::net::set_freebind(&self.fd, on)?)
     }
 
     /// Binds to an address (bind(2)).
     pub fn bind(&self, addr: SocketAddr) -> io::Result<()> {
-        Ok(net::bind(&self.0, &addr)?)
+        Ok(net::bind(&self.fd, &addr)?)
     }
 
     /// Starts listening with this backlog, which the system's limit (somaxconn) caps (listen(2)).
+    ///
+    /// In a new generation whose parent still serves, a new socket starts to listen only at the commit: before that its
+    /// clients would wait, and be reset if the upgrade failed. Until then accept(2) on it fails with `EINVAL`, and
+    /// [`Shutdown`](crate::Shutdown) waits.
     pub fn listen(&self, backlog: i32) -> io::Result<()> {
-        Ok(net::listen(&self.0, backlog)?)
+        self.start.listen(&self.fd, backlog)
     }
 }
 
 impl AsFd for Socket {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.0.as_fd()
+        self.fd.as_fd()
     }
 }
 
 impl From<Socket> for OwnedFd {
     fn from(socket: Socket) -> Self {
-        socket.0
+        socket.fd
     }
 }
 
 impl From<Socket> for TcpListener {
     fn from(socket: Socket) -> Self {
-        socket.0.into()
+        socket.fd.into()
     }
 }
 
 impl From<Socket> for UdpSocket {
     fn from(socket: Socket) -> Self {
-        socket.0.into()
+        socket.fd.into()
     }
 }
 
 fn open(family: AddressFamily, kind: SocketType) -> io::Result<OwnedFd> {
     Ok(sys::net::socket(family, kind, sys::Mode::Nonblocking)?)
+}
+
+/// When a new socket starts to listen: at once, or at the commit; then this holds the backlog until then.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Start(Option<Arc<AtomicI32>>);
+
+impl Start {
+    pub(crate) fn at_commit() -> Self {
+        Self(Some(Arc::new(AtomicI32::new(Self::UNSET))))
+    }
+
+    /// No backlog that a program would ask for.
+    const UNSET: i32 = i32::MIN;
+
+    pub(crate) fn listen(&self, fd: impl AsFd, backlog: i32) -> io::Result<()> {
+        match &self.0 {
+            None => Ok(net::listen(fd, backlog)?),
+            Some(cell) => {
+                cell.store(backlog, Ordering::Relaxed);
+                Ok(())
+            }
+        }
+    }
+
+    /// The backlog, if the socket is to listen later.
+    pub(crate) fn pending(&self) -> Option<i32> {
+        self.0.as_ref().map(|cell| cell.load(Ordering::Relaxed)).filter(|backlog| *backlog != Self::UNSET)
+    }
 }
 
 /// listen(2) reduces it to the system's limit (somaxconn).

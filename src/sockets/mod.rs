@@ -21,7 +21,7 @@ use self::registry::Registry;
 use crate::error::Error;
 use crate::handover::entry::Entry;
 use crate::key::Key;
-use crate::listen::{self, FileId, Socket};
+use crate::listen::{self, FileId, Socket, Start};
 use crate::seqpacket::UnixSeqpacketListener;
 use crate::triggers::control::TakeoverSocket;
 
@@ -42,10 +42,9 @@ use crate::triggers::control::TakeoverSocket;
 pub struct Sockets(Arc<Mutex<Registry>>);
 
 impl Sockets {
-    pub(crate) fn new(inherited: Vec<Entry>) -> Self {
-        let sockets = Self(Arc::default());
-        sockets.registry().inherit(inherited);
-        sockets
+    /// In a child (`is_child`), new listeners start to listen at the commit.
+    pub(crate) fn new(inherited: Vec<Entry>, is_child: bool) -> Self {
+        Self(Arc::new(Mutex::new(Registry::new(inherited, is_child))))
     }
 
     pub(crate) fn registry(&self) -> MutexGuard<'_, Registry> {
@@ -85,8 +84,8 @@ impl Sockets {
     where
         F: FnOnce(Socket, SocketAddr) -> io::Result<TcpListener>,
     {
-        self.claim_or(Key::tcp(addr), |_| {
-            let listener = build(Socket::new(addr, SocketType::STREAM)?, addr)?;
+        self.claim_or(Key::tcp(addr), |start| {
+            let listener = build(Socket::new(addr, SocketType::STREAM, start.clone())?, addr)?;
             Ok((OwnedFd::from(listener), None))
         })
         .map(TcpListener::from)
@@ -96,6 +95,10 @@ impl Sockets {
     ///
     /// During an upgrade both generations hold it. Receive through
     /// [`Shutdown::recv_from`](crate::Shutdown::recv_from), which leaves datagrams to the generation that serves.
+    ///
+    /// A socket that is new in this version receives from its bind(2) on: unlike a listener, it cannot wait for the commit.
+    /// With SO_REUSEPORT the kernel sends it a part of the datagrams at once, and they are lost if the upgrade fails. Keep
+    /// the number of UDP sockets on one address the same in all versions.
     ///
     /// ```
     /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -116,8 +119,8 @@ impl Sockets {
     where
         F: FnOnce(Socket, SocketAddr) -> io::Result<UdpSocket>,
     {
-        self.claim_or(Key::udp(addr), |_| {
-            let socket = build(Socket::new(addr, SocketType::DGRAM)?, addr)?;
+        self.claim_or(Key::udp(addr), |start| {
+            let socket = build(Socket::new(addr, SocketType::DGRAM, start.clone())?, addr)?;
             Ok((OwnedFd::from(socket), None))
         })
         .map(UdpSocket::from)
@@ -144,9 +147,9 @@ impl Sockets {
     }
 
     pub(crate) fn listen_unix_with_mode(&self, path: &Path, mode: Option<Mode>) -> Result<UnixListener, Error> {
-        self.claim_or(Key::unix(path), |_| {
+        self.claim_or(Key::unix(path), |start| {
             let (socket, file) = listen::bind_unix(path, SocketType::STREAM, mode)?;
-            rustix::net::listen(&socket, listen::MAX_BACKLOG)?;
+            start.listen(&socket, listen::MAX_BACKLOG)?;
             Ok((socket, file))
         })
         .map(UnixListener::from)
@@ -176,9 +179,9 @@ impl Sockets {
     /// [`Error::Socket`], with the error of bind(2) or listen(2).
     pub fn listen_unix_seqpacket(&self, path: impl AsRef<Path>) -> Result<UnixSeqpacketListener, Error> {
         let path = path.as_ref();
-        self.claim_or(Key::unix_seqpacket(path), |_| {
+        self.claim_or(Key::unix_seqpacket(path), |start| {
             let (socket, file) = listen::bind_unix(path, SocketType::SEQPACKET, None)?;
-            rustix::net::listen(&socket, listen::MAX_BACKLOG)?;
+            start.listen(&socket, listen::MAX_BACKLOG)?;
             Ok((socket, file))
         })
         .map(UnixSeqpacketListener::from)
@@ -304,7 +307,7 @@ impl Sockets {
     }
 
     fn hold(&self, key: Key, fd: BorrowedFd<'_>) -> Result<(), Error> {
-        let held = self.registry().hold(&key, fd, None);
+        let held = self.registry().hold(&key, fd, None, None);
         held.map_err(|source| Error::Socket { key, source })
     }
 
@@ -312,7 +315,7 @@ impl Sockets {
     fn claim_or(
         &self,
         key: Key,
-        make: impl FnOnce(&Key) -> io::Result<(OwnedFd, Option<FileId>)>,
+        make: impl FnOnce(&Start) -> io::Result<(OwnedFd, Option<FileId>)>,
     ) -> Result<OwnedFd, Error> {
         let claimed = (|| {
             // The inode proves that it is what the parent held under this key, and `hold` checked its kind there. A
@@ -321,8 +324,9 @@ impl Sockets {
                 log::debug!("claimed {key} from the parent");
                 return Ok(fd);
             }
-            let (fd, file) = make(&key).map_err(|e| self.explain(e))?;
-            self.registry().hold(&key, fd.as_fd(), file)?;
+            let start = self.registry().start();
+            let (fd, file) = make(&start).map_err(|e| self.explain(e))?;
+            self.registry().hold(&key, fd.as_fd(), file, start.pending())?;
             log::debug!("opened {key}");
             Ok(fd)
         })();

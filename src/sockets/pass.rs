@@ -137,7 +137,7 @@ impl Sockets {
     pub fn take_stream<S: Stream>(&self, name: impl AsRef<OsStr>) -> Result<Option<S>, Error> {
         let key = Key::stream(name);
         let stream = self.take(&key).map(|fd| {
-            check_kind(Kind::Stream, fd.as_fd())?;
+            check_kind(Kind::Stream, fd.as_fd(), false)?;
             let is_unix = sys::net::family(&fd)? == AddressFamily::UNIX;
             if is_unix != S::UNIX {
                 let reason = if is_unix { "a Unix connection, not TCP" } else { "a TCP connection, not Unix" };
@@ -172,7 +172,7 @@ impl Sockets {
     /// first is valid all the same.
     pub fn unix_datagram_pair(&self, name: impl AsRef<OsStr>) -> (Option<UnixDatagram>, Result<UnixDatagram, Error>) {
         let key = Key::from_parts(Kind::DatagramPair, name.as_ref().as_encoded_bytes().to_vec());
-        let to_parent = self.take(&key).and_then(|fd| match check_kind(Kind::DatagramPair, fd.as_fd()) {
+        let to_parent = self.take(&key).and_then(|fd| match check_kind(Kind::DatagramPair, fd.as_fd(), false) {
             Ok(()) => Some(UnixDatagram::from(fd)),
             Err(e) => {
                 log::warn!("{key} from the parent: {e}");

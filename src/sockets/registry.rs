@@ -17,7 +17,7 @@ use super::pass::Producer;
 use crate::error::Error;
 use crate::handover::entry::{duplicate, Entry};
 use crate::key::{Key, Kind};
-use crate::listen::{self, FileId};
+use crate::listen::{self, FileId, Start};
 use crate::manager::Store;
 use crate::sys;
 
@@ -37,9 +37,20 @@ pub(crate) struct Registry {
     store: Option<Arc<dyn Store>>,
     /// The first claim that failed for lack of descriptors.
     failed: Option<(Key, io::Error)>,
+    /// New listeners, with their backlogs, until they start to listen. `None` once new listeners do so at once.
+    ///
+    /// The kernel completes handshakes from listen(2) on, and spreads connections over all SO_REUSEPORT sockets that
+    /// listen. A child that listened before the commit would keep clients waiting, and reset them if it then failed.
+    pending: Option<Vec<(Key, Arc<OwnedFd>, i32)>>,
 }
 
 impl Registry {
+    pub(super) fn new(inherited: Vec<Entry>, is_child: bool) -> Self {
+        let mut registry = Self { pending: is_child.then(Vec::new), ..Self::default() };
+        registry.inherit(inherited);
+        registry
+    }
+
     pub(crate) fn inherit(&mut self, entries: Vec<Entry>) {
         let mut inodes: HashSet<u64> = self.inherited.iter().map(|entry| entry.inode).collect();
         for entry in entries {
@@ -105,14 +116,44 @@ impl Registry {
 
     // ---- hold -------------------------------------------------------------------------------------------------------
 
-    /// Holds a duplicate of a socket that is of the key's kind, and makes it nonblocking.
-    pub(super) fn hold(&mut self, key: &Key, fd: BorrowedFd<'_>, file: Option<FileId>) -> io::Result<()> {
-        check_kind(key.kind(), fd)?;
+    /// When a listener that is made now starts to listen.
+    pub(super) fn start(&self) -> Start {
+        if self.pending.is_some() {
+            Start::at_commit()
+        } else {
+            Start::default()
+        }
+    }
+
+    /// Starts to listen on all new listeners; those to come do so at once.
+    pub(crate) fn start_listening(&mut self) -> Result<(), Error> {
+        for (key, fd, backlog) in self.pending.take().into_iter().flatten() {
+            rustix::net::listen(&fd, backlog).map_err(|e| Error::Socket { key, source: e.into() })?;
+        }
+        Ok(())
+    }
+
+    /// Holds a duplicate of a socket that is of the key's kind, and makes it nonblocking. One with a backlog does not listen
+    /// yet.
+    pub(super) fn hold(
+        &mut self,
+        key: &Key,
+        fd: BorrowedFd<'_>,
+        file: Option<FileId>,
+        backlog: Option<i32>,
+    ) -> io::Result<()> {
+        check_kind(key.kind(), fd, backlog.is_some())?;
         if key.kind().has_address() {
             // Before any other generation has it: the mode is that of all who hold the socket.
             ioctl_fionbio(fd, true)?;
         }
         let entry = Entry { file, ..Entry::duplicate(key.clone(), fd)? };
+        match (backlog, &mut self.pending) {
+            (Some(backlog), Some(pending)) => pending.push((key.clone(), entry.fd.clone(), backlog)),
+            // The commit came while the socket was made.
+            (Some(backlog), None) => rustix::net::listen(&entry.fd, backlog)?,
+            (None, _) => {}
+        }
         if let Some(store) = &self.store {
             store.keep(key, entry.fd.as_fd(), file);
         }
@@ -253,8 +294,9 @@ fn check_name(key: &Key) -> io::Result<()> {
     Ok(())
 }
 
-/// Checks that `fd` is of this kind. Otherwise it would fail only much later, in the accept loop.
-pub(super) fn check_kind(kind: Kind, fd: BorrowedFd<'_>) -> io::Result<()> {
+/// Checks that `fd` is of this kind. Otherwise it would fail only much later, in the accept loop. A listener that is
+/// `pending` does not listen yet.
+pub(super) fn check_kind(kind: Kind, fd: BorrowedFd<'_>, pending: bool) -> io::Result<()> {
     const IP: &[AddressFamily] = &[AddressFamily::INET, AddressFamily::INET6];
     const UNIX: &[AddressFamily] = &[AddressFamily::UNIX];
     const ANY: &[AddressFamily] = &[AddressFamily::INET, AddressFamily::INET6, AddressFamily::UNIX];
@@ -270,7 +312,7 @@ pub(super) fn check_kind(kind: Kind, fd: BorrowedFd<'_>) -> io::Result<()> {
     };
     if sockopt::socket_type(fd)? == socket_type
         && families.contains(&sys::net::family(fd)?)
-        && sys::net::is_listening(fd)? == listening
+        && sys::net::is_listening(fd)? == (listening && !pending)
     {
         return Ok(());
     }

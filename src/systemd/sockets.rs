@@ -359,11 +359,12 @@ mod tests {
         let (first, second) = (TcpListener::bind("127.0.0.1:0").unwrap(), TcpListener::bind("127.0.0.1:0").unwrap());
         let key = Key::tcp("127.0.0.1:80".parse().unwrap());
         let (first_inode, second_inode) = (inode(&first), inode(&second));
-        let sockets = Sockets::new(vec![
+        let entries = vec![
             entry(key.clone(), first.try_clone().unwrap(), None),
             entry(key.clone(), first, Some("http")),
             entry(key.clone(), second, Some("http")),
-        ]);
+        ];
+        let sockets = Sockets::new(entries, false);
         assert_eq!(inode(sockets.claim(&key).unwrap()), first_inode);
         assert_eq!(inode(sockets.claim(&key).unwrap()), second_inode);
         assert!(sockets.claim(&key).is_none());
@@ -375,12 +376,13 @@ mod tests {
         let inodes = listeners.each_ref().map(inode);
         let key = |port: u16| Key::tcp(([127, 0, 0, 1], port).into());
         let [a, b, c, d] = listeners;
-        let sockets = Sockets::new(vec![
+        let entries = vec![
             entry(key(1), a, None),
             entry(key(2), b, Some("http")),
             entry(key(3), c, Some("admin")),
             entry(key(4), d, Some("admin")),
-        ]);
+        ];
+        let sockets = Sockets::new(entries, false);
         let error = sockets.systemd_listen_tcp("http", "127.0.0.1:3".parse().unwrap()).unwrap_err().to_string();
         for part in ["tcp 127.0.0.1:3", "\"http\"", "tcp 127.0.0.1:2 as \"http\"", "tcp 127.0.0.1:3 as \"admin\""] {
             assert!(error.contains(part), "{error}");

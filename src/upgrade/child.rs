@@ -122,6 +122,7 @@ pub(crate) fn ready(generation: &Generation) -> Result<(), Error> {
             Some(FromParent::Main) => continue,
             None if parent.has_ended() => {
                 log::warn!("the parent ended before it could commit: serving without it");
+                generation.sockets.registry().start_listening()?;
                 pid_file.keep();
                 return Ok(());
             }
@@ -130,6 +131,7 @@ pub(crate) fn ready(generation: &Generation) -> Result<(), Error> {
             // It is stopped or hangs, and so accepts nothing. When it continues it reads this first.
             None => log::warn!("the parent did not answer within {COMMIT:?}: serving without it"),
         }
+        generation.sockets.registry().start_listening()?;
         // Before the first accept: if this fails, the parent has ended, or it takes the commit back and says so.
         match parent.send(&FromChild::Serving) {
             Ok(()) => {
