@@ -361,6 +361,7 @@ impl Builder {
         }
         let control = self.sockets.iter().map(|(path, purpose)| control_socket(&generation, path, *purpose));
         let control = control.collect::<Result<_, _>>()?;
+        generation.sockets.registry().begin_claims();
         let calls = Arc::new(Calls::default());
         let triggers = Triggers::new(self.signals.clone(), handlers, control, self.trust.clone(), calls.clone());
         Ok(Starting(Arc::new(Service::new(generation, triggers, calls, self.trust.clone(), started))))

@@ -103,6 +103,12 @@ pub enum Error {
     },
     /// An upgrade is under way already.
     Busy,
+    /// This version asks for none of the listeners that the old one serves, and has not declared that this is meant
+    /// ([`Sockets::discard_inherited`](crate::Sockets::discard_inherited)).
+    NoListener {
+        /// The listeners of the old version.
+        inherited: String,
+    },
     /// This process does not serve yet.
     NotReady,
     /// This process has stopped, or has been replaced: it makes no more upgrades.
@@ -235,6 +241,9 @@ impl fmt::Display for Error {
             Self::PidFile { path, .. } => write!(f, "cannot write PID file {}", path.display()),
             Self::Ready { .. } => write!(f, "cannot tell the parent that this process is ready"),
             Self::Busy => write!(f, "busy: an upgrade is under way"),
+            Self::NoListener { inherited } => {
+                write!(f, "this version asks for none of the listeners of the old one: {inherited}")
+            }
             Self::NotReady => write!(f, "this process is not ready yet"),
             Self::Over => write!(f, "this process has stopped or was replaced"),
             Self::StopAsked { pid } => write!(f, "a stop was asked for during the upgrade; {} was ended", Child(*pid)),

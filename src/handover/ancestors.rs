@@ -7,11 +7,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use rustix::event::{PollFd, PollFlags};
+
 use super::entry::Entry;
 use super::lines::{send, FromChild, FromParent, Lines, Read};
 use crate::key::Key;
 use crate::sys::adopt::identity;
-use crate::sys::poll::{wait_hangup, wait_readable, Deadline};
+use crate::sys::poll::{poll, wait_hangup, wait_readable, Deadline};
 
 /// The generations before this one that lived when it began.
 #[derive(Debug, Default)]
@@ -128,6 +130,18 @@ impl ParentLink {
     /// Sends a message, without waiting.
     pub(crate) fn send(&self, message: &FromChild) -> io::Result<()> {
         send(&self.writer.fd, &message.line())
+    }
+
+    /// Sends a message, waiting for room in the link at most until `deadline`.
+    pub(crate) fn send_by(&self, message: &FromChild, deadline: Deadline) -> io::Result<()> {
+        loop {
+            match self.send(message) {
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock && !deadline.has_passed() => {
+                    poll(&mut [PollFd::new(&self.writer.fd, PollFlags::OUT)], deadline)?;
+                }
+                result => return result,
+            }
+        }
     }
 
     /// Waits until the parent has ended, which closes its end of the link, at most `time`. Messages stay unread.

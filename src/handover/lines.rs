@@ -3,6 +3,7 @@
 //! Lines starting with `?` are optional extensions; receivers ignore those they do not know. Any other unknown line is
 //! a protocol error.
 
+use std::fmt::Write;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 
@@ -14,6 +15,9 @@ use crate::sys::signal::without_sigpipe;
 /// A message from a child to its parent.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum FromChild {
+    /// The child does not ask for these listeners, which it names by their inodes in the manifest. Before `ready`; a long
+    /// list takes several lines.
+    Dropped(Vec<u64>),
     /// The child can serve, and waits for [`FromParent::Commit`].
     Ready,
     /// The child will not serve, and why.
@@ -33,6 +37,15 @@ pub(crate) enum FromChild {
 impl FromChild {
     pub(crate) fn line(&self) -> String {
         match self {
+            Self::Dropped(inodes) => {
+                let mut line = String::from("dropped");
+                for inode in inodes {
+                    // Writing to a string cannot fail.
+                    let _ = write!(line, " {inode}");
+                }
+                line.push('\n');
+                line
+            }
             Self::Ready => "ready\n".into(),
             Self::Refused(reason) => {
                 let mut line = String::from("refused ");
@@ -52,6 +65,7 @@ impl FromChild {
     pub(crate) fn parse(line: &str) -> Option<Self> {
         let mut words = line.split(' ');
         let status = match words.next()? {
+            "dropped" => Self::Dropped(words.by_ref().map(|word| word.parse().ok()).collect::<Option<_>>()?),
             "ready" => Self::Ready,
             "refused" => Self::Refused(String::from_utf8_lossy(&unescape(words.next()?)?).into_owned()),
             "failed" => {
@@ -94,6 +108,9 @@ impl FromParent {
 }
 
 const MAX_REASON: usize = 1000;
+
+/// How many inodes fit into one line, of at most 20 digits each.
+pub(crate) const MAX_DROPPED: usize = 150;
 
 /// No valid line is this long; a longer one is a protocol error.
 const MAX_LINE: usize = 4096;
@@ -192,6 +209,8 @@ mod tests {
     #[test]
     fn messages_are_read_as_they_were_sent() {
         for status in [
+            FromChild::Dropped(vec![u64::MAX; MAX_DROPPED]),
+            FromChild::Dropped(vec![1, 48213]),
             FromChild::Ready,
             FromChild::Refused("config: line 3\nis bad %".into()),
             FromChild::Failed { step: "execve".into(), errno: 2 },
@@ -201,9 +220,10 @@ mod tests {
             FromChild::EndDrain,
         ] {
             let line = status.line();
+            assert!(line.len() <= MAX_LINE, "{}", line.len());
             assert_eq!(FromChild::parse(line.strip_suffix('\n').unwrap()), Some(status));
         }
-        for garbage in ["", "readyish", "ready now", "failed execve", "failed execve x", "refused %4"] {
+        for garbage in ["", "readyish", "ready now", "failed execve", "failed execve x", "refused %4", "dropped x"] {
             assert_eq!(FromChild::parse(garbage), None, "{garbage:?}");
         }
     }

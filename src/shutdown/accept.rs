@@ -8,7 +8,6 @@ use rustix::event::{PollFd, PollFlags};
 
 use super::decide::{decide_and_log, Step, Tries, HANDSHAKE};
 use super::gate::{Gate, Phase, State};
-use crate::sys::flag::Flag;
 use crate::sys::poll::{poll, wait_readable, Deadline, SCARCE};
 use crate::sys::watch::Watch;
 
@@ -58,10 +57,10 @@ impl AcceptLoop {
     ) -> Option<io::Result<T>> {
         let mut waited = false;
         loop {
-            let phase = gate.phase();
+            let phase = gate.phase(Some(fd));
             match phase {
                 Phase::Accept if !waited && self.waits_first() => {
-                    self.wait(fd, gate.closed());
+                    self.wait(fd, gate);
                     waited = true;
                     continue;
                 }
@@ -84,7 +83,7 @@ impl AcceptLoop {
                 Step::Retry => {}
                 Step::Wait => {
                     self.wait_first = WAIT_FIRST;
-                    self.wait(fd, gate.closed());
+                    self.wait(fd, gate);
                     waited = true;
                 }
                 Step::Linger => drop(wait_readable(fd, Deadline::after(HANDSHAKE))),
@@ -112,7 +111,14 @@ impl AcceptLoop {
     }
 
     /// Returns when there may be something. Errors show at the next attempt.
-    fn wait(&mut self, fd: BorrowedFd<'_>, closed: &Flag) {
+    fn wait(&mut self, fd: BorrowedFd<'_>, gate: &Gate) {
+        let closed = gate.closed();
+        if gate.is_paused() {
+            // The next generation does not have this listener. The other flag is raised all the time now.
+            let mut fds = [PollFd::from_borrowed_fd(fd, PollFlags::IN), PollFd::new(gate.over(), PollFlags::IN)];
+            let _ = poll(&mut fds, Deadline::NEVER);
+            return;
+        }
         if let Readiness::Unused = self.readiness {
             // Without a spare descriptor, poll does the same at a higher cost.
             self.readiness = Watch::new(fd, closed.as_fd()).map_or(Readiness::Poll, Readiness::Watch);

@@ -1,9 +1,12 @@
 //! Whether this generation accepts, and how threads wait until that changes.
 
+use std::collections::HashSet;
 use std::io;
+use std::os::fd::BorrowedFd;
 use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering};
-use std::sync::{Condvar, Mutex, PoisonError};
+use std::sync::{Condvar, Mutex, PoisonError, RwLock};
 
+use crate::sys::adopt::identity;
 use crate::sys::flag::Flag;
 
 /// The states of a generation, in the order in which it enters them.
@@ -54,6 +57,8 @@ pub(crate) struct Gate {
     over: Flag,
     /// Accept calls since the stop.
     queued: AtomicUsize,
+    /// The listeners that the next generation does not have, by identity. This one serves them until it is over.
+    orphans: RwLock<HashSet<u64>>,
 }
 
 impl Gate {
@@ -65,6 +70,7 @@ impl Gate {
             closed: Flag::new(true)?,
             over: Flag::new(false)?,
             queued: AtomicUsize::new(0),
+            orphans: RwLock::default(),
         })
     }
 
@@ -90,14 +96,31 @@ impl Gate {
         true
     }
 
-    pub(crate) fn phase(&self) -> Phase {
+    /// What a loop on this listener does now. The listener counts only where it may be an orphan.
+    pub(crate) fn phase(&self, listener: Option<BorrowedFd<'_>>) -> Phase {
+        let is_orphan = || listener.is_some_and(|listener| self.is_orphan(listener));
         match self.state() {
             State::Accepting => Phase::Accept,
+            State::Paused if is_orphan() => Phase::Accept,
             State::Starting | State::Paused => Phase::Wait,
-            State::HandedOver => Phase::End,
-            State::Stopped if self.queued.load(Ordering::Relaxed) > MAX_QUEUED => Phase::End,
-            State::Stopped => Phase::AcceptQueued,
+            State::HandedOver if !is_orphan() => Phase::End,
+            State::HandedOver | State::Stopped if self.queued.load(Ordering::Relaxed) > MAX_QUEUED => Phase::End,
+            State::HandedOver | State::Stopped => Phase::AcceptQueued,
         }
+    }
+
+    /// Sets which listeners the next generation does not have. Set this before the pause.
+    pub(crate) fn set_orphans(&self, orphans: HashSet<u64>) {
+        *self.orphans.write().unwrap_or_else(PoisonError::into_inner) = orphans;
+    }
+
+    fn is_orphan(&self, listener: BorrowedFd<'_>) -> bool {
+        let orphans = self.orphans.read().unwrap_or_else(PoisonError::into_inner);
+        !orphans.is_empty() && identity(listener).is_ok_and(|identity| orphans.contains(&identity))
+    }
+
+    pub(crate) fn is_paused(&self) -> bool {
+        self.state() == State::Paused
     }
 
     /// Counts an accept call in [`Phase::AcceptQueued`], which ends after [`MAX_QUEUED`] of them.

@@ -14,6 +14,7 @@ mod tests;
 #[cfg(feature = "tokio_ecdysis")]
 mod watch;
 
+use std::collections::HashSet;
 use std::io;
 use std::iter::FusedIterator;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -218,6 +219,12 @@ impl Shutdown {
         self.0.drain.on_progress(Box::new(progress));
     }
 
+    /// Sets which listeners the next generation does not have, by identity. Their loops go on during the pause, and empty
+    /// their queues after an upgrade as at a stop.
+    pub(crate) fn set_orphans(&self, orphans: HashSet<u64>) {
+        self.0.gate.set_orphans(orphans);
+    }
+
     /// Changes the state, unless accepting is over: that is final.
     pub(crate) fn set(&self, state: State) {
         if self.0.gate.set(state) {
@@ -236,8 +243,8 @@ impl Shutdown {
     }
 
     #[cfg(feature = "tokio_ecdysis")]
-    pub(crate) fn phase(&self) -> Phase {
-        self.0.gate.phase()
+    pub(crate) fn phase(&self, listener: Option<BorrowedFd<'_>>) -> Phase {
+        self.0.gate.phase(listener)
     }
 
     /// Returns whether the accept queue belongs to the next generation.

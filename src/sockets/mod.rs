@@ -269,6 +269,15 @@ impl Sockets {
         self.registry().retire(key)
     }
 
+    /// Declares that this version drops every listener of its parent on purpose. Otherwise [`Starting::ready`] fails if none
+    /// of them was asked for, because a version with an empty configuration would leave the clients to nobody. Call this
+    /// before `ready`.
+    ///
+    /// [`Starting::ready`]: crate::Starting::ready
+    pub fn discard_inherited(&self) {
+        self.registry().discard_inherited();
+    }
+
     /// Hands any descriptor to the next generation, by name: a lock file, a timer, shared memory. The registry keeps a
     /// duplicate, which replaces an earlier one of the same name.
     ///
@@ -342,6 +351,19 @@ impl Sockets {
         }
         let why = format!("{error}; the service manager passed {passed}, which nobody has asked for");
         io::Error::new(io::ErrorKind::AddrInUse, why)
+    }
+
+    /// Closes what nobody claimed, and returns the inodes of listeners among it, which the parent serves until it is over.
+    pub(crate) fn close_unclaimed(&self) -> Result<Vec<u64>, Error> {
+        let unclaimed = self.registry().close_unclaimed()?;
+        // Not under the lock, because the logger is the program's.
+        for line in &unclaimed.infos {
+            log::info!("{line}");
+        }
+        for line in &unclaimed.warnings {
+            log::warn!("{line}");
+        }
+        Ok(unclaimed.dropped)
     }
 
     /// What an upgrade hands over. State is produced now, so that it is fresh.

@@ -42,6 +42,12 @@ pub(crate) struct Registry {
     /// The kernel completes handshakes from listen(2) on, and spreads connections over all SO_REUSEPORT sockets that
     /// listen. A child that listened before the commit would keep clients waiting, and reset them if it then failed.
     pending: Option<Vec<(Key, Arc<OwnedFd>, i32)>>,
+    /// The program has claimed a socket that has an address.
+    claimed: bool,
+    /// The program means to drop every listener of its parent.
+    discards: bool,
+    /// Inherited, and retired before `ready`.
+    retired: Vec<Entry>,
 }
 
 impl Registry {
@@ -69,6 +75,7 @@ impl Registry {
         let Some(at) = self.inherited.iter().position(wanted) else { return Ok(None) };
         let entry = &self.inherited[at];
         let claimed = (entry.key.clone(), duplicate(&entry.fd)?);
+        self.claimed |= claimed.0.kind().has_address();
         let entry = self.inherited.remove(at);
         self.ours.extend(entry);
         Ok(Some(claimed))
@@ -84,7 +91,7 @@ impl Registry {
     }
 
     /// The error of such a claim. Then this generation must not serve.
-    pub(crate) fn failed_claim(&mut self) -> Result<(), Error> {
+    fn failed_claim(&mut self) -> Result<(), Error> {
         match self.failed.take() {
             Some((key, source)) => Err(Error::Socket { key, source }),
             None => Ok(()),
@@ -180,7 +187,7 @@ impl Registry {
 
     /// Drops everything with this key, and returns how many of ours there were.
     pub(super) fn retire(&mut self, key: &Key) -> usize {
-        let Self { ours, producers, inherited, store, .. } = self;
+        let Self { ours, producers, inherited, retired, store, .. } = self;
         let before = ours.len() + producers.len();
         ours.retain(|entry| {
             if let (true, Some(store)) = (entry.key == *key, &store) {
@@ -189,7 +196,9 @@ impl Registry {
             entry.key != *key
         });
         producers.retain(|(held, _)| held != key);
-        inherited.retain(|entry| entry.key != *key);
+        let (gone, kept): (VecDeque<_>, _) = mem::take(inherited).into_iter().partition(|entry| entry.key == *key);
+        *inherited = kept;
+        retired.extend(gone);
         before - ours.len() - producers.len()
     }
 
@@ -219,19 +228,74 @@ impl Registry {
 
     /// Closes what nobody claimed. Otherwise the kernel would complete handshakes that nobody serves. What a unit passed
     /// stays for the next generation: the manager keeps it open anyway, and passes it only once.
-    pub(crate) fn close_unclaimed(&mut self) {
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NoListener`] if the parent has listeners and none of them was asked for, unless the program has said that
+    /// this is meant; and a claim that failed.
+    pub(super) fn close_unclaimed(&mut self) -> Result<Unclaimed, Error> {
+        self.failed_claim()?;
+        let is_child = self.pending.is_some();
+        let mut unclaimed = Unclaimed::default();
         let passed = self.passed();
         if !passed.is_empty() {
-            log::warn!("the service manager passed {passed}, which nobody has asked for");
+            unclaimed.warnings.push(format!("the service manager passed {passed}, which nobody has asked for"));
         }
-        let Self { inherited, closed, .. } = self;
-        inherited.retain(|entry| {
-            if entry.unit.is_none() {
-                log::info!("closed an inherited and unclaimed {}", entry.key);
-                closed.push((entry.key.clone(), entry.file));
+        let mut closed = mem::take(&mut self.retired);
+        for entry in mem::take(&mut self.inherited) {
+            if entry.unit.is_some() {
+                self.inherited.push_back(entry);
+            } else if !entry.key.kind().has_address() {
+                unclaimed.infos.push(format!("closed an inherited and unclaimed {}", entry.key));
+                self.closed.push((entry.key, entry.file));
+            } else {
+                let same = |key: &Key| *key == entry.key;
+                let claimed = self.ours.iter().filter(|ours| same(&ours.key)).count();
+                let what = match (claimed, is_child) {
+                    (0, false) => "closed".into(),
+                    (0, true) => "the old version serves it until it ends, then closes it".into(),
+                    _ => format!("this version asks for {claimed} of the sockets with this key, by their order"),
+                };
+                unclaimed.warnings.push(format!("nobody has asked for the inherited {}: {what}", entry.key));
+                closed.push(entry);
             }
-            entry.unit.is_some()
-        });
+        }
+        if is_child && !closed.is_empty() && !self.claimed && !self.discards {
+            let list: Vec<_> = closed.iter().map(|entry| entry.key.to_string()).collect();
+            return Err(Error::NoListener { inherited: list.join(", ") });
+        }
+        for (key, ..) in self.pending.iter().flatten() {
+            let count = |all: &mut dyn Iterator<Item = &Key>| all.filter(|of| *of == key).count();
+            let new = count(&mut self.pending.iter().flatten().map(|(key, ..)| key));
+            let all = count(&mut self.ours.iter().map(|entry| &entry.key));
+            if all > new {
+                let old = all - new;
+                unclaimed.warnings.push(format!("{key}: {all} sockets with this key, but the old version has {old}"));
+            }
+        }
+        unclaimed.warnings.dedup();
+        // The same socket may have been inherited twice, and claimed once.
+        let ours: HashSet<u64> = self.ours.iter().map(|entry| entry.inode).collect();
+        unclaimed.dropped = closed.iter().map(|entry| entry.inode).filter(|inode| !ours.contains(inode)).collect();
+        self.closed.extend(closed.into_iter().map(|entry| (entry.key, entry.file)));
+        Ok(unclaimed)
+    }
+
+    /// From here on claims are the program's. Those before were made for the control sockets.
+    pub(crate) fn begin_claims(&mut self) {
+        self.claimed = false;
+    }
+
+    /// The program means to drop every listener of its parent.
+    pub(super) fn discard_inherited(&mut self) {
+        self.discards = true;
+    }
+
+    /// The next generation does not have these listeners, and this one is over.
+    pub(crate) fn unlink_orphans(&self, orphans: &HashSet<u64>) {
+        for entry in self.ours.iter().filter(|entry| orphans.contains(&entry.inode)) {
+            unlink(entry);
+        }
     }
 
     /// Drops every socket. A successor holds its own copies, and the program its own handles.
@@ -246,14 +310,7 @@ impl Registry {
         if self.store.is_some() {
             return;
         }
-        for entry in self.ours.iter().filter(|entry| which(&entry.key)) {
-            if let Some(file) = entry.file {
-                let path = Path::new(OsStr::from_bytes(entry.key.name()));
-                if let Err(e) = listen::unlink_if_ours(path, file) {
-                    log::warn!("cannot remove {}: {e}", path.display());
-                }
-            }
-        }
+        self.ours.iter().filter(|entry| which(&entry.key)).for_each(unlink);
     }
 
     // ---- the service manager's store --------------------------------------------------------------------------------
@@ -283,6 +340,15 @@ impl Registry {
     }
 }
 
+/// What became of the sockets that nobody claimed.
+#[derive(Debug, Default)]
+pub(super) struct Unclaimed {
+    /// The inodes of the parent's listeners that this version does not have.
+    pub(super) dropped: Vec<u64>,
+    pub(super) infos: Vec<String>,
+    pub(super) warnings: Vec<String>,
+}
+
 /// The longest name of a program's choice, in bytes.
 const MAX_NAME: usize = 255;
 
@@ -292,6 +358,15 @@ fn check_name(key: &Key) -> io::Result<()> {
         return Err(io::Error::new(io::ErrorKind::InvalidInput, reason));
     }
     Ok(())
+}
+
+/// Removes the file of a Unix socket, if it still belongs to it.
+fn unlink(entry: &Entry) {
+    let Some(file) = entry.file else { return };
+    let path = Path::new(OsStr::from_bytes(entry.key.name()));
+    if let Err(e) = listen::unlink_if_ours(path, file) {
+        log::warn!("cannot remove {}: {e}", path.display());
+    }
 }
 
 /// Checks that `fd` is of this kind. Otherwise it would fail only much later, in the accept loop. A listener that is

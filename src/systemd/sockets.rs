@@ -389,7 +389,7 @@ mod tests {
         }
         let listener = sockets.systemd_listen_tcp("http", "127.0.0.1:2".parse().unwrap()).unwrap();
         assert_eq!(inode(listener), inodes[1]);
-        sockets.registry().close_unclaimed();
+        sockets.close_unclaimed().unwrap();
         let entries = sockets.snapshot().unwrap();
         let mut handed_on: Vec<_> = entries.iter().map(|entry| (&entry.key, entry.unit.as_deref())).collect();
         handed_on.sort_by_key(|(key, _)| key.to_string());

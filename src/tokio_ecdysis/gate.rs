@@ -1,6 +1,7 @@
 //! When a task may accept: the states of the shutdown handle for tasks.
 
 use std::io;
+use std::os::fd::BorrowedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Arc;
 use std::task::{ready, Context, Poll};
@@ -51,14 +52,16 @@ impl Gate {
     }
 
     /// What the task may do now. The task is woken when that changes.
-    pub(super) fn phase(&mut self, cx: &Context<'_>) -> Phase {
+    ///
+    /// A listener that the next generation does not have is served until this one is over.
+    pub(super) fn phase(&mut self, cx: &Context<'_>, listener: Option<BorrowedFd<'_>>) -> Phase {
         if self.ended {
             return Phase::End;
         }
         // Before the state is read, so that no change is missed.
         self.watch.register(cx);
         let shutdown = &self.watch.shutdown;
-        match shutdown.phase() {
+        match shutdown.phase(listener) {
             Phase::AcceptQueued | Phase::End
                 if self.stop_on_shutdown == StopOnShutdown::No && !shutdown.is_handed_over() =>
             {
@@ -76,11 +79,12 @@ impl Gate {
         &mut self,
         cx: &mut Context<'_>,
         source: &mut S,
+        listener: impl Fn(&S) -> BorrowedFd<'_>,
         poll: impl Fn(&mut S, &mut Context<'_>) -> Poll<io::Result<T>>,
         now: impl Fn(&mut S) -> io::Result<T>,
     ) -> Poll<Option<io::Result<T>>> {
         loop {
-            let phase = self.phase(cx);
+            let phase = self.phase(cx, Some(listener(source)));
             if phase == Phase::End {
                 self.end();
                 return Poll::Ready(None);

@@ -58,7 +58,7 @@ impl TokioEcdysis {
     /// Resolves when accepting is over: after the probation of a successful upgrade, or at a stop. Needs no runtime.
     pub fn over(&self) -> impl Future<Output = ()> + Send + 'static {
         let mut gate = Gate::new(self.shutdown(), StopOnShutdown::Yes);
-        poll_fn(move |cx| match gate.phase(cx) {
+        poll_fn(move |cx| match gate.phase(cx, None) {
             Phase::Wait | Phase::Accept => Poll::Pending,
             Phase::AcceptQueued | Phase::End => Poll::Ready(()),
         })

@@ -1,7 +1,7 @@
 //! Unix seqpacket sockets on Tokio, which has no type for them.
 
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::pin::Pin;
 use std::task::{ready, Context, Poll};
@@ -21,6 +21,12 @@ fn register<T: AsRawFd>(socket: T) -> io::Result<AsyncFd<T>> {
 /// A seqpacket listener on Tokio, see [`listen_unix_seqpacket`](super::TokioEcdysis::listen_unix_seqpacket).
 #[derive(Debug)]
 pub struct UnixSeqpacketListener(AsyncFd<crate::UnixSeqpacketListener>);
+
+impl AsFd for UnixSeqpacketListener {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.get_ref().as_fd()
+    }
+}
 
 impl UnixSeqpacketListener {
     pub(super) fn from_std(listener: crate::UnixSeqpacketListener) -> io::Result<Self> {

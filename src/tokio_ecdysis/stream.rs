@@ -72,7 +72,7 @@ fn until_end<S, T>(source: &mut Option<S>, poll: impl FnOnce(&mut S) -> Poll<Opt
 }
 
 fn got<S: Source>(source: &mut S, gate: &mut Gate, cx: &mut Context<'_>) -> Poll<Option<io::Result<S::Got>>> {
-    gate.poll_next(cx, source, S::poll, S::now)
+    gate.poll_next(cx, source, |source| source.plain().as_fd(), S::poll, S::now)
 }
 
 fn item<S: Source>(source: &mut S, gate: &mut Gate, cx: &mut Context<'_>) -> Poll<Option<S::Item>> {
@@ -112,7 +112,7 @@ impl<S: Stream + fmt::Debug> fmt::Debug for StoppableStream<S> {
 /// The source of a [`StoppableStream`] of this crate.
 pub trait Source: Stream + sealed::Sealed + Unpin {
     /// Tokio's type for it.
-    type Plain;
+    type Plain: AsFd;
 
     /// The underlying listener or socket.
     #[doc(hidden)]
@@ -310,7 +310,7 @@ impl<S> Stoppable<S> {
 
     async fn open(&self) -> Option<Gate> {
         let mut gate = Gate::new(self.shutdown.clone(), self.stop_on_shutdown);
-        let opened = poll_fn(|cx| match gate.phase(cx) {
+        let opened = poll_fn(|cx| match gate.phase(cx, None) {
             Phase::Wait => Poll::Pending,
             Phase::End => Poll::Ready(false),
             Phase::Accept | Phase::AcceptQueued => Poll::Ready(true),
@@ -321,7 +321,7 @@ impl<S> Stoppable<S> {
 
 async fn until_stopped<O>(gate: &mut Gate, future: impl Future<Output = O>) -> Option<O> {
     let mut future = pin!(future);
-    poll_fn(|cx| match gate.phase(cx) {
+    poll_fn(|cx| match gate.phase(cx, None) {
         Phase::Wait => Poll::Pending,
         Phase::End => Poll::Ready(None),
         Phase::Accept => future.as_mut().poll(cx).map(Some),

@@ -14,7 +14,7 @@ use crate::error::Error;
 use crate::generation::Generation;
 use crate::handover::entry::FdRef;
 use crate::handover::greeting;
-use crate::handover::lines::{FromChild, FromParent};
+use crate::handover::lines::{FromChild, FromParent, MAX_DROPPED};
 use crate::handover::receive::{self, Inherited};
 use crate::handover::variable::{Carrier, VARIABLE};
 use crate::sys::adopt::Adopter;
@@ -102,11 +102,14 @@ fn from_socket(path: &Path, trust: &Trust, ready_timeout: Duration) -> Result<Op
 /// Step 6, after the claims: closes what is unclaimed, writes the PID file, sends `ready`, and waits for the commit. This
 /// process serves when the parent has committed, or can do so no more; so the two never both believe that they serve.
 pub(crate) fn ready(generation: &Generation) -> Result<(), Error> {
-    generation.sockets.registry().failed_claim()?;
-    generation.sockets.registry().close_unclaimed();
+    let dropped = generation.sockets.close_unclaimed()?;
     let Some(parent) = &generation.ancestors.parent else { return generation.pid_file.write() };
     // If this process does not serve in the end, the file names the parent again.
     let pid_file = generation.pid_file.replace()?;
+    for dropped in dropped.chunks(MAX_DROPPED) {
+        // A parent that does not read this does not read `ready` either.
+        let _ = parent.send_by(&FromChild::Dropped(dropped.to_vec()), Deadline::after(COMMIT));
+    }
     match parent.send(&FromChild::Ready) {
         // The parent is dead: this process has the listeners. Or it has turned this one away; then its last message says so.
         Err(e) if matches!(e.kind(), io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset) => {}

@@ -108,6 +108,10 @@ fn wait_ready(successor: &mut Successor<'_>, event_loop: &mut EventLoop<'_>, sin
         // What the child has sent comes first. It may be ready although the deadline has passed.
         match successor.next_message()? {
             Some(FromChild::Ready) if successor.link.is_sent() => return Ok(()),
+            Some(FromChild::Dropped(inodes)) => {
+                successor.dropped.extend(inodes);
+                continue;
+            }
             Some(FromChild::Refused(reason)) => return Err(Error::Refused { pid, reason }),
             Some(FromChild::Failed { step, errno }) => {
                 let program = event_loop.generation.launch.program.path.clone();
@@ -135,6 +139,7 @@ fn commit<'a>(
     since: Instant,
 ) -> Result<Succeeded<'a>, Error> {
     let generation = event_loop.generation;
+    generation.shutdown.set_orphans(successor.dropped.clone());
     let mut paused = Paused::begin(&generation.shutdown);
     // Declared after `paused`, so that on every way out the child is ended before this process accepts again.
     let mut successor = successor;
@@ -197,6 +202,7 @@ fn commit<'a>(
         }
     }
     paused.then = State::HandedOver;
+    generation.sockets.registry().unlink_orphans(&successor.dropped);
     generation.reporter.announce(&upgraded, successor.is_child());
     if successor.is_child() {
         // It may have ended since, on purpose.

@@ -1,5 +1,6 @@
 //! The new process of an upgrade, and the link to it. Dropping it ends the process, or turns it away.
 
+use std::collections::HashSet;
 use std::mem;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::process::ExitStatusExt;
@@ -29,6 +30,8 @@ pub(super) struct Successor<'a> {
     generation: &'a Generation,
     process: Process,
     pub(super) link: ChildLink,
+    /// The listeners that it does not ask for, by inode.
+    pub(super) dropped: HashSet<u64>,
     armed: bool,
 }
 
@@ -43,7 +46,7 @@ pub(super) enum Process {
 
 impl<'a> Successor<'a> {
     pub(super) fn new(generation: &'a Generation, process: Process, link: ChildLink) -> Self {
-        Self { generation, process, link, armed: true }
+        Self { generation, process, link, dropped: HashSet::new(), armed: true }
     }
 
     pub(super) fn pid(&self) -> u32 {

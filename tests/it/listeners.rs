@@ -1,0 +1,311 @@
+//! Listeners that change between two versions: dropped, added, moved, exchanged.
+//!
+//! The server is this test program itself, which runs the test `server` when its environment says so. Each generation
+//! listens at what the file `plan` says when it starts.
+
+use std::collections::HashMap;
+use std::env;
+use std::fs;
+use std::io::{self, BufRead, BufReader, ErrorKind, Read, Write};
+use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::os::unix::net::UnixStream;
+use std::process::{self, Command};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use crate::support::*;
+use ecdysis::{Accept, Ecdysis, Event, Shutdown};
+
+type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
+
+// ---- the server -------------------------------------------------------------------------------------------------
+
+fn say(line: String) {
+    let _ = io::stderr().write_all(format!("{line}\n").as_bytes());
+}
+
+struct Logger;
+
+impl log::Log for Logger {
+    fn enabled(&self, metadata: &log::Metadata<'_>) -> bool {
+        metadata.level() <= log::Level::Warn
+    }
+
+    fn log(&self, record: &log::Record<'_>) {
+        let text = record.args().to_string();
+        // The observer says that too.
+        if self.enabled(record.metadata()) && !text.starts_with("upgrade failed") {
+            say(format!("log {text}"));
+        }
+    }
+
+    fn flush(&self) {}
+}
+
+/// Not a test: the server that the tests below start.
+#[test]
+fn server() {
+    let Ok(dir) = env::var("LISTENERS_DIR") else { return };
+    if let Err(e) = serve(&dir) {
+        say(format!("failed: {e}"));
+        process::exit(1);
+    }
+    process::exit(0);
+}
+
+fn serve(dir: &str) -> Result<()> {
+    let _ = log::set_logger(&Logger);
+    log::set_max_level(log::LevelFilter::Warn);
+    let probation = env::var("PROBATION").map_or(Ok(300), |ms| ms.parse())?;
+    let starting = Ecdysis::builder()
+        .upgrade_on_signal(libc::SIGHUP)
+        .stop_on_signal(libc::SIGTERM)
+        .probation(Duration::from_millis(probation))
+        .on_event(|event| match event {
+            Event::Committed(new) => say(format!("committed gen={}", new.generation)),
+            Event::Upgraded(new) => say(format!("upgrade ok gen={}", new.generation)),
+            Event::UpgradeFailed { error, .. } => say(format!("upgrade failed: {error}")),
+            _ => {}
+        })
+        .start()?;
+    let generation = starting.generation();
+    let mut exit = false;
+    for line in fs::read_to_string(format!("{dir}/plan"))?.lines() {
+        let words: Vec<&str> = line.split(' ').collect();
+        match words[..] {
+            ["tcp", addr, ref options @ ..] => {
+                let addr: SocketAddr = addr.parse()?;
+                let listener = starting.build_listen_tcp(addr, |socket, addr| {
+                    socket.set_reuse_address(true)?;
+                    socket.set_reuse_port(options.contains(&"shared"))?;
+                    socket.bind(addr)?;
+                    socket.listen(64)?;
+                    Ok(socket.into())
+                })?;
+                say(format!("listening {} gen={generation} pid={}", listener.local_addr()?, process::id()));
+                accept(starting.shutdown(), listener, generation);
+            }
+            ["unix", path] => accept(starting.shutdown(), starting.listen_unix(format!("{dir}/{path}"))?, generation),
+            ["udp", addr] => {
+                let socket = starting.build_socket_udp(addr.parse()?, |socket, addr| {
+                    socket.bind(addr)?;
+                    Ok(socket.into())
+                })?;
+                say(format!("listening udp {} gen={generation}", socket.local_addr()?));
+                receive(starting.shutdown(), socket, generation);
+            }
+            ["discard"] => starting.discard_inherited(),
+            ["wait", file] => {
+                say(format!("waiting gen={generation}"));
+                eventually("go on", || fs::exists(format!("{dir}/{file}")).unwrap());
+            }
+            ["exit"] => exit = true,
+            _ => panic!("what is {line:?}?"),
+        }
+    }
+    if exit {
+        return Err("as planned".into());
+    }
+    let server = starting.ready()?;
+    say(format!("serving gen={generation} pid={}", process::id()));
+    server.run()?;
+    server.shutdown().drain(Duration::from_secs(30));
+    say(format!("ended gen={generation}"));
+    Ok(())
+}
+
+fn accept<L>(shutdown: Shutdown, listener: L, generation: u64)
+where
+    L: Accept + Send + 'static,
+    L::Stream: Read + Write + Send + 'static,
+{
+    thread::spawn(move || {
+        for stream in shutdown.incoming(&listener).flatten() {
+            let guard = shutdown.guard();
+            thread::spawn(move || {
+                let mut stream = BufReader::new(stream);
+                let _ = stream.read_line(&mut String::new());
+                let _ = stream.get_mut().write_all(format!("gen={generation}\n").as_bytes());
+                drop(guard);
+            });
+        }
+    });
+}
+
+fn receive(shutdown: Shutdown, socket: UdpSocket, generation: u64) {
+    let guard = shutdown.guard();
+    thread::spawn(move || {
+        let mut buffer = [0; 100];
+        while let Some(Ok((_, from))) = shutdown.recv_from(&socket, &mut buffer) {
+            let _ = socket.send_to(format!("gen={generation}").as_bytes(), from);
+        }
+        drop(guard);
+    });
+}
+
+struct Planned {
+    server: Server,
+    dir: TempDir,
+}
+
+impl Planned {
+    fn start(plan: &str, prepare: impl FnOnce(&mut Command)) -> Self {
+        let dir = tempdir();
+        fs::write(dir.path().join("plan"), plan).unwrap();
+        let mut command = this_program("listeners::server");
+        command.env("LISTENERS_DIR", dir.path());
+        prepare(&mut command);
+        Self { server: Server::serving(command), dir }
+    }
+
+    fn plan(&self, plan: &str) {
+        fs::write(self.dir.path().join("plan"), plan).unwrap();
+    }
+
+    fn unix(&self, name: &str) -> String {
+        format!("unix:{}", self.dir.path().join(name).display())
+    }
+}
+
+/// What became of connections to an address: answered by which generation, refused, or anything else.
+fn probe(addr: &str, counts: &mut HashMap<String, u32>) {
+    let outcome = match TcpStream::connect(addr) {
+        Err(e) => format!("{:?}", e.kind()),
+        Ok(mut stream) => {
+            stream.set_read_timeout(Some(DEADLINE)).unwrap();
+            let mut answer = String::new();
+            let asked = stream.write_all(b"who\n").and_then(|()| stream.read_to_string(&mut answer));
+            asked.map_or_else(|e| format!("{:?}", e.kind()), |_| answer.trim().to_owned())
+        }
+    };
+    *counts.entry(outcome).or_default() += 1;
+}
+
+// ---- dropped ----------------------------------------------------------------------------------------------------
+
+#[test]
+fn a_dropped_listener_is_served_until_the_verdict_and_then_closed() {
+    let planned = Planned::start("tcp 127.0.0.1:0\ntcp 127.0.0.1:0 shared\n", |_| {});
+    let [kept, dropped] = &planned.server.addrs()[..] else { panic!("two listeners") };
+    let (kept, dropped) = (kept.clone(), dropped.clone());
+    planned.plan("tcp 127.0.0.1:0\n");
+    let probing = thread::spawn({
+        let dropped = dropped.clone();
+        move || {
+            let (mut counts, begin) = (HashMap::new(), Instant::now());
+            while !counts.contains_key("ConnectionRefused") && begin.elapsed() < DEADLINE {
+                probe(&dropped, &mut counts);
+            }
+            counts
+        }
+    });
+    let mut server = planned.server;
+    server.upgrade();
+    let counts = probing.join().unwrap();
+    assert_eq!(
+        counts.keys().filter(|key| !["gen=1", "ConnectionRefused"].contains(&key.as_str())).count(),
+        0,
+        "{counts:?}"
+    );
+    assert!(counts["gen=1"] > 0, "{counts:?}");
+    assert_eq!(generation(&kept), 2);
+    server.wait_any("log nobody has asked for the inherited tcp 127.0.0.1:0: this version asks for 1");
+    server.wait_any("ended gen=1");
+}
+
+/// A client that connects in the probation is not kept waiting for its end.
+#[test]
+fn a_dropped_listener_answers_during_the_probation() {
+    let mut planned = Planned::start("tcp 127.0.0.1:0\nunix a.sock\nudp 127.0.0.1:0\n", |command| {
+        command.env("PROBATION", "3600000");
+    });
+    let tcp = planned.server.addr();
+    let udp = planned.server.wait_any("listening udp ");
+    let udp = udp.split(' ').nth(2).unwrap();
+    planned.plan("tcp 127.0.0.1:0\n");
+    planned.server.signal(rustix::process::Signal::HUP);
+    planned.server.wait("serving gen=2");
+    assert_eq!(generation(&tcp), 2);
+    assert_eq!(generation(&planned.unix("a.sock")), 1);
+    let client = UdpSocket::bind("127.0.0.1:0").unwrap();
+    client.set_read_timeout(Some(DEADLINE)).unwrap();
+    client.send_to(b"who", udp).unwrap();
+    let mut answer = [0; 10];
+    let length = client.recv(&mut answer).unwrap();
+    assert_eq!(&answer[..length], b"gen=1");
+}
+
+#[test]
+fn the_file_of_a_dropped_listener_is_removed() {
+    let mut planned = Planned::start("unix a.sock\nunix b.sock\n", |_| {});
+    planned.plan("unix b.sock\n");
+    planned.server.upgrade();
+    planned.server.wait_any("ended gen=1");
+    assert!(!planned.dir.path().join("a.sock").exists());
+    assert_eq!(generation(&planned.unix("b.sock")), 2);
+    planned.server.wait_any("a.sock: the old version serves it until it ends");
+}
+
+/// After a failed upgrade nothing has changed for the listener that the failed version had dropped.
+#[test]
+fn a_version_that_drops_a_listener_and_fails_changes_nothing() {
+    let mut planned = Planned::start("tcp 127.0.0.1:0\nunix a.sock\n", |_| {});
+    planned.plan("tcp 127.0.0.1:0\nexit\n");
+    planned.server.fail_to_upgrade();
+    assert_eq!(generation(&planned.unix("a.sock")), 1);
+    planned.plan("tcp 127.0.0.1:0\nunix a.sock\n");
+    planned.server.upgrade();
+    assert_eq!(generation(&planned.unix("a.sock")), 2);
+}
+
+#[test]
+fn a_version_that_asks_for_no_listener_is_refused_unless_it_says_that_this_is_meant() {
+    let mut planned = Planned::start("tcp 127.0.0.1:0\n", |_| {});
+    let addr = planned.server.addr();
+    planned.plan("");
+    let failed = planned.server.fail_to_upgrade();
+    assert!(failed.contains("none of the listeners of the old one: tcp 127.0.0.1:0"), "{failed}");
+    assert_eq!(generation(&addr), 1);
+    planned.plan("unix other.sock\n");
+    planned.server.fail_to_upgrade();
+    planned.plan("discard\n");
+    planned.server.upgrade();
+    planned.server.wait_any("ended gen=1");
+    assert_eq!(TcpStream::connect(&addr).unwrap_err().kind(), ErrorKind::ConnectionRefused);
+}
+
+// ---- added ------------------------------------------------------------------------------------------------------
+
+/// The kernel completes handshakes from listen(2) on, and spreads them over all SO_REUSEPORT sockets that listen.
+#[test]
+fn a_new_listener_listens_from_the_commit_on() {
+    let mut planned = Planned::start("tcp 127.0.0.1:0 shared\n", |_| {});
+    let addr = planned.server.addr();
+    let one = format!("tcp {addr} shared\n");
+    planned.plan(&format!("tcp 127.0.0.1:0 shared\n{one}{one}{one}unix new.sock\nwait go\nexit\n"));
+    planned.server.signal(rustix::process::Signal::HUP);
+    planned.server.wait("waiting gen=2");
+    for _ in 0..50 {
+        assert_eq!(generation(&addr), 1);
+    }
+    let refused = UnixStream::connect(planned.dir.path().join("new.sock")).unwrap_err();
+    assert_eq!(refused.kind(), ErrorKind::ConnectionRefused);
+    fs::write(planned.dir.path().join("go"), "").unwrap();
+    planned.server.wait("upgrade failed");
+    planned.plan(&format!("tcp 127.0.0.1:0 shared\n{one}unix new.sock\n"));
+    planned.server.upgrade();
+    for _ in 0..20 {
+        assert_eq!(generation(&addr), 2);
+    }
+    assert_eq!(generation(&planned.unix("new.sock")), 2);
+}
+
+/// That an address is taken is known before `ready`.
+#[test]
+fn an_address_that_is_taken_is_an_early_error() {
+    let mut planned = Planned::start("tcp 127.0.0.1:0\n", |_| {});
+    let taken = TcpListener::bind("127.0.0.1:0").unwrap();
+    planned.plan(&format!("tcp 127.0.0.1:0\ntcp {}\n", taken.local_addr().unwrap()));
+    planned.server.fail_to_upgrade();
+    planned.server.wait_any(&format!("failed: cannot open socket tcp {}", taken.local_addr().unwrap()));
+}
