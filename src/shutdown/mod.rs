@@ -180,6 +180,20 @@ impl Shutdown {
         self.state().is_over()
     }
 
+    /// Returns whether accepting is paused, while a new generation is on probation.
+    pub fn is_paused(&self) -> bool {
+        self.state() == State::Paused
+    }
+
+    /// Returns a descriptor that is readable while this generation does not accept: before `ready`, during a pause, and
+    /// once accepting is over.
+    ///
+    /// For accept loops that are not written in terms of this handle: add it to their poll, and accept only while it is not
+    /// readable. Do not read from it.
+    pub fn gate(&self) -> BorrowedFd<'_> {
+        self.0.gate.closed().as_fd()
+    }
+
     /// Counts a connection until the guard is dropped. Call this before the connection goes to another thread.
     pub fn guard(&self) -> Guard {
         self.0.drain.begin_connection();

@@ -2,23 +2,22 @@
 
 use std::ffi::OsStr;
 use std::fmt;
-use std::future::{poll_fn, Future};
+use std::future::Future;
 use std::io;
 use std::net::SocketAddr;
 use std::path::Path;
-use std::task::Poll;
 use std::time::Duration;
 
 use tokio::net::{TcpListener, UdpSocket, UnixDatagram, UnixListener};
 use tokio::runtime::Handle;
 use tokio_stream::wrappers::{TcpListenerStream, UnixListenerStream};
 
-use super::gate::{Gate, StopOnShutdown};
+use super::gate::StopOnShutdown;
 use super::seqpacket::{UnixSeqpacketListener, UnixSeqpacketListenerStream};
 use super::socket::Socket;
 use super::stream::{Source, Stoppable, StoppableStream, UdpStream};
 use super::thread::{in_thread, thread_ended};
-use crate::shutdown::{Phase, Shutdown};
+use crate::shutdown::Shutdown;
 use crate::{Ecdysis, Error, Key, Upgraded};
 
 /// The shared handle of a generation: sockets as streams, and calls.
@@ -56,12 +55,8 @@ impl TokioEcdysis {
     }
 
     /// Resolves when accepting is over: after the probation of a successful upgrade, or at a stop. Needs no runtime.
-    pub fn over(&self) -> impl Future<Output = ()> + Send + 'static {
-        let mut gate = Gate::new(self.shutdown(), StopOnShutdown::Yes);
-        poll_fn(move |cx| match gate.phase(cx, None) {
-            Phase::Wait | Phase::Accept => Poll::Pending,
-            Phase::AcceptQueued | Phase::End => Poll::Ready(()),
-        })
+    pub fn over(&self) -> impl Future<Output = ()> + Send + Unpin + 'static {
+        self.shutdown().over()
     }
 
     /// Upgrades now and waits for the outcome, see [`Ecdysis::upgrade`]. Dropping the future does not end the upgrade.
@@ -74,9 +69,13 @@ impl TokioEcdysis {
         in_thread("ecdysis-upgrade", move || ecdysis.upgrade())?.await.map_err(thread_ended)?
     }
 
-    /// Stops, see [`Ecdysis::stop`]. Does not wait.
+    /// Stops, see [`Ecdysis::stop`]. Does not block: await the exit future or [`over`](Self::over).
     pub fn stop(&self) {
-        self.ecdysis.stop();
+        let ecdysis = self.ecdysis.clone();
+        // It may find an upgrade to finish first, for which no thread of the runtime should wait.
+        if in_thread("ecdysis-stop", move || ecdysis.stop()).is_err() {
+            self.ecdysis.stop();
+        }
     }
 
     /// Waits until every stream has ended and every guard is dropped, see [`Shutdown::drain`]. Returns the number that is

@@ -4,6 +4,7 @@
 
 mod builder;
 mod exit;
+mod futures;
 mod gate;
 mod handle;
 mod seqpacket;
@@ -13,6 +14,8 @@ mod stream;
 mod systemd_notify;
 #[cfg(feature = "systemd_sockets")]
 mod systemd_sockets;
+#[cfg(test)]
+mod tests;
 mod thread;
 mod watch;
 

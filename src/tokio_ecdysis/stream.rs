@@ -1,7 +1,7 @@
 //! Streams of connections and datagrams that obey the shutdown handle, and futures that end with it.
 
 use std::fmt;
-use std::future::{poll_fn, Future};
+use std::future::{pending, poll_fn, Future};
 use std::io;
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, OwnedFd};
@@ -85,12 +85,48 @@ impl StoppableStream<TcpListenerStream> {
     pub async fn accept(&mut self) -> Option<io::Result<(TcpStream, SocketAddr)>> {
         poll_fn(|cx| until_end(&mut self.source, |source| got(source, &mut self.gate, cx))).await
     }
+
+    /// As [`accept`](Self::accept), but never resolves once the stream has ended, and logs its last error. For frameworks
+    /// that accept in a loop without an end. Cancel-safe.
+    pub async fn accept_or_pend(&mut self) -> (TcpStream, SocketAddr) {
+        match self.accept().await {
+            Some(Ok(accepted)) => accepted,
+            _ => pending().await,
+        }
+    }
+
+    /// Returns the address that the listener is bound to.
+    ///
+    /// # Errors
+    ///
+    /// That of getsockname(2), or `NotConnected` once the stream has ended.
+    pub fn local_addr(&self) -> io::Result<SocketAddr> {
+        self.get_ref().ok_or(io::ErrorKind::NotConnected)?.local_addr()
+    }
 }
 
 impl StoppableStream<UnixListenerStream> {
     /// Returns the next connection with its peer's address, or `None` when accepting is over. Cancel-safe.
     pub async fn accept(&mut self) -> Option<io::Result<(UnixStream, tokio::net::unix::SocketAddr)>> {
         poll_fn(|cx| until_end(&mut self.source, |source| got(source, &mut self.gate, cx))).await
+    }
+
+    /// As [`accept`](Self::accept), but never resolves once the stream has ended, and logs its last error. For frameworks
+    /// that accept in a loop without an end. Cancel-safe.
+    pub async fn accept_or_pend(&mut self) -> (UnixStream, tokio::net::unix::SocketAddr) {
+        match self.accept().await {
+            Some(Ok(accepted)) => accepted,
+            _ => pending().await,
+        }
+    }
+
+    /// Returns the address that the listener is bound to.
+    ///
+    /// # Errors
+    ///
+    /// That of getsockname(2), or `NotConnected` once the stream has ended.
+    pub fn local_addr(&self) -> io::Result<tokio::net::unix::SocketAddr> {
+        self.get_ref().ok_or(io::ErrorKind::NotConnected)?.local_addr()
     }
 }
 
