@@ -1,7 +1,7 @@
 //! HTTP with keep-alive while the server is replaced: no request fails. Needs the examples: `cargo build --examples` in
 //! the repository's root.
 
-#[path = "../../../tests/support/mod.rs"]
+#[path = "../../../../tests/support/mod.rs"]
 mod support;
 
 use std::io::{self, BufRead, BufReader, Read, Write};
@@ -134,7 +134,7 @@ fn hands_over_to_threads_with_other_features_and_back() {
         assert!(Command::new("sh").args(["-c", by]).arg(&current).arg(script).status().unwrap().success());
     };
     let axum = format!("{} 127.0.0.1:0", env!("CARGO_BIN_EXE_ecdysis-axum"));
-    let whoami = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../target/debug/examples/whoami");
+    let whoami = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../../target/debug/examples/whoami");
     let threads = format!("{} --listen 127.0.0.1:0 --probation 20", whoami.display());
     install(&axum);
     let mut server = Server::serving(Command::new(&current));

@@ -1,0 +1,85 @@
+//! tonic: gRPC with unary calls and streams. Clients are sent GOAWAY; calls that run are finished.
+//!
+//!     cargo run -p ecdysis-tonic -- 127.0.0.1:50051   # in examples/frameworks
+//!     kill -HUP 4711
+//!
+//! GOAWAY loses no call with a client that follows the protocol, as grpcio does: it sends the next call on a new
+//! connection. A stream without an end of its own is ended by the server, with a status that says "try again".
+
+use ecdysis::tokio_ecdysis::{SignalKind, StopOnShutdown, TokioEcdysis, TokioEcdysisBuilder};
+use futures::stream::{self, BoxStream, StreamExt};
+use say::say;
+use std::future::pending;
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::time::{sleep, timeout};
+use tonic::{transport::Server, Request, Response, Status};
+
+mod generated {
+    include!(concat!(env!("OUT_DIR"), "/demo.Whoami.rs"));
+}
+use generated::whoami_server::{Whoami, WhoamiServer};
+
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct Nothing {}
+
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct Who {
+    #[prost(string, tag = "1")]
+    who: String,
+}
+
+/// How long calls may run after the upgrade.
+const DRAIN: Duration = Duration::from_secs(30);
+
+#[tokio::main]
+async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    let addr = std::env::args().nth(1).unwrap_or("127.0.0.1:50051".into());
+
+    let mut builder = TokioEcdysisBuilder::new(SignalKind::hangup())?;
+    builder.stop_on_signal(SignalKind::terminate())?;
+    builder.stop_on_signal(SignalKind::interrupt())?;
+    let connections = builder.listen_tcp(StopOnShutdown::Yes, addr.parse()?)?;
+    let who = format!("gen={} pid={}", builder.generation(), std::process::id());
+    say(format!("listening {} {who}", connections.get_ref().ok_or("over")?.local_addr()?));
+    let (ecdysis, exit) = builder.ready()?;
+
+    let service = WhoamiServer::new(Service { who: who.clone(), ecdysis });
+    // The end of `connections` begins the graceful shutdown, so no other signal is needed. `serve_with_incoming` would
+    // return at that end, and cut every connection.
+    let server = Server::builder().add_service(service).serve_with_incoming_shutdown(connections, pending());
+    let server = tokio::spawn(server);
+    say(format!("serving {who}"));
+
+    let exit = exit.await.map_err(io::Error::from)?;
+    let left = timeout(DRAIN, server).await.is_err();
+    say(format!("ended {who} left={left} {exit:?}"));
+    Ok(())
+}
+
+struct Service {
+    who: String,
+    ecdysis: Arc<TokioEcdysis>,
+}
+
+#[tonic::async_trait]
+impl Whoami for Service {
+    async fn ask(&self, _: Request<Nothing>) -> Result<Response<Who>, Status> {
+        Ok(Response::new(Who { who: self.who.clone() }))
+    }
+
+    type WatchStream = BoxStream<'static, Result<Who, Status>>;
+
+    /// A message every 50 ms until this generation is over.
+    async fn watch(&self, _: Request<Nothing>) -> Result<Response<Self::WatchStream>, Status> {
+        let who = self.who.clone();
+        let messages = stream::unfold(who, |who| async {
+            sleep(Duration::from_millis(50)).await;
+            Some((Ok(Who { who: who.clone() }), who))
+        });
+        let restart = stream::once(async { Err(Status::unavailable("the server is restarting")) });
+        let until_over = messages.take_until(self.ecdysis.over()).chain(restart);
+        Ok(Response::new(until_over.boxed()))
+    }
+}

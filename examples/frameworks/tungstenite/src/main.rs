@@ -1,0 +1,66 @@
+//! tokio-tungstenite: WebSockets that send back what they receive. At an upgrade each is closed with code 1012, "service
+//! restart", upon which clients connect again, and reach the new version.
+//!
+//!     cargo run -p ecdysis-tungstenite -- 127.0.0.1:9001      # in examples/frameworks
+//!     kill -HUP 4711
+
+use ecdysis::tokio_ecdysis::{SignalKind, StopOnShutdown, TokioEcdysisBuilder};
+use futures::{SinkExt, StreamExt};
+use say::say;
+use std::future::Future;
+use std::io;
+use std::time::Duration;
+use tokio::net::TcpStream;
+use tokio_tungstenite::tungstenite::protocol::{frame::coding::CloseCode, CloseFrame, Message};
+use tokio_tungstenite::tungstenite::Error;
+
+/// How long clients may take to answer the close frame.
+const DRAIN: Duration = Duration::from_secs(10);
+
+#[tokio::main]
+async fn main() -> io::Result<()> {
+    let addr = std::env::args().nth(1).unwrap_or("127.0.0.1:9001".into());
+
+    let mut builder = TokioEcdysisBuilder::new(SignalKind::hangup())?;
+    builder.stop_on_signal(SignalKind::terminate())?;
+    builder.stop_on_signal(SignalKind::interrupt())?;
+    let mut connections = builder.listen_tcp(StopOnShutdown::Yes, addr.parse().map_err(io::Error::other)?)?;
+    let who = format!("gen={} pid={}", builder.generation(), std::process::id());
+    say(format!("listening {} {who}", connections.get_ref().unwrap().local_addr()?));
+    let (ecdysis, exit) = builder.ready()?;
+    say(format!("serving {who}"));
+
+    while let Some(Ok((stream, _peer))) = connections.accept().await {
+        // The guard is taken before the handshake, so `drain` waits for that too.
+        let (guard, over) = (ecdysis.shutdown().guard(), ecdysis.over());
+        tokio::spawn(async move {
+            let _guard = guard;
+            let _ = echo(stream, over).await;
+        });
+    }
+    let exit = exit.await.map_err(io::Error::from)?;
+    let left = ecdysis.drain(DRAIN).await?;
+    say(format!("ended {who} left={left} {exit:?}"));
+    Ok(())
+}
+
+async fn echo(stream: TcpStream, over: impl Future<Output = ()>) -> Result<(), Error> {
+    let mut socket = tokio_tungstenite::accept_async(stream).await?;
+    tokio::pin!(over);
+    loop {
+        tokio::select! {
+            message = socket.next() => match message {
+                Some(message) => match message? {
+                    message @ (Message::Text(_) | Message::Binary(_)) => socket.send(message).await?,
+                    _ => {}
+                },
+                None => return Ok(()),
+            },
+            () = &mut over => break,
+        }
+    }
+    socket.close(Some(CloseFrame { code: CloseCode::Restart, reason: "service restart".into() })).await?;
+    // The client's own close frame ends this. Closing before it arrives would reset the connection.
+    while socket.next().await.is_some() {}
+    Ok(())
+}

@@ -1,0 +1,69 @@
+//! warp: its filters as a service on hyper-util. `warp::serve` accepts from Tokio's own listeners only, to the last moment.
+//!
+//!     cargo run -p ecdysis-warp -- 127.0.0.1:3030     # in examples/frameworks
+//!     curl http://127.0.0.1:3030/                     # in a second terminal: gen=1 pid=4711
+//!     kill -HUP 4711
+
+use ecdysis::tokio_ecdysis::{SignalKind, StopOnShutdown, TokioEcdysisBuilder};
+use hyper::{body::Incoming, service::service_fn};
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use hyper_util::server::{conn::auto, graceful::GracefulShutdown};
+use say::say;
+use std::convert::Infallible;
+use std::io;
+use std::time::Duration;
+use tokio::time::{sleep, timeout};
+use tower_service::Service;
+use warp::http::{header::CONNECTION, HeaderValue, Request, Version};
+use warp::Filter;
+
+/// How long a connection may be idle after the upgrade.
+const GRACE: Duration = Duration::from_secs(2);
+
+/// How long the head of a request may take, and how long running requests may take after the upgrade.
+const HEAD: Duration = Duration::from_secs(10);
+const DRAIN: Duration = Duration::from_secs(30);
+
+#[tokio::main]
+async fn main() -> io::Result<()> {
+    let addr = std::env::args().nth(1).unwrap_or("127.0.0.1:3030".into());
+
+    let mut builder = TokioEcdysisBuilder::new(SignalKind::hangup())?;
+    builder.stop_on_signal(SignalKind::terminate())?;
+    builder.stop_on_signal(SignalKind::interrupt())?;
+    let mut connections = builder.listen_tcp(StopOnShutdown::Yes, addr.parse().map_err(io::Error::other)?)?;
+    let who = format!("gen={} pid={}", builder.generation(), std::process::id());
+    say(format!("listening {} {who}", connections.get_ref().unwrap().local_addr()?));
+    let (ecdysis, exit) = builder.ready()?;
+    say(format!("serving {who}"));
+
+    let routes = warp::service(warp::path::end().map({
+        let body = format!("{who}\n");
+        move || body.clone()
+    }));
+    let (mut http, graceful) = (auto::Builder::new(TokioExecutor::new()), GracefulShutdown::new());
+    http.http1().timer(TokioTimer::new()).header_read_timeout(HEAD);
+    let shutdown = ecdysis.shutdown();
+    let service = service_fn(move |request: Request<Incoming>| {
+        let (version, answer, shutdown) = (request.version(), routes.clone().call(request), shutdown.clone());
+        async move {
+            let mut response = answer.await?;
+            if shutdown.is_over() {
+                response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
+            }
+            if version == Version::HTTP_10 {
+                // Otherwise hyper adds a `keep-alive` to the `close`, and `ab -k` believes that.
+                *response.version_mut() = version;
+            }
+            Ok::<_, Infallible>(response)
+        }
+    });
+    while let Some(Ok((stream, _peer))) = connections.accept().await {
+        let connection = http.serve_connection_with_upgrades(TokioIo::new(stream), service.clone());
+        tokio::spawn(graceful.watch(connection.into_owned()));
+    }
+    sleep(GRACE).await;
+    let left = timeout(DRAIN, graceful.shutdown()).await.is_err();
+    say(format!("ended {who} left={left} {:?}", exit.await.map_err(io::Error::from)?));
+    Ok(())
+}
