@@ -34,5 +34,6 @@ mod sockets;
 mod systemd;
 mod takeover;
 mod takeover_faults;
+mod tidy;
 #[cfg(feature = "tokio_ecdysis")]
 mod tokio;
