@@ -15,6 +15,7 @@ use crate::generation::Generation;
 use crate::handover::ancestors::Ancestors;
 use crate::handover::link::Transport;
 use crate::handover::receive::Inherited;
+use crate::logging;
 use crate::manager::ServiceManager;
 use crate::options::{Launch, Limits, Overlap};
 use crate::pid_file::PidFile;
@@ -330,6 +331,7 @@ impl Builder {
             Some(Inherited { generation, entries, ancestors }) => (generation + 1, entries, ancestors),
             None => (1, Vec::new(), Ancestors::default()),
         };
+        logging::set_generation(number);
 
         signal::wake_fd().map_err(prepare("wake descriptor"))?;
         let mut handlers = Handlers::default();

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::builder::Builder;
-use crate::error::{chain, Error};
+use crate::error::Error;
 use crate::event::Event;
 use crate::exit::{Exit, ExitReason, Upgraded};
 use crate::handover::lines::FromChild;
@@ -49,7 +49,7 @@ impl Starting {
     pub fn ready(self) -> Result<Ecdysis, Error> {
         let generation = &self.0.generation;
         if let Err(error) = child::ready(generation) {
-            generation.ancestors.send_to_parent(&FromChild::Refused(chain(&error)));
+            generation.ancestors.send_to_parent(&FromChild::Refused(error.to_string()));
             return Err(error);
         }
         generation.shutdown.set(State::Accepting);

@@ -1,20 +1,21 @@
-//! What can go wrong: one variant per operation, with the object it was about and the cause.
+//! Errors: one variant for each operation, with its object and its cause.
 
 use std::error::Error as StdError;
-use std::fmt;
+use std::fmt::{self, Write};
 use std::io;
 use std::path::PathBuf;
 use std::process::ExitStatus;
 use std::time::Duration;
 
+use crate::sys::signal::name as signal_name;
 use crate::Key;
 
-/// Why an operation failed. Whatever it was, everything is as it was before: after a failed upgrade the process serves
-/// on, and the next upgrade may be asked for at once.
+/// Why an operation failed. Everything is as it was before: after a failed upgrade the process keeps serving, and the
+/// next upgrade may be requested at once.
 ///
-/// The message names the operation and its object; [`source`](StdError::source) gives the cause. "The child" is the new
-/// process of an upgrade, also where it is not a child of this one but took over: that one is never killed but told, and
-/// its `pid` is 0 if it lives in another PID namespace.
+/// The message names the operation, its object and every cause, so [`source`](StdError::source) returns `None`. "The
+/// child" is the new process of an upgrade, also if it took over and is no child of this one. Such a process is never
+/// killed, but turned away, and its `pid` is 0 if it lives in another PID namespace.
 #[derive(Debug)]
 #[non_exhaustive]
 pub enum Error {
@@ -24,17 +25,17 @@ pub enum Error {
     Signal {
         /// The signal's number.
         signal: i32,
-        /// What the system said.
+        /// The underlying OS error.
         source: io::Error,
     },
-    /// The handover from the parent could not be read. The parent serves on.
+    /// The handover from the parent could not be read. The parent keeps serving.
     Handover {
-        /// What was being read.
+        /// The part that was read.
         what: &'static str,
-        /// What was wrong.
+        /// What is wrong with it.
         source: io::Error,
     },
-    /// Somebody else than a trusted user listens at the takeover socket.
+    /// The user that listens at the takeover socket is not trusted.
     Untrusted {
         /// The socket.
         path: PathBuf,
@@ -45,27 +46,27 @@ pub enum Error {
     Connect {
         /// The socket.
         path: PathBuf,
-        /// What the system said.
+        /// The underlying OS error.
         source: io::Error,
     },
-    /// The process at the takeover socket does not hand over now. It serves on.
+    /// The process at the takeover socket does not hand over now. It keeps serving.
     NotHandedOver {
         /// The socket.
         path: PathBuf,
         /// Its answer: `busy`, `stopping`, `denied`, or `failed: …`.
         answer: String,
     },
-    /// The parent gave the upgrade up: its deadline had passed, or it was asked to stop, or it took the commit back
-    /// because this process did not answer it in time. The parent serves on, unless it was asked to stop.
+    /// The parent gave up this upgrade: its deadline had passed, it was asked to stop, or it took the commit back because
+    /// this process did not answer in time. The parent keeps serving, unless it was asked to stop.
     GivenUp,
-    /// A socket could not be bound, or an inherited one not used.
+    /// A socket could not be bound, or an inherited one could not be used.
     Socket {
-        /// The socket, by kind and the address asked for.
+        /// The socket: its kind and the address that was asked for.
         key: Key,
-        /// What the system said.
+        /// The underlying OS error.
         source: io::Error,
     },
-    /// What the service manager put into the environment, or passed, cannot be used.
+    /// A variable or a descriptor from the service manager cannot be used.
     ServiceManager {
         /// The variable and its value, or the descriptor.
         what: String,
@@ -79,7 +80,7 @@ pub enum Error {
         key: Key,
         /// The name asked for.
         name: String,
-        /// What was passed and not claimed, with the names.
+        /// The sockets that were passed and not claimed, with their names.
         passed: String,
     },
     /// The program's own callback could not produce the state for the next generation. The upgrade has failed.
@@ -93,12 +94,12 @@ pub enum Error {
     PidFile {
         /// The file.
         path: PathBuf,
-        /// What the system said.
+        /// The underlying OS error.
         source: io::Error,
     },
-    /// The parent could not be told that this process is ready.
+    /// The message `ready` could not be sent to the parent.
     Ready {
-        /// What the system said.
+        /// The underlying OS error.
         source: io::Error,
     },
     /// An upgrade is under way already.
@@ -111,27 +112,27 @@ pub enum Error {
     },
     /// This process does not serve yet.
     NotReady,
-    /// This process has stopped, or has been replaced: it makes no more upgrades.
+    /// This process has stopped or was replaced, so it makes no more upgrades.
     Over,
-    /// A stop was asked for during the upgrade; the child was ended.
+    /// A stop was requested during the upgrade. The child was ended.
     StopAsked {
         /// The child.
         pid: u32,
     },
     /// An older generation still drains, and [`Overlap::Refuse`](crate::Overlap::Refuse) was chosen.
     ParentDrains,
-    /// What an upgrade needs could not be made; no child was started.
+    /// The upgrade could not be prepared. No child was started.
     Prepare {
-        /// What was to be made.
+        /// The part that could not be made.
         what: &'static str,
-        /// What the system said.
+        /// The underlying OS error.
         source: io::Error,
     },
-    /// No child process could be made.
+    /// The child process could not be created.
     Spawn {
-        /// The program it was to run.
+        /// The program that it should have run.
         program: PathBuf,
-        /// What the system said.
+        /// The underlying OS error.
         source: io::Error,
     },
     /// The child could not run the new program.
@@ -140,25 +141,25 @@ pub enum Error {
         program: PathBuf,
         /// The child.
         pid: u32,
-        /// What failed: `execve`, `chdir`, `sweep`, `keep` or `sigmask`.
+        /// The step that failed: `execve`, `chdir`, `sweep`, `keep` or `sigmask`.
         step: String,
-        /// What the system said.
+        /// The underlying OS error.
         source: io::Error,
     },
     /// The child ended before it was ready.
     ChildEnded {
         /// The child.
         pid: u32,
-        /// How it ended; `None` when somebody else reaped it (SIGCHLD ignored, a `wait` for any child).
+        /// How it ended; `None` if other code reaped it (SIGCHLD ignored, a `wait` for any child).
         status: Option<ExitStatus>,
     },
-    /// The child closed the status pipe without a word and lived on. It was killed.
+    /// The child closed its status pipe without reporting and did not end. It was killed.
     ChildSilent {
         /// The child.
         pid: u32,
     },
-    /// A process that took over closed its link and lives on. This one serves on. The other is not killed, because it belongs to
-    /// somebody else; end it, since it has the listeners, too, and may accept.
+    /// A process that took over closed its link and did not end. This process keeps serving. The other one is not killed,
+    /// because it belongs to another supervisor. End it: it has the listeners too, and may accept.
     ChildLivesOn {
         /// The child.
         pid: u32,
@@ -177,11 +178,11 @@ pub enum Error {
         /// How long it had.
         after: Duration,
     },
-    /// What the child said is not of the protocol. Before its `ready` it is killed for that.
+    /// The child sent an invalid message. A child that is not ready yet is killed for that.
     Garbage {
         /// The child.
         pid: u32,
-        /// The beginning of what it said.
+        /// The beginning of what it sent.
         received: String,
     },
     /// The child died during its probation. This process accepts again.
@@ -197,17 +198,17 @@ pub enum Error {
     Send {
         /// The child.
         pid: u32,
-        /// What the system said.
+        /// The underlying OS error.
         source: io::Error,
     },
-    /// The parent still lives.
+    /// The parent has not ended yet.
     ParentLives {
-        /// How long was waited.
+        /// How long this process waited.
         after: Duration,
     },
     /// The wait for triggers failed.
     Wait {
-        /// What the system said.
+        /// The underlying OS error.
         source: io::Error,
     },
     /// [`Starting::refuse`](crate::Starting::refuse) was called, with this reason.
@@ -217,18 +218,34 @@ pub enum Error {
     },
 }
 
+/// The error and all its causes, in one line. Operators read it in a log, or as the answer of a control socket, where
+/// "cannot open socket" without "address in use" helps nobody. So [`source`](StdError::source) returns `None`:
+/// otherwise programs that print every source would print the causes twice. The direct cause is a field.
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut line = String::new();
+        self.write_without_cause(&mut line)?;
+        let mut next = self.cause();
+        while let Some(cause) = next {
+            write!(line, ": {cause}")?;
+            next = cause.source();
+        }
+        f.write_str(&line.replace('\n', " "))
+    }
+}
+
+impl Error {
+    fn write_without_cause(&self, f: &mut String) -> fmt::Result {
         match self {
             Self::AlreadyStarted => write!(f, "this process has started ecdysis already"),
-            Self::Signal { signal, .. } => write!(f, "cannot handle signal {signal}"),
+            Self::Signal { signal, .. } => write!(f, "cannot handle {}", signal_name(*signal)),
             Self::Handover { what, .. } => write!(f, "cannot read the handover from the parent: {what}"),
             Self::Untrusted { path, uid } => write!(f, "user {uid} listens at {} and is not trusted", path.display()),
             Self::Connect { path, .. } => write!(f, "cannot connect to takeover socket {}", path.display()),
             Self::NotHandedOver { path, answer } => {
                 write!(f, "the process at {} does not hand over: {answer}", path.display())
             }
-            Self::GivenUp => write!(f, "the parent gave this upgrade up"),
+            Self::GivenUp => write!(f, "the parent gave up this upgrade"),
             Self::Socket { key, .. } => write!(f, "cannot open socket {key}"),
             Self::ServiceManager { what, .. } => write!(f, "cannot use what the service manager passed: {what}"),
             Self::NotPassed { key, name, passed } => {
@@ -239,17 +256,17 @@ impl fmt::Display for Error {
             }
             Self::State { name, .. } => write!(f, "cannot produce state {name:?} for the next generation"),
             Self::PidFile { path, .. } => write!(f, "cannot write PID file {}", path.display()),
-            Self::Ready { .. } => write!(f, "cannot tell the parent that this process is ready"),
+            Self::Ready { .. } => write!(f, "cannot send `ready` to the parent"),
             Self::Busy => write!(f, "busy: an upgrade is under way"),
             Self::NoListener { inherited } => {
                 write!(f, "this version asks for none of the listeners of the old one: {inherited}")
             }
             Self::NotReady => write!(f, "this process is not ready yet"),
             Self::Over => write!(f, "this process has stopped or was replaced"),
-            Self::StopAsked { pid } => write!(f, "a stop was asked for during the upgrade; {} was ended", Child(*pid)),
+            Self::StopAsked { pid } => write!(f, "a stop was requested during the upgrade; {} was ended", Child(*pid)),
             Self::ParentDrains => write!(f, "an older generation still drains"),
             Self::Prepare { what, .. } => write!(f, "cannot prepare the upgrade: {what}"),
-            Self::Spawn { program, .. } => write!(f, "cannot make a process for {}", program.display()),
+            Self::Spawn { program, .. } => write!(f, "cannot create a process for {}", program.display()),
             Self::Exec { program, pid, step, .. } => {
                 write!(f, "{} cannot run {}: {step}", Child(*pid), program.display())
             }
@@ -258,17 +275,17 @@ impl fmt::Display for Error {
             }
             Self::ChildEnded { pid, status: None } => write!(f, "{} ended before it was ready", Child(*pid)),
             Self::ChildSilent { pid } => {
-                write!(f, "{} closed its status pipe without a word and was killed", Child(*pid))
+                write!(f, "{} closed its status pipe without reporting and was killed", Child(*pid))
             }
             Self::ChildLivesOn { pid } => {
-                write!(f, "{} closed its link and lives on: it may accept, too", Child(*pid))
+                write!(f, "{} closed its link but did not end; it may still accept", Child(*pid))
             }
             Self::Refused { pid, reason } => write!(f, "{} refused: {reason}", Child(*pid)),
             Self::Timeout { pid, after } => {
                 write!(f, "{} was not ready within {after:?}", Child(*pid))
             }
             Self::Garbage { pid, received } => {
-                write!(f, "{} said what is not of the protocol: {received:?}", Child(*pid))
+                write!(f, "{} sent an invalid message: {received:?}", Child(*pid))
             }
             Self::DiedAfterReady { pid, status: Some(status), after } => {
                 write!(f, "{} died {after:?} after it was ready: {status}", Child(*pid))
@@ -277,7 +294,7 @@ impl fmt::Display for Error {
                 write!(f, "{} died {after:?} after it was ready", Child(*pid))
             }
             Self::Send { pid, .. } => write!(f, "cannot send the manifest to {}", Child(*pid)),
-            Self::ParentLives { after } => write!(f, "the parent still lives after {after:?}"),
+            Self::ParentLives { after } => write!(f, "the parent has not ended after {after:?}"),
             Self::Wait { .. } => write!(f, "cannot wait for triggers"),
             Self::RefusedHere { reason } => write!(f, "refused to serve: {reason}"),
         }
@@ -296,8 +313,10 @@ impl fmt::Display for Child {
     }
 }
 
-impl StdError for Error {
-    fn source(&self) -> Option<&(dyn StdError + 'static)> {
+impl StdError for Error {}
+
+impl Error {
+    fn cause(&self) -> Option<&(dyn StdError + 'static)> {
         match self {
             Self::Signal { source, .. }
             | Self::Handover { source, .. }
@@ -317,25 +336,13 @@ impl StdError for Error {
     }
 }
 
-/// Keeps the kind of the cause, so that programs which only know `io::Error` still tell "address in use".
+/// Keeps the kind of the cause, so that programs that expect an `io::Error` can match `AddrInUse`.
 impl From<Error> for io::Error {
     fn from(error: Error) -> Self {
         let kind = error
-            .source()
+            .cause()
             .and_then(|source| source.downcast_ref::<io::Error>())
             .map_or(io::ErrorKind::Other, io::Error::kind);
         io::Error::new(kind, error)
     }
-}
-
-/// An error with its causes in one line, for logs and control sockets.
-pub(crate) fn chain(error: &Error) -> String {
-    let mut line = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        line.push_str(": ");
-        line.push_str(&error.to_string());
-        cause = error.source();
-    }
-    line.replace('\n', " ")
 }

@@ -1,11 +1,11 @@
-//! What happens, told once: to the log, and to the observer that the program chose.
+//! Lifecycle events, logged and passed to the program's observer.
 
 use std::time::Duration;
 
-use crate::error::chain;
+use crate::logging;
 use crate::{Error, Exit, Upgraded};
 
-/// What happens in the life of a generation, for metrics and tests. See
+/// An event in the life of a generation, for metrics and tests. See
 /// [`Builder::on_event`](crate::Builder::on_event).
 #[derive(Debug)]
 #[non_exhaustive]
@@ -15,7 +15,7 @@ pub enum Event<'a> {
         /// This generation; the first is 1.
         generation: u64,
     },
-    /// An upgrade was asked for; no child exists yet.
+    /// An upgrade was requested; no child exists yet.
     Upgrading,
     /// The child exists. It may not yet run the new program.
     Spawned {
@@ -26,7 +26,7 @@ pub enum Event<'a> {
     Committed(&'a Upgraded),
     /// The probation is over: the upgrade has succeeded.
     Upgraded(&'a Upgraded),
-    /// The upgrade failed; this process serves on.
+    /// The upgrade failed; this process keeps serving.
     UpgradeFailed {
         /// Why.
         error: &'a Error,
@@ -38,22 +38,20 @@ pub enum Event<'a> {
 }
 
 impl Event<'_> {
-    /// One line an event, key=value.
+    /// One line for each event, key=value. `child` is the new process of an upgrade.
     pub(crate) fn log(&self) {
         match self {
-            Self::Serving { generation } => log::info!("serving generation={generation}"),
-            Self::Upgrading => log::info!("upgrading"),
-            Self::Spawned { pid } => log::debug!("spawned pid={pid}"),
-            Self::Committed(Upgraded { pid, generation, commit }) => {
-                log::info!("committed pid={pid} generation={generation} ms={:.1}", commit.as_secs_f64() * 1e3);
+            Self::Serving { .. } => logging::info!("serving"),
+            Self::Upgrading => logging::info!("upgrading"),
+            Self::Spawned { pid } => logging::info!("spawned child={pid}"),
+            Self::Committed(Upgraded { pid, commit, .. }) => {
+                logging::info!("committed child={pid} ms={:.1}", commit.as_secs_f64() * 1e3);
             }
-            Self::Upgraded(Upgraded { pid, generation, .. }) => {
-                log::info!("upgraded pid={pid} generation={generation}")
-            }
+            Self::Upgraded(Upgraded { pid, .. }) => logging::info!("upgraded child={pid}"),
             Self::UpgradeFailed { error, after } => {
-                log::error!("upgrade failed ms={:.1}: {}", after.as_secs_f64() * 1e3, chain(error));
+                logging::error!("upgrade failed ms={:.1}: {error}", after.as_secs_f64() * 1e3);
             }
-            Self::Ended(exit) => log::info!("ended: {exit}"),
+            Self::Ended(exit) => logging::info!("ended: {exit}"),
         }
     }
 }

@@ -6,6 +6,7 @@ use rustix::event::PollFlags;
 
 use crate::error::Error;
 use crate::generation::Generation;
+use crate::logging;
 use crate::sys::poll::Deadline;
 use crate::triggers::request::Action;
 use crate::triggers::Triggers;
@@ -85,7 +86,7 @@ impl EventLoop<'_> {
             return;
         }
         while let Some(request) = self.triggers.take_request(|action| action == Action::Upgrade) {
-            log::info!("refused an upgrade requested by {}: busy", request.reason);
+            logging::info!("refused an upgrade requested by {}: busy", request.reason);
             self.generation.reporter.asked_again();
             request.reply.upgrade(Err(Error::Busy));
         }

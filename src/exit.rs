@@ -4,6 +4,8 @@ use std::fmt;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use crate::sys::signal;
+
 /// A successful upgrade.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
@@ -22,7 +24,7 @@ pub struct Upgraded {
 pub struct Exit {
     /// What happened.
     pub mode: ExitMode,
-    /// What asked for it.
+    /// What requested it.
     pub reason: ExitReason,
 }
 
@@ -32,13 +34,13 @@ pub struct Exit {
 pub enum ExitMode {
     /// A new generation serves.
     Upgraded(Upgraded),
-    /// Nobody serves any more.
+    /// The service has stopped: no process serves.
     Stopped,
-    /// Accepting and triggers have ended; the rest is the program's.
+    /// Accepting and triggers have ended. The program does everything else.
     PartiallyStopped,
 }
 
-/// What asked for an upgrade or a stop.
+/// What requested an upgrade or a stop.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum ExitReason {
@@ -73,7 +75,7 @@ impl fmt::Display for ExitMode {
 impl fmt::Display for ExitReason {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Signal(signal) => write!(f, "signal {signal}"),
+            Self::Signal(signal) => f.write_str(&signal::name(*signal)),
             Self::Socket(path) => write!(f, "socket {}", path.display()),
             Self::Call => write!(f, "a call"),
             Self::Parent => write!(f, "the parent"),

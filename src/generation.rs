@@ -5,6 +5,7 @@ use std::time::Instant;
 
 use crate::handover::ancestors::Ancestors;
 use crate::handover::escape::escape;
+use crate::logging;
 use crate::options::{Launch, Limits, Overlap};
 use crate::pid_file::PidFile;
 use crate::reporter::Reporter;
@@ -55,7 +56,7 @@ impl Generation {
         let draining: Vec<_> = self.ancestors.draining().collect();
         let too_many = (draining.len() + 1).saturating_sub(most);
         for link in draining.iter().take(too_many) {
-            log::info!("ending the drain of generation {}", link.generation);
+            logging::info!("ending the drain of generation {}", link.generation);
             link.end_drain();
         }
         if too_many > draining.len() {

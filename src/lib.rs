@@ -95,6 +95,7 @@ mod generation;
 mod handover;
 mod key;
 mod listen;
+mod logging;
 mod manager;
 mod options;
 mod pid_file;

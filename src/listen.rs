@@ -15,6 +15,7 @@ use rustix::io::Errno;
 use rustix::net::{self, sockopt, AddressFamily, SocketAddrUnix, SocketType};
 use rustix::process::geteuid;
 
+use crate::logging;
 use crate::sys;
 
 /// A socket before bind, for [`Sockets::build_listen_tcp`](crate::Sockets::build_listen_tcp) and
@@ -243,7 +244,7 @@ impl ReplaceLock {
             Ok((metadata, file)) if metadata.uid() == geteuid().as_raw() && metadata.is_file() => file,
             other => {
                 let why = other.map_or_else(|e| e.to_string(), |_| "it belongs to another user".into());
-                log::warn!("no lock while a stale socket file is replaced path={} error={why}", path.display());
+                logging::warn!("no lock while a stale socket file is replaced path={} error={why}", path.display());
                 return Ok(None);
             }
         };

@@ -1,13 +1,14 @@
 //! The PID file: written whole or not at all, restored or removed only while it names this process.
 
-use std::fs::{self, OpenOptions, Permissions};
+use std::fs::{self, File, OpenOptions, Permissions};
 use std::io::{self, Write};
-use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process;
 use std::sync::{Mutex, PoisonError};
 
-use crate::error::{chain, Error};
+use crate::error::Error;
+use crate::logging;
 
 /// The PID file of a program, if it has one. The one place that knows the path.
 #[derive(Debug, Default)]
@@ -44,7 +45,7 @@ impl PidFile {
     /// After a failed upgrade, whose child may have written its own PID.
     pub(crate) fn rewrite(&self) {
         if let Err(e) = self.write() {
-            log::error!("{}", chain(&e));
+            logging::error!("{e}");
         }
     }
 
@@ -52,7 +53,7 @@ impl PidFile {
     pub(crate) fn remove(&self) {
         let Some(path) = self.path() else { return };
         if let Err(e) = remove_if_ours(&path) {
-            log::warn!("cannot remove PID file {}: {e}", path.display());
+            logging::warn!("cannot remove PID file {}: {e}", path.display());
         }
     }
 }
@@ -71,7 +72,7 @@ impl Drop for Replaced {
     fn drop(&mut self) {
         let Some((path, before)) = &self.0 else { return };
         if let Err(e) = restore(path, before.as_deref()) {
-            log::warn!("cannot restore PID file {}: {e}", path.display());
+            logging::warn!("cannot restore PID file {}: {e}", path.display());
         }
     }
 }
@@ -91,7 +92,34 @@ fn restore(path: &Path, before: Option<&[u8]>) -> io::Result<()> {
     }
 }
 
+/// By way of a new file that is renamed; in place where that cannot be: in a directory that this user may not write to, as
+/// packages prepare it, on a mount point, as containers share it, or on a full disk.
 fn replace(path: &Path, content: &[u8]) -> io::Result<()> {
+    rename_over(path, content).or_else(|e| overwrite(path, content).map_err(|_| e))
+}
+
+/// The content is one short write, so a reader sees the old one or the new one.
+fn overwrite(path: &Path, content: &[u8]) -> io::Result<()> {
+    let mut file = open_in_place(path)?;
+    file.write_all(content)?;
+    file.set_len(content.len() as u64)
+}
+
+/// Opens an existing file, never through a symlink. In a directory like /tmp another user may have made it, who could
+/// then put any PID there: so it must belong to this user or to root, and nobody else may write to it.
+fn open_in_place(path: &Path) -> io::Result<File> {
+    // Without O_NONBLOCK a named pipe would block until somebody reads it.
+    let flags = libc::O_NOFOLLOW | libc::O_NONBLOCK;
+    let file = OpenOptions::new().write(true).custom_flags(flags).open(path)?;
+    let found = file.metadata()?;
+    let owner_is_trusted = [0, rustix::process::geteuid().as_raw()].contains(&found.uid());
+    if found.is_file() && owner_is_trusted && found.mode() & 0o002 == 0 {
+        return Ok(file);
+    }
+    Err(io::ErrorKind::PermissionDenied.into())
+}
+
+fn rename_over(path: &Path, content: &[u8]) -> io::Result<()> {
     let new = beside(path)?;
     // A process of the same PID may have been killed between the two steps below.
     let _ = fs::remove_file(&new);
@@ -108,10 +136,10 @@ fn replace(path: &Path, content: &[u8]) -> io::Result<()> {
     written
 }
 
-/// Removes the file if it names this process.
+/// Removes the file if it names this process; empties it where it cannot be removed.
 fn remove_if_ours(path: &Path) -> io::Result<()> {
     if is_ours(path)? {
-        fs::remove_file(path)?;
+        fs::remove_file(path).or_else(|e| open_in_place(path)?.set_len(0).map_err(|_| e))?;
     }
     Ok(())
 }

@@ -8,6 +8,7 @@ use std::time::Instant;
 use crate::event::Event;
 use crate::exit::Upgraded;
 use crate::handover::ancestors::{Ancestors, Announced, ParentLink};
+use crate::logging;
 use crate::manager::{ServiceManager, ANNOUNCE};
 use crate::sockets::Sockets;
 
@@ -34,15 +35,14 @@ impl Reporter {
     }
 
     pub(crate) fn emit(&self, event: &Event<'_>) {
-        // Code of the program's runs here in the middle of an upgrade. A panic must not leave the upgrade half done.
-        let log = || event.log();
-        let _ = panic::catch_unwind(AssertUnwindSafe(log));
+        event.log();
         if let Some(manager) = self.main() {
             manager.on_event(event);
         }
         if let Some(observer) = &self.observer {
+            // The program's code, in the middle of an upgrade. A panic must not leave the upgrade half done.
             if panic::catch_unwind(AssertUnwindSafe(|| observer(event))).is_err() {
-                log::error!("the observer panicked at {event:?}");
+                logging::error!("the observer panicked at {event:?}");
             }
         }
     }

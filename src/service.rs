@@ -6,12 +6,13 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use rustix::event::PollFlags;
 
-use crate::error::{chain, Error};
+use crate::error::Error;
 use crate::event::Event;
 use crate::event_loop::{EventLoop, Phase};
 use crate::exit::{Exit, ExitMode, ExitReason, Upgraded};
 use crate::generation::Generation;
 use crate::handover::lines::{FromChild, FromParent};
+use crate::logging;
 use crate::shutdown::State;
 use crate::sys::poll::Deadline;
 use crate::triggers::control::{TakeoverSocket, Trust};
@@ -136,7 +137,7 @@ impl Service {
         if self.check_ready().is_ok() {
             let led = |lead: &Lead| (lead.exit.is_some() || lead.triggers.is_none()).then_some(());
             if let Err(e) = self.lead_until(|event_loop| self.serve(event_loop), led) {
-                log::error!("cannot stop: {}", chain(&e));
+                logging::error!("cannot stop: {e}");
             }
         }
     }

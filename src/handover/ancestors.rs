@@ -12,6 +12,7 @@ use rustix::event::{PollFd, PollFlags};
 use super::entry::Entry;
 use super::lines::{send, FromChild, FromParent, Lines, Read};
 use crate::key::Key;
+use crate::logging;
 use crate::sys::adopt::identity;
 use crate::sys::poll::{poll, wait_hangup, wait_readable, Deadline};
 
@@ -34,7 +35,7 @@ impl Ancestors {
     /// Sends a message to the parent. A parent that has ended does not need it.
     pub(crate) fn send_to_parent(&self, message: &FromChild) {
         if let Some(Err(e)) = self.parent.as_ref().map(|parent| parent.send(message)) {
-            log::debug!("cannot send {message:?} to the parent: {e}");
+            logging::debug!("cannot send {message:?} to the parent: {e}");
         }
     }
 }
@@ -113,7 +114,7 @@ impl ParentLink {
                     Some(FromParent::Main) => received.main = true,
                     Some(message) => received.messages.push_back(message),
                     // A message that only later versions know.
-                    None => log::debug!("the parent sent an unknown message {line:?}"),
+                    None => logging::debug!("the parent sent an unknown message {line:?}"),
                 },
                 Ok(Read::Wait) => break,
                 Ok(Read::End | Read::Garbage(_)) | Err(_) => self.ended.store(true, Ordering::Relaxed),

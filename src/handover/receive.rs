@@ -14,6 +14,7 @@ use super::lines::Lines;
 use super::manifest::{Manifest, MAX_ENTRIES, MAX_SIZE};
 use super::scm::{Limits, Receiver};
 use crate::error::Error;
+use crate::logging;
 use crate::sys::adopt::{identity, Adopter};
 use crate::sys::poll::{wait_readable, Deadline};
 
@@ -51,7 +52,7 @@ impl Arrived {
         for fd in unknown {
             // Owned in order to be closed: this version has no use for it.
             drop(descriptors.take(fd));
-            log::info!("closed a descriptor of an unknown kind");
+            logging::info!("closed a descriptor of an unknown kind");
         }
         let parent = ParentLink::new(generation, reader, writer, Lines::with(rest))
             .map_err(|source| Error::Handover { what: "status link", source })?;

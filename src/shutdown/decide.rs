@@ -6,6 +6,7 @@ use std::time::Duration;
 use rustix::io::Errno;
 
 use super::gate::Phase;
+use crate::logging;
 
 /// The time that a handshake under way at a stop may need to reach the accept queue.
 pub(crate) const HANDSHAKE: Duration = Duration::from_millis(20);
@@ -74,9 +75,9 @@ pub(crate) fn decide_and_log<T>(phase: Phase, result: &io::Result<T>, tries: &mu
                 AcceptFailure::Exhausted => "out of descriptors or memory",
                 _ => "accept fails repeatedly",
             };
-            log::warn!("{reason}; retrying accept: {error}");
+            logging::warn!("{reason}; retrying accept: {error}");
         }
-        (Step::Fail, Err(error)) => log::error!("accept failed, and the accept loop ends: {error}"),
+        (Step::Fail, Err(error)) => logging::error!("accept failed, and the accept loop ends: {error}"),
         _ => {}
     }
     step

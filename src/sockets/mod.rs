@@ -22,6 +22,7 @@ use crate::error::Error;
 use crate::handover::entry::Entry;
 use crate::key::Key;
 use crate::listen::{self, FileId, Socket, Start};
+use crate::logging;
 use crate::seqpacket::UnixSeqpacketListener;
 use crate::triggers::control::TakeoverSocket;
 
@@ -255,7 +256,7 @@ impl Sockets {
     pub fn claim(&self, key: &Key) -> Option<OwnedFd> {
         let mut registry = self.registry();
         registry.claim(key).unwrap_or_else(|e| {
-            log::error!("cannot duplicate the descriptor of {key}: {e}");
+            logging::error!("cannot duplicate the descriptor of {key}: {e}");
             // A program that binds anew after this would lose the clients in the queue of the old socket.
             registry.claim_failed(key, e);
             None
@@ -330,13 +331,13 @@ impl Sockets {
             // The inode proves that it is what the parent held under this key, and `hold` checked its kind there. A
             // failed claim must not become a bind: on port 0 that would succeed, on another port.
             if let Some(fd) = self.registry().claim(&key)? {
-                log::debug!("claimed {key} from the parent");
+                logging::debug!("claimed {key} from the parent");
                 return Ok(fd);
             }
             let start = self.registry().start();
             let (fd, file) = make(&start).map_err(|e| self.explain(e))?;
             self.registry().hold(&key, fd.as_fd(), file, start.pending())?;
-            log::debug!("opened {key}");
+            logging::debug!("opened {key}");
             Ok(fd)
         })();
         claimed.map_err(|source| Error::Socket { key, source })
@@ -358,10 +359,10 @@ impl Sockets {
         let unclaimed = self.registry().close_unclaimed()?;
         // Not under the lock, because the logger is the program's.
         for line in &unclaimed.infos {
-            log::info!("{line}");
+            logging::info!("{line}");
         }
         for line in &unclaimed.warnings {
-            log::warn!("{line}");
+            logging::warn!("{line}");
         }
         Ok(unclaimed.dropped)
     }

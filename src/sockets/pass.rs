@@ -17,6 +17,7 @@ use super::Sockets;
 use crate::error::Error;
 use crate::handover::blob;
 use crate::key::{Key, Kind};
+use crate::logging;
 use crate::sys;
 
 type Callback = dyn Fn() -> Result<Vec<u8>, Box<dyn StdError + Send + Sync>> + Send + Sync;
@@ -175,7 +176,7 @@ impl Sockets {
         let to_parent = self.take(&key).and_then(|fd| match check_kind(Kind::DatagramPair, fd.as_fd(), false) {
             Ok(()) => Some(UnixDatagram::from(fd)),
             Err(e) => {
-                log::warn!("{key} from the parent: {e}");
+                logging::warn!("{key} from the parent: {e}");
                 None
             }
         });

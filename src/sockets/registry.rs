@@ -18,6 +18,7 @@ use crate::error::Error;
 use crate::handover::entry::{duplicate, Entry};
 use crate::key::{Key, Kind};
 use crate::listen::{self, FileId, Start};
+use crate::logging;
 use crate::manager::Store;
 use crate::sys;
 
@@ -331,7 +332,7 @@ impl Registry {
         let own: Vec<_> =
             self.ours.iter().filter(|entry| entry.unit.is_none() && entry.key.kind().has_address()).collect();
         if own.len() > store.capacity() {
-            log::warn!("{} sockets, but FileDescriptorStoreMax= is {}", own.len(), store.capacity());
+            logging::warn!("{} sockets, but FileDescriptorStoreMax= is {}", own.len(), store.capacity());
         }
         for entry in own {
             store.keep(&entry.key, entry.fd.as_fd(), entry.file);
@@ -365,7 +366,7 @@ fn unlink(entry: &Entry) {
     let Some(file) = entry.file else { return };
     let path = Path::new(OsStr::from_bytes(entry.key.name()));
     if let Err(e) = listen::unlink_if_ours(path, file) {
-        log::warn!("cannot remove {}: {e}", path.display());
+        logging::warn!("cannot remove {}: {e}", path.display());
     }
 }
 

@@ -12,6 +12,7 @@ use rustix::process::{kill_process, waitid, waitpid, Pid, Signal, WaitId, WaitId
 use super::poll::{wait_hangup, wait_readable, Deadline};
 use super::spawn::SharedMemory;
 use super::system::clone;
+use crate::logging;
 
 /// How often to look whether a child has ended for which there is no pidfd.
 pub(crate) const LOOK: Duration = Duration::from_millis(50);
@@ -76,7 +77,7 @@ impl Spawned {
                 }
                 // SIGKILL ends a stopped process too, but not one that hangs in the kernel.
                 if !wait_readable(pidfd, Deadline::after(KILLING)) {
-                    log::error!("child {pid} survives SIGKILL: it hangs in the kernel");
+                    logging::error!("child {pid} survives SIGKILL: it hangs in the kernel");
                     return None;
                 }
             }
@@ -87,7 +88,7 @@ impl Spawned {
                 }
                 let _ = kill_process(pid, Signal::KILL);
                 if !self.ends_before(Deadline::after(KILLING)) {
-                    log::error!("child {pid} survives SIGKILL: it hangs in the kernel");
+                    logging::error!("child {pid} survives SIGKILL: it hangs in the kernel");
                     return None;
                 }
             }

@@ -26,6 +26,21 @@ static FORMER: [AtomicPtr<libc::sigaction>; LAST + 1] = [const { AtomicPtr::new(
 static WAKE: AtomicI32 = AtomicI32::new(-1);
 static WAKE_OWNER: OnceLock<Flag> = OnceLock::new();
 
+/// The signal's name, as operators write it.
+pub(crate) fn name(signal: i32) -> String {
+    let name = match signal {
+        libc::SIGHUP => "SIGHUP",
+        libc::SIGINT => "SIGINT",
+        libc::SIGQUIT => "SIGQUIT",
+        libc::SIGTERM => "SIGTERM",
+        libc::SIGUSR1 => "SIGUSR1",
+        libc::SIGUSR2 => "SIGUSR2",
+        libc::SIGWINCH => "SIGWINCH",
+        _ => return format!("signal {signal}"),
+    };
+    name.into()
+}
+
 /// The descriptor that becomes readable when a signal arrives or [`wake`] is called.
 pub(crate) fn wake_fd() -> io::Result<BorrowedFd<'static>> {
     wake_flag().map(AsFd::as_fd)

@@ -21,6 +21,7 @@ use super::child::{Parentage, Spawned};
 use super::signal::{self, Blocked, Mask};
 use super::system::clone::{self, Cloned, Stack};
 use super::system::{calls, mask, sweep};
+use crate::logging;
 
 /// How the new process is made.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -74,7 +75,7 @@ pub(crate) fn spawn(plan: Plan, how: Spawn) -> io::Result<Spawned> {
             Err(e) if matches!(e.raw_os_error(), Some(libc::EPERM | libc::ENOSYS | libc::EINVAL)) => {
                 // Before there is a child, since a logger may panic.
                 if !LOGGED.swap(true, Ordering::Relaxed) {
-                    log::warn!("clone with CLONE_VM refused, using fork error={e:?}");
+                    logging::warn!("clone with CLONE_VM refused, using fork error={e:?}");
                 }
                 fork(&shared.0)
             }

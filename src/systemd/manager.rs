@@ -8,9 +8,10 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::notify::{watchdog_interval, Notifier, NotifyError};
-use crate::error::{chain, Error};
+use crate::error::Error;
 use crate::event::Event;
 use crate::exit::{Exit, ExitMode, Upgraded};
+use crate::logging;
 use crate::manager::{ServiceManager, Store, ANNOUNCE};
 #[cfg(feature = "systemd_sockets")]
 use crate::{key::Key, listen::FileId};
@@ -106,7 +107,7 @@ impl ServiceManager for Systemd {
             Event::Committed(Upgraded { pid, generation: next, .. }) => {
                 notifier.status(&format!("generation {generation}; generation {next}, pid {pid}, is on probation"))
             }
-            Event::UpgradeFailed { error, .. } => self.end_reload(&format!("upgrade failed: {}", chain(error))),
+            Event::UpgradeFailed { error, .. } => self.end_reload(&format!("upgrade failed: {error}")),
             Event::Ended(Exit { mode: ExitMode::Stopped, reason }) => {
                 notifier.stopping(&format!("generation {generation}, stopped by {reason}"))
             }
@@ -188,7 +189,7 @@ impl Store for Systemd {
     fn keep(&self, key: &Key, fd: BorrowedFd<'_>, file: Option<FileId>) {
         match super::stored::name(key, file) {
             Some(name) => log_failure(self.notifier.store(&name, fd)),
-            None => log::debug!("the service manager cannot store {key}: its name is too long"),
+            None => logging::debug!("the service manager cannot store {key}: its name is too long"),
         }
     }
 
@@ -203,7 +204,7 @@ impl Store for Systemd {
 fn log_failure(result: Result<(), NotifyError>) {
     let Err(error) = result else { return };
     match std::error::Error::source(&error) {
-        Some(source) => log::warn!("{error}: {source}"),
-        None => log::warn!("{error}"),
+        Some(source) => logging::warn!("{error}: {source}"),
+        None => logging::warn!("{error}"),
     }
 }

@@ -16,6 +16,7 @@ use rustix::net::{getsockname, sockopt, AddressFamily, SocketAddrUnix, SocketTyp
 use super::stored;
 use crate::handover::entry::Entry;
 use crate::listen::FileId;
+use crate::logging;
 use crate::sys::{listen_fds, program};
 use crate::{Error, Key, Sockets, UnixSeqpacketListener};
 
@@ -147,7 +148,7 @@ pub(crate) fn inherit() -> Result<Inherited, Error> {
             if file.is_none() || crate::listen::file_id(&at).ok() == file {
                 inherited.sockets.push(Entry { file, ..Entry::new(key, fd).map_err(failed)? });
             } else {
-                log::info!("closed the stored {key}: its file is gone");
+                logging::info!("closed the stored {key}: its file is gone");
                 inherited.stale.push((key, file));
             }
             continue;

@@ -16,7 +16,6 @@ use super::systemd_notify::{SystemdNotifier, SystemdNotifierError};
 use super::systemd_sockets::{passed_to_us, SystemdSocketsReadError};
 use super::thread::in_thread;
 #[cfg(feature = "systemd_sockets")]
-use crate::error::chain;
 use crate::triggers::control::Purpose;
 use crate::triggers::request::Action;
 use crate::{Builder, Ecdysis, Error, Starting};
@@ -213,7 +212,7 @@ impl TokioEcdysisBuilder {
     #[cfg(feature = "systemd_sockets")]
     pub fn read_systemd_sockets(&mut self) -> Result<(), SystemdSocketsReadError> {
         let inherited = self.starting.inherit_from_manager();
-        let first = inherited.map_err(|e| SystemdSocketsReadError::EnvironmentVariableError(chain(&e)))?;
+        let first = inherited.map_err(|e| SystemdSocketsReadError::EnvironmentVariableError(e.to_string()))?;
         if self.is_child() {
             return Ok(());
         }

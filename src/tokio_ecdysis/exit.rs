@@ -12,7 +12,6 @@ use tokio::sync::oneshot;
 #[cfg(feature = "systemd_notify")]
 use super::systemd_notify::SystemdNotifier;
 use super::thread::thread_ended;
-use crate::error::chain;
 use crate::{Error, Exit};
 
 /// How a generation's service ended.
@@ -65,7 +64,7 @@ pub type TokioEcdysisUpgradeResult = Result<(ExitMode, ExitReason), Error>;
 /// For the `?` of programs that return the error of 1.1.1, a `String`.
 impl From<Error> for String {
     fn from(error: Error) -> Self {
-        chain(&error)
+        error.to_string()
     }
 }
 

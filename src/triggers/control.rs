@@ -16,6 +16,7 @@ use crate::exit::ExitReason;
 use crate::handover::greeting::{self, FirstLine, Greeting, GREETING_TIME};
 use crate::handover::link::nonblocking;
 use crate::key::Key;
+use crate::logging;
 use crate::sys::peer::{peer, PeerCred};
 use crate::sys::poll::Deadline;
 
@@ -118,7 +119,7 @@ impl ControlSockets {
         let stream = match accept(listener) {
             Ok(stream) => stream?,
             Err(e) => {
-                log::warn!("cannot accept on control socket {}: {e}", path.display());
+                logging::warn!("cannot accept on control socket {}: {e}", path.display());
                 self.accept_again = Deadline::after(ACCEPT_PAUSE);
                 return None;
             }
@@ -185,11 +186,11 @@ fn trusted(socket: impl AsFd, path: &Path, trust: impl Fn(&PeerCred) -> bool) ->
     match peer(socket) {
         Ok(peer) if trust(&peer) => Some(peer),
         Ok(peer) => {
-            log::warn!("refused user {} on socket {}", peer.uid, path.display());
+            logging::warn!("refused user {} on socket {}", peer.uid, path.display());
             None
         }
         Err(e) => {
-            log::warn!("refused a peer without credentials on socket {}: {e}", path.display());
+            logging::warn!("refused a peer without credentials on socket {}: {e}", path.display());
             None
         }
     }

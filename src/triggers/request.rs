@@ -7,7 +7,7 @@ use std::time::Instant;
 use rustix::net::{send, SendFlags};
 
 use super::control::TakeoverRequest;
-use crate::error::{chain, Error};
+use crate::error::Error;
 use crate::exit::{ExitReason, Upgraded};
 use crate::sys::net::NOSIGNAL;
 use crate::sys::signal;
@@ -110,7 +110,7 @@ fn in_words(outcome: &Result<Upgraded, Error>) -> String {
         }
         Err(Error::Busy) => "busy\n".into(),
         Err(Error::Over | Error::StopAsked { .. }) => "stopping\n".into(),
-        Err(e) => format!("failed: {}\n", chain(e)),
+        Err(e) => format!("failed: {e}\n"),
     }
 }
 

@@ -17,6 +17,7 @@ use crate::handover::greeting;
 use crate::handover::lines::{FromChild, FromParent, MAX_DROPPED};
 use crate::handover::receive::{self, Inherited};
 use crate::handover::variable::{Carrier, VARIABLE};
+use crate::logging;
 use crate::sys::adopt::Adopter;
 use crate::sys::poll::{wait_readable, Deadline};
 use crate::triggers::control::Trust;
@@ -69,7 +70,7 @@ fn from_environment() -> Result<Option<Inherited>, Error> {
 }
 
 fn not_meant() -> Option<Inherited> {
-    log::debug!("the handover in the environment is another process's");
+    logging::debug!("the handover in the environment is another process's");
     None
 }
 
@@ -79,7 +80,7 @@ fn from_socket(path: &Path, trust: &Trust, ready_timeout: Duration) -> Result<Op
     while let Some(socket) = greeting::connect(path, &**trust)? {
         match receive::receive(&socket, ready_timeout) {
             Ok(Ok(arrived)) => {
-                log::info!("taking over from the process at {}", path.display());
+                logging::info!("taking over from the process at {}", path.display());
                 let socket = Arc::new(socket);
                 return arrived.unpack(socket.clone(), socket).map(Some);
             }
@@ -124,7 +125,7 @@ pub(crate) fn ready(generation: &Generation) -> Result<(), Error> {
             // Not before the verdict.
             Some(FromParent::Main) => continue,
             None if parent.has_ended() => {
-                log::warn!("the parent ended before it could commit: serving without it");
+                logging::warn!("the parent ended before it could commit: serving without it");
                 generation.sockets.registry().start_listening()?;
                 pid_file.keep();
                 return Ok(());
@@ -132,7 +133,7 @@ pub(crate) fn ready(generation: &Generation) -> Result<(), Error> {
             None if wait_readable(&parent.reader, deadline) => continue,
             None if unanswered => return Err(Error::GivenUp),
             // It is stopped or hangs, and so accepts nothing. When it continues it reads this first.
-            None => log::warn!("the parent did not answer within {COMMIT:?}: serving without it"),
+            None => logging::warn!("the parent did not answer within {COMMIT:?}: serving without it"),
         }
         generation.sockets.registry().start_listening()?;
         // Before the first accept: if this fails, the parent has ended, or it takes the commit back and says so.
@@ -141,7 +142,7 @@ pub(crate) fn ready(generation: &Generation) -> Result<(), Error> {
                 pid_file.keep();
                 return Ok(());
             }
-            Err(e) => log::debug!("cannot tell the parent that this process serves: {e}"),
+            Err(e) => logging::debug!("cannot tell the parent that this process serves: {e}"),
         }
         (unanswered, deadline) = (true, Deadline::after(COMMIT));
     }

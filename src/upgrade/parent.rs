@@ -7,7 +7,7 @@ use std::time::Instant;
 
 use super::successor::{Process, Successor};
 use super::COMMIT;
-use crate::error::{chain, Error};
+use crate::error::Error;
 use crate::event::Event;
 use crate::event_loop::{EventLoop, Phase, Wake};
 use crate::exit::Upgraded;
@@ -15,6 +15,7 @@ use crate::generation::Generation;
 use crate::handover::ancestors::DrainLink;
 use crate::handover::lines::{FromChild, FromParent, Lines, Read};
 use crate::handover::link::{ChildLink, Handover, Transport};
+use crate::logging;
 use crate::shutdown::{End, EndSignal, Shutdown, State};
 use crate::sys::child::Parentage;
 use crate::sys::peer::peer_pidfd;
@@ -92,7 +93,7 @@ fn begin<'a>(
 ) -> Result<Successor<'a>, Error> {
     let socket = request.begin();
     let pid = request.peer.pid.unwrap_or(0);
-    log::info!("takeover pid={pid} uid={}", request.peer.uid);
+    logging::info!("takeover pid={pid} uid={}", request.peer.uid);
     let process = Process::Takeover { pid, pidfd: peer_pidfd(&socket) };
     let mut successor = Successor::new(generation, process, ChildLink::socket(socket, handover)?);
     successor.link.send_some().map_err(|source| Error::Send { pid, source })?;
@@ -172,7 +173,7 @@ fn commit<'a>(
             Ok(None) => {}
             // A child that already serves is kept even if it breaks the protocol.
             Err(error @ Error::Garbage { .. }) if serving || !successor.take_back() => {
-                log::warn!("{error}");
+                logging::warn!("{error}");
                 break;
             }
             Err(error) => return Err(died(error)),
@@ -196,7 +197,7 @@ fn commit<'a>(
             Ok(Wake::Ready) => {}
             Err(e) => {
                 // The child serves. A failing poll of this process is no reason to end it.
-                log::warn!("{}", chain(&e));
+                logging::warn!("{e}");
                 break;
             }
         }

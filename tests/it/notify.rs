@@ -120,7 +120,7 @@ fn the_parent_announces_and_the_child_is_silent_until_then() {
     assert_eq!((message.from, message.text.as_str()), (child, "WATCHDOG=1\n"));
     server.signal(Signal::TERM);
     let stopping = manager.expect(child, "STOPPING=1\n").text;
-    assert!(stopping.contains("STATUS=generation 2, stopped by signal 15"), "{stopping}");
+    assert!(stopping.contains("STATUS=generation 2, stopped by SIGTERM"), "{stopping}");
     server.wait_all_ended();
 }
 

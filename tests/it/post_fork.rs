@@ -382,7 +382,7 @@ fn an_observer_that_panics_changes_nothing() {
         load.stop().assert_none_failed();
         assert_eq!(generation(&addr), 2);
         bed.server.signal(Signal::TERM);
-        bed.server.wait("ended gen=2 left=0 stopped by signal 15");
+        bed.server.wait("ended gen=2 left=0 stopped by SIGTERM");
         bed.server.wait_all_ended();
     }
 }

@@ -31,8 +31,8 @@ fn every_failure_is_told_apart_leaves_nothing_behind_and_the_next_upgrade_works(
         ("signal=11", "ended before it was ready: signal: 11"),
         ("panic", "ended before it was ready: exit status: 101"),
         ("refuse=config: line 3 is bad", "refused: config: line 3 is bad"),
-        ("garbage", "not of the protocol"),
-        ("close-status", "without a word"),
+        ("garbage", "sent an invalid message"),
+        ("close-status", "without reporting"),
     ];
     // A server of their own: what fails at once may take longer than this on a busy machine.
     const TOO_LATE: &[(&str, &str)] = &[("hang", "not ready within 3s"), ("stop-self", "not ready within 3s")];
@@ -320,7 +320,7 @@ fn a_stop_during_an_upgrade_stops_the_service() {
     eventually("there is a child", || !children(server.first_pid()).is_empty());
     server.signal(Signal::TERM);
     let line = server.wait("upgrade failed");
-    assert!(line.contains("stop was asked for"), "{line}");
+    assert!(line.contains("stop was requested"), "{line}");
     server.wait_all_ended();
     assert_eq!(connect(&addr).map(drop).unwrap_err().kind(), std::io::ErrorKind::ConnectionRefused);
 }

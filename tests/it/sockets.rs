@@ -248,7 +248,7 @@ fn looking_whether_a_socket_is_stale_triggers_nothing() {
     }
     server.upgrade();
     let line = server.wait_any("ended gen=1 ");
-    assert!(line.contains("(signal 1)"), "{line}");
+    assert!(line.contains("(SIGHUP)"), "{line}");
     assert_eq!(generation(&addr), 2);
 }
 

@@ -230,7 +230,7 @@ fn a_child_can_be_fed_through_a_socket() {
         // It closes its link first, and may take its time to end.
         ("panic", "child "),
         ("refuse=bad config", "refused: bad config"),
-        ("close-status", "without a word and was killed"),
+        ("close-status", "without reporting and was killed"),
     ];
     for (words, expected) in cases {
         fs::write(&how, words).unwrap();
@@ -287,7 +287,7 @@ fn a_bad_successor_costs_nothing() {
         ("signal=9", "ended before it was ready"),
         ("panic", "child "),
         ("refuse=bad config", "refused: bad config"),
-        ("close-status", "closed its link and lives on"),
+        ("close-status", "closed its link but did not end"),
     ];
     for (words, expected) in cases {
         let _bad = meeting.misbehaving(words);
@@ -334,7 +334,7 @@ fn a_successor_that_is_too_late_is_told() {
             goes_on(&late);
         }
         let line = late.wait("whoami: ");
-        assert!(line.contains("the parent gave this upgrade up"), "{line}");
+        assert!(line.contains("the parent gave up this upgrade"), "{line}");
         late.wait_all_ended();
         assert_eq!(generation(&server.addr()), 1);
     }
@@ -373,7 +373,7 @@ fn a_successor_that_stands_still_too_long_before_it_hears_the_commit_never_serve
     assert_eq!(generation(&addr), 1);
     goes_on(&new);
     let line = new.wait("whoami: ");
-    assert!(line.contains("the parent gave this upgrade up"), "{line}");
+    assert!(line.contains("the parent gave up this upgrade"), "{line}");
     new.wait_all_ended();
     assert!(!new.said().iter().any(|line| line.starts_with("serving ")), "{:?}", new.said());
     let pid = fs::read_to_string(meeting.dir.path().join("pid")).unwrap();
@@ -423,7 +423,7 @@ fn a_successor_that_closes_its_link_and_lives_on_is_named() {
         }
         drop(stream);
         let line = server.wait("upgrade ");
-        let expected = format!("upgrade failed: child {} closed its link and lives on", std::process::id());
+        let expected = format!("upgrade failed: child {} closed its link but did not end", std::process::id());
         assert!(line.starts_with(&expected), "{words:?}: {line}");
         assert_eq!(generation(&addr), 1, "{words:?}");
     }
@@ -477,11 +477,11 @@ fn a_stop_during_a_takeover_stops_the_old_and_tells_the_new() {
     let mut second = meeting.standing();
     first.signal(Signal::TERM);
     let line = first.wait("upgrade failed");
-    assert!(line.contains("stop was asked for"), "{line}");
+    assert!(line.contains("stop was requested"), "{line}");
     first.wait("ended gen=1");
     goes_on(&second);
     let line = second.wait("whoami: ");
-    assert!(line.contains("gave this upgrade up"), "{line}");
+    assert!(line.contains("gave up this upgrade"), "{line}");
 }
 
 #[test]
@@ -539,7 +539,7 @@ fn peers_that_stall_or_talk_garbage_change_nothing_and_block_nobody() {
     for garbage in [&b"garbage\n"[..], &[b'x'; 10_000], b"commit\n", b"serving\n", b"\xff\n", b"ready\nnonsense\n"] {
         let mut stream = meeting.begin();
         stream.write_all(garbage).unwrap();
-        verdict(&mut server, "not of the protocol");
+        verdict(&mut server, "sent an invalid message");
     }
     // One that is ready, and gone at the commit or soon after.
     let mut stream = meeting.begin();
@@ -561,7 +561,7 @@ fn a_stop_is_served_though_a_peer_stalls() {
     meeting.wait_busy();
     server.signal(Signal::TERM);
     let line = server.wait("upgrade failed");
-    assert!(line.contains("stop was asked for"), "{line}");
+    assert!(line.contains("stop was requested"), "{line}");
     server.wait("ended gen=1");
 }
 
@@ -716,7 +716,7 @@ fn across_pid_mount_and_user_namespaces() {
     // One that fails there has no PID to be named by.
     let file = meeting.dir.path().join("misbehave");
     for (words, expected) in
-        [("refuse=not here", "refused: not here"), ("close-status", "closed its link and lives on")]
+        [("refuse=not here", "refused: not here"), ("close-status", "closed its link but did not end")]
     {
         fs::write(&file, words).unwrap();
         let mut command = contained();
