@@ -18,6 +18,7 @@ mod endurance;
 mod examples;
 #[cfg(all(target_arch = "x86_64", not(sanitized)))]
 mod faults;
+mod hold;
 mod listeners;
 #[cfg(feature = "systemd")]
 mod notify;

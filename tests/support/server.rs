@@ -192,6 +192,11 @@ impl Server {
         self.child.wait().unwrap().signal()
     }
 
+    /// The exit code of the first process, which must have ended.
+    pub fn exit_code(&mut self) -> Option<i32> {
+        self.child.wait().unwrap().code()
+    }
+
     pub fn signal_all(&self, signal: Signal) {
         let _ = kill_process_group(self.group, signal);
     }

@@ -1,0 +1,414 @@
+//! `hold` with real servers: one PID whatever happens to them, and an exit code that says what happened. What supervisors
+//! make of it is in `supervisors`.
+
+use std::fs;
+use std::io::{IoSlice, Read, Write};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::{SocketAddr, UnixDatagram};
+use std::path::Path;
+use std::process::Command;
+use std::thread;
+
+use rustix::net::{sendmsg_addr, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketAddrUnix};
+use rustix::process::Signal;
+
+use crate::support::{
+    ask, children, connect, eventually, example, field, generation, send_signal, status_field, tempdir, this_program,
+    threads, Load, Server,
+};
+
+const SPEAKS: bool = cfg!(feature = "systemd");
+
+/// A server below `hold`, which speaks with it where this build can.
+fn held(options: &[&str], arguments: &[&str]) -> Server {
+    let speaks: &[&str] = if SPEAKS { &["--systemd"] } else { &[] };
+    silently_held(options, &[arguments, speaks].concat())
+}
+
+/// One that does not speak.
+fn silently_held(options: &[&str], arguments: &[&str]) -> Server {
+    let mut command = Command::new(example("hold"));
+    command.args(options).arg("--").arg(example("whoami")).args(["--listen", "127.0.0.1:0", "--probation", "50"]);
+    command.args(arguments).stdout(std::process::Stdio::null());
+    Server::serving(command)
+}
+
+fn upgrade(server: &mut Server) -> u32 {
+    send_signal(server.first_pid(), Signal::HUP);
+    let line = server.wait("upgrade ");
+    assert!(line.starts_with("upgrade ok"), "{line}");
+    field(&line, "pid")
+}
+
+fn stop(server: &mut Server) -> Option<i32> {
+    send_signal(server.first_pid(), Signal::TERM);
+    server.wait_all_ended();
+    server.exit_code()
+}
+
+fn ten_upgrades_and_a_stop(mut server: Server) {
+    let (hold, addr) = (server.first_pid(), server.addr());
+    let load = Load::on(&addr, 2);
+    for expected in 2..=11 {
+        let pid = upgrade(&mut server);
+        eventually("the new one answers", || generation(&addr) == expected);
+        assert!(Path::new(&format!("/proc/{pid}")).exists() && pid != hold);
+    }
+    load.stop().assert_none_failed();
+    eventually("what was replaced is reaped", || children(hold).len() == 1);
+    assert_eq!(threads(hold).len(), 1);
+    let memory: u64 = status_field(hold, "VmRSS").split(' ').next().unwrap().parse().unwrap();
+    println!("hold: {memory} KiB resident");
+    assert!(memory <= 3 << 10, "{memory} KiB");
+
+    // A stop drains.
+    let mut open = connect(&addr).unwrap();
+    ask(&addr).unwrap(); // So the one before it is accepted.
+    send_signal(hold, Signal::TERM);
+    server.wait("hold: sent signal=15");
+    open.write_all(b"who\n").unwrap();
+    let mut answer = String::new();
+    open.read_to_string(&mut answer).unwrap();
+    assert_eq!(field::<u32>(&answer, "gen"), 11);
+    server.wait_all_ended();
+    assert_eq!(server.exit_code(), Some(0));
+}
+
+#[test]
+fn ten_upgrades_under_load_and_a_stop_that_drains() {
+    ten_upgrades_and_a_stop(held(&[], &[]));
+}
+
+#[test]
+fn a_server_that_never_says_ready_is_upgraded_and_stopped_too() {
+    ten_upgrades_and_a_stop(silently_held(&[], &[]));
+}
+
+/// The program may be a script that executes the server, and then the name of the server is another.
+#[test]
+fn a_silent_server_behind_a_script_is_followed() {
+    let script = format!("sleep 0.3; exec {} --listen 127.0.0.1:0 --probation 50", example("whoami").display());
+    let mut command = Command::new(example("hold"));
+    command.args(["--", "sh", "-c", &script]).stdout(std::process::Stdio::null());
+    let mut server = Server::serving(command);
+    upgrade(&mut server);
+    upgrade(&mut server);
+    assert_eq!(stop(&mut server), Some(0));
+}
+
+/// A silent server's later generations are children of the ones before, which drain.
+#[test]
+fn a_signal_goes_to_the_one_that_serves_while_others_drain() {
+    let mut server = silently_held(&[], &["--hold", "--drain", "60"]);
+    let addr = server.addr();
+    let mut open = Vec::new();
+    for generation in 1..=4 {
+        let mut stream = connect(&addr).unwrap();
+        stream.write_all(b"who\n").unwrap();
+        let mut answer = [0; 6];
+        stream.read_exact(&mut answer).unwrap();
+        assert_eq!(&answer[..], format!("gen={generation} ").as_bytes());
+        // It is in use: a line has begun.
+        stream.write_all(b"w").unwrap();
+        open.push(stream);
+        if generation < 4 {
+            upgrade(&mut server);
+            server.wait_serving();
+        }
+    }
+    send_signal(server.first_pid(), Signal::TERM);
+    server.wait("hold: sent signal=15");
+    for mut stream in open {
+        stream.write_all(b"ho\n").unwrap();
+        let mut rest = String::new();
+        stream.read_to_string(&mut rest).unwrap();
+        assert!(rest.contains("gen="), "{rest}");
+    }
+    server.wait_all_ended();
+    assert_eq!(server.exit_code(), Some(0));
+}
+
+#[test]
+fn a_failed_upgrade_changes_nothing() {
+    let dir = tempdir();
+    let misbehave = dir.path().join("misbehave");
+    let mut server = held(&[], &["--misbehave", misbehave.to_str().unwrap()]);
+    let (addr, pid) = (server.addr(), server.pid());
+    let load = Load::on(&addr, 1);
+    for wrong in ["exit=3", "refuse=config: line 3 is bad", "signal=11"] {
+        fs::write(&misbehave, wrong).unwrap();
+        send_signal(server.first_pid(), Signal::HUP);
+        let line = server.wait("upgrade ");
+        assert!(line.starts_with("upgrade failed"), "{line}");
+        assert_eq!(field::<u32>(&ask(&addr).unwrap(), "pid"), pid);
+    }
+    fs::remove_file(&misbehave).unwrap();
+    upgrade(&mut server);
+    load.stop().assert_none_failed();
+    assert_eq!(stop(&mut server), Some(0));
+}
+
+#[cfg(feature = "systemd")]
+#[test]
+fn a_crash_refuses_no_connection_and_too_many_end_the_service() {
+    let mut server = held(&["--restarts", "2/600"], &[]);
+    let addr = server.addr();
+    upgrade(&mut server);
+    for crash in 1..=2 {
+        let load = Load::on(&addr, 2);
+        let answered = load.answered();
+        eventually("load", || load.answered() > answered + 100);
+        // What waits in the queue is served by the next.
+        let pid = server.pid();
+        send_signal(pid, Signal::STOP);
+        eventually("stopped", || threads(pid).values().all(|state| *state == 'T'));
+        let mut waiting = connect(&addr).unwrap();
+        send_signal(pid, Signal::KILL);
+        waiting.write_all(b"who\n").unwrap();
+        let mut answer = String::new();
+        waiting.read_to_string(&mut answer).unwrap();
+        let next: u32 = field(&answer, "pid");
+        assert!(next != pid && answer.contains("gen=1 "), "{answer}");
+        server.wait(&format!("hold: ready pid={next}"));
+        let counts = load.stop();
+        println!("crash {crash}: {counts:?}");
+        assert!(!counts.failures.keys().any(|kind| kind.starts_with("Refused")), "{counts:?}");
+    }
+    upgrade(&mut server);
+    send_signal(server.pid(), Signal::KILL);
+    server.wait("hold: stopping: the server crashes too often");
+    server.wait_all_ended();
+    assert_eq!(server.exit_code(), Some(123));
+}
+
+/// By the protocol the successor serves then, and nothing may be started beside it.
+#[cfg(feature = "systemd")]
+#[test]
+fn a_crash_in_the_middle_of_an_upgrade_leaves_one_server() {
+    let dir = tempdir();
+    let misbehave = dir.path().join("misbehave");
+    let mut server = held(&[], &["--misbehave", misbehave.to_str().unwrap()]);
+    let (hold, addr) = (server.first_pid(), server.addr());
+    for (wrong, serves) in [("sleep=700", 2), ("sleep=700\nexit=1", 1)] {
+        fs::write(&misbehave, wrong).unwrap();
+        let pid = server.pid();
+        send_signal(hold, Signal::HUP);
+        eventually("the successor is there", || children(hold).len() == 2);
+        server.wait("listening ");
+        send_signal(pid, Signal::KILL);
+        server.wait(if serves == 2 { "hold: serves" } else { "hold: crashed" });
+        eventually("one serves", || ask(&addr).is_ok_and(|answer| field::<u64>(&answer, "gen") == serves));
+        server.wait_any(&format!("serving gen={serves} pid={}", field::<u32>(&ask(&addr).unwrap(), "pid")));
+        eventually("it is alone", || children(hold).len() == 1);
+    }
+    fs::remove_file(&misbehave).unwrap();
+    upgrade(&mut server);
+    assert_eq!(stop(&mut server), Some(0));
+}
+
+#[cfg(feature = "systemd")]
+#[test]
+fn requests_in_quick_succession_are_all_answered() {
+    let mut server = held(&[], &["--probation", "300"]);
+    let addr = server.addr();
+    for _ in 0..3 {
+        send_signal(server.first_pid(), Signal::HUP);
+    }
+    server.wait("upgrade ok");
+    eventually("it can be upgraded", || generation(&addr) >= 2);
+    let before = generation(&addr);
+    upgrade(&mut server);
+    eventually("again", || generation(&addr) > before);
+    assert_eq!(stop(&mut server), Some(0));
+}
+
+#[cfg(feature = "systemd")]
+#[test]
+fn a_server_that_hangs_is_started_again() {
+    let mut server = held(&["--watchdog", "1"], &[]);
+    upgrade(&mut server);
+    let (addr, pid) = (server.addr(), server.pid());
+    send_signal(pid, Signal::STOP);
+    server.wait("hold: the watchdog has waited in vain");
+    server.wait("hold: ready");
+    assert_eq!(generation(&addr), 1);
+    assert_eq!(stop(&mut server), Some(0));
+}
+
+#[test]
+fn the_check_of_the_new_program_decides() {
+    let dir = tempdir();
+    let (program, verdict) = (dir.path().join("server"), dir.path().join("verdict"));
+    let text = format!(
+        "#!/bin/sh\n[ \"$1\" = --check ] && exit $(cat {})\nexec {} --probation 50 \"$@\"\n",
+        verdict.display(),
+        example("whoami").display()
+    );
+    fs::write(&program, text).unwrap();
+    fs::set_permissions(&program, PermissionsExt::from_mode(0o755)).unwrap();
+    fs::write(&verdict, "1").unwrap();
+    let mut command = Command::new(example("hold"));
+    command.args(["--check", "--check all", "--"]).arg(&program).args(["--listen", "127.0.0.1:0"]);
+    command.args(SPEAKS.then_some("--systemd")).stdout(std::process::Stdio::null());
+    let mut server = Server::serving(command);
+    send_signal(server.first_pid(), Signal::HUP);
+    server.wait("hold: no upgrade: the check failed: status=\"exit status: 1\"");
+    fs::write(&verdict, "0").unwrap();
+    upgrade(&mut server);
+    assert!(!server.said().iter().any(|line| line.contains("upgrade failed")));
+    assert_eq!(stop(&mut server), Some(0));
+}
+
+#[test]
+fn the_exit_code_tells_what_happened() {
+    let code = |options: &[&str], command: &[&str]| {
+        let mut hold = Command::new(example("hold"));
+        let mut server = Server::start({
+            hold.args(options).arg("--").args(command);
+            hold
+        });
+        server.wait_all_ended();
+        (server.exit_code(), server.said().join("\n"))
+    };
+    assert_eq!(code(&[], &["true"]).0, Some(0));
+    assert_eq!(code(&[], &["sh", "-c", "exit 7"]).0, Some(7));
+    assert_eq!(code(&[], &["sh", "-c", "kill -9 $$"]).0, Some(128 + 9));
+    for (options, command, expected, said) in [
+        (&[][..], &["no-such-program"][..], 127, "cannot execute no-such-program: No such file"),
+        (&[], &["/dev/null"], 126, "cannot execute /dev/null: Permission denied"),
+        (&[], &[], 125, "no program to run; see hold --help"),
+        (&["--restarts", "5"], &["true"], 125, "N/SECS, as in 5/60"),
+        (&["--store", "1000000000"], &["true"], 125, "ulimit -n"),
+    ] {
+        let (code, all) = code(options, command);
+        assert!(code == Some(expected) && all.contains(said), "{code:?} {all}");
+    }
+    // A helper that stays is no generation.
+    assert_eq!(code(&[], &["sh", "-c", "sleep 600 & exit 3"]).0, Some(3));
+}
+
+#[test]
+fn a_stop_has_a_deadline() {
+    let mut server = held(&["--stop-timeout", "1"], &["--drain", "600"]);
+    let addr = server.addr();
+    let _old = connect(&addr).unwrap();
+    ask(&addr).unwrap();
+    upgrade(&mut server);
+    let _new = connect(&addr).unwrap();
+    ask(&addr).unwrap();
+    assert_eq!(stop(&mut server), Some(124));
+    assert!(server.said().iter().any(|line| line.contains("killing what is left")));
+}
+
+// ---- messages --------------------------------------------------------------------------------------------------------
+
+const SENDS_NONSENSE: &str = "ECDYSIS_TEST_SENDS_NONSENSE";
+
+fn send(text: &[u8], fds: &[BorrowedFd<'_>]) {
+    let address = std::env::var("NOTIFY_SOCKET").unwrap();
+    let address = SocketAddrUnix::new_abstract_name(address[1..].as_bytes()).unwrap();
+    let socket = UnixDatagram::unbound().unwrap();
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(2))];
+    let mut control = SendAncillaryBuffer::new(&mut space);
+    assert!(fds.is_empty() || control.push(SendAncillaryMessage::ScmRights(fds)));
+    sendmsg_addr(&socket, &address, &[IoSlice::new(text)], &mut control, SendFlags::empty()).unwrap();
+}
+
+/// Not a test: a server that sends what no server should, says READY and crashes. Started again, it says what it got.
+#[test]
+fn a_server_that_sends_nonsense() {
+    if std::env::var_os(SENDS_NONSENSE).is_none() {
+        return;
+    }
+    let pid = std::process::id();
+    if let Ok(names) = std::env::var("LISTEN_FDNAMES") {
+        assert_eq!(std::env::var("LISTEN_PID").unwrap(), pid.to_string());
+        // One write, because hold writes there, too.
+        std::io::stderr().write_all(format!("got {names}\n").as_bytes()).unwrap();
+        loop {
+            thread::park();
+        }
+    }
+    let files = [(); 3].map(|()| tempfile::tempfile().unwrap());
+    let [first, second, third] = files.each_ref().map(AsFd::as_fd);
+    send(b"FDSTORE=1\nFDNAME=first", &[first]);
+    send(b"FDSTORE=1\nFDNAME=first", &[first]);
+    let nonsense: [(&[u8], &[BorrowedFd<'_>]); 8] = [
+        (b"FDSTORE=1", &[second]),
+        (b"FDSTORE=1\nFDNAME=a:b", &[second]),
+        (b"STATUS=with a descriptor", &[second]),
+        (b"nonsense", &[]),
+        (b"\xff\xfe=1", &[]),
+        (b"", &[]),
+        (&[b'x'; 5000], &[]),
+        (b"MAINPID=1", &[]),
+    ];
+    for (text, fds) in &nonsense {
+        send(text, fds);
+    }
+    send(b"FDSTORE=1\nFDNAME=second", &[second]);
+    // The store has two places.
+    send(b"FDSTORE=1\nFDNAME=third", &[third]);
+    send(b"FDSTOREREMOVE=1\nFDNAME=fourth", &[]);
+    send(b"READY=1\n", &[]);
+    std::process::exit(1);
+}
+
+#[test]
+fn nonsense_is_refused_and_counted_and_nothing_is_lost() {
+    let program = this_program("hold::a_server_that_sends_nonsense");
+    let mut command = Command::new(example("hold"));
+    command.args(["--store", "2", "--restarts", "1/600", "--"]).arg(program.get_program()).args(program.get_args());
+    command.env(SENDS_NONSENSE, "").stdout(std::process::Stdio::null());
+    let mut server = Server::start(command);
+    assert_eq!(server.wait("got "), "got first:second");
+    // One line at once, and one for all that follow within a second.
+    let refused = |lines: &[String]| -> u64 {
+        let one = lines.iter().filter(|line| line.starts_with("hold: refused a message from")).count() as u64;
+        let more = lines.iter().filter_map(|line| line.strip_prefix("hold: refused ")?.strip_suffix(" more messages"));
+        one + more.map(|count| count.parse::<u64>().unwrap()).sum::<u64>()
+    };
+    eventually("all are counted", || refused(&server.said()) == 9);
+    assert_eq!(stop(&mut server), Some(128 + 15));
+}
+
+/// The kernel says who has sent a message. Anybody can send, and so can anybody fill the queue.
+#[cfg(feature = "systemd")]
+#[test]
+fn a_flood_of_another_user_changes_nothing() {
+    if !rustix::process::geteuid().is_root() {
+        return eprintln!("not run: needs root, to be another user");
+    }
+    let mut server = held(&[], &[]);
+    let addr = server.addr();
+    let environment = fs::read(format!("/proc/{}/environ", server.pid())).unwrap();
+    let variable = environment.split(|byte| *byte == 0).find_map(|variable| variable.strip_prefix(b"NOTIFY_SOCKET=@"));
+    let name = variable.unwrap().to_vec();
+    let (done, stop_flood) = std::sync::mpsc::channel::<()>();
+    let flood = thread::spawn(move || {
+        // SAFETY: no memory is involved. The system call itself changes the user of this thread alone.
+        assert_eq!(unsafe { libc::syscall(libc::SYS_setresuid, 65534, 65534, 65534) }, 0);
+        let address = SocketAddr::from_abstract_name(name).unwrap();
+        let socket = UnixDatagram::unbound().unwrap();
+        let mut sent = 0_u64;
+        while stop_flood.try_recv() == Err(std::sync::mpsc::TryRecvError::Empty) {
+            socket.send_to_addr(b"MAINPID=1\nREADY=1\nSTOPPING=1\n", &address).unwrap();
+            sent += 1;
+        }
+        sent
+    });
+    server.wait("hold: refused a message from pid=");
+    let load = Load::on(&addr, 1);
+    for expected in 2..=6 {
+        upgrade(&mut server);
+        eventually("the new one answers", || generation(&addr) == expected);
+    }
+    load.stop().assert_none_failed();
+    drop(done);
+    println!("{} messages refused", flood.join().unwrap());
+    assert!(server.said().iter().any(|line| line.contains("uid=65534")));
+    assert_eq!(stop(&mut server), Some(0));
+}
