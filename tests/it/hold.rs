@@ -309,7 +309,7 @@ const SENDS_NONSENSE: &str = "ECDYSIS_TEST_SENDS_NONSENSE";
 
 fn send(text: &[u8], fds: &[BorrowedFd<'_>]) {
     let address = std::env::var("NOTIFY_SOCKET").unwrap();
-    let address = SocketAddrUnix::new_abstract_name(address[1..].as_bytes()).unwrap();
+    let address = SocketAddrUnix::new_abstract_name(&address.as_bytes()[1..]).unwrap();
     let socket = UnixDatagram::unbound().unwrap();
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(2))];
     let mut control = SendAncillaryBuffer::new(&mut space);
