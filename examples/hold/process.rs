@@ -85,31 +85,43 @@ pub struct Descendant {
     start: u64,
     /// It runs a program that it has executed itself: a worker that was forked does not.
     executed: bool,
+    /// Its first thread has ended. While others have not, its children are still its own.
+    ended: bool,
 }
 
 /// All of them, in the order of their start. None where /proc is missing or another PID namespace's.
 pub fn descendants() -> Vec<Descendant> {
     let me = std::process::id() as i32;
     let is_ours = fs::read_link("/proc/self").is_ok_and(|to| to.to_str() == Some(&me.to_string()));
-    let Some(entries) = is_ours.then(|| fs::read_dir("/proc").ok()).flatten() else { return Vec::new() };
-    let pids = entries.flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok());
-    let all: Vec<Descendant> = pids.filter_map(Descendant::read).collect();
-    let mut below = vec![me];
-    let mut found = Vec::new();
-    while let Some(parent) = below.pop() {
-        let children = all.iter().filter(|process| process.parent == parent);
-        children.for_each(|child| {
-            below.push(child.pid);
-            found.push(child.pid);
-        });
+    if !is_ours {
+        return Vec::new();
     }
-    let mut found: Vec<_> = all.into_iter().filter(|process| found.contains(&process.pid)).collect();
-    found.sort_by_key(|process| (process.start, process.pid));
-    found
+    let mut all = read_all();
+    for _ in 0..5 {
+        // One whose parent is not there was read before that had ended and left it to us.
+        let has_parent = |child: &Descendant| all.iter().any(|process| [process.pid, 0].contains(&child.parent));
+        if all.iter().all(has_parent) {
+            break;
+        }
+        all = read_all();
+    }
+    let mut below = vec![me];
+    let mut next = 0;
+    while let Some(&parent) = below.get(next) {
+        below.extend(all.iter().filter(|process| process.parent == parent).map(|process| process.pid));
+        next += 1;
+    }
+    all.retain(|process| !process.ended && process.pid != me && below.contains(&process.pid));
+    all.sort_by_key(|process| (process.start, process.pid));
+    all
+}
+
+fn read_all() -> Vec<Descendant> {
+    let pids = fs::read_dir("/proc").into_iter().flatten().flatten();
+    pids.filter_map(|entry| Descendant::read(entry.file_name().to_str()?.parse().ok()?)).collect()
 }
 
 impl Descendant {
-    /// From /proc/PID/stat; `None` for a zombie.
     fn read(pid: i32) -> Option<Self> {
         const PF_FORKNOEXEC: u64 = 0x40;
         let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
@@ -117,7 +129,7 @@ impl Descendant {
         let fields: Vec<&str> = stat.rsplit_once(") ")?.1.split(' ').collect();
         let number = |field: usize| fields.get(field)?.parse::<u64>().ok();
         let executed = number(6)? & PF_FORKNOEXEC == 0;
-        (fields[0] != "Z").then_some(Self { pid, parent: number(1)? as i32, start: number(19)?, executed })
+        Some(Self { pid, parent: number(1)? as i32, start: number(19)?, executed, ended: fields[0] == "Z" })
     }
 
     /// Whether it runs the program of this name, which it has executed itself.
