@@ -32,12 +32,14 @@ pub(crate) enum Kind {
     Stream,
     Bytes,
     Fd,
+    /// The socket over which the parent sends what it hands over at the commit.
+    Late,
     /// The link on which an older generation, named by its number, is asked to end its drain.
     Drain,
 }
 
 impl Kind {
-    pub(crate) const ALL: [Self; 10] = [
+    pub(crate) const ALL: [Self; 11] = [
         Self::Tcp,
         Self::Udp,
         Self::Unix,
@@ -47,6 +49,7 @@ impl Kind {
         Self::Stream,
         Self::Bytes,
         Self::Fd,
+        Self::Late,
         Self::Drain,
     ];
 
@@ -61,6 +64,7 @@ impl Kind {
             Self::Stream => "stream",
             Self::Bytes => "bytes",
             Self::Fd => "fd",
+            Self::Late => "late",
             Self::Drain => "drain",
         }
     }
@@ -116,6 +120,10 @@ impl Key {
         Self::from_parts(Kind::Fd, name.as_ref().as_bytes().to_vec())
     }
 
+    pub(crate) fn late() -> Self {
+        Self::from_parts(Kind::Late, b"commit".to_vec())
+    }
+
     pub(crate) fn drain(generation: u64) -> Self {
         Self::from_parts(Kind::Drain, generation.to_string().into_bytes())
     }
@@ -135,7 +143,16 @@ impl Key {
         self.kind
     }
 
-    pub(crate) fn name(&self) -> &[u8] {
+    /// The address, path or name that was asked for: `127.0.0.1:0`, `/run/app.sock`, `upstream`.
+    ///
+    /// ```
+    /// assert_eq!(ecdysis::Key::stream("upstream").name(), "upstream");
+    /// ```
+    pub fn name(&self) -> &OsStr {
+        OsStr::from_bytes(&self.name)
+    }
+
+    pub(crate) fn raw_name(&self) -> &[u8] {
         &self.name
     }
 }

@@ -44,7 +44,7 @@ pub(crate) fn encode<'a, F: 'a>(generation: u64, entries: impl Iterator<Item = (
     for (number, Entry { key, inode, file, unit, .. }) in entries {
         // Writing to a string cannot fail.
         let _ = write!(text, "fd {number} {inode} {} ", key.kind().word());
-        escape(key.name(), &mut text);
+        escape(key.raw_name(), &mut text);
         if let Some((device, inode)) = file {
             let _ = write!(text, " file={device}:{inode}");
         }

@@ -38,25 +38,38 @@ impl Arrived {
     /// Owns the descriptors that the manifest names. The link to the parent consists of `reader` and `writer`, which
     /// may be one socket.
     pub(crate) fn unpack(self, reader: Arc<OwnedFd>, writer: Arc<OwnedFd>) -> Result<Inherited, Error> {
-        let Self { manifest: Manifest { generation, entries: named, unknown }, mut descriptors, rest } = self;
-        let (mut entries, mut older) = (Vec::with_capacity(named.len()), Vec::new());
+        let (generation, lines) = (self.manifest.generation, Lines::with(self.rest.clone()));
+        let mut older = Vec::new();
+        let mut entries = self.into_entries()?;
+        entries.retain(|entry| {
+            let generation = entry.key.drain_generation();
+            older.extend(generation.map(|generation| DrainLink {
+                generation,
+                inode: entry.inode,
+                fd: entry.fd.clone(),
+            }));
+            generation.is_none()
+        });
+        let parent = ParentLink::new(generation, reader, writer, lines)
+            .map_err(|source| Error::Handover { what: "status link", source })?;
+        Ok(Inherited { generation, entries, ancestors: Ancestors { parent: Some(parent), older } })
+    }
+
+    /// Owns the descriptors that the manifest names.
+    pub(crate) fn into_entries(self) -> Result<Vec<Entry>, Error> {
+        let Self { manifest: Manifest { entries: named, unknown, .. }, mut descriptors, .. } = self;
+        let mut entries = Vec::with_capacity(named.len());
         for entry in named {
             let fd = descriptors.take(entry.fd_ref());
             let fd = fd.map_err(|source| Error::Socket { key: entry.key.clone(), source })?;
-            let entry = entry.with_fd(Arc::new(fd));
-            match entry.key.drain_generation() {
-                Some(generation) => older.push(DrainLink { generation, inode: entry.inode, fd: entry.fd }),
-                None => entries.push(entry),
-            }
+            entries.push(entry.with_fd(Arc::new(fd)));
         }
         for fd in unknown {
             // Owned in order to be closed: this version has no use for it.
             drop(descriptors.take(fd));
             logging::info!("closed a descriptor of an unknown kind");
         }
-        let parent = ParentLink::new(generation, reader, writer, Lines::with(rest))
-            .map_err(|source| Error::Handover { what: "status link", source })?;
-        Ok(Inherited { generation, entries, ancestors: Ancestors { parent: Some(parent), older } })
+        Ok(entries)
     }
 }
 

@@ -3,6 +3,7 @@
 //! Asking is the same line of code in every generation: a socket that the parent handed over is claimed, any other is
 //! made.
 
+mod late;
 pub(crate) mod pass;
 mod registry;
 
@@ -13,13 +14,17 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::{UnixDatagram, UnixListener};
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use rustix::fs::Mode;
 use rustix::net::SocketType;
 
+pub(crate) use self::late::Late;
+use self::pass::Producer;
 use self::registry::Registry;
 use crate::error::Error;
 use crate::handover::entry::Entry;
+use crate::handover::receive;
 use crate::key::Key;
 use crate::listen::{self, FileId, Socket, Start};
 use crate::logging;
@@ -270,6 +275,12 @@ impl Sockets {
         self.registry().retire(key)
     }
 
+    /// Returns the keys of everything that the parent, or the service manager, handed over and that is not claimed or taken.
+    /// For connections and state under names that this process cannot know.
+    pub fn inherited(&self) -> Vec<Key> {
+        self.registry().inherited()
+    }
+
     /// Declares that this version drops every listener of its parent on purpose. Otherwise [`Starting::ready`] fails if none
     /// of them was asked for, because a version with an empty configuration would leave the clients to nobody. Call this
     /// before `ready`.
@@ -367,13 +378,44 @@ impl Sockets {
         Ok(unclaimed.dropped)
     }
 
-    /// What an upgrade hands over. State is produced now, so that it is fresh.
-    pub(crate) fn snapshot(&self) -> Result<Vec<Entry>, Error> {
-        let (mut entries, producers) = self.registry().snapshot();
-        for (key, producer) in producers {
+    /// What an upgrade hands over when it begins, and what is to be sent at its commit. State is produced now, so that it
+    /// is fresh.
+    pub(crate) fn snapshot(&self) -> Result<(Vec<Entry>, Option<Late>), Error> {
+        let [producers, late] = self.registry().producers();
+        let produce = |(key, producer): (Key, Producer)| {
             let fd = producer.produce(&key)?;
-            entries.push(Entry::new(key.clone(), fd).map_err(|source| Error::Socket { key, source })?);
+            Entry::new(key.clone(), fd).map_err(|source| Error::Socket { key, source })
+        };
+        let produced = producers.into_iter().map(produce).collect::<Result<Vec<_>, _>>()?;
+        let mut entries = self.registry().snapshot();
+        entries.extend(produced);
+        if late.is_empty() {
+            return Ok((entries, None));
         }
-        Ok(entries)
+        let late = Late::new(late, &mut entries);
+        let late = late.map_err(|source| Error::Prepare { what: "socket for the state at the commit", source })?;
+        Ok((entries, Some(late)))
+    }
+
+    /// At the commit: starts to listen on new listeners, and receives what the parent has sent for this moment.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Socket`] with the error of listen(2).
+    pub(crate) fn begin_serving(&self) -> Result<(), Error> {
+        self.registry().start_listening()?;
+        let Some(late) = self.registry().take_late() else { return Ok(()) };
+        let received = receive::receive(&late, Duration::ZERO).and_then(|arrived| {
+            let arrived = arrived.map_err(|text| io::Error::new(io::ErrorKind::InvalidData, text))?;
+            arrived.into_entries().map_err(io::Error::other)
+        });
+        match received {
+            Ok(entries) => self.registry().inherit(entries),
+            Err(e) => {
+                self.registry().late_is_incomplete();
+                logging::warn!("cannot receive what the parent hands over at the commit: {e}");
+            }
+        }
+        Ok(())
     }
 }

@@ -28,7 +28,7 @@ pub(crate) struct Producer(Arc<Callback>);
 
 impl Producer {
     pub(crate) fn produce(&self, key: &Key) -> Result<OwnedFd, Error> {
-        let failed = |source| Error::State { name: String::from_utf8_lossy(key.name()).into_owned(), source };
+        let failed = |source| Error::State { name: String::from_utf8_lossy(key.raw_name()).into_owned(), source };
         // A panic that went on would end the service because of data that is only handed on.
         let produced = panic::catch_unwind(AssertUnwindSafe(|| (self.0)()));
         let bytes = produced.unwrap_or_else(|_| Err("the callback panicked".into())).map_err(failed)?;
@@ -83,15 +83,70 @@ impl Sockets {
         passed.map_err(|source| Error::Socket { key, source })
     }
 
-    /// Returns the bytes that the parent passed by this name; `None` if there are none. The next generation gets only
-    /// what is passed here. Call this before `ready`, which drops what was not taken.
+    /// Hands bytes to the next generation as [`pass_bytes`](Self::pass_bytes) does, but produced at the commit: after this
+    /// process has stopped accepting, and before the child may start. So they can be exact: nothing that was accepted,
+    /// read or written is missing in them. The child gets them from [`take_bytes`](Self::take_bytes) once `ready` has
+    /// returned, and not before.
+    ///
+    /// `produce` runs in a thread of its own. While accepting is paused (`Shutdown`), it may wait until the program's own
+    /// threads have put their connections down, and then pass them: what [`pass_stream`](Self::pass_stream) and
+    /// [`pass_fd`](Self::pass_fd) get until the last of these callbacks returns goes along with this upgrade, and is taken
+    /// by the child after `ready` too ([`inherited`](Self::inherited) lists it). If the upgrade fails it stays passed:
+    /// [`retire`](Self::retire) it, at [`Event::UpgradeFailed`](crate::Event::UpgradeFailed).
+    ///
+    /// All callbacks together have 3 seconds. If one fails, panics or takes longer, the upgrade fails with
+    /// [`Error::State`], and this process keeps serving; the thread of one that hangs remains.
+    ///
+    /// ```
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// use std::collections::BTreeMap;
+    /// use std::sync::{Arc, Mutex};
+    /// # let starting = ecdysis::Ecdysis::builder().start()?;
+    /// let map = Arc::new(Mutex::new(BTreeMap::<String, String>::new()));
+    /// starting.pass_bytes_at_commit("map", {
+    ///     let map = map.clone();
+    ///     move || Ok::<_, std::io::Error>(format!("{:?}", map.lock().unwrap()).into_bytes())
+    /// })?;
+    /// let server = starting.ready()?;
+    /// if let Some(bytes) = server.take_bytes("map")? {
+    ///     // Parse them into `map` before the first request is answered.
+    ///     println!("{} bytes from the old version", bytes.len());
+    /// }
+    /// # Ok(())
+    /// # }
+    /// ```
     ///
     /// # Errors
     ///
-    /// [`Error::Socket`] if the parent did not pass a sealed memory file of at most 64 MiB, or there is no memory for it.
+    /// [`Error::Socket`] if the name is longer than 255 bytes.
+    pub fn pass_bytes_at_commit<E>(
+        &self,
+        name: impl AsRef<OsStr>,
+        produce: impl Fn() -> Result<Vec<u8>, E> + Send + Sync + 'static,
+    ) -> Result<(), Error>
+    where
+        E: Into<Box<dyn StdError + Send + Sync>>,
+    {
+        let produce = move || produce().map_err(Into::into);
+        let key = Key::bytes(name);
+        let passed = self.registry().produce_late(&key, Producer(Arc::new(produce)));
+        passed.map_err(|source| Error::Socket { key, source })
+    }
+
+    /// Returns the bytes that the parent passed by this name; `None` if there are none. The next generation gets only
+    /// what is passed here. Call this before `ready`, which drops what was not taken; but after `ready` for bytes that
+    /// were passed [at the commit](Self::pass_bytes_at_commit).
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Socket`] if the parent did not pass a sealed memory file of at most 64 MiB, or there is no memory for it;
+    /// or if the parent ended, or did not answer, before it could pass what it passes at the commit.
     pub fn take_bytes(&self, name: impl AsRef<OsStr>) -> Result<Option<Vec<u8>>, Error> {
         let key = Key::bytes(name);
-        let bytes = self.take(&key).map(|fd| blob::open(fd, blob::LIMIT)).transpose();
+        let bytes = match self.take(&key) {
+            Some(fd) => blob::open(fd, blob::LIMIT).map(Some),
+            None => self.registry().check_late().map(|()| None),
+        };
         bytes.map_err(|source| Error::Socket { key, source })
     }
 

@@ -29,6 +29,12 @@ pub(crate) struct Registry {
     ours: Vec<Entry>,
     /// Made for the next generation when an upgrade begins.
     producers: Vec<(Key, Producer)>,
+    /// Made for the next generation at the commit.
+    late_producers: Vec<(Key, Producer)>,
+    /// Over this the parent sends what it hands over at the commit.
+    late: Option<Arc<OwnedFd>>,
+    /// Not everything came over it.
+    late_is_incomplete: bool,
     /// From the parent or the service manager, until claimed. In the order of the handover, which is usually the order
     /// of the claims as well, so that each claim finds its entry at the front.
     inherited: VecDeque<Entry>,
@@ -61,6 +67,10 @@ impl Registry {
     pub(crate) fn inherit(&mut self, entries: Vec<Entry>) {
         let mut inodes: HashSet<u64> = self.inherited.iter().map(|entry| entry.inode).collect();
         for entry in entries {
+            if entry.key.kind() == Kind::Late {
+                self.late = Some(entry.fd);
+                continue;
+            }
             // Two sources may know the very same socket.
             let is_new = |known: &Entry| known.inode != entry.inode || known.key != entry.key;
             if inodes.insert(entry.inode) || self.inherited.iter().all(is_new) {
@@ -134,7 +144,7 @@ impl Registry {
     }
 
     /// Starts to listen on all new listeners; those to come do so at once.
-    pub(crate) fn start_listening(&mut self) -> Result<(), Error> {
+    pub(super) fn start_listening(&mut self) -> Result<(), Error> {
         for (key, fd, backlog) in self.pending.take().into_iter().flatten() {
             rustix::net::listen(&fd, backlog).map_err(|e| Error::Socket { key, source: e.into() })?;
         }
@@ -186,10 +196,18 @@ impl Registry {
         Ok(())
     }
 
+    /// As [`produce`](Self::produce), at the commit.
+    pub(super) fn produce_late(&mut self, key: &Key, producer: Producer) -> io::Result<()> {
+        check_name(key)?;
+        self.late_producers.retain(|(held, _)| held != key);
+        self.late_producers.push((key.clone(), producer));
+        Ok(())
+    }
+
     /// Drops everything with this key, and returns how many of ours there were.
     pub(super) fn retire(&mut self, key: &Key) -> usize {
-        let Self { ours, producers, inherited, retired, store, .. } = self;
-        let before = ours.len() + producers.len();
+        let Self { ours, producers, late_producers, inherited, retired, store, .. } = self;
+        let before = ours.len() + producers.len() + late_producers.len();
         ours.retain(|entry| {
             if let (true, Some(store)) = (entry.key == *key, &store) {
                 store.forget(key, entry.file);
@@ -197,10 +215,11 @@ impl Registry {
             entry.key != *key
         });
         producers.retain(|(held, _)| held != key);
+        late_producers.retain(|(held, _)| held != key);
         let (gone, kept): (VecDeque<_>, _) = mem::take(inherited).into_iter().partition(|entry| entry.key == *key);
         *inherited = kept;
         retired.extend(gone);
-        before - ours.len() - producers.len()
+        before - ours.len() - producers.len() - late_producers.len()
     }
 
     /// Keeps the files of the Unix sockets with this key at a final stop, because the program still listens on them.
@@ -215,14 +234,47 @@ impl Registry {
 
     /// The keys of what an upgrade would hand over.
     pub(crate) fn keys(&self) -> impl Iterator<Item = &Key> {
-        let producers = self.producers.iter().map(|(key, _)| key);
+        let producers = self.producers.iter().chain(&self.late_producers).map(|(key, _)| key);
         self.ours.iter().map(|entry| &entry.key).chain(producers)
     }
 
-    /// What an upgrade hands over, and what is to be produced for it.
-    pub(super) fn snapshot(&self) -> (Vec<Entry>, Vec<(Key, Producer)>) {
-        // Inherited and still here is what a unit passed and nobody has asked for yet.
-        (self.ours.iter().chain(&self.inherited).cloned().collect(), self.producers.clone())
+    /// What an upgrade hands over.
+    pub(super) fn snapshot(&self) -> Vec<Entry> {
+        // What a unit passed and nobody has asked for yet may be asked for by a later version.
+        let unclaimed = self.inherited.iter().filter(|entry| entry.unit.is_some());
+        self.ours.iter().chain(unclaimed).cloned().collect()
+    }
+
+    /// What is to be produced for an upgrade when it begins, and what at its commit.
+    pub(super) fn producers(&self) -> [Vec<(Key, Producer)>; 2] {
+        [self.producers.clone(), self.late_producers.clone()]
+    }
+
+    /// The connections and other descriptors of ours that are not `known`.
+    pub(super) fn passed_since(&self, known: &HashSet<u64>) -> Vec<Entry> {
+        let ours = self.ours.iter().filter(|entry| matches!(entry.key.kind(), Kind::Stream | Kind::Fd));
+        ours.filter(|entry| !known.contains(&entry.inode)).cloned().collect()
+    }
+
+    /// The keys of what was inherited and is not claimed.
+    pub(super) fn inherited(&self) -> Vec<Key> {
+        self.inherited.iter().map(|entry| entry.key.clone()).collect()
+    }
+
+    pub(super) fn take_late(&mut self) -> Option<Arc<OwnedFd>> {
+        self.late.take()
+    }
+
+    pub(super) fn late_is_incomplete(&mut self) {
+        self.late_is_incomplete = true;
+    }
+
+    pub(super) fn check_late(&self) -> io::Result<()> {
+        if self.late_is_incomplete {
+            let why = "the parent did not get as far as to pass its state at the commit";
+            return Err(io::Error::new(io::ErrorKind::UnexpectedEof, why));
+        }
+        Ok(())
     }
 
     // ---- close ------------------------------------------------------------------------------------------------------
@@ -303,6 +355,7 @@ impl Registry {
     pub(crate) fn close_all(&mut self) {
         self.ours.clear();
         self.producers.clear();
+        self.late_producers.clear();
         self.inherited.clear();
     }
 
@@ -354,7 +407,7 @@ pub(super) struct Unclaimed {
 const MAX_NAME: usize = 255;
 
 fn check_name(key: &Key) -> io::Result<()> {
-    if key.name().len() > MAX_NAME {
+    if key.raw_name().len() > MAX_NAME {
         let reason = format!("the name is longer than {MAX_NAME} bytes");
         return Err(io::Error::new(io::ErrorKind::InvalidInput, reason));
     }
@@ -364,7 +417,7 @@ fn check_name(key: &Key) -> io::Result<()> {
 /// Removes the file of a Unix socket, if it still belongs to it.
 fn unlink(entry: &Entry) {
     let Some(file) = entry.file else { return };
-    let path = Path::new(OsStr::from_bytes(entry.key.name()));
+    let path = Path::new(OsStr::from_bytes(entry.key.raw_name()));
     if let Err(e) = listen::unlink_if_ours(path, file) {
         logging::warn!("cannot remove {}: {e}", path.display());
     }
@@ -384,7 +437,7 @@ pub(super) fn check_kind(kind: Kind, fd: BorrowedFd<'_>, pending: bool) -> io::R
         Kind::UnixDatagram | Kind::DatagramPair => (UNIX, SocketType::DGRAM, false),
         Kind::Stream => (ANY, SocketType::STREAM, false),
         // Not a socket. Bytes are checked when they are read.
-        Kind::Bytes | Kind::Fd | Kind::Drain => return Ok(()),
+        Kind::Bytes | Kind::Fd | Kind::Late | Kind::Drain => return Ok(()),
     };
     if sockopt::socket_type(fd)? == socket_type
         && families.contains(&sys::net::family(fd)?)

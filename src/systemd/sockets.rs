@@ -144,7 +144,7 @@ pub(crate) fn inherit() -> Result<Inherited, Error> {
         #[cfg(feature = "systemd_notify")]
         if let Some((key, file)) = stored::parse(&name) {
             // If the file was replaced meanwhile, the path leads to another socket.
-            let at = PathBuf::from(OsStr::from_bytes(key.name()));
+            let at = PathBuf::from(OsStr::from_bytes(key.raw_name()));
             if file.is_none() || crate::listen::file_id(&at).ok() == file {
                 inherited.sockets.push(Entry { file, ..Entry::new(key, fd).map_err(failed)? });
             } else {
@@ -391,7 +391,7 @@ mod tests {
         let listener = sockets.systemd_listen_tcp("http", "127.0.0.1:2".parse().unwrap()).unwrap();
         assert_eq!(inode(listener), inodes[1]);
         sockets.close_unclaimed().unwrap();
-        let entries = sockets.snapshot().unwrap();
+        let (entries, _) = sockets.snapshot().unwrap();
         let mut handed_on: Vec<_> = entries.iter().map(|entry| (&entry.key, entry.unit.as_deref())).collect();
         handed_on.sort_by_key(|(key, _)| key.to_string());
         assert_eq!(handed_on, [(&key(2), Some("http")), (&key(3), Some("admin")), (&key(4), Some("admin"))]);

@@ -13,7 +13,7 @@ pub(crate) fn name(key: &Key, file: Option<FileId>) -> Option<String> {
         return None;
     }
     let mut name = format!("{PREFIX} {} ", key.kind().word());
-    escape(key.name(), &mut name);
+    escape(key.raw_name(), &mut name);
     // The manager separates names with colons.
     let mut name = name.replace(':', "%3A");
     if let Some((device, inode)) = file {

@@ -126,7 +126,7 @@ pub(crate) fn ready(generation: &Generation) -> Result<(), Error> {
             Some(FromParent::Main) => continue,
             None if parent.has_ended() => {
                 logging::warn!("the parent ended before it could commit: serving without it");
-                generation.sockets.registry().start_listening()?;
+                generation.sockets.begin_serving()?;
                 pid_file.keep();
                 return Ok(());
             }
@@ -135,7 +135,7 @@ pub(crate) fn ready(generation: &Generation) -> Result<(), Error> {
             // It is stopped or hangs, and so accepts nothing. When it continues it reads this first.
             None => logging::warn!("the parent did not answer within {COMMIT:?}: serving without it"),
         }
-        generation.sockets.registry().start_listening()?;
+        generation.sockets.begin_serving()?;
         // Before the first accept: if this fails, the parent has ended, or it takes the commit back and says so.
         match parent.send(&FromChild::Serving) {
             Ok(()) => {

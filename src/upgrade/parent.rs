@@ -17,6 +17,7 @@ use crate::handover::lines::{FromChild, FromParent, Lines, Read};
 use crate::handover::link::{ChildLink, Handover, Transport};
 use crate::logging;
 use crate::shutdown::{End, EndSignal, Shutdown, State};
+use crate::sockets::Late;
 use crate::sys::child::Parentage;
 use crate::sys::peer::peer_pidfd;
 use crate::sys::poll::Deadline;
@@ -41,20 +42,20 @@ pub(crate) fn upgrade<'a>(
 ) -> Result<Succeeded<'a>, Error> {
     let generation = event_loop.generation;
     generation.reporter.emit(&Event::Upgrading);
-    let handover = pack(generation)?;
+    let (handover, late) = pack(generation)?;
     let mut successor = match target {
         None => start(generation, handover)?,
         Some(request) => begin(generation, request, handover)?,
     };
     wait_ready(&mut successor, event_loop, since)?;
-    commit(successor, event_loop, since)
+    commit(successor, late, event_loop, since)
 }
 
-/// Step 2: everything that is handed over, whatever carries it.
-fn pack(generation: &Generation) -> Result<Handover, Error> {
-    let mut entries = generation.sockets.snapshot()?;
+/// Step 2: everything that is handed over, whatever carries it; and what is to be sent at the commit.
+fn pack(generation: &Generation) -> Result<(Handover, Option<Late>), Error> {
+    let (mut entries, late) = generation.sockets.snapshot()?;
     entries.extend(generation.ancestors.draining().map(DrainLink::entry));
-    Ok(Handover { generation: generation.number, entries })
+    Ok((Handover { generation: generation.number, entries }, late))
 }
 
 /// Step 3 with a child. Everything that needs memory is built before the child exists.
@@ -136,6 +137,7 @@ fn wait_ready(successor: &mut Successor<'_>, event_loop: &mut EventLoop<'_>, sin
 /// sockets, and if the child dies it accepts again: the connections of that time wait in the queue.
 fn commit<'a>(
     successor: Successor<'a>,
+    late: Option<Late>,
     event_loop: &mut EventLoop<'a>,
     since: Instant,
 ) -> Result<Succeeded<'a>, Error> {
@@ -151,6 +153,9 @@ fn commit<'a>(
         Error::ChildSilent { .. } => Error::DiedAfterReady { pid, status: None, after: committed.elapsed() },
         other => other,
     };
+    if let Some(late) = late {
+        late.send(&generation.sockets, generation.number)?;
+    }
     if successor.link.send(FromParent::Commit).is_err() {
         return Err(died(successor.link_ended()));
     }

@@ -15,6 +15,7 @@ mod support;
 mod demo;
 mod echo;
 mod endurance;
+mod exact_state;
 mod examples;
 #[cfg(all(target_arch = "x86_64", not(sanitized)))]
 mod faults;

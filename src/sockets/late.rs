@@ -1,0 +1,111 @@
+//! What is handed over at the commit: state and descriptors that must be as fresh as the commit itself.
+//!
+//! The child runs already, so they cannot be inherited. They travel over a socket pair that is made with the handover:
+//! a text in the form of the manifest, and the descriptors. The parent sends them after it has paused and before
+//! `commit`, so a child that has received `commit` can receive all of them without waiting.
+
+use std::collections::HashSet;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::{mpsc, Arc};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use rustix::net::sockopt::set_socket_send_buffer_size;
+use rustix::net::SocketType;
+
+use super::pass::Producer;
+use super::Sockets;
+use crate::error::Error;
+use crate::handover::entry::Entry;
+use crate::handover::manifest;
+use crate::handover::scm::{Sender, Sent};
+use crate::key::Key;
+use crate::sys::{net, Mode};
+
+/// How long all callbacks and the sending may take together. The child waits five seconds for the commit.
+const TIME: Duration = Duration::from_secs(3);
+
+/// How long to wait when the kernel accepts no more descriptors. No event says when it does again.
+const CROWDED: Duration = Duration::from_millis(10);
+
+/// The send buffer that is asked for, in bytes. The usual limit is enough for some 50,000 descriptors.
+const BUFFER: usize = 8 << 20;
+
+/// What is to be sent at the commit of one upgrade.
+#[derive(Debug)]
+pub(crate) struct Late {
+    socket: OwnedFd,
+    producers: Vec<(Key, Producer)>,
+    /// The descriptors that are handed over anyway.
+    known: HashSet<u64>,
+}
+
+impl Late {
+    /// Adds the child's end to `entries`.
+    pub(super) fn new(producers: Vec<(Key, Producer)>, entries: &mut Vec<Entry>) -> io::Result<Self> {
+        let (socket, child_end) = net::socketpair(SocketType::STREAM, Mode::Nonblocking)?;
+        // As much as the system allows (net.core.wmem_max), because the child reads only after the commit.
+        let _ = set_socket_send_buffer_size(&socket, BUFFER);
+        let known = entries.iter().map(|entry| entry.inode).collect();
+        entries.push(Entry::new(Key::late(), child_end)?);
+        Ok(Self { socket, producers, known })
+    }
+
+    /// Calls the callbacks, and sends what they return and what was passed since the upgrade began.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::State`] if a callback fails, panics or takes too long; [`Error::Prepare`] if it cannot be sent.
+    pub(crate) fn send(self, sockets: &Sockets, generation: u64) -> Result<(), Error> {
+        let end = Instant::now() + TIME;
+        let mut entries = produce(self.producers, end)?;
+        entries.extend(sockets.registry().passed_since(&self.known));
+        let text = manifest::encode(generation, (0..).zip(&entries));
+        let descriptors: Vec<Arc<OwnedFd>> = entries.into_iter().map(|entry| entry.fd).collect();
+        send(&self.socket, text.into_bytes(), descriptors, end)
+            .map_err(|source| Error::Prepare { what: "state at the commit", source })
+    }
+}
+
+/// Calls the callbacks in a thread of their own, so that one that hangs cannot keep this process from serving.
+fn produce(producers: Vec<(Key, Producer)>, end: Instant) -> Result<Vec<Entry>, Error> {
+    let keys: Vec<Key> = producers.iter().map(|(key, _)| key.clone()).collect();
+    let (results, produced) = mpsc::channel();
+    let call = move || {
+        for (key, producer) in producers {
+            let entry = producer
+                .produce(&key)
+                .and_then(|fd| Entry::new(key.clone(), fd).map_err(|source| Error::Socket { key, source }));
+            if results.send(entry).is_err() {
+                return;
+            }
+        }
+    };
+    thread::Builder::new()
+        .name("ecdysis-state".into())
+        .spawn(call)
+        .map_err(|source| Error::Prepare { what: "thread for the state at the commit", source })?;
+    let wait = |key: &Key| {
+        let late = |_| Error::State {
+            name: String::from_utf8_lossy(key.raw_name()).into_owned(),
+            source: format!("the callbacks at the commit took longer than {TIME:?}").into(),
+        };
+        produced.recv_timeout(end.saturating_duration_since(Instant::now())).map_err(late)?
+    };
+    keys.iter().map(wait).collect()
+}
+
+fn send(socket: &OwnedFd, text: Vec<u8>, descriptors: Vec<Arc<OwnedFd>>, end: Instant) -> io::Result<()> {
+    let mut sender = Sender::new(text, descriptors)?;
+    loop {
+        match sender.step(socket)? {
+            Sent::All => return Ok(()),
+            Sent::Crowded if Instant::now() < end => thread::sleep(CROWDED),
+            // The child reads only after `commit`, so a socket that is full stays full.
+            Sent::Blocked | Sent::Crowded => {
+                return Err(io::Error::new(io::ErrorKind::OutOfMemory, "more than a socket's buffer can hold"));
+            }
+        }
+    }
+}
