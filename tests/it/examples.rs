@@ -14,6 +14,19 @@ use std::thread;
 use crate::support::*;
 use serde_json::{json, Value};
 
+#[test]
+fn each_answers_help() {
+    let mut all = vec!["ctl", "demo", "http", "takeover", "udp", "whoami"];
+    if cfg!(feature = "tokio_ecdysis") {
+        all.extend(["tokio_echo", "tokio_whoami"]);
+    }
+    for name in all {
+        let output = Command::new(example(name)).arg("--help").output().unwrap();
+        let text = String::from_utf8(output.stdout).unwrap();
+        assert!(output.status.success() && text.lines().count() > 3, "{name}: {text}");
+    }
+}
+
 // ---- ctl ----
 
 /// The exit code, stdout and stderr of `ctl SOCKET WORDS...`.

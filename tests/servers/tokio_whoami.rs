@@ -17,6 +17,9 @@
 //!       --hold --drain --misbehave --exec --probation --ready-timeout --control-socket --pid-file    as whoami
 //!       --takeover-socket PATH            lets a process that is not a child take over; --take-over PATH is that process
 
+#[path = "../../examples/support/mod.rs"]
+mod support;
+
 use ecdysis::tokio_ecdysis::{
     SignalKind, StopOnShutdown, Stoppable, StoppableStream, TokioEcdysisBuilder, UdpStream, UnixSeqpacketListenerStream,
 };
@@ -36,6 +39,7 @@ type Result<T> = std::result::Result<T, Box<dyn Error + Send + Sync>>;
 static ACCEPTED: AtomicUsize = AtomicUsize::new(0);
 
 fn main() -> ExitCode {
+    support::help(include_str!("tokio_whoami.rs"));
     let run = || {
         let mut choices = ecdysis::Ecdysis::builder();
         let options = Options::parse(&mut choices)?;
@@ -292,10 +296,6 @@ impl Options {
                 Long("exec") => drop(choices.exec(args.value()?)),
                 Long("ready-timeout") => drop(choices.ready_timeout(ms(args.value()?)?)),
                 Long("probation") => drop(choices.probation(ms(args.value()?)?)),
-                Long("help") | Short('h') => {
-                    let _ = io::stdout().write_all(help(include_str!("tokio_whoami.rs")).as_bytes());
-                    process::exit(0);
-                }
                 other => return Err(other.unexpected().into()),
             }
         }
@@ -320,12 +320,6 @@ fn report(event: &Event) {
         Event::UpgradeFailed { error, .. } => say(format!("upgrade failed: {}", chain(error))),
         _ => {}
     }
-}
-
-/// The head comment of a program.
-fn help(source: &str) -> String {
-    let lines = source.lines().map_while(|line| line.strip_prefix("//!"));
-    lines.map(|line| format!("{}\n", line.strip_prefix(' ').unwrap_or(line))).collect()
 }
 
 /// One write, so that the lines of several generations never mix; nobody to tell when it fails.

@@ -29,6 +29,9 @@
 //!     upgrade failed: WHY
 //!     ended gen= pid= left= HOW           the last line; left is how many connections were cut
 
+#[path = "../../examples/support/mod.rs"]
+mod support;
+
 use ecdysis::{Ecdysis, Event, Overlap, Shutdown, Spawn, Starting, Transport};
 use std::error::Error;
 use std::io::{self, BufRead, BufReader, Read, Write};
@@ -43,6 +46,7 @@ use std::time::Duration;
 type Result<T> = std::result::Result<T, Box<dyn Error + Send + Sync>>;
 
 fn main() -> ExitCode {
+    support::help(include_str!("whoami.rs"));
     match serve() {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
@@ -98,12 +102,6 @@ fn serve() -> Result<()> {
     let left = shutdown.drain(options.drain);
     say(format!("ended gen={gen} pid={pid} left={left} {} ({})", exit.mode, exit.reason));
     Ok(())
-}
-
-/// The head comment of a program.
-fn help(source: &str) -> String {
-    let lines = source.lines().map_while(|line| line.strip_prefix("//!"));
-    lines.map(|line| format!("{}\n", line.strip_prefix(' ').unwrap_or(line))).collect()
 }
 
 /// One write, so that the lines of several generations never mix; nobody to tell when it fails.
@@ -197,10 +195,6 @@ impl Options {
                     "refuse" => Overlap::Refuse,
                     most => Overlap::AtMost(most.parse()?),
                 })),
-                Long("help") | Short('h') => {
-                    let _ = io::stdout().write_all(help(include_str!("whoami.rs")).as_bytes());
-                    process::exit(0);
-                }
                 other => return Err(other.unexpected().into()),
             }
         }
