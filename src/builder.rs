@@ -1,48 +1,30 @@
-//! What a program chooses before it starts, and the start itself.
+//! What a program chooses before it starts.
 
-use std::collections::BTreeMap;
+use std::error::Error as StdError;
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use rustix::fs::Mode;
-
-use crate::ecdysis::Starting;
-use crate::error::Error;
+use crate::ecdysis::Ecdysis;
 use crate::event::Event;
-use crate::generation::Generation;
-use crate::handover::ancestors::Ancestors;
 use crate::handover::link::Transport;
-use crate::handover::receive::Inherited;
-use crate::logging;
-use crate::manager::ServiceManager;
-use crate::options::{Launch, Limits, Overlap};
-use crate::pid_file::PidFile;
-use crate::program::{Program, ProgramOverrides};
-use crate::reporter::{Observer, Reporter};
-use crate::service::{Service, Started};
-use crate::shutdown::Shutdown;
-use crate::sockets::Sockets;
-use crate::sys::attributes::Attributes;
+use crate::options::{BeforeUpgrade, Limits, Overlap};
+use crate::program::Changes;
+use crate::reporter::Observer;
 use crate::sys::peer::PeerCred;
-use crate::sys::signal::{self, Handlers};
 use crate::sys::spawn::Spawn;
-use crate::triggers::control::{ControlSocket, Purpose, Trust};
-use crate::triggers::request::{Action, Calls};
-use crate::triggers::Triggers;
-use crate::upgrade::child::inherit;
+use crate::triggers::control::{Purpose, Trust};
+use crate::triggers::request::Action;
 
 /// Chooses triggers, deadlines, and what the next generation runs. Nothing happens before [`start`](Self::start).
 ///
 /// ```
 /// # fn main() -> Result<(), ecdysis::Error> {
 /// use std::time::Duration;
-/// # const SIGHUP: i32 = 1;
-/// # const SIGTERM: i32 = 15;
 /// let starting = ecdysis::Ecdysis::builder()
-///     .upgrade_on_signal(SIGHUP) // from the libc crate
-///     .stop_on_signal(SIGTERM)
+///     .upgrade_on_signal(libc::SIGHUP)
+///     .stop_on_signal(libc::SIGTERM)
 ///     .ready_timeout(Duration::from_secs(20))
 ///     .start()?;
 /// assert!(!starting.is_child());
@@ -51,19 +33,21 @@ use crate::upgrade::child::inherit;
 /// ```
 #[derive(Clone)]
 pub struct Builder {
-    signals: Vec<(i32, Action)>,
-    sockets: Vec<(PathBuf, Purpose)>,
-    overrides: ProgramOverrides,
-    pid_file: Option<PathBuf>,
-    spawn: Spawn,
-    transport: Transport,
-    limits: Limits,
-    take_over: Option<PathBuf>,
-    trust: Trust,
-    observer: Option<Observer>,
-    systemd_notify: bool,
+    pub(crate) signals: Vec<(i32, Action)>,
+    pub(crate) sockets: Vec<(PathBuf, Purpose)>,
+    pub(crate) changes: Changes,
+    pub(crate) before_upgrade: Option<BeforeUpgrade>,
+    pub(crate) standalone: bool,
+    pub(crate) pid_file: Option<PathBuf>,
+    pub(crate) spawn: Spawn,
+    pub(crate) transport: Transport,
+    pub(crate) limits: Limits,
+    pub(crate) take_over: Option<PathBuf>,
+    pub(crate) trust: Trust,
+    pub(crate) observer: Option<Observer>,
+    pub(crate) systemd_notify: bool,
     #[cfg(feature = "systemd_sockets")]
-    systemd_sockets: bool,
+    pub(crate) systemd_sockets: bool,
 }
 
 impl Default for Builder {
@@ -78,7 +62,9 @@ impl Builder {
         Self {
             signals: Vec::new(),
             sockets: Vec::new(),
-            overrides: ProgramOverrides::default(),
+            changes: Changes::default(),
+            before_upgrade: None,
+            standalone: false,
             pid_file: None,
             spawn: Spawn::default(),
             transport: Transport::default(),
@@ -151,7 +137,7 @@ impl Builder {
     /// fails is not killed, since it is somebody else's, but told that this one goes on serving.
     ///
     /// The socket itself goes over too, so the next takeover finds the next generation at the same path. Programs that do
-    /// not call [`run`](crate::Ecdysis::run) use [`Sockets::listen_takeover`] instead.
+    /// not call [`run`](crate::Ecdysis::run) use [`Sockets::listen_takeover`](crate::Sockets::listen_takeover) instead.
     pub fn takeover_on_socket(&mut self, path: impl AsRef<Path>) -> &mut Self {
         self.on_socket(path.as_ref(), Purpose::Takeover)
     }
@@ -161,8 +147,8 @@ impl Builder {
         self
     }
 
-    /// Keeps the serving process's PID in this file, mode 0644. It is written at `ready`, by rename, and removed at a
-    /// final stop if it is still ours. A relative path is resolved at each write.
+    /// Keeps the serving process's PID in this file, mode 0644: written at `ready`, by rename where that can be, and removed
+    /// at a final stop if it is still ours. A relative path is resolved at each write.
     pub fn pid_file(&mut self, path: impl AsRef<Path>) -> &mut Self {
         self.pid_file = Some(path.as_ref().to_owned());
         self
@@ -171,35 +157,78 @@ impl Builder {
     /// The program that the next generation runs. A relative path starts at the directory of this process's start; no
     /// link is followed. Default: what `argv[0]` means, resolved at [`start`](Self::start) in the same way.
     pub fn exec(&mut self, program: impl AsRef<Path>) -> &mut Self {
-        self.overrides.exec = Some(program.as_ref().to_owned());
+        self.changes.exec(program);
         self
     }
 
     /// The next generation's arguments, without `argv[0]`. Default: this one's.
     pub fn args(&mut self, args: impl IntoIterator<Item = impl Into<OsString>>) -> &mut Self {
-        self.overrides.args = Some(args.into_iter().map(Into::into).collect());
+        self.changes.args(args);
         self
     }
 
     /// Sets a variable in the next generation's environment, which is otherwise this one's at the time of the upgrade.
     pub fn env(&mut self, name: impl Into<OsString>, value: impl Into<OsString>) -> &mut Self {
-        self.environment().insert(name.into(), Some(value.into()));
+        self.changes.env(name, value);
         self
     }
 
     /// Leaves a variable out of the next generation's environment.
     pub fn env_remove(&mut self, name: impl Into<OsString>) -> &mut Self {
-        self.environment().insert(name.into(), None);
+        self.changes.env_remove(name);
         self
-    }
-
-    fn environment(&mut self) -> &mut BTreeMap<OsString, Option<OsString>> {
-        &mut self.overrides.env
     }
 
     /// Where the next generation starts. Default: where this one started, or, if that directory is gone, where it is.
     pub fn current_dir(&mut self, path: impl AsRef<Path>) -> &mut Self {
-        self.overrides.directory = Some(path.as_ref().to_owned());
+        self.changes.current_dir(path);
+        self
+    }
+
+    /// For tests of a program that uses this library: the service handles no signal, ignores the environment, is nobody's
+    /// child, takes nothing over, uses no service manager, and cannot be upgraded
+    /// ([`upgrade`](crate::Ecdysis::upgrade) is an error). So a process may have any number of them.
+    ///
+    /// ```
+    /// # fn main() -> Result<(), ecdysis::Error> {
+    /// let new = || ecdysis::Ecdysis::builder().standalone().start()?.ready();
+    /// let (first, second) = (new()?, new()?);
+    /// first.stop();
+    /// assert!(first.shutdown().is_over() && !second.shutdown().is_over());
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn standalone(&mut self) -> &mut Self {
+        self.standalone = true;
+        self
+    }
+
+    /// Calls `choose` at each upgrade, before the child exists, to choose what it runs: the program, its arguments, its
+    /// environment. What it changes comes on top of what the builder was told, and holds for this upgrade only. A
+    /// takeover does not call it, because the other process runs already. Return soon: meanwhile no trigger is
+    /// handled.
+    ///
+    /// ```
+    /// # let mut builder = ecdysis::Ecdysis::builder();
+    /// builder.before_upgrade(|next| {
+    ///     // The file may have changed since this process started.
+    ///     for line in std::fs::read_to_string("/etc/default/app")?.lines() {
+    ///         if let Some((name, value)) = line.split_once('=') {
+    ///             next.env(name, value);
+    ///         }
+    ///     }
+    ///     Ok(())
+    /// });
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// An error that `choose` returns, or a panic in it, is a failed upgrade ([`Error::Prepare`](crate::Error::Prepare)).
+    pub fn before_upgrade(
+        &mut self,
+        choose: impl Fn(&mut Changes) -> Result<(), Box<dyn StdError + Send + Sync>> + Send + Sync + 'static,
+    ) -> &mut Self {
+        self.before_upgrade = Some(Arc::new(choose));
         self
     }
 
@@ -284,7 +313,7 @@ impl Builder {
     ///
     /// # Errors
     ///
-    /// [`start`](Self::start) fails with [`Error::ServiceManager`] if the address in `NOTIFY_SOCKET` cannot be used.
+    /// [`start`](Self::start) fails with [`Error::ServiceManager`](crate::Error::ServiceManager) if the address in `NOTIFY_SOCKET` cannot be used.
     #[cfg(feature = "systemd_notify")]
     pub fn systemd_notify(&mut self, on: bool) -> &mut Self {
         self.systemd_notify = on;
@@ -304,150 +333,18 @@ impl Builder {
     ///
     /// # Errors
     ///
-    /// [`start`](Self::start) fails with [`Error::ServiceManager`] if the variables are malformed or name what is not
+    /// [`start`](Self::start) fails with [`Error::ServiceManager`](crate::Error::ServiceManager) if the variables are malformed or name what is not
     /// open.
     #[cfg(feature = "systemd_sockets")]
     pub fn systemd_sockets(&mut self, on: bool) -> &mut Self {
         self.systemd_sockets = on;
         self
     }
-
-    /// Starts: takes over what the parent handed over, if there is one, handles the chosen signals, opens the control
-    /// sockets. Call it early, before other threads run and before descriptors are opened.
-    ///
-    /// # Errors
-    ///
-    /// [`Error::AlreadyStarted`], [`Error::Signal`], [`Error::Socket`] for a control socket, [`Error::Handover`]. An
-    /// error in a child fails the upgrade: return it from `main`, and the parent serves on.
-    pub fn start(&mut self) -> Result<Starting, Error> {
-        let started = Started::claim().ok_or(Error::AlreadyStarted)?;
-        let prepare = |what| move |source| Error::Prepare { what, source };
-        // First of all, because only now these are as the parent made them.
-        let attributes = Attributes::of_this_thread().map_err(prepare("signal mask"))?;
-        let program = Program::resolve(&self.overrides);
-        let launch = Launch { program, spawn: self.spawn, transport: self.transport, attributes };
-        let inherited = inherit(self.take_over.as_deref(), &self.trust, self.limits.ready_timeout)?;
-        let (number, entries, ancestors) = match inherited {
-            Some(Inherited { generation, entries, ancestors }) => (generation + 1, entries, ancestors),
-            None => (1, Vec::new(), Ancestors::default()),
-        };
-        logging::set_generation(number);
-
-        signal::wake_fd().map_err(prepare("wake descriptor"))?;
-        let mut handlers = Handlers::default();
-        for &(signal, _) in &self.signals {
-            handlers.install(signal).map_err(|source| Error::Signal { signal, source })?;
-        }
-        let sockets = Sockets::new(entries, ancestors.parent.is_some());
-        let shutdown = Shutdown::new().map_err(prepare("shutdown handle"))?;
-        let ancestors = Arc::new(ancestors);
-        let reporter = Reporter::new(self.observer.clone(), ancestors.clone(), sockets.clone());
-        let pid_file = PidFile::new(self.pid_file.clone());
-        let generation = Generation {
-            number,
-            began: Instant::now(),
-            launch,
-            limits: self.limits,
-            sockets,
-            shutdown,
-            ancestors,
-            pid_file,
-            reporter,
-        };
-        if self.systemd_notify {
-            enable_manager(&generation)?;
-        }
-        #[cfg(feature = "systemd_sockets")]
-        if self.systemd_sockets {
-            inherit_from_manager(&generation)?;
-        }
-        let control = self.sockets.iter().map(|(path, purpose)| control_socket(&generation, path, *purpose));
-        let control = control.collect::<Result<_, _>>()?;
-        generation.sockets.registry().begin_claims();
-        let calls = Arc::new(Calls::default());
-        let triggers = Triggers::new(self.signals.clone(), handlers, control, self.trust.clone(), calls.clone());
-        Ok(Starting(Arc::new(Service::new(generation, triggers, calls, self.trust.clone(), started))))
-    }
 }
 
-fn control_socket(generation: &Generation, path: &Path, purpose: Purpose) -> Result<ControlSocket, Error> {
-    let listener = generation.sockets.listen_unix_with_mode(path, Some(Mode::RUSR | Mode::WUSR))?;
-    Ok(ControlSocket { path: path.to_owned(), listener, purpose })
-}
-
-/// Reports to the service manager from now on, if there is one.
-fn enable_manager(generation: &Generation) -> Result<(), Error> {
-    if let Some(manager) = find_manager(generation)? {
-        if generation.reporter.set_manager(manager.clone()) {
-            generation.shutdown.on_progress(move |left| manager.progress(left));
-        }
-    }
-    Ok(())
-}
-
-#[cfg(feature = "systemd_notify")]
-fn find_manager(generation: &Generation) -> Result<Option<Arc<dyn ServiceManager>>, Error> {
-    let Limits { ready_timeout, probation, .. } = generation.limits;
-    let is_child = generation.ancestors.parent.is_some();
-    let systemd = crate::systemd::manager::Systemd::from_env(
-        generation.number,
-        is_child,
-        ready_timeout.saturating_add(probation),
-    )?;
-    Ok(systemd.map(|systemd| Arc::new(systemd) as _))
-}
-
-#[cfg(not(feature = "systemd_notify"))]
-fn find_manager(_: &Generation) -> Result<Option<Arc<dyn ServiceManager>>, Error> {
-    Ok(None)
-}
-
-/// Takes what the service manager passed, in addition to what the parent handed over. Returns false if that was done
-/// before.
-#[cfg(feature = "systemd_sockets")]
-fn inherit_from_manager(generation: &Generation) -> Result<bool, Error> {
-    if generation.reporter.take_sockets() {
-        return Ok(false);
-    }
-    let passed = crate::systemd::sockets::inherit()?;
-    generation.sockets.registry().inherit(passed.sockets);
-    generation.sockets.registry().forget_later(passed.stale);
-    Ok(true)
-}
-
-/// For the asynchronous face: its builder starts first, and the program chooses triggers later.
-#[cfg(feature = "tokio_ecdysis")]
-impl Starting {
-    /// The handle that this generation will have. Before `ready` it upgrades nothing.
-    pub(crate) fn handle(&self) -> crate::Ecdysis {
-        crate::Ecdysis(self.0.clone())
-    }
-
-    pub(crate) fn add_signal(&self, signal: i32, action: Action) -> Result<(), Error> {
-        self.with_triggers(|triggers| triggers.add_signal(signal, action))?
-            .map_err(|source| Error::Signal { signal, source })
-    }
-
-    pub(crate) fn add_socket(&self, path: &Path, purpose: Purpose) -> Result<(), Error> {
-        let socket = control_socket(&self.0.generation, path, purpose)?;
-        self.with_triggers(|triggers| triggers.add_socket(socket))
-    }
-
-    fn with_triggers<T>(&self, change: impl FnOnce(&mut Triggers) -> T) -> Result<T, Error> {
-        self.0.lead().triggers.as_mut().map(change).ok_or(Error::Busy)
-    }
-
-    #[cfg(feature = "systemd_notify")]
-    pub(crate) fn enable_manager(&self) -> Result<(), Error> {
-        enable_manager(&self.0.generation)
-    }
-
-    #[cfg(feature = "systemd_sockets")]
-    pub(crate) fn inherit_from_manager(&self) -> Result<bool, Error> {
-        inherit_from_manager(&self.0.generation)
-    }
-
-    pub(crate) fn set_pid_file(&self, path: &Path) {
-        self.0.generation.pid_file.set(path);
+impl Ecdysis {
+    /// Begins with the choices.
+    pub fn builder() -> Builder {
+        Builder::new()
     }
 }

@@ -5,7 +5,6 @@ use std::ops::Deref;
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::builder::Builder;
 use crate::error::Error;
 use crate::event::Event;
 use crate::exit::{Exit, ExitReason, Upgraded};
@@ -102,11 +101,6 @@ impl Drop for Starting {
 pub struct Ecdysis(pub(crate) Arc<Service>);
 
 impl Ecdysis {
-    /// Begins with the choices.
-    pub fn builder() -> Builder {
-        Builder::new()
-    }
-
     /// Whether another generation handed over to this one: it was started by an upgrade, or took over.
     pub fn is_child(&self) -> bool {
         self.0.generation.ancestors.parent.is_some()

@@ -105,6 +105,7 @@ mod seqpacket;
 mod service;
 mod shutdown;
 mod sockets;
+mod start;
 mod sys;
 #[cfg(any(feature = "systemd_notify", feature = "systemd_sockets"))]
 pub mod systemd;
@@ -155,6 +156,7 @@ pub use handover::link::Transport;
 pub use key::Key;
 pub use listen::Socket;
 pub use options::Overlap;
+pub use program::Changes;
 pub use seqpacket::{UnixSeqpacketConn, UnixSeqpacketListener};
 pub use shutdown::{Accept, Datagram, Guard, Incoming, Readable, Shutdown};
 pub use sockets::pass::Stream;

@@ -1,19 +1,48 @@
 //! What the builder chose and an upgrade needs.
 
+use std::error::Error as StdError;
+use std::io;
+use std::panic::{self, AssertUnwindSafe};
+use std::sync::Arc;
 use std::time::Duration;
 
+use crate::error::Error;
 use crate::handover::link::Transport;
-use crate::program::Program;
+use crate::program::{Changes, Program};
 use crate::sys::attributes::Attributes;
 use crate::sys::spawn::Spawn;
+
+/// Chooses what the next generation runs, at each upgrade.
+pub(crate) type BeforeUpgrade = Arc<dyn Fn(&mut Changes) -> Result<(), Box<dyn StdError + Send + Sync>> + Send + Sync>;
 
 /// How the next generation is started.
 pub(crate) struct Launch {
     pub(crate) program: Program,
+    pub(crate) before_upgrade: Option<BeforeUpgrade>,
+    /// There is no upgrade.
+    pub(crate) standalone: bool,
     pub(crate) spawn: Spawn,
     pub(crate) transport: Transport,
     /// The attributes that this process started with, and every child will start with.
     pub(crate) attributes: Attributes,
+}
+
+impl Launch {
+    /// What the next generation runs, as the program wants it now.
+    pub(crate) fn program(&self) -> Result<Program, Error> {
+        if self.standalone {
+            let source = io::Error::new(io::ErrorKind::Unsupported, "this service is standalone");
+            return Err(Error::Prepare { what: "the next generation", source });
+        }
+        let mut changes = Changes::default();
+        if let Some(before_upgrade) = &self.before_upgrade {
+            // The program's code. A panic in it is a failed upgrade, and not the end of the thread that upgrades.
+            panic::catch_unwind(AssertUnwindSafe(|| before_upgrade(&mut changes)))
+                .unwrap_or_else(|_| Err("the callback panicked".into()))
+                .map_err(|e| Error::Prepare { what: "before_upgrade", source: io::Error::other(e) })?;
+        }
+        Ok(self.program.clone().with(&changes))
+    }
 }
 
 /// What an upgrade may take.

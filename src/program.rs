@@ -5,7 +5,7 @@ use std::env;
 use std::ffi::{CString, OsStr, OsString};
 use std::fs;
 use std::io;
-use std::os::unix::ffi::OsStringExt;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
@@ -20,53 +20,90 @@ use crate::sys::spawn::IfMissing;
 const FOR_THIS_PROCESS_ONLY: [&str; 5] =
     ["LISTEN_PID", "LISTEN_PIDFDID", "LISTEN_FDS", "LISTEN_FDNAMES", "WATCHDOG_PID"];
 
+/// What the next generation runs instead of what this one runs. The builder has one, and
+/// [`Builder::before_upgrade`](crate::Builder::before_upgrade) gets another at each upgrade.
+#[derive(Clone, Debug, Default)]
+pub struct Changes {
+    exec: Option<PathBuf>,
+    args: Option<Vec<OsString>>,
+    directory: Option<PathBuf>,
+    env: BTreeMap<OsString, Option<OsString>>,
+}
+
+impl Changes {
+    /// The program. A relative path starts at the directory of this process's start; no link is followed.
+    pub fn exec(&mut self, program: impl AsRef<Path>) -> &mut Self {
+        self.exec = Some(program.as_ref().to_owned());
+        self
+    }
+
+    /// The arguments, without `argv[0]`.
+    pub fn args(&mut self, args: impl IntoIterator<Item = impl Into<OsString>>) -> &mut Self {
+        self.args = Some(args.into_iter().map(Into::into).collect());
+        self
+    }
+
+    /// Sets a variable in the environment.
+    pub fn env(&mut self, name: impl Into<OsString>, value: impl Into<OsString>) -> &mut Self {
+        self.env.insert(name.into(), Some(value.into()));
+        self
+    }
+
+    /// Leaves a variable out of the environment.
+    pub fn env_remove(&mut self, name: impl Into<OsString>) -> &mut Self {
+        self.env.insert(name.into(), None);
+        self
+    }
+
+    /// The directory in which the program starts.
+    pub fn current_dir(&mut self, path: impl AsRef<Path>) -> &mut Self {
+        self.directory = Some(path.as_ref().to_owned());
+        self
+    }
+}
+
 /// How to start the next generation.
 #[derive(Clone, Debug)]
 pub(crate) struct Program {
     /// What is executed: no link in it was followed, so that the next upgrade runs what is there then.
     pub(crate) path: PathBuf,
     args: Vec<OsString>,
+    /// Where this process started.
+    start: Option<PathBuf>,
     directory: Option<PathBuf>,
     directory_chosen: bool,
     env: BTreeMap<OsString, Option<OsString>>,
 }
 
-/// What the builder was told to change.
-#[derive(Clone, Debug, Default)]
-pub(crate) struct ProgramOverrides {
-    pub(crate) exec: Option<PathBuf>,
-    pub(crate) args: Option<Vec<OsString>>,
-    pub(crate) directory: Option<PathBuf>,
-    pub(crate) env: BTreeMap<OsString, Option<OsString>>,
-}
-
 impl Program {
-    /// Resolves everything that a later chdir, or a later change of a link, would make unfindable.
-    pub(crate) fn resolve(changes: &ProgramOverrides) -> Self {
-        let mut args = env::args_os();
-        let argv0 = args.next().unwrap_or_default();
+    /// This process's program. Resolves everything that a later chdir, or a later change of a link, would make unfindable.
+    pub(crate) fn running() -> Self {
+        let args: Vec<_> = env::args_os().collect();
         let start = start_directory();
-        let path = match (&changes.exec, &start) {
-            (Some(exec), Some(start)) => start.join(exec),
-            (Some(exec), None) => exec.clone(),
-            (None, _) => resolve_argv0(&argv0, start.as_deref(), env::var_os("PATH").as_deref()),
-        };
-        let mut argv = vec![argv0];
-        match &changes.args {
-            Some(args) => argv.extend(args.iter().cloned()),
-            None => argv.extend(args),
+        let argv0 = args.first().cloned().unwrap_or_default();
+        let path = resolve_argv0(&argv0, start.as_deref(), env::var_os("PATH").as_deref());
+        Self { path, args, directory: start.clone(), start, directory_chosen: false, env: BTreeMap::new() }
+    }
+
+    pub(crate) fn with(mut self, changes: &Changes) -> Self {
+        let absolute = |path: &PathBuf| self.start.as_ref().map_or_else(|| path.clone(), |start| start.join(path));
+        let (exec, directory) = (changes.exec.as_ref().map(absolute), changes.directory.as_ref().map(absolute));
+        self.path = exec.unwrap_or(self.path);
+        if let Some(args) = &changes.args {
+            self.args.truncate(1);
+            self.args.extend_from_slice(args);
         }
-        Self {
-            path,
-            args: argv,
-            directory_chosen: changes.directory.is_some(),
-            directory: match (&changes.directory, start) {
-                (Some(chosen), Some(start)) => Some(start.join(chosen)),
-                (Some(chosen), None) => Some(chosen.clone()),
-                (None, start) => start,
-            },
-            env: changes.env.clone(),
-        }
+        self.directory_chosen |= directory.is_some();
+        self.directory = directory.or(self.directory);
+        self.env.extend(changes.env.clone());
+        self
+    }
+
+    /// A path like `/opt/app-1.2/bin/app`, in which no link can be changed to lead to another version.
+    pub(crate) fn names_its_version(&self) -> bool {
+        let version = |part: &[u8]| part.windows(3).any(|at| matches!(at, [b'0'..=b'9', b'.', b'0'..=b'9']));
+        let is_versioned = self.path.iter().any(|part| version(part.as_bytes()));
+        is_versioned && fs::canonicalize(&self.path).is_ok_and(|real| real == self.path)
     }
 
     /// The path as execve(2) takes it.

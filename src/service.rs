@@ -30,7 +30,7 @@ pub(crate) struct Service {
     /// The link to the child that took over. It stays open until this process ends, which the child sees by it.
     held_open: Mutex<Option<Arc<OwnedFd>>>,
     trust: Trust,
-    _started: Started,
+    _started: Option<Started>,
 }
 
 /// Who leads the event loop, and how the service ended.
@@ -48,7 +48,7 @@ impl Service {
         triggers: Triggers,
         calls: Arc<Calls>,
         trust: Trust,
-        started: Started,
+        started: Option<Started>,
     ) -> Self {
         Self {
             generation,

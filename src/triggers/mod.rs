@@ -124,7 +124,7 @@ impl Triggers {
         deadline: Deadline,
         accept: bool,
     ) -> Result<bool, Error> {
-        let wake = signal::wake_fd().map_err(|source| Error::Wait { source })?;
+        let wake = self.calls.fd().map_err(|source| Error::Wait { source })?;
         let until = deadline.min(self.control.expire());
         let mut polled = vec![PollFd::from_borrowed_fd(wake, PollFlags::IN)];
         polled.extend(fds.iter().map(|(fd, flags)| PollFd::from_borrowed_fd(*fd, *flags)));
@@ -134,7 +134,7 @@ impl Triggers {
         let ready: Vec<bool> = polled.iter().map(|fd| !fd.revents().is_empty()).collect();
         drop(polled);
         if ready[0] {
-            signal::clear_wake();
+            self.calls.clear();
             self.take_signals();
             self.take_calls();
         }
@@ -144,6 +144,9 @@ impl Triggers {
     }
 
     fn take_signals(&mut self) {
+        if self.signals.is_empty() {
+            return;
+        }
         for signal in signal::take_pending() {
             // A signal may have several actions. Each is requested, and stops win.
             let actions = self.signals.iter().filter(|(chosen, _)| *chosen == signal);

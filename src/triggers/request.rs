@@ -1,5 +1,7 @@
 //! A request for an upgrade, a stop or the status, and where its answer goes.
 
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
@@ -9,6 +11,7 @@ use rustix::net::{send, SendFlags};
 use super::control::TakeoverRequest;
 use crate::error::Error;
 use crate::exit::{ExitReason, Upgraded};
+use crate::sys::flag::Flag;
 use crate::sys::net::NOSIGNAL;
 use crate::sys::signal;
 
@@ -119,17 +122,38 @@ pub(super) fn send_line(stream: &UnixStream, line: &str) {
     let _ = send(stream, line.as_bytes(), NOSIGNAL | SendFlags::DONTWAIT);
 }
 
-/// Requests from this process's own threads.
+/// Requests that other threads posted, and what wakes the thread that waits for them.
 #[derive(Debug, Default)]
-pub(crate) struct Calls(Mutex<Vec<Request>>);
+pub(crate) struct Calls {
+    posted: Mutex<Vec<Request>>,
+    /// `None` for the one of the process, which its signals wake too.
+    own: Option<Flag>,
+}
 
 impl Calls {
+    /// For a service that shares its process with others.
+    pub(crate) fn standalone() -> io::Result<Self> {
+        Ok(Self { posted: Mutex::default(), own: Some(Flag::new(false)?) })
+    }
+
     pub(crate) fn post(&self, request: Request) {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).push(request);
-        signal::wake();
+        self.posted.lock().unwrap_or_else(PoisonError::into_inner).push(request);
+        self.own.as_ref().map_or_else(signal::wake, Flag::raise);
     }
 
     pub(super) fn take(&self) -> Vec<Request> {
-        std::mem::take(&mut *self.0.lock().unwrap_or_else(PoisonError::into_inner))
+        std::mem::take(&mut *self.posted.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Readable when there is something to take.
+    pub(super) fn fd(&self) -> io::Result<BorrowedFd<'_>> {
+        match &self.own {
+            Some(own) => Ok(own.as_fd()),
+            None => signal::wake_fd(),
+        }
+    }
+
+    pub(super) fn clear(&self) {
+        self.own.as_ref().map_or_else(signal::clear_wake, Flag::lower);
     }
 }

@@ -61,12 +61,12 @@ fn pack(generation: &Generation) -> Result<(Handover, Option<Late>), Error> {
 /// Step 3 with a child. Everything that needs memory is built before the child exists.
 fn start(generation: &Generation, handover: Handover) -> Result<Successor<'_>, Error> {
     let launch = &generation.launch;
+    let program = launch.program()?;
     let (link, child_end) = match launch.transport {
         Transport::Pipes => ChildLink::pipes(handover)?,
         Transport::Socket => ChildLink::socketpair(handover)?,
     };
     let prepare = |what| move |source| Error::Prepare { what, source };
-    let program = &launch.program;
     let plan = Plan {
         program: program.path_c().map_err(prepare("program"))?,
         argv: program.argv().map_err(prepare("arguments"))?,
@@ -79,7 +79,8 @@ fn start(generation: &Generation, handover: Handover) -> Result<Successor<'_>, E
         parent: if generation.reporter.main().is_some() { Parentage::OurParent } else { Parentage::Us },
     };
     let spawned = spawn(plan, launch.spawn).map_err(|source| Error::Spawn { program: program.path.clone(), source })?;
-    let successor = Successor::new(generation, Process::Child(spawned), link);
+    let mut successor = Successor::new(generation, Process::Child(spawned), link);
+    successor.program = program.path;
     // Otherwise this process keeps the child's ends open and never sees the child's end.
     drop(child_end);
     generation.reporter.emit(&Event::Spawned { pid: successor.pid() });
@@ -116,7 +117,7 @@ fn wait_ready(successor: &mut Successor<'_>, event_loop: &mut EventLoop<'_>, sin
             }
             Some(FromChild::Refused(reason)) => return Err(Error::Refused { pid, reason }),
             Some(FromChild::Failed { step, errno }) => {
-                let program = event_loop.generation.launch.program.path.clone();
+                let program = successor.program.clone();
                 return Err(Error::Exec { program, pid, step, source: explain(io::Error::from_raw_os_error(errno)) });
             }
             Some(other) => return Err(Error::Garbage { pid, received: other.line() }),

@@ -4,6 +4,7 @@ use std::collections::HashSet;
 use std::mem;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::process::ExitStatusExt;
+use std::path::PathBuf;
 use std::process::ExitStatus;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -30,6 +31,8 @@ pub(super) struct Successor<'a> {
     generation: &'a Generation,
     process: Process,
     pub(super) link: ChildLink,
+    /// What a child was started to run.
+    pub(super) program: PathBuf,
     /// The listeners that it does not ask for, by inode.
     pub(super) dropped: HashSet<u64>,
     armed: bool,
@@ -46,7 +49,7 @@ pub(super) enum Process {
 
 impl<'a> Successor<'a> {
     pub(super) fn new(generation: &'a Generation, process: Process, link: ChildLink) -> Self {
-        Self { generation, process, link, dropped: HashSet::new(), armed: true }
+        Self { generation, process, link, program: PathBuf::new(), dropped: HashSet::new(), armed: true }
     }
 
     pub(super) fn pid(&self) -> u32 {

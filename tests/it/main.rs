@@ -23,6 +23,7 @@ mod hold;
 mod listeners;
 #[cfg(feature = "systemd")]
 mod notify;
+mod operators;
 mod output;
 mod passing;
 mod post_fork;

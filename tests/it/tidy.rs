@@ -9,6 +9,7 @@ const LAYERS: &[&[&str]] = &[
     &["lib"],
     &["fuzzing"],
     &["tokio_ecdysis"],
+    &["start"],
     &["builder"],
     &["ecdysis"],
     &["service"],
@@ -34,12 +35,10 @@ const LAYERS: &[&[&str]] = &[
 ];
 
 /// Imports that point up all the same, as `file: module`. Shall become empty.
-const UPWARD: &[&str] = &["ecdysis: builder"];
+const UPWARD: &[&str] = &[];
 
 /// Pairs of files that know each other. Shall become empty.
 const CIRCLES: &[&str] = &[
-    "builder: ecdysis",
-    "ecdysis: builder",
     "sockets: sockets::registry",
     "sockets::pass: sockets",
     "sockets::pass: sockets::registry",
@@ -58,10 +57,10 @@ const CIRCLES: &[&str] = &[
 const LONGEST_FILE: usize = 350;
 
 /// Files that are longer. Shall become empty.
-const LONGER: &[&str] = &["builder", "sockets", "sockets::registry", "tokio_ecdysis::stream"];
+const LONGER: &[&str] = &["sockets", "sockets::registry", "tokio_ecdysis::stream"];
 
 /// Lines of the core that are code: no tests, comments or blank lines, nothing of Tokio, systemd, or systems but Linux.
-const CORE: usize = 6_200;
+const CORE: usize = 6_500;
 
 /// Never in the library: it neither panics nor prints. (An arithmetic overflow has its own lints.)
 const FORBIDDEN: &[&str] = &[

@@ -17,6 +17,8 @@
 //!       --transport pipes|socket          what carries the handover to a child (pipes)
 //!       --upgrade-socket P  --stop-socket P  --partial-stop-socket P  --control-socket P  --pid-file P  --exec P
 //!       --ready-timeout MS  --probation MS  --overlap allow|refuse|N  --fork
+//!       --next FILE                       read at each upgrade: `exec=PATH`, or `NAME=VALUE` for the environment
+//!       --log                             every line of the log, as `log LEVEL TEXT`
 //!       --systemd                         tell the service manager, take its sockets (with feature systemd)
 //!       --misbehave FILE                  what the next generation does wrong, read when it starts; see `Misbehaviour`
 //!
@@ -118,6 +120,20 @@ fn chain(error: &dyn Error) -> String {
     all
 }
 
+struct Log;
+
+impl log::Log for Log {
+    fn enabled(&self, _: &log::Metadata<'_>) -> bool {
+        true
+    }
+
+    fn log(&self, record: &log::Record<'_>) {
+        say(format!("log {} {}", record.level().as_str().to_lowercase(), record.args()));
+    }
+
+    fn flush(&self) {}
+}
+
 fn report(event: &Event) {
     match event {
         Event::Committed(u) => {
@@ -187,6 +203,19 @@ impl Options {
                 })),
                 Long("pid-file") => drop(builder.pid_file(args.value()?)),
                 Long("exec") => drop(builder.exec(args.value()?)),
+                Long("next") => {
+                    let file = PathBuf::from(args.value()?);
+                    builder.before_upgrade(move |next| {
+                        for (name, value) in std::fs::read_to_string(&file)?.lines().filter_map(|l| l.split_once('=')) {
+                            let _ = if name == "exec" { next.exec(value) } else { next.env(name, value) };
+                        }
+                        Ok(())
+                    });
+                }
+                Long("log") => {
+                    log::set_logger(&Log).map_err(|e| e.to_string())?;
+                    log::set_max_level(log::LevelFilter::Trace);
+                }
                 Long("ready-timeout") => drop(builder.ready_timeout(ms(args.value()?)?)),
                 Long("probation") => drop(builder.probation(ms(args.value()?)?)),
                 Long("fork") => drop(builder.spawn(Spawn::Fork)),

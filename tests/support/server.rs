@@ -49,7 +49,7 @@ impl Server {
     }
 
     fn serves(mut self) -> Self {
-        let serving = self.wait("serving ");
+        let serving = self.wait("serving gen=");
         // What was said before can still be waited for.
         self.seen = 0;
         assert!(serving.contains("gen="), "{serving}");

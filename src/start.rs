@@ -1,0 +1,193 @@
+//! The start of a generation: what it inherits, its signal handlers, its control sockets.
+
+use crate::builder::Builder;
+use crate::ecdysis::Starting;
+use crate::error::Error;
+use crate::generation::Generation;
+use crate::handover::ancestors::Ancestors;
+use crate::handover::receive::Inherited;
+use crate::logging;
+use crate::manager::ServiceManager;
+use crate::options::Launch;
+#[cfg(feature = "systemd_notify")]
+use crate::options::Limits;
+use crate::pid_file::PidFile;
+use crate::program::Program;
+use crate::reporter::Reporter;
+use crate::service::{Service, Started};
+use crate::shutdown::Shutdown;
+use crate::sockets::Sockets;
+use crate::sys::attributes::Attributes;
+use crate::sys::signal::{self, Handlers};
+use crate::triggers::control::{ControlSocket, Purpose};
+#[cfg(feature = "tokio_ecdysis")]
+use crate::triggers::request::Action;
+use crate::triggers::request::Calls;
+use crate::triggers::Triggers;
+use crate::upgrade::child::inherit;
+use rustix::fs::Mode;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Instant;
+
+impl Builder {
+    /// Starts: takes over what the parent handed over, if there is one, handles the chosen signals, opens the control
+    /// sockets. Call it early, before other threads run and before descriptors are opened.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::AlreadyStarted`], [`Error::Signal`], [`Error::Socket`] for a control socket, [`Error::Handover`]. An
+    /// error in a child fails the upgrade: return it from `main`, and the parent serves on.
+    pub fn start(&mut self) -> Result<Starting, Error> {
+        let prepare = |what| move |source| Error::Prepare { what, source };
+        let started = match self.standalone {
+            true => None,
+            false => Some(Started::claim().ok_or(Error::AlreadyStarted)?),
+        };
+        let launch = Launch {
+            // First of all, because only now these are as the parent made them.
+            attributes: Attributes::of_this_thread().map_err(prepare("signal mask"))?,
+            program: Program::running().with(&self.changes),
+            before_upgrade: self.before_upgrade.clone(),
+            standalone: self.standalone,
+            spawn: self.spawn,
+            transport: self.transport,
+        };
+        let inherited = match self.standalone {
+            true => None,
+            false => inherit(self.take_over.as_deref(), &self.trust, self.limits.ready_timeout)?,
+        };
+        let (number, entries, ancestors) = match inherited {
+            Some(Inherited { generation, entries, ancestors }) => (generation + 1, entries, ancestors),
+            None => (1, Vec::new(), Ancestors::default()),
+        };
+        logging::set_generation(number);
+        if number == 1 && launch.program.names_its_version() {
+            let program = launch.program.path.display();
+            logging::warn!("an upgrade runs {program} again, whose path names a version: start it by a link that you change, or choose exec()");
+        }
+
+        let (mut handlers, mut signals) = (Handlers::default(), Vec::new());
+        let calls = if self.standalone {
+            Calls::standalone().map_err(prepare("wake descriptor"))?
+        } else {
+            signal::wake_fd().map_err(prepare("wake descriptor"))?;
+            for &(signal, _) in &self.signals {
+                handlers.install(signal).map_err(|source| Error::Signal { signal, source })?;
+            }
+            signals.clone_from(&self.signals);
+            Calls::default()
+        };
+        let sockets = Sockets::new(entries, ancestors.parent.is_some());
+        let shutdown = Shutdown::new().map_err(prepare("shutdown handle"))?;
+        let ancestors = Arc::new(ancestors);
+        let reporter = Reporter::new(self.observer.clone(), ancestors.clone(), sockets.clone());
+        let pid_file = PidFile::new(self.pid_file.clone());
+        let generation = Generation {
+            number,
+            began: Instant::now(),
+            launch,
+            limits: self.limits,
+            sockets,
+            shutdown,
+            ancestors,
+            pid_file,
+            reporter,
+        };
+        if self.systemd_notify && !self.standalone {
+            enable_manager(&generation)?;
+        }
+        #[cfg(feature = "systemd_sockets")]
+        if self.systemd_sockets && !self.standalone {
+            inherit_from_manager(&generation)?;
+        }
+        let control = self.sockets.iter().map(|(path, purpose)| control_socket(&generation, path, *purpose));
+        let control = control.collect::<Result<_, _>>()?;
+        generation.sockets.registry().begin_claims();
+        let calls = Arc::new(calls);
+        let triggers = Triggers::new(signals, handlers, control, self.trust.clone(), calls.clone());
+        Ok(Starting(Arc::new(Service::new(generation, triggers, calls, self.trust.clone(), started))))
+    }
+}
+
+fn control_socket(generation: &Generation, path: &Path, purpose: Purpose) -> Result<ControlSocket, Error> {
+    let listener = generation.sockets.listen_unix_with_mode(path, Some(Mode::RUSR | Mode::WUSR))?;
+    Ok(ControlSocket { path: path.to_owned(), listener, purpose })
+}
+
+/// Reports to the service manager from now on, if there is one.
+fn enable_manager(generation: &Generation) -> Result<(), Error> {
+    if let Some(manager) = find_manager(generation)? {
+        if generation.reporter.set_manager(manager.clone()) {
+            generation.shutdown.on_progress(move |left| manager.progress(left));
+        }
+    }
+    Ok(())
+}
+
+#[cfg(feature = "systemd_notify")]
+fn find_manager(generation: &Generation) -> Result<Option<Arc<dyn ServiceManager>>, Error> {
+    let Limits { ready_timeout, probation, .. } = generation.limits;
+    let is_child = generation.ancestors.parent.is_some();
+    let systemd = crate::systemd::manager::Systemd::from_env(
+        generation.number,
+        is_child,
+        ready_timeout.saturating_add(probation),
+    )?;
+    Ok(systemd.map(|systemd| Arc::new(systemd) as _))
+}
+
+#[cfg(not(feature = "systemd_notify"))]
+fn find_manager(_: &Generation) -> Result<Option<Arc<dyn ServiceManager>>, Error> {
+    Ok(None)
+}
+
+/// Takes what the service manager passed, in addition to what the parent handed over. Returns false if that was done
+/// before.
+#[cfg(feature = "systemd_sockets")]
+fn inherit_from_manager(generation: &Generation) -> Result<bool, Error> {
+    if generation.reporter.take_sockets() {
+        return Ok(false);
+    }
+    let passed = crate::systemd::sockets::inherit()?;
+    generation.sockets.registry().inherit(passed.sockets);
+    generation.sockets.registry().forget_later(passed.stale);
+    Ok(true)
+}
+
+/// For the asynchronous face: its builder starts first, and the program chooses triggers later.
+#[cfg(feature = "tokio_ecdysis")]
+impl Starting {
+    /// The handle that this generation will have. Before `ready` it upgrades nothing.
+    pub(crate) fn handle(&self) -> crate::Ecdysis {
+        crate::Ecdysis(self.0.clone())
+    }
+
+    pub(crate) fn add_signal(&self, signal: i32, action: Action) -> Result<(), Error> {
+        self.with_triggers(|triggers| triggers.add_signal(signal, action))?
+            .map_err(|source| Error::Signal { signal, source })
+    }
+
+    pub(crate) fn add_socket(&self, path: &Path, purpose: Purpose) -> Result<(), Error> {
+        let socket = control_socket(&self.0.generation, path, purpose)?;
+        self.with_triggers(|triggers| triggers.add_socket(socket))
+    }
+
+    fn with_triggers<T>(&self, change: impl FnOnce(&mut Triggers) -> T) -> Result<T, Error> {
+        self.0.lead().triggers.as_mut().map(change).ok_or(Error::Busy)
+    }
+
+    #[cfg(feature = "systemd_notify")]
+    pub(crate) fn enable_manager(&self) -> Result<(), Error> {
+        enable_manager(&self.0.generation)
+    }
+
+    #[cfg(feature = "systemd_sockets")]
+    pub(crate) fn inherit_from_manager(&self) -> Result<bool, Error> {
+        inherit_from_manager(&self.0.generation)
+    }
+
+    pub(crate) fn set_pid_file(&self, path: &Path) {
+        self.0.generation.pid_file.set(path);
+    }
+}
