@@ -51,8 +51,12 @@ async fn main() -> io::Result<()> {
     let server = tokio::spawn(server);
     say(format!("serving {who}"));
 
-    ecdysis.over().await;
-    handle.pause().await;
+    let shutdown = ecdysis.shutdown();
+    while shutdown.accepting().await {
+        handle.resume().await;
+        shutdown.paused().await;
+        handle.pause().await;
+    }
     sleep(GRACE).await;
     handle.stop(true).await;
     server.await??;

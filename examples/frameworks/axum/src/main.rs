@@ -18,7 +18,7 @@ use axum::http::{header::CONNECTION, HeaderValue, Request, Version};
 use axum::middleware::{from_fn_with_state, Next};
 use axum::response::Response;
 use axum::{body::Body, routing::get, Router};
-use ecdysis::tokio_ecdysis::{SignalKind, StopOnShutdown, TokioEcdysis, TokioEcdysisBuilder};
+use ecdysis::tokio_ecdysis::{SignalKind, StopOnShutdown, TokioEcdysisBuilder};
 use ecdysis::Shutdown;
 use hyper::{body::Incoming, service::service_fn};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
@@ -26,7 +26,6 @@ use hyper_util::server::{conn::auto, graceful::GracefulShutdown};
 use say::say;
 use std::io;
 use std::net::SocketAddr;
-use std::sync::Arc;
 use std::time::Duration;
 use tokio::time::{sleep, timeout};
 use tower::ServiceExt;
@@ -47,7 +46,7 @@ async fn main() -> io::Result<()> {
     builder.stop_on_signal(SignalKind::interrupt())?;
     let mut connections = builder.listen_tcp(StopOnShutdown::Yes, addr.parse().map_err(io::Error::other)?)?;
     let (gen, pid) = (builder.generation(), std::process::id());
-    say(format_args!("listening {} gen={gen} pid={pid}", connections.get_ref().unwrap().local_addr()?));
+    say(format_args!("listening {} gen={gen} pid={pid}", connections.local_addr()?));
     let (ecdysis, exit) = builder.ready()?;
     say(format_args!("serving gen={gen} pid={pid}"));
 
@@ -59,7 +58,7 @@ async fn main() -> io::Result<()> {
         .route("/", get(move || async move { format!("gen={gen} pid={pid}\n") }))
         .route("/peer", get(|ConnectInfo(peer): ConnectInfo<SocketAddr>| async move { peer.to_string() }))
         .route("/slow/{ms}", get(slow))
-        .route("/echo", get(echo).with_state(ecdysis.clone()))
+        .route("/echo", get(echo).with_state(ecdysis.shutdown()))
         .layer(from_fn_with_state(ecdysis.shutdown(), say_close));
 
     let (mut http, graceful) = (auto::Builder::new(TokioExecutor::new()), GracefulShutdown::new());
@@ -96,11 +95,10 @@ async fn say_close(State(shutdown): State<Shutdown>, request: Request<Body>, nex
 }
 
 /// A WebSocket that sends back what it receives, until this generation is over.
-async fn echo(upgrade: WebSocketUpgrade, State(ecdysis): State<Arc<TokioEcdysis>>) -> Response {
-    let (guard, over) = (ecdysis.shutdown().guard(), ecdysis.over());
+async fn echo(upgrade: WebSocketUpgrade, State(shutdown): State<Shutdown>) -> Response {
+    let (guard, mut over) = (shutdown.guard(), shutdown.over());
     upgrade.on_upgrade(move |mut socket| async move {
         let _guard = guard;
-        tokio::pin!(over);
         loop {
             tokio::select! {
                 message = socket.recv() => match message {

@@ -59,7 +59,7 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
 
     let mut connections = builder.listen_tcp(StopOnShutdown::Yes, addr.parse()?)?;
     let (gen, pid) = (builder.generation(), std::process::id());
-    say(format_args!("listening {} gen={gen} pid={pid}", connections.get_ref().ok_or("over")?.local_addr()?));
+    say(format_args!("listening {} gen={gen} pid={pid}", connections.local_addr()?));
     let (ecdysis, exit) = builder.ready()?;
     say(format_args!("serving gen={gen} pid={pid}"));
 

@@ -35,7 +35,7 @@ async fn main() -> io::Result<()> {
     builder.stop_on_signal(SignalKind::interrupt())?;
     let mut connections = builder.listen_tcp(StopOnShutdown::Yes, addr.parse().map_err(io::Error::other)?)?;
     let (gen, pid) = (builder.generation(), std::process::id());
-    say(format!("listening {} gen={gen} pid={pid}", connections.get_ref().unwrap().local_addr()?));
+    say(format!("listening {} gen={gen} pid={pid}", connections.local_addr()?));
     let (ecdysis, exit) = builder.ready()?;
     say(format!("serving gen={gen} pid={pid}"));
 

@@ -10,11 +10,9 @@ use poem::listener::Acceptor;
 use poem::web::{LocalAddr, RemoteAddr};
 use poem::{get, handler, Endpoint, EndpointExt, IntoResponse, Response, Route, Server};
 use say::say;
-use std::future::pending;
 use std::io;
 use std::time::Duration;
 use tokio::net::TcpStream;
-use tokio::time::sleep;
 use tokio_stream::wrappers::TcpListenerStream;
 
 /// How long a connection may be idle, and how long requests may run, after the upgrade.
@@ -30,7 +28,7 @@ async fn main() -> io::Result<()> {
     builder.stop_on_signal(SignalKind::interrupt())?;
     let connections = Connections(builder.listen_tcp(StopOnShutdown::Yes, addr.parse().map_err(io::Error::other)?)?);
     let who = format!("gen={} pid={}", builder.generation(), std::process::id());
-    say(format!("listening {} {who}", connections.0.get_ref().unwrap().local_addr()?));
+    say(format!("listening {} {who}", connections.0.local_addr()?));
     let (ecdysis, exit) = builder.ready()?;
 
     let shutdown = ecdysis.shutdown();
@@ -49,12 +47,8 @@ async fn main() -> io::Result<()> {
             Ok(response)
         }
     });
-    let over = ecdysis.over();
-    let idle_ends = async move {
-        over.await;
-        sleep(GRACE).await;
-    };
-    let server = Server::new_with_acceptor(connections).run_with_graceful_shutdown(app, idle_ends, Some(DRAIN));
+    let idle_end = ecdysis.shutdown().over_after(GRACE);
+    let server = Server::new_with_acceptor(connections).run_with_graceful_shutdown(app, idle_end, Some(DRAIN));
     let server = tokio::spawn(server);
     say(format!("serving {who}"));
 
@@ -76,21 +70,12 @@ impl Acceptor for Connections {
     type Io = TcpStream;
 
     fn local_addr(&self) -> Vec<LocalAddr> {
-        self.0
-            .get_ref()
-            .and_then(|listener| listener.local_addr().ok())
-            .map(|addr| LocalAddr(addr.into()))
-            .into_iter()
-            .collect()
+        self.0.local_addr().map(|addr| LocalAddr(addr.into())).into_iter().collect()
     }
 
     async fn accept(&mut self) -> io::Result<(TcpStream, LocalAddr, RemoteAddr, Scheme)> {
-        match self.0.accept().await {
-            Some(Ok((stream, peer))) => {
-                let local = stream.local_addr()?;
-                Ok((stream, LocalAddr(local.into()), RemoteAddr(peer.into()), Scheme::HTTP))
-            }
-            _ => pending().await,
-        }
+        let (stream, peer) = self.0.accept_or_pend().await;
+        let local = stream.local_addr()?;
+        Ok((stream, LocalAddr(local.into()), RemoteAddr(peer.into()), Scheme::HTTP))
     }
 }

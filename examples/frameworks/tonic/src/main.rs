@@ -6,12 +6,12 @@
 //! GOAWAY loses no call with a client that follows the protocol, as grpcio does: it sends the next call on a new
 //! connection. A stream without an end of its own is ended by the server, with a status that says "try again".
 
-use ecdysis::tokio_ecdysis::{SignalKind, StopOnShutdown, TokioEcdysis, TokioEcdysisBuilder};
+use ecdysis::tokio_ecdysis::{SignalKind, StopOnShutdown, TokioEcdysisBuilder};
+use ecdysis::Shutdown;
 use futures::stream::{self, BoxStream, StreamExt};
 use say::say;
 use std::future::pending;
 use std::io;
-use std::sync::Arc;
 use std::time::Duration;
 use tokio::time::{sleep, timeout};
 use tonic::{transport::Server, Request, Response, Status};
@@ -42,10 +42,10 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
     builder.stop_on_signal(SignalKind::interrupt())?;
     let connections = builder.listen_tcp(StopOnShutdown::Yes, addr.parse()?)?;
     let who = format!("gen={} pid={}", builder.generation(), std::process::id());
-    say(format!("listening {} {who}", connections.get_ref().ok_or("over")?.local_addr()?));
+    say(format!("listening {} {who}", connections.local_addr()?));
     let (ecdysis, exit) = builder.ready()?;
 
-    let service = WhoamiServer::new(Service { who: who.clone(), ecdysis });
+    let service = WhoamiServer::new(Service { who: who.clone(), shutdown: ecdysis.shutdown() });
     // The end of `connections` begins the graceful shutdown, so no other signal is needed. `serve_with_incoming` would
     // return at that end, and cut every connection.
     let server = Server::builder().add_service(service).serve_with_incoming_shutdown(connections, pending());
@@ -60,7 +60,7 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
 
 struct Service {
     who: String,
-    ecdysis: Arc<TokioEcdysis>,
+    shutdown: Shutdown,
 }
 
 #[tonic::async_trait]
@@ -79,7 +79,7 @@ impl Whoami for Service {
             Some((Ok(Who { who: who.clone() }), who))
         });
         let restart = stream::once(async { Err(Status::unavailable("the server is restarting")) });
-        let until_over = messages.take_until(self.ecdysis.over()).chain(restart);
+        let until_over = messages.take_until(self.shutdown.over()).chain(restart);
         Ok(Response::new(until_over.boxed()))
     }
 }

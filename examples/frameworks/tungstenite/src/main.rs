@@ -5,7 +5,7 @@
 //!     kill -HUP 4711
 
 use ecdysis::tokio_ecdysis::{SignalKind, StopOnShutdown, TokioEcdysisBuilder};
-use futures::{SinkExt, StreamExt};
+use futures::{FutureExt, SinkExt, StreamExt};
 use say::say;
 use std::future::Future;
 use std::io;
@@ -26,17 +26,15 @@ async fn main() -> io::Result<()> {
     builder.stop_on_signal(SignalKind::interrupt())?;
     let mut connections = builder.listen_tcp(StopOnShutdown::Yes, addr.parse().map_err(io::Error::other)?)?;
     let who = format!("gen={} pid={}", builder.generation(), std::process::id());
-    say(format!("listening {} {who}", connections.get_ref().unwrap().local_addr()?));
+    say(format!("listening {} {who}", connections.local_addr()?));
     let (ecdysis, exit) = builder.ready()?;
     say(format!("serving {who}"));
 
+    let shutdown = ecdysis.shutdown();
     while let Some(Ok((stream, _peer))) = connections.accept().await {
         // The guard is taken before the handshake, so `drain` waits for that too.
-        let (guard, over) = (ecdysis.shutdown().guard(), ecdysis.over());
-        tokio::spawn(async move {
-            let _guard = guard;
-            let _ = echo(stream, over).await;
-        });
+        let guard = shutdown.guard();
+        tokio::spawn(echo(stream, shutdown.over()).map(|_| drop(guard)));
     }
     let exit = exit.await.map_err(io::Error::from)?;
     let left = ecdysis.drain(DRAIN).await?;
@@ -44,9 +42,8 @@ async fn main() -> io::Result<()> {
     Ok(())
 }
 
-async fn echo(stream: TcpStream, over: impl Future<Output = ()>) -> Result<(), Error> {
+async fn echo(stream: TcpStream, mut over: impl Future<Output = ()> + Unpin) -> Result<(), Error> {
     let mut socket = tokio_tungstenite::accept_async(stream).await?;
-    tokio::pin!(over);
     loop {
         tokio::select! {
             message = socket.next() => match message {

@@ -33,7 +33,7 @@ async fn main() -> io::Result<()> {
     builder.stop_on_signal(SignalKind::interrupt())?;
     let mut connections = builder.listen_tcp(StopOnShutdown::Yes, addr.parse().map_err(io::Error::other)?)?;
     let who = format!("gen={} pid={}", builder.generation(), std::process::id());
-    say(format!("listening {} {who}", connections.get_ref().unwrap().local_addr()?));
+    say(format!("listening {} {who}", connections.local_addr()?));
     let (ecdysis, exit) = builder.ready()?;
     say(format!("serving {who}"));
 
