@@ -175,6 +175,13 @@ impl Shutdown {
         self.0.gate.wait_while(|state| !state.is_over());
     }
 
+    /// Blocks while this generation does not accept yet, or is paused. Returns true when it accepts, and false when
+    /// accepting is over.
+    pub fn wait_accepting(&self) -> bool {
+        self.0.gate.wait_while(|state| matches!(state, State::Starting | State::Paused));
+        !self.is_over()
+    }
+
     /// Returns whether accepting is over.
     pub fn is_over(&self) -> bool {
         self.state().is_over()

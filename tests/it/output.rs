@@ -80,7 +80,7 @@ fn ctl_does_not_need_its_output() {
 
 #[test]
 fn every_example_has_help() {
-    for name in ["ctl", "demo", "http", "takeover", "udp"] {
+    for name in ["ctl", "demo", "http", "kv", "takeover", "udp"] {
         let output = Command::new(example(name)).arg("--help").output().unwrap();
         let text = String::from_utf8(output.stdout).unwrap();
         assert!(output.status.success() && text.contains(&format!("--example {name}")), "{name}: {text}");
