@@ -1,12 +1,10 @@
-//! Stops a build for another system with one clear message, before the compiler makes hundreds of it.
+//! Fails the build on systems that are not Unix with one clear message.
 
 fn main() {
     println!("cargo:rerun-if-changed=build.rs");
-    let system = std::env::var("CARGO_CFG_TARGET_OS").unwrap_or_default();
-    if system != "linux" {
-        eprintln!(
-            "ecdysis works on Linux only: it is made of execve and inherited descriptors; {system} is not supported"
-        );
+    if std::env::var_os("CARGO_CFG_UNIX").is_none() {
+        let system = std::env::var("CARGO_CFG_TARGET_OS").unwrap_or_default();
+        eprintln!("ecdysis needs a Unix: it passes descriptors on through execve; {system} is not supported");
         std::process::exit(1);
     }
 }

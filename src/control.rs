@@ -7,10 +7,11 @@ use std::time::Duration;
 
 use rustix::io::{retry_on_intr, Errno};
 use rustix::net::sockopt::{set_socket_timeout, Timeout};
-use rustix::net::{connect, recv, send, socket_with, AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType};
+use rustix::net::{connect, recv, send, AddressFamily, RecvFlags, SocketType};
 
 use crate::listen::unix_address;
 use crate::sys::poll::{wait_readable, Deadline};
+use crate::sys::{net, Mode};
 
 /// No answer is longer: `status` lists the sockets, and there may be thousands.
 const LONGEST: usize = 16 << 20;
@@ -54,7 +55,7 @@ pub fn request(path: impl AsRef<Path>, command: &str, timeout: Duration) -> Resu
     };
     let socket = reach(path, timeout).map_err(|error| failed("connect to", error))?;
     let line = format!("{command}\n");
-    retry_on_intr(|| send(&socket, line.as_bytes(), SendFlags::NOSIGNAL)).map_err(|e| failed("write to", e.into()))?;
+    retry_on_intr(|| send(&socket, line.as_bytes(), net::NOSIGNAL)).map_err(|e| failed("write to", e.into()))?;
     let stops = matches!(command, "stop" | "partial-stop");
     let answer = receive(&socket, deadline, stops).map_err(|error| failed("read an answer from", error))?;
     Ok(String::from_utf8_lossy(&answer).trim_end().to_owned())
@@ -62,11 +63,12 @@ pub fn request(path: impl AsRef<Path>, command: &str, timeout: Duration) -> Resu
 
 /// Connects. The send timeout is also a limit for connect, which would otherwise block while the queue is full.
 fn reach(path: &Path, timeout: Duration) -> Result<OwnedFd> {
-    let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
+    let socket = net::socket(AddressFamily::UNIX, SocketType::STREAM, Mode::Blocking)?;
     // Zero would mean "no limit", and so would more than a year.
     let limit = timeout.clamp(Duration::from_millis(1), Duration::from_secs(365 * 24 * 60 * 60));
     set_socket_timeout(&socket, Timeout::Send, Some(limit))?;
-    match retry_on_intr(|| connect(&socket, &unix_address(path)?)) {
+    let address = unix_address(path)?;
+    match retry_on_intr(|| connect(&socket, &address)) {
         Err(Errno::AGAIN) => Err(ErrorKind::TimedOut.into()),
         other => other.map(|()| socket).map_err(Error::from),
     }

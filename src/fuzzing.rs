@@ -153,6 +153,7 @@ mod tests {
         let entry = |fd, inode, key, file| Entry { key, fd, inode, file, unit: None };
         let unit = Some("web server".to_owned());
         let manifest = Manifest {
+            nonce: None,
             generation: 4,
             entries: vec![
                 entry(7, 48211, Key::tcp("127.0.0.1:8080".parse().unwrap()), None),

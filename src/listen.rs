@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicI32, Ordering};
 use std::sync::Arc;
 
-use rustix::fs::{fchmod, flock, FlockOperation, Mode};
+use rustix::fs::{flock, FlockOperation, Mode};
 use rustix::io::Errno;
 use rustix::net::{self, sockopt, AddressFamily, SocketAddrUnix, SocketType};
 use rustix::process::geteuid;
@@ -55,9 +55,10 @@ impl Socket {
         Ok(sockopt::set_socket_reuseaddr(&self.fd, on)?)
     }
 
-    /// SO_REUSEPORT: several sockets on one address, among which the kernel spreads connections.
+    /// SO_REUSEPORT: several sockets on one address, among which the kernel spreads connections. (macOS and most BSDs
+    /// allow the sockets and do not spread; on illumos it is an error.)
     pub fn set_reuse_port(&self, on: bool) -> io::Result<()> {
-        Ok(sockopt::set_socket_reuseport(&self.fd, on)?)
+        sys::net::set_reuse_port(&self.fd, on)
     }
 
     /// IPV6_V6ONLY: the socket accepts IPv6 only. Without it, one on `[::]` also accepts IPv4.
@@ -87,7 +88,7 @@ impl Socket {
 
     /// IP_FREEBIND: bind to an address that no interface has yet. An error on other systems than Linux.
     pub fn set_freebind(&self, on: bool) -> io::Result<()> {
-        Ok(sys::net::set_freebind(&self.fd, on)?)
+        sys::net::set_freebind(&self.fd, on)
     }
 
     /// Binds to an address (bind(2)).
@@ -172,20 +173,15 @@ pub(crate) type FileId = (u64, u64);
 /// Returns the file's identity as well, so that a stop can tell whether the file still belongs to this socket.
 pub(crate) fn bind_unix(path: &Path, kind: SocketType, mode: Option<Mode>) -> io::Result<(OwnedFd, Option<FileId>)> {
     let socket = open(AddressFamily::UNIX, kind)?;
-    if let Some(mode) = mode {
-        // Before bind, which creates the file with the socket's mode: other users can connect at no moment.
-        fchmod(&socket, mode)?;
-    }
-    let address = unix_address(path)?;
     if is_abstract(path) {
-        net::bind(&socket, &address)?;
+        net::bind(&socket, &unix_address(path)?)?;
         return Ok((socket, None));
     }
-    match net::bind(&socket, &address) {
+    match sys::net::bind_path(&socket, path, mode) {
         Err(Errno::ADDRINUSE) => {
             let _lock = ReplaceLock::take(path)?;
             remove_stale(path, kind)?;
-            net::bind(&socket, &address)?;
+            sys::net::bind_path(&socket, path, mode)?;
         }
         other => other?,
     }
@@ -203,10 +199,10 @@ pub(crate) fn connect_unix(path: &Path) -> io::Result<Option<OwnedFd>> {
 }
 
 /// The kernel's form of a path, or of an abstract name that follows an `@`.
-pub(crate) fn unix_address(path: &Path) -> rustix::io::Result<SocketAddrUnix> {
+pub(crate) fn unix_address(path: &Path) -> io::Result<SocketAddrUnix> {
     match path.as_os_str().as_bytes().strip_prefix(b"@") {
         Some(name) => sys::net::abstract_address(name),
-        None => SocketAddrUnix::new(path),
+        None => Ok(SocketAddrUnix::new(path)?),
     }
 }
 

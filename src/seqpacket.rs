@@ -52,7 +52,8 @@ impl UnixSeqpacketConn {
     /// ```
     pub fn connect(path: impl AsRef<Path>) -> io::Result<Self> {
         let fd = net::socket(AddressFamily::UNIX, SocketType::SEQPACKET, Mode::Blocking)?;
-        retry_on_intr(|| connect(&fd, &unix_address(path.as_ref())?))?;
+        let address = unix_address(path.as_ref())?;
+        retry_on_intr(|| connect(&fd, &address))?;
         Ok(UnixSeqpacketConn(fd))
     }
 
@@ -95,7 +96,7 @@ impl UnixSeqpacketConn {
         let size = buffer.len();
         let length = retry_on_intr(|| net::receive_record(&self.0, &mut buffer[..]))?;
         if length > size {
-            let reason = format!("a record of {length} bytes for a buffer of {size}");
+            let reason = format!("a record longer than the buffer of {size} bytes");
             return Err(io::Error::new(io::ErrorKind::InvalidData, reason));
         }
         Ok(length)
@@ -142,9 +143,9 @@ mod tests {
     use super::*;
     use rustix::net::{bind, listen};
 
-    fn listener(name: &str) -> UnixSeqpacketListener {
+    fn listener(path: &Path) -> UnixSeqpacketListener {
         let fd = net::socket(AddressFamily::UNIX, SocketType::SEQPACKET, Mode::Nonblocking).unwrap();
-        bind(&fd, &unix_address(Path::new(name)).unwrap()).unwrap();
+        bind(&fd, &unix_address(path).unwrap()).unwrap();
         listen(&fd, 10).unwrap();
         fd.into()
     }
@@ -172,7 +173,7 @@ mod tests {
         let mut buffer = [0; 10];
         let error = right.recv(&mut buffer).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::InvalidData);
-        assert_eq!(error.to_string(), "a record of 50 bytes for a buffer of 10");
+        assert_eq!(error.to_string(), "a record longer than the buffer of 10 bytes");
         assert_eq!(right.recv(&mut buffer).unwrap(), 10);
         assert_eq!(buffer, [2; 10]);
     }
@@ -185,10 +186,11 @@ mod tests {
 
     #[test]
     fn an_accepted_connection_blocks_though_the_listener_does_not() {
-        let name = format!("@ecdysis-seqpacket-{}", std::process::id());
-        let listener = listener(&name);
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("records");
+        let listener = listener(&path);
         assert_eq!(listener.accept().unwrap_err().kind(), io::ErrorKind::WouldBlock);
-        let client = UnixSeqpacketConn::connect(&name).unwrap();
+        let client = UnixSeqpacketConn::connect(&path).unwrap();
         let server = listener.accept().unwrap();
         assert!(!rustix::fs::fcntl_getfl(&server).unwrap().contains(rustix::fs::OFlags::NONBLOCK));
         client.send(b"hello").unwrap();

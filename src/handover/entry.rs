@@ -63,8 +63,9 @@ pub(crate) struct FdRef {
 }
 
 impl FdRef {
-    pub(crate) fn to(fd: &OwnedFd) -> io::Result<Self> {
-        Ok(Self { fd: fd.as_raw_fd(), inode: identity(fd)? })
+    /// `nonce` stands in for the inode where pipes and sockets have none.
+    pub(crate) fn to(fd: &OwnedFd, nonce: Option<u64>) -> io::Result<Self> {
+        Ok(Self { fd: fd.as_raw_fd(), inode: nonce.map_or_else(|| identity(fd), Ok)? })
     }
 }
 

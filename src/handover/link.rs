@@ -21,6 +21,7 @@ use super::manifest;
 use super::scm::{Sender, Sent};
 use super::variable::Carrier;
 use crate::error::Error;
+use crate::sys::adopt::nonce;
 use crate::sys::net;
 use crate::sys::poll::Deadline;
 use crate::sys::signal::without_sigpipe;
@@ -97,13 +98,15 @@ impl ChildLink {
         let (manifest_read, manifest_write) = pipe("manifest pipe")?;
         let (status_read, status_write) = pipe("status pipe")?;
         let Handover { generation, entries } = handover;
-        let text = manifest::encode(generation, entries.iter().map(|entry| (entry.number(), entry))).into_bytes();
+        let nonce = nonce();
+        let text = manifest::encode(generation, entries.iter().map(|entry| (entry.number(), entry)));
+        let text = manifest::with_nonce(text, nonce).into_bytes();
         // A larger pipe only saves the child a wait. Without it the rest is sent while this process waits for `ready`.
         if text.len() > 64 * 1024 {
             net::grow_pipe(&manifest_write, text.len());
         }
-        let manifest = FdRef::to(&manifest_read).map_err(prepare("manifest pipe"))?;
-        let status = FdRef::to(&status_write).map_err(prepare("status pipe"))?;
+        let manifest = FdRef::to(&manifest_read, nonce).map_err(prepare("manifest pipe"))?;
+        let status = FdRef::to(&status_write, nonce).map_err(prepare("status pipe"))?;
         let mut link = Self::new(manifest_write.into(), status_read.into(), Unsent::Text(text));
         link.send_some().map_err(prepare("manifest"))?;
         let carrier = Carrier::Pipes { manifest, status };
@@ -115,8 +118,9 @@ impl ChildLink {
     pub(crate) fn socketpair(handover: Handover) -> Result<(Self, ChildEnd), Error> {
         let (ours, child_end) =
             net::socketpair(SocketType::STREAM, Mode::Nonblocking).map_err(|e| prepare("handover socket")(e.into()))?;
-        let socket = FdRef::to(&child_end).map_err(prepare("handover socket"))?;
-        let mut link = Self::socket(ours.into(), handover)?;
+        let nonce = nonce();
+        let socket = FdRef::to(&child_end, nonce).map_err(prepare("handover socket"))?;
+        let mut link = Self::over_socket(ours.into(), handover, nonce)?;
         link.send_some().map_err(prepare("manifest"))?;
         Ok((
             link,
@@ -131,9 +135,13 @@ impl ChildLink {
 
     /// The link to the peer of a nonblocking socket. Nothing is sent yet.
     pub(crate) fn socket(socket: Arc<OwnedFd>, handover: Handover) -> Result<Self, Error> {
+        Self::over_socket(socket, handover, None)
+    }
+
+    fn over_socket(socket: Arc<OwnedFd>, handover: Handover, nonce: Option<u64>) -> Result<Self, Error> {
         let Handover { generation, entries } = handover;
         // Numbers mean nothing in the other process, so the manifest names descriptors by their order.
-        let text = manifest::encode(generation, (0..).zip(&entries)).into_bytes();
+        let text = manifest::with_nonce(manifest::encode(generation, (0..).zip(&entries)), nonce).into_bytes();
         let descriptors = entries.into_iter().map(|entry| entry.fd).collect();
         let sender = Sender::new(text, descriptors).map_err(prepare("manifest"))?;
         Ok(Self::new(socket.clone(), socket, Unsent::Message(sender)))

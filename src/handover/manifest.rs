@@ -28,6 +28,8 @@ pub(crate) struct Manifest {
     pub(crate) entries: Vec<Entry<RawFd>>,
     /// Descriptors of a kind that this version does not know, to be closed.
     pub(crate) unknown: Vec<FdRef>,
+    /// What the variable says in place of inodes, where pipes and sockets have none.
+    pub(crate) nonce: Option<u64>,
 }
 
 /// Limits that no valid manifest exceeds.
@@ -59,10 +61,18 @@ pub(crate) fn encode<'a, F: 'a>(generation: u64, entries: impl Iterator<Item = (
     text
 }
 
+/// Puts the nonce, if there is one, into the text of a manifest.
+pub(crate) fn with_nonce(mut text: String, nonce: Option<u64>) -> String {
+    if let Some(nonce) = nonce {
+        text.insert_str(FIRST_LINE.len() + 1, &format!("nonce {nonce}\n"));
+    }
+    text
+}
+
 impl Manifest {
     #[cfg(any(test, fuzzing))]
     pub(crate) fn encode(&self) -> String {
-        encode(self.generation, self.entries.iter().map(|entry| (entry.fd, entry)))
+        with_nonce(encode(self.generation, self.entries.iter().map(|entry| (entry.fd, entry))), self.nonce)
     }
 
     /// Decodes a whole manifest, from the first line to the last.
@@ -83,6 +93,7 @@ impl Manifest {
                 "generation" => {
                     manifest.generation = number(rest).ok_or(Malformed::new(at, "generation"))?;
                 }
+                "nonce" => manifest.nonce = Some(number(rest).ok_or(Malformed::new(at, "nonce"))?),
                 "fd" => {
                     let (fd, entry) = fd_line(rest).ok_or(Malformed::new(at, "descriptor"))?;
                     numbers.push(fd.fd);

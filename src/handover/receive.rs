@@ -15,7 +15,7 @@ use super::manifest::{Manifest, MAX_ENTRIES, MAX_SIZE};
 use super::scm::{Limits, Receiver};
 use crate::error::Error;
 use crate::logging;
-use crate::sys::adopt::{identity, Adopter};
+use crate::sys::adopt::{identity, Adopter, INODE_IS_A_PROOF};
 use crate::sys::poll::{wait_readable, Deadline};
 
 /// What came from the parent, before anything in it was used.
@@ -35,6 +35,11 @@ pub(crate) struct Inherited {
 }
 
 impl Arrived {
+    /// Whether the manifest is the one that the variable means, as far as the inode in the variable did not prove it.
+    pub(crate) fn is_of(&self, end: FdRef) -> bool {
+        INODE_IS_A_PROOF || self.manifest.nonce == Some(end.inode)
+    }
+
     /// Owns the descriptors that the manifest names. The link to the parent consists of `reader` and `writer`, which
     /// may be one socket.
     pub(crate) fn unpack(self, reader: Arc<OwnedFd>, writer: Arc<OwnedFd>) -> Result<Inherited, Error> {

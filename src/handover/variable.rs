@@ -2,7 +2,8 @@
 //!
 //! `v1:manifest=5@48211,status=7@48212`: two pipes by descriptor number and inode; or `v1:socket=5@48211`. The inode is
 //! the proof that the variable is for this process: in a grandchild that only inherited the variable, the numbers belong
-//! to other files or to none.
+//! to other files or to none. Where pipes and sockets have no inodes, a nonce stands there that the manifest repeats in a
+//! line `nonce 48211`.
 
 use super::entry::FdRef;
 

@@ -10,6 +10,8 @@ use rustix::io::{fcntl_setfd, FdFlags};
 use super::system::identity;
 use super::system::program::is_secure;
 
+pub(crate) use super::system::identity::{nonce, INODE_IS_A_PROOF};
+
 /// The number that, next to its own, proves that a descriptor is the one meant: its inode, or 0 where it has none.
 pub(crate) fn identity(fd: impl AsFd) -> io::Result<u64> {
     Ok(identity::of(&fstat(fd)?))
@@ -40,7 +42,7 @@ impl Adopter {
         let borrowed = unsafe { BorrowedFd::borrow_raw(fd) };
         let stat = fstat(borrowed)?;
         let actual = FileType::from_raw_mode(stat.st_mode);
-        if identity::of(&stat) != wanted || file_type.is_some_and(|wanted| wanted != actual) {
+        if !identity::is(&stat, wanted) || file_type.is_some_and(|wanted| wanted != actual) {
             return Err(io::Error::new(io::ErrorKind::NotFound, "the descriptor is another file"));
         }
         fcntl_setfd(borrowed, FdFlags::CLOEXEC)?;

@@ -80,7 +80,7 @@ impl Notifier {
         let unusable = |source| NotifyError::Address { address: text.to_owned(), source };
         let address = match text.as_bytes() {
             [b'/', ..] => SocketAddrUnix::new(text).map_err(|e| unusable(e.into()))?,
-            [b'@', name @ ..] if !name.is_empty() => net::abstract_address(name).map_err(|e| unusable(e.into()))?,
+            [b'@', name @ ..] if !name.is_empty() => net::abstract_address(name).map_err(unusable)?,
             _ => return Err(unusable(io::ErrorKind::Unsupported.into())),
         };
         let socket = net::socket(AddressFamily::UNIX, SocketType::DGRAM, Mode::Blocking)

@@ -17,7 +17,7 @@ use super::stored;
 use crate::handover::entry::Entry;
 use crate::listen::FileId;
 use crate::logging;
-use crate::sys::{listen_fds, program};
+use crate::sys::{listen_fds, net, program};
 use crate::{Error, Key, Sockets, UnixSeqpacketListener};
 
 /// Sockets that units of the service manager passed; feature `systemd_sockets`, and
@@ -175,8 +175,8 @@ fn key_of(fd: BorrowedFd<'_>) -> io::Result<Option<Key>> {
         Err(rustix::io::Errno::NOTSOCK) => return Ok(None),
         Err(e) => return Err(e.into()),
     };
-    let family = sockopt::socket_domain(fd)?;
-    let listening = sockopt::socket_acceptconn(fd)?;
+    let family = net::family(fd)?;
+    let listening = net::is_listening(fd)?;
     let address = getsockname(fd)?;
     Ok(match (family, kind, listening) {
         (AddressFamily::INET | AddressFamily::INET6, SocketType::STREAM, true) => {
@@ -203,7 +203,7 @@ fn unix_path(address: &SocketAddrUnix) -> Option<PathBuf> {
     if let Some(path) = address.path_bytes() {
         return Some(PathBuf::from(OsStr::from_bytes(path)));
     }
-    let name = address.abstract_name()?;
+    let name = net::abstract_name(address)?;
     Some(PathBuf::from(OsStr::from_bytes(&[b"@", name].concat())))
 }
 

@@ -57,12 +57,19 @@ fn from_environment() -> Result<Option<Inherited>, Error> {
                 return Ok(not_meant());
             };
             let arrived = receive::read(&reader, adopter, MANIFEST).map_err(failed)?;
+            if !arrived.is_of(manifest) {
+                return Ok(not_meant());
+            }
             (reader, writer, arrived)
         }
         Carrier::Socket(socket) => {
-            let Ok(socket) = adopt(socket, FileType::Socket) else { return Ok(not_meant()) };
+            let end = socket;
+            let Ok(socket) = adopt(end, FileType::Socket) else { return Ok(not_meant()) };
             let arrived = receive::receive(&socket, MANIFEST).map_err(failed)?;
             let arrived = arrived.map_err(|answer| failed(io::Error::new(io::ErrorKind::InvalidData, answer)))?;
+            if !arrived.is_of(end) {
+                return Ok(not_meant());
+            }
             (socket.clone(), socket, arrived)
         }
     };

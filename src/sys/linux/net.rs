@@ -1,11 +1,14 @@
 //! Sockets and pipes that are close-on-exec and in the right blocking mode from the first moment.
 
+use std::io;
 use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
 
+use rustix::fs;
 use rustix::io::Result;
 use rustix::net::sockopt;
 use rustix::net::{
-    accept_with, socket_with, AddressFamily, RecvFlags, SendFlags, SocketAddrUnix, SocketFlags, SocketType,
+    accept_with, bind, socket_with, AddressFamily, RecvFlags, SendFlags, SocketAddrUnix, SocketFlags, SocketType,
 };
 use rustix::pipe::{fcntl_setpipe_size, pipe_with, PipeFlags};
 
@@ -65,16 +68,36 @@ pub(crate) fn is_listening(socket: impl AsFd) -> Result<bool> {
 }
 
 /// IP_FREEBIND.
-pub(crate) fn set_freebind(socket: impl AsFd, on: bool) -> Result<()> {
+pub(crate) fn set_freebind(socket: impl AsFd, on: bool) -> io::Result<()> {
     match family(&socket)? {
-        AddressFamily::INET6 => sockopt::set_ipv6_freebind(socket, on),
-        _ => sockopt::set_ip_freebind(socket, on),
+        AddressFamily::INET6 => Ok(sockopt::set_ipv6_freebind(socket, on)?),
+        _ => Ok(sockopt::set_ip_freebind(socket, on)?),
     }
 }
 
+/// SO_REUSEPORT.
+pub(crate) fn set_reuse_port(socket: impl AsFd, on: bool) -> io::Result<()> {
+    Ok(sockopt::set_socket_reuseport(socket, on)?)
+}
+
+/// The abstract name of an address, if it is one.
+#[cfg(feature = "systemd_sockets")]
+pub(crate) fn abstract_name(address: &SocketAddrUnix) -> Option<&[u8]> {
+    address.abstract_name()
+}
+
 /// The address of an abstract name (unix(7)).
-pub(crate) fn abstract_address(name: &[u8]) -> Result<SocketAddrUnix> {
-    SocketAddrUnix::new_abstract_name(name)
+pub(crate) fn abstract_address(name: &[u8]) -> io::Result<SocketAddrUnix> {
+    Ok(SocketAddrUnix::new_abstract_name(name)?)
+}
+
+/// Binds a Unix socket to a path. The file has `mode` from the start, or what the umask leaves.
+pub(crate) fn bind_path(socket: &OwnedFd, path: &Path, mode: Option<fs::Mode>) -> Result<()> {
+    if let Some(mode) = mode {
+        // Before bind, which creates the file with the socket's mode: other users can connect at no moment.
+        fs::fchmod(socket, mode)?;
+    }
+    bind(socket, &SocketAddrUnix::new(path)?)
 }
 
 /// Receives one message. Returns its length, which is larger than the buffer if the message did not fit.

@@ -1,0 +1,57 @@
+//! No process that shares memory, and no descriptor for a process: spawn.rs forks, and looks for the end of a child.
+
+use std::ffi::{c_int, c_void};
+use std::io;
+use std::os::fd::OwnedFd;
+use std::process::ExitStatus;
+
+use rustix::io::Errno;
+use rustix::process::Pid;
+
+/// Whether a child may share the memory of its parent here.
+pub(crate) const WORKS: bool = false;
+
+pub(crate) struct Stack;
+
+/// A child, and what other systems know of it besides.
+pub(crate) struct Cloned {
+    pub(crate) pid: c_int,
+    pub(crate) pidfd: Option<OwnedFd>,
+    pub(crate) is_sibling: bool,
+}
+
+impl Stack {
+    pub(crate) fn new() -> Self {
+        Self
+    }
+
+    pub(crate) fn is_in_use(&self) -> bool {
+        false
+    }
+
+    /// # Safety
+    ///
+    /// None is needed; the other side of this face has conditions.
+    pub(crate) unsafe fn clone(
+        &self,
+        _sibling: bool,
+        _child: extern "C" fn(*mut c_void) -> c_int,
+        _argument: *mut c_void,
+    ) -> io::Result<Cloned> {
+        Err(Errno::NOSYS.into())
+    }
+
+    pub(crate) fn release_at_exec(&self) {}
+}
+
+pub(crate) fn pidfd(_pid: Pid) -> Option<OwnedFd> {
+    None
+}
+
+pub(crate) fn kill(_pidfd: &OwnedFd) -> rustix::io::Result<()> {
+    Err(Errno::NOSYS)
+}
+
+pub(crate) fn exit_status(_pidfd: &OwnedFd) -> Option<ExitStatus> {
+    None
+}

@@ -1,0 +1,37 @@
+//! The running program and its rights.
+
+use std::env;
+use std::path::PathBuf;
+
+/// A path that leads to the file of the running program, as far as the system knows it.
+pub(crate) fn running() -> PathBuf {
+    path().unwrap_or_default()
+}
+
+/// The path of the running program, as far as the system knows it.
+pub(crate) fn path() -> Option<PathBuf> {
+    env::current_exe().ok()
+}
+
+/// Whether this process has more rights than its caller, who then must not choose its descriptors.
+pub(crate) fn is_secure() -> bool {
+    #[cfg(not(target_os = "linux"))]
+    // SAFETY: issetugid(2) has no arguments.
+    unsafe {
+        unsafe extern "C" {
+            fn issetugid() -> std::ffi::c_int;
+        }
+        issetugid() != 0
+    }
+    // Where this side is tested. SAFETY: getauxval(3) reads a table that the kernel made.
+    #[cfg(target_os = "linux")]
+    unsafe {
+        libc::getauxval(libc::AT_SECURE) != 0
+    }
+}
+
+/// An id that the kernel gives only to this process. There is none.
+#[cfg(feature = "systemd_sockets")]
+pub(crate) fn own_pidfd_id() -> Option<u64> {
+    None
+}

@@ -1,0 +1,27 @@
+//! The sweep: close-on-exec on every number from 3 up to the limit of descriptors, in the child, between fork and execve.
+//!
+//! Async-signal-safe: no allocation, no lock.
+
+use super::calls::set_fd_flags;
+
+/// The highest number that is looked at: to try a million takes about a tenth of a second.
+const MOST: u64 = 1 << 20;
+
+/// Sets close-on-exec on every descriptor from 3 up.
+///
+/// # Safety
+///
+/// Changes descriptors that others own, so only the child of a spawn may call it, whose descriptor table is its own.
+pub(crate) unsafe fn sweep() -> Result<(), i32> {
+    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: writes one rlimit (getrlimit(2)). After an error it is 0, so everything is tried.
+    let known = unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &mut limit) } == 0;
+    #[allow(clippy::unnecessary_cast)] // Another type on another system.
+    let limit = if known { (limit.rlim_max as u64).min(MOST) } else { MOST };
+    // The hard limit, because the soft one may have been lowered under open descriptors.
+    for fd in 3..limit as usize {
+        // SAFETY: the caller owns the descriptor table. EBADF is the usual answer.
+        let _ = unsafe { set_fd_flags(fd, libc::FD_CLOEXEC) };
+    }
+    Ok(())
+}
