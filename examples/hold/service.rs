@@ -319,6 +319,8 @@ impl Service {
         say(&format!("stopping: {why}"));
         self.phase = Phase::Stopping { until: Instant::now() + self.options.stop_timeout, asked: false };
         self.watchdog_at = None;
+        // Else clients would go on to connect, to a queue that nobody serves any more.
+        self.store.clear();
         if let Some((check, _)) = &self.upgrade.check {
             check.signal(libc::SIGKILL);
         }

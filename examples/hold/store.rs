@@ -45,6 +45,10 @@ impl Store {
         Ok(())
     }
 
+    pub fn clear(&mut self) {
+        self.entries.clear();
+    }
+
     /// Closes all descriptors of this name.
     pub fn remove(&mut self, name: &str) {
         self.entries.retain(|entry| entry.name != name);

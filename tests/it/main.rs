@@ -35,6 +35,8 @@ mod process;
 mod seccomp;
 mod sockets;
 #[cfg(feature = "systemd")]
+mod supervisors;
+#[cfg(feature = "systemd")]
 mod systemd;
 mod takeover;
 mod takeover_faults;

@@ -60,7 +60,8 @@ impl Server {
         Self::start_in(command, super::tempdir())
     }
 
-    fn start_in(mut command: Command, dir: TempDir) -> Self {
+    /// Starts a command for which this directory was made.
+    pub fn start_in(mut command: Command, dir: TempDir) -> Self {
         static PARTS: AtomicUsize = AtomicUsize::new(1);
         let part = PARTS.fetch_add(1, Ordering::Relaxed);
         guard::mark(&mut command, part).stdin(Stdio::null()).stderr(Stdio::piped()).process_group(0);
