@@ -158,7 +158,7 @@ pub use listen::Socket;
 pub use options::Overlap;
 pub use program::Changes;
 pub use seqpacket::{UnixSeqpacketConn, UnixSeqpacketListener};
-pub use shutdown::{Accept, Datagram, Guard, Incoming, Readable, Shutdown};
+pub use shutdown::{Accept, Connection, Datagram, Guard, Incoming, Readable, Shutdown};
 pub use sockets::pass::Stream;
 pub use sockets::Sockets;
 pub use sys::peer::PeerCred;

@@ -4,7 +4,8 @@ use std::collections::HashSet;
 use std::io;
 use std::os::fd::BorrowedFd;
 use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering};
-use std::sync::{Condvar, Mutex, PoisonError, RwLock};
+use std::sync::{Condvar, Mutex, OnceLock, PoisonError, RwLock};
+use std::time::Instant;
 
 use crate::sys::adopt::identity;
 use crate::sys::flag::Flag;
@@ -55,6 +56,7 @@ pub(crate) struct Gate {
     closed: Flag,
     /// Raised once over, and never lowered.
     over: Flag,
+    over_since: OnceLock<Instant>,
     /// Accept calls since the stop.
     queued: AtomicUsize,
     /// The listeners that the next generation does not have, by identity. This one serves them until it is over.
@@ -69,6 +71,7 @@ impl Gate {
             changed: Condvar::new(),
             closed: Flag::new(true)?,
             over: Flag::new(false)?,
+            over_since: OnceLock::new(),
             queued: AtomicUsize::new(0),
             orphans: RwLock::default(),
         })
@@ -83,6 +86,9 @@ impl Gate {
         let _change = self.change.lock().unwrap_or_else(PoisonError::into_inner);
         if self.state().is_over() {
             return false;
+        }
+        if state.is_over() {
+            let _ = self.over_since.set(Instant::now());
         }
         self.state.store(state as u8, Ordering::SeqCst);
         match state {
@@ -142,6 +148,11 @@ impl Gate {
 
     pub(crate) fn closed(&self) -> &Flag {
         &self.closed
+    }
+
+    /// When accepting ended.
+    pub(crate) fn over_since(&self) -> Option<Instant> {
+        self.over_since.get().copied()
     }
 
     pub(crate) fn over(&self) -> &Flag {

@@ -8,6 +8,7 @@ mod calls;
 mod decide;
 mod drain;
 mod gate;
+mod keep_alive;
 mod listener;
 #[cfg(test)]
 mod tests;
@@ -15,7 +16,7 @@ mod tests;
 mod watch;
 
 use std::collections::HashSet;
-use std::io;
+use std::io::{self, BufReader};
 use std::iter::FusedIterator;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
@@ -34,6 +35,8 @@ use self::gate::Gate;
 #[cfg(feature = "tokio_ecdysis")]
 pub(crate) use self::gate::Phase;
 pub(crate) use self::gate::State;
+pub use self::keep_alive::Connection;
+use self::keep_alive::IdleConnections;
 pub use self::listener::{Accept, Datagram};
 #[cfg(feature = "tokio_ecdysis")]
 use self::watch::Watchers;
@@ -87,8 +90,9 @@ pub struct Shutdown(Arc<Inner>);
 
 #[derive(Debug)]
 struct Inner {
-    gate: Gate,
+    gate: Arc<Gate>,
     drain: Arc<Drain>,
+    idle: Arc<IdleConnections>,
     #[cfg(feature = "tokio_ecdysis")]
     watchers: Watchers,
 }
@@ -107,8 +111,9 @@ pub enum Readable {
 impl Shutdown {
     pub(crate) fn new() -> io::Result<Self> {
         Ok(Self(Arc::new(Inner {
-            gate: Gate::new()?,
+            gate: Arc::new(Gate::new()?),
             drain: Arc::new(Drain::new()?),
+            idle: Arc::default(),
             #[cfg(feature = "tokio_ecdysis")]
             watchers: Watchers::default(),
         })))
@@ -155,8 +160,8 @@ impl Shutdown {
     /// Blocks until `fd` is readable or accepting is over, whichever comes first, for at most `timeout`
     /// ([poll(2)](https://man7.org/linux/man-pages/man2/poll.2.html)). A pause does not end this wait.
     ///
-    /// For connections that are idle between two requests: close on `Over`. A request that has already arrived comes
-    /// first, so answer it, with `Connection: close` if [`is_over`](Self::is_over).
+    /// For waits of other kinds than that between two requests, for which [`next_request`](Self::next_request) is made: a
+    /// connection that is closed on `Over` loses the request that is on its way.
     ///
     /// # Errors
     ///
@@ -168,6 +173,46 @@ impl Shutdown {
             _ if !fds[0].revents().is_empty() => Ok(Readable::Ready),
             _ => Ok(Readable::Over),
         }
+    }
+
+    /// Blocks between two requests on a connection that stays open. Returns true when the next request has begun to arrive:
+    /// read and answer it. Returns false when it is time to close the connection.
+    ///
+    /// That is when the peer has closed it, when no request has arrived for `idle`, and, once accepting is over, when none
+    /// has arrived for `grace`, counted from the end of accepting or of the last answer. So a connection in use is never closed
+    /// between two requests. If [`is_over`](Self::is_over) when you answer, tell the client in the protocol's way to send no
+    /// more, such as `Connection: close`, and close after the answer. A client of a protocol without such a way keeps its
+    /// connection until it pauses for `grace`, or until the drain's deadline.
+    ///
+    /// On a blocking TCP connection this costs no system call. Leave it blocking, and set a read timeout, if any, that fits
+    /// the parts of one request; with a shorter one this still waits for `idle`. The times are kept to within a second.
+    ///
+    /// ```
+    /// use std::io::{BufRead, BufReader, Write};
+    /// use std::net::TcpStream;
+    /// use std::time::Duration;
+    ///
+    /// fn connection(stream: TcpStream, shutdown: &ecdysis::Shutdown) -> std::io::Result<()> {
+    ///     let mut requests = BufReader::new(stream);
+    ///     while shutdown.next_request(&mut requests, Duration::from_secs(60), Duration::from_secs(1))? {
+    ///         let mut line = String::new();
+    ///         requests.read_line(&mut line)?;
+    ///         requests.get_mut().write_all(line.as_bytes())?;
+    ///     }
+    ///     Ok(())
+    /// }
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// Those of the connection.
+    pub fn next_request<S: Connection>(
+        &self,
+        requests: &mut BufReader<S>,
+        idle: Duration,
+        grace: Duration,
+    ) -> io::Result<bool> {
+        keep_alive::next_request(&self.0.gate, &self.0.idle, requests, idle, grace)
     }
 
     /// Blocks until accepting is over.

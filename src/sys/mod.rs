@@ -43,6 +43,7 @@ pub(crate) mod poll;
 pub(crate) mod signal;
 pub(crate) mod spawn;
 pub(crate) mod stdio;
+pub(crate) mod wake;
 
 /// Whether calls on a socket wait.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

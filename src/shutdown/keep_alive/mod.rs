@@ -1,0 +1,237 @@
+//! The wait of a thread between two requests on a connection that stays open.
+//!
+//! It costs no system call: the thread blocks in the very read that receives the next request. What wakes it when the
+//! connection has been idle for too long is `shutdown(2)` of the receiving side, which on Linux ends a blocked read of a TCP
+//! connection while everything that arrives is still delivered. One thread does this for all connections, and only while
+//! some are idle.
+//!
+//! On Unix sockets the peer would see EPIPE, and on other systems data would be lost. There the wait is a poll(2).
+
+use std::collections::HashMap;
+use std::io::{self, BufRead, BufReader, ErrorKind, Read};
+use std::net::TcpStream;
+use std::os::fd::{AsFd, AsRawFd, RawFd};
+use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags};
+use rustix::io::ioctl_fionread;
+
+use super::gate::Gate;
+use crate::sys::poll::{poll, wait_readable, Deadline};
+use crate::sys::wake::{wake_reader, STILL_RECEIVES};
+
+/// A connection for [`Shutdown::next_request`](crate::Shutdown::next_request).
+pub trait Connection: Read + AsFd + sealed::Sealed {
+    #[doc(hidden)]
+    const IS_TCP: bool;
+}
+
+mod sealed {
+    pub trait Sealed {}
+}
+
+macro_rules! connections {
+    ($($stream:ty: $is_tcp:literal),*) => {$(
+        impl sealed::Sealed for $stream {}
+        impl Connection for $stream {
+            const IS_TCP: bool = $is_tcp;
+        }
+        impl sealed::Sealed for &$stream {}
+        impl Connection for &$stream {
+            const IS_TCP: bool = $is_tcp;
+        }
+    )*};
+}
+connections!(TcpStream: true, UnixStream: false);
+
+/// The longest sleep of the thread that wakes idle connections, which thus may last so much longer.
+const LONGEST_SLEEP: Duration = Duration::from_secs(1);
+
+/// The time without a new byte after which a request counts as received whole, if its first bytes and the wake-up crossed.
+const QUIET: Duration = Duration::from_millis(50);
+
+/// How often to look for more of it.
+const MAX_QUIET: u32 = 100;
+
+/// The connections that are idle now. In several parts, because each request comes and goes here.
+#[derive(Debug, Default)]
+pub(super) struct IdleConnections {
+    parts: [Mutex<HashMap<RawFd, Idle>>; 16],
+    /// Whether the thread runs.
+    watched: AtomicBool,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Idle {
+    since: Instant,
+    longest: Duration,
+    grace: Duration,
+    woken: bool,
+}
+
+impl Idle {
+    /// When the connection closes, given the time since which accepting is over.
+    fn until(&self, over: Option<Instant>) -> Deadline {
+        let end = Deadline::since(self.since, self.longest);
+        over.map_or(end, |over| end.min(Deadline::since(over.max(self.since), self.grace)))
+    }
+}
+
+/// See [`Shutdown::next_request`](crate::Shutdown::next_request).
+pub(super) fn next_request<S: Connection>(
+    gate: &Arc<Gate>,
+    connections: &Arc<IdleConnections>,
+    requests: &mut BufReader<S>,
+    longest: Duration,
+    grace: Duration,
+) -> io::Result<bool> {
+    if !requests.buffer().is_empty() {
+        return Ok(true);
+    }
+    let idle = Idle { since: Instant::now(), longest, grace, woken: false };
+    loop {
+        let fd = requests.get_ref().as_fd().as_raw_fd();
+        let entry = (S::IS_TCP && STILL_RECEIVES).then(|| connections.enter(gate, fd, idle)).flatten();
+        let Some(entry) = entry else { break };
+        let received = requests.fill_buf().map(<[u8]>::len);
+        match (received, entry.leave()) {
+            // What arrived in the meantime is still delivered.
+            (Ok(0), true) if unread(requests) > 0 => {}
+            (Ok(0), _) => return Ok(false),
+            (Ok(_), woken) => {
+                if woken {
+                    wait_for_the_rest(requests, QUIET);
+                }
+                return Ok(true);
+            }
+            (Err(e), _) if e.kind() == ErrorKind::Interrupted => {}
+            // The program has set a timeout, or the connection does not block.
+            (Err(e), _) if e.kind() == ErrorKind::WouldBlock => break,
+            (Err(e), _) => return Err(e),
+        }
+    }
+    poll_for_request(gate, requests, &idle)
+}
+
+fn poll_for_request<S: Connection>(gate: &Gate, requests: &mut BufReader<S>, idle: &Idle) -> io::Result<bool> {
+    loop {
+        let over = gate.over_since();
+        let mut fds = vec![PollFd::new(requests.get_ref(), PollFlags::IN)];
+        fds.extend(over.is_none().then(|| PollFd::new(gate.over(), PollFlags::IN)));
+        let ready = poll(&mut fds, idle.until(over))?;
+        let readable = !fds[0].revents().is_empty();
+        drop(fds);
+        if readable {
+            match requests.fill_buf() {
+                Err(e) if matches!(e.kind(), ErrorKind::Interrupted | ErrorKind::WouldBlock) => {}
+                received => return received.map(|received| !received.is_empty()),
+            }
+        } else if ready == 0 {
+            return Ok(false);
+        }
+    }
+}
+
+/// A request had begun to arrive when its reader was woken. From now on a read that finds nothing returns 0, which the
+/// program would take for the end of the connection, so let the rest of the request arrive first.
+fn wait_for_the_rest<S: Connection>(requests: &BufReader<S>, quiet: Duration) {
+    let mut before = None;
+    for _ in 0..MAX_QUIET {
+        let now = Some(unread(requests));
+        if now == before {
+            break;
+        }
+        before = now;
+        thread::sleep(quiet);
+    }
+}
+
+fn unread<S: Connection>(requests: &BufReader<S>) -> u64 {
+    ioctl_fionread(requests.get_ref()).unwrap_or(0)
+}
+
+/// One connection's place among the idle ones. It is left on every way out of the read, a panic included.
+struct Entry<'a> {
+    connections: &'a IdleConnections,
+    fd: RawFd,
+}
+
+impl Entry<'_> {
+    /// Ends the wait. Returns whether the reader was woken.
+    fn leave(self) -> bool {
+        let woken = self.connections.part(self.fd).remove(&self.fd).is_some_and(|idle| idle.woken);
+        std::mem::forget(self);
+        woken
+    }
+}
+
+impl Drop for Entry<'_> {
+    fn drop(&mut self) {
+        self.connections.part(self.fd).remove(&self.fd);
+    }
+}
+
+impl IdleConnections {
+    fn part(&self, fd: RawFd) -> MutexGuard<'_, HashMap<RawFd, Idle>> {
+        self.parts[fd as usize % self.parts.len()].lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// `None` if there can be no thread to wake the reader.
+    fn enter(self: &Arc<Self>, gate: &Arc<Gate>, fd: RawFd, idle: Idle) -> Option<Entry<'_>> {
+        self.part(fd).insert(fd, idle);
+        let entry = Entry { connections: self, fd };
+        // After the entry is in: the thread looks once more after it has cleared this.
+        if !self.watched.load(Ordering::SeqCst) && !self.watched.swap(true, Ordering::SeqCst) {
+            let (connections, gate) = (self.clone(), gate.clone());
+            let watch = move || while connections.watch(&gate) {};
+            if thread::Builder::new().name("ecdysis-idle".into()).spawn(watch).is_err() {
+                self.watched.store(false, Ordering::SeqCst);
+                return None;
+            }
+        }
+        Some(entry)
+    }
+
+    /// Wakes the readers whose time is over, and sleeps until the next one's. Returns false when no connection is idle.
+    fn watch(&self, gate: &Gate) -> bool {
+        let over = gate.over_since();
+        let Some(next) = self.wake(over).or_else(|| {
+            self.watched.store(false, Ordering::SeqCst);
+            // A connection that came before this was cleared counts on this thread.
+            self.wake(over).filter(|_| !self.watched.swap(true, Ordering::SeqCst))
+        }) else {
+            return false;
+        };
+        let next = next.min(Deadline::after(LONGEST_SLEEP));
+        match over {
+            None => drop(wait_readable(gate.over(), next)),
+            Some(_) => drop(poll(&mut [], next)),
+        }
+        true
+    }
+
+    /// Wakes the readers whose time is over. Returns when the next one's is, or `None` if no connection is idle.
+    fn wake(&self, over: Option<Instant>) -> Option<Deadline> {
+        let mut next = None;
+        for part in &self.parts {
+            for (fd, idle) in part.lock().unwrap_or_else(PoisonError::into_inner).iter_mut() {
+                let until = idle.until(over);
+                if until.has_passed() && !idle.woken {
+                    idle.woken = true;
+                    // Under the lock, which the reader takes before it lets go of the connection.
+                    wake_reader(*fd);
+                }
+                let until = if idle.woken { Deadline::NEVER } else { until };
+                next = Some(next.map_or(until, |next: Deadline| next.min(until)));
+            }
+        }
+        next
+    }
+}
+
+#[cfg(test)]
+mod tests;
