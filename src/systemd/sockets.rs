@@ -16,6 +16,7 @@ use rustix::net::{getsockname, sockopt, AddressFamily, SocketAddrUnix, SocketTyp
 use super::stored;
 use crate::handover::entry::Entry;
 use crate::listen::FileId;
+#[cfg(feature = "systemd_notify")]
 use crate::logging;
 use crate::sys::{listen_fds, net, program};
 use crate::{Error, Key, Sockets, UnixSeqpacketListener};
