@@ -15,7 +15,6 @@ use super::systemd_notify::{SystemdNotifier, SystemdNotifierError};
 #[cfg(feature = "systemd_sockets")]
 use super::systemd_sockets::{passed_to_us, SystemdSocketsReadError};
 use super::thread::in_thread;
-#[cfg(feature = "systemd_sockets")]
 use crate::triggers::control::Purpose;
 use crate::triggers::request::Action;
 use crate::{Builder, Ecdysis, Error, Starting};
