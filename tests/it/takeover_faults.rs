@@ -38,8 +38,27 @@ struct Call {
 #[derive(Clone)]
 struct Point {
     call: Call,
-    /// As strace has it: `error=EMFILE`, `signal=KILL`.
+    /// As strace has it: `error=EMFILE`, `signal=STOP`; or `KILL`.
     fault: String,
+}
+
+/// strace holds the call for so many microseconds, and we kill the process meanwhile: when no request is in it.
+const HELD: &str = "delay_enter=60000000";
+
+impl Point {
+    fn kills(&self) -> bool {
+        self.fault == "KILL"
+    }
+
+    /// Whether the call is held now: its line has begun and not ended.
+    fn is_held(&self, trace: &Path) -> bool {
+        let trace = fs::read_to_string(trace).unwrap_or_default();
+        let start = format!("{}(", self.call.name);
+        let nth = trace.lines().filter(|line| line.starts_with(&start)).count();
+        nth == self.call.nth
+            && !trace.ends_with('\n')
+            && trace.lines().last().is_some_and(|line| line.starts_with(&start))
+    }
 }
 
 impl std::fmt::Debug for Point {
@@ -115,7 +134,8 @@ impl Setting {
     fn strace(&self, output: &Path, inject: Option<&Point>) -> Command {
         let mut command = Command::new("strace");
         command.arg("-o").arg(output);
-        if let Some(Point { call, fault }) = inject {
+        if let Some(point @ Point { call, fault }) = inject {
+            let fault = if point.kills() { HELD } else { fault };
             command.args(["-e", &format!("inject={}:{fault}:when={}", call.name, call.nth)]);
         }
         command
@@ -185,7 +205,7 @@ fn level(pid: u32) -> usize {
 fn run(point: &Point) -> Result<bool, String> {
     let ready_timeout = if point.fault.contains("STOP") { "3000" } else { "60000" };
     // Long enough for a traced process to die in, on a busy machine.
-    let probation = if point.call.role == Role::New && point.fault.contains("KILL") { "3000" } else { "30" };
+    let probation = if point.call.role == Role::New && point.kills() && point.call.late { "15000" } else { "30" };
     let setting = Setting { dir: tempdir(), ready_timeout, probation };
     let result = std::panic::catch_unwind(|| attempt(point, &setting));
     if !matches!(result, Ok(Ok(_))) && strayed(point, &setting.path("trace")) {
@@ -199,7 +219,7 @@ fn run(point: &Point) -> Result<bool, String> {
 fn strayed(point: &Point, trace: &Path) -> bool {
     let trace = fs::read_to_string(trace).unwrap_or_default();
     let at = |what: &str| trace.find(what).unwrap_or(usize::MAX);
-    let struck = at("(INJECTED)").min(at("+++ killed by SIGKILL"));
+    let struck = at("(INJECTED)");
     let stopped = at("--- SIGSTOP");
     let late = at("\"serving gen=") < struck && struck < usize::MAX;
     point.call.role == Role::New && (late || at("\"serving\\n\"") < stopped && stopped < usize::MAX)
@@ -221,7 +241,7 @@ fn attempt(point: &Point, setting: &Setting) -> Result<bool, String> {
     let load = Load::on(&addr, 1);
 
     let output = setting.path("trace");
-    let killed_old = point.call.role == Role::Old && point.fault == "signal=KILL";
+    let killed_old = point.call.role == Role::Old && point.kills();
     let (mut new, mut tracer) = match point.call.role {
         Role::New => (setting.new_traced(&output, Some(point)), None),
         Role::Old => {
@@ -234,6 +254,26 @@ fn attempt(point: &Point, setting: &Setting) -> Result<bool, String> {
     let ended = |server: &Server| server.processes().is_empty();
     let verdict = |server: &Server| server.said().iter().any(|line| line.starts_with("upgrade "));
     let stopped_old = point.call.role == Role::Old && stops;
+    let mut quiet = None;
+    if point.kills() {
+        let over = || ended(&old) || ended(&new) || (!killed_old && serves(&new));
+        eventually("the call", || point.is_held(&output) || over());
+        // Where the new process need not wait, the count of its calls may be another, and it serves by now.
+        if !point.is_held(&output) || (!killed_old && serves(&new)) {
+            return Ok(false);
+        }
+        quiet = Some(load.quiet());
+        let victim = if killed_old { Some(old_pid) } else { children(new.first_pid()).into_keys().next() };
+        let victim = victim.ok_or("no process to kill")?;
+        send_signal(victim, Signal::KILL);
+        // It holds the process until the time is over, dead or not.
+        tracer.as_ref().unwrap_or(&new).signal_all(Signal::KILL);
+        eventually("it is dead", || gone(victim));
+        if !killed_old || point.call.late {
+            // Somebody has the sockets, and so nobody is refused.
+            quiet = None;
+        }
+    }
     eventually(&format!("{point:?} is over: {:?} {:?}", old.said(), new.said()), || {
         serves(&new) || ended(&new) || (stops && !stopped_old && verdict(&old))
     });
@@ -252,14 +292,8 @@ fn attempt(point: &Point, setting: &Setting) -> Result<bool, String> {
         });
     }
 
-    if serves(&new) && point.call.role == Role::New && point.fault.contains("KILL") {
-        // It should not have come so far. Either the call does not come, or it comes later, by chance.
-        let begun = Instant::now();
-        while !strayed(point, &output) && begun.elapsed().as_secs() < 2 {
-            thread::yield_now();
-        }
-        return Ok(false);
-    }
+    // Before the old process had handed anything over, it took the sockets along.
+    drop(quiet);
     if serves(&new) {
         if !killed_old {
             eventually("the old process ends", || ended(&old));
@@ -275,15 +309,8 @@ fn attempt(point: &Point, setting: &Setting) -> Result<bool, String> {
         eventually("the old one serves", || ask(&addr).is_ok_and(|answer| field::<u32>(&answer, "pid") == old_pid));
     }
     let counts = load.stop();
-    let failures: Vec<_> = counts.failures.keys().collect();
-    // What a process had accepted that is killed dies with it. Before it has handed anything over, so does the rest.
-    let excused = |failure: &String| match (point.call.role, point.fault.as_str()) {
-        (Role::Old, "signal=KILL") => !point.call.late || !failure.contains("refused"),
-        (Role::New, "signal=KILL") => point.call.late && !failure.contains("refused"),
-        _ => false,
-    };
-    if let Some(failure) = failures.iter().find(|failure| !excused(failure)) {
-        return Err(format!("of {} requests: {failure}", counts.requests));
+    if !counts.failures.is_empty() {
+        return Err(format!("of {} requests: {:?}", counts.requests, counts.failures));
     }
 
     let serving = if serves(&new) { &mut new } else { &mut old };
@@ -301,7 +328,7 @@ fn attempt(point: &Point, setting: &Setting) -> Result<bool, String> {
     serving.wait("upgrade ok");
     eventually("the last one is replaced", || ended(serving));
     let trace = fs::read_to_string(&output).unwrap();
-    Ok(trace.contains("(INJECTED)") || trace.contains("+++ killed by SIGKILL") || trace.contains("--- SIGSTOP"))
+    Ok(point.kills() || trace.contains("(INJECTED)") || trace.contains("--- SIGSTOP"))
 }
 
 fn sweep(title: &str, points: &[Point], at_a_time: usize) {
@@ -348,7 +375,7 @@ fn faults(calls: &[Call]) -> Vec<Point> {
 
 /// A stop of the new process is for what can still be taken back: once it has said `serving`, it is a stopped server.
 fn deaths(calls: &[Call]) -> Vec<Point> {
-    let kills = calls.iter().map(|call| Point { call: call.clone(), fault: "signal=KILL".into() });
+    let kills = calls.iter().map(|call| Point { call: call.clone(), fault: "KILL".into() });
     // strace's signal comes after the call.
     let said = |call: &Call| call.role == Role::New && call.text.contains(r#""serving\n""#);
     let serving = calls.iter().position(said).unwrap_or(calls.len());

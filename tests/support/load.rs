@@ -1,10 +1,10 @@
 //! Clients that ask all the time, one connection per request, and remember every failure. The request is the demo's.
 
 use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::request::{Client, Failure};
 use super::DEADLINE;
@@ -12,7 +12,43 @@ use super::DEADLINE;
 pub struct Load {
     stop: Arc<AtomicBool>,
     answered: Arc<AtomicU64>,
+    gate: Arc<Gate>,
     clients: Vec<JoinHandle<Counts>>,
+}
+
+/// How long a process may take to answer what it has accepted. Less than the 5 seconds of the protocol.
+const ANSWERING: Duration = Duration::from_secs(3);
+
+/// Holds the clients back.
+#[derive(Default)]
+struct Gate {
+    closed: AtomicBool,
+    under_way: AtomicUsize,
+}
+
+impl Gate {
+    /// Announces a request before it looks, so that whoever closes the gate sees the request or prevents it.
+    fn enter(&self) -> bool {
+        self.under_way.fetch_add(1, Ordering::SeqCst);
+        let open = !self.closed.load(Ordering::SeqCst);
+        if !open {
+            self.leave();
+        }
+        open
+    }
+
+    fn leave(&self) {
+        self.under_way.fetch_sub(1, Ordering::SeqCst);
+    }
+}
+
+/// No client begins a request until this is dropped.
+pub struct Quiet(Arc<Gate>);
+
+impl Drop for Quiet {
+    fn drop(&mut self) {
+        self.0.closed.store(false, Ordering::SeqCst);
+    }
 }
 
 /// What came of the requests.
@@ -44,13 +80,20 @@ impl Load {
 
     fn start(addrs: Vec<String>, pause: Duration) -> Self {
         let (stop, answered) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
+        let gate = Arc::<Gate>::default();
         let run = |addr: String| {
-            let (stop, answered) = (stop.clone(), answered.clone());
+            let (stop, answered, gate) = (stop.clone(), answered.clone(), gate.clone());
             let mut client = Client::new(addr.parse().unwrap(), DEADLINE);
             thread::spawn(move || {
                 let mut counts = Counts::default();
                 while !stop.load(Ordering::Relaxed) {
-                    match client.ask() {
+                    if !gate.enter() {
+                        thread::park_timeout(Duration::from_millis(1));
+                        continue;
+                    }
+                    let answer = client.ask();
+                    gate.leave();
+                    match answer {
                         Ok(_) => drop(answered.fetch_add(1, Ordering::Relaxed)),
                         // It never left the client.
                         Err(e) if Failure::of(&e) == Failure::NoPort => thread::yield_now(),
@@ -64,7 +107,19 @@ impl Load {
             })
         };
         let clients = addrs.into_iter().map(run).collect();
-        Self { stop, answered, clients }
+        Self { stop, answered, gate, clients }
+    }
+
+    /// Lets the requests under way be answered, and none begin, so that a process can be killed without taking along what it
+    /// has accepted. A request that still waits then is in a queue: no process has accepted it, and none may lose it.
+    #[must_use]
+    pub fn quiet(&self) -> Quiet {
+        self.gate.closed.store(true, Ordering::SeqCst);
+        let until = Instant::now() + ANSWERING;
+        while self.gate.under_way.load(Ordering::SeqCst) > 0 && Instant::now() < until {
+            thread::park_timeout(Duration::from_millis(1));
+        }
+        Quiet(self.gate.clone())
     }
 
     pub fn answered(&self) -> u64 {

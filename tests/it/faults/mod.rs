@@ -105,7 +105,7 @@ fn record(setup: Setup) -> Clean {
     let server = setup.server();
     let load = Load::paced(&server.stream_addrs(), Duration::from_millis(2));
     let at = server.log.len();
-    let seen = traced(&server, None, DEADLINE).unwrap();
+    let seen = traced(&server, &load, None, DEADLINE).unwrap();
     let pid = field(&server.verdict(at).unwrap(), "pid");
     eventually("the old process ends", || gone(server.first_pid()));
     load.stop().assert_none_failed();
@@ -116,7 +116,7 @@ fn record(setup: Setup) -> Clean {
     Clean { new: Level::settled(&server, pid, SOCKETS + link).unwrap(), calls: seen.calls }
 }
 
-fn traced(server: &Server, fault: Option<(Call, Fault)>, time: Duration) -> Result<Seen, String> {
+fn traced(server: &Server, load: &Load, fault: Option<(Call, Fault)>, time: Duration) -> Result<Seen, String> {
     let at = server.log.len();
     let log = server.log.clone();
     let deadline = Instant::now() + time;
@@ -131,7 +131,10 @@ fn traced(server: &Server, fault: Option<(Call, Fault)>, time: Duration) -> Resu
         }
     });
     let _over = over;
-    trace::upgrade(pid as i32, fault, || send_signal(pid, Signal::HUP), verdict, deadline)
+    // What a process has accepted dies with it. So nothing is, and no failure needs an excuse.
+    let mut quiet = None;
+    let before_kill = || quiet = Some(load.quiet());
+    trace::upgrade(pid as i32, fault, || send_signal(pid, Signal::HUP), before_kill, verdict, deadline)
         .map_err(|e| format!("tracer: {e}"))
 }
 
@@ -148,7 +151,7 @@ fn fail(setup: Setup, clean: &Level, call: Call, errno: i32) -> Result<Survival,
     let before = Level::settled(&server, server.first_pid(), SOCKETS)?;
     let at = server.log.len();
     let load = Load::paced(&server.stream_addrs(), Duration::from_millis(2));
-    let seen = traced(&server, Some((call, Fault::Errno(errno))), DEADLINE)?;
+    let seen = traced(&server, &load, Some((call, Fault::Errno(errno))), DEADLINE)?;
     let verdict = server.verdict(at)?;
     let serving = if verdict.starts_with("upgrade ok") {
         let new = try_field(&verdict, "pid").ok_or("no pid")?;
@@ -217,7 +220,7 @@ fn die(setup: Setup, call: Call, signal: i32) -> Result<Survival, String> {
     let before = Level::settled(&server, server.first_pid(), SOCKETS)?;
     let at = server.log.len();
     let load = Load::paced(&server.stream_addrs(), Duration::from_millis(2));
-    let seen = traced(&server, Some((call, Fault::Signal(signal))), DEADLINE)?;
+    let seen = traced(&server, &load, Some((call, Fault::Signal(signal))), DEADLINE)?;
     if seen.hit.is_none() {
         return Ok(Survival::Missed);
     }
@@ -252,11 +255,7 @@ fn die(setup: Setup, call: Call, signal: i32) -> Result<Survival, String> {
     if !next.starts_with("upgrade ok") {
         return Err(format!("the next upgrade: {next}"));
     }
-    let mut failures = load.stop().failures;
-    if call.role == Role::Parent && signal == libc::SIGKILL {
-        // What the dead parent had accepted died with it, one a client at most; nobody was refused.
-        failures.retain(|failure, _| failure.contains("refused") || failure.contains("No such file"));
-    }
+    let failures = load.stop().failures;
     if !failures.is_empty() {
         return Err(format!("requests failed: {failures:?}"));
     }

@@ -75,12 +75,13 @@ const OPTIONS: i32 = libc::PTRACE_O_TRACESYSGOOD
 
 const WAIT: i32 = libc::__WALL | libc::__WNOTHREAD;
 
-/// Traces `parent` through the upgrade that `ask` asks for, until the fault is in or `done` says that all is over.
-/// Must run in the thread that may trace; other threads' children are left alone.
+/// Traces `parent` through the upgrade that `ask` asks for, until the fault is in or `done` says that all is over. Before a
+/// kill, when the thread that makes the call stands still and every other one runs, `before_kill` is called. Must run in the thread that may trace; other threads' children are left alone.
 pub fn upgrade(
     parent: i32,
     fault: Option<(Call, Fault)>,
     ask: impl FnOnce(),
+    mut before_kill: impl FnMut(),
     done: impl Fn() -> bool,
     deadline: Instant,
 ) -> io::Result<Seen> {
@@ -138,8 +139,13 @@ pub fn upgrade(
                         tracer.seen.hit = Some(at);
                         match fault {
                             Fault::Signal(signal) => {
+                                let process = tracer.process(tid);
+                                if signal == libc::SIGKILL {
+                                    tracer.detach_all_but(Some(tid));
+                                    before_kill();
+                                }
                                 // SAFETY: plain numbers; the process is ours to trace, and stands still.
-                                unsafe { libc::kill(tracer.process(tid), signal) };
+                                unsafe { libc::kill(process, signal) };
                                 // The end of a killed one must be waited for, or its own parent does not see it.
                                 if signal != libc::SIGKILL {
                                     tracer.detach(tid, 0);
@@ -170,7 +176,7 @@ pub fn upgrade(
         }
         ptrace(libc::PTRACE_SYSCALL, tid, 0, pass as usize);
     }
-    tracer.detach_all();
+    tracer.detach_all_but(None);
     Ok(tracer.seen)
 }
 
@@ -258,11 +264,11 @@ impl Tracer {
         self.forget(tid);
     }
 
-    fn detach_all(&mut self) {
-        for &tid in &self.tids {
+    fn detach_all_but(&mut self, kept: Option<i32>) {
+        for &tid in self.tids.iter().filter(|tid| Some(**tid) != kept) {
             ptrace(libc::PTRACE_INTERRUPT, tid, 0, 0);
         }
-        while !self.tids.is_empty() {
+        while self.tids.iter().any(|tid| Some(*tid) != kept) {
             let mut status = 0;
             // SAFETY: `status` is ours to write.
             let tid = unsafe { libc::waitpid(-1, &mut status, WAIT) };
