@@ -129,6 +129,8 @@ pub mod guide {
     pub mod tokio {}
     #[doc = include_str!("guide/systemd.md")]
     pub mod systemd {}
+    #[doc = include_str!("guide/supervisors.md")]
+    pub mod supervisors {}
     #[doc = include_str!("guide/takeover.md")]
     pub mod takeover {}
     #[doc = include_str!("guide/operations.md")]
