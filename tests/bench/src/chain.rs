@@ -169,6 +169,10 @@ impl Chain {
         Ok(Self { first, serving, by_signal: server.by_signal(), port })
     }
 
+    pub fn pid(&self) -> i32 {
+        self.serving
+    }
+
     /// Upgrades, and waits for the parent's end.
     pub fn upgrade(&mut self) -> io::Result<Upgrade> {
         let parent = self.serving;

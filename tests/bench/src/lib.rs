@@ -13,6 +13,7 @@
 use std::io::{self, Read, Write};
 use std::net::{Ipv4Addr, SocketAddr};
 
+pub mod rate;
 #[allow(unsafe_code)]
 pub mod sys;
 

@@ -37,7 +37,7 @@ pub struct Summary {
 
 type Row = fn(quick: bool) -> Result<Outcome, Box<dyn Error>>;
 
-const ROWS: [(&str, &str, Row); 10] = [
+const ROWS: [(&str, &str, Row); 14] = [
     ("upgrade", "One upgrade, one listener, from the call to the commit", rows::upgrade::against_bare),
     ("old", "The same against `ecdysis` 1.1.1, from the signal to the commit", rows::upgrade::against_old),
     ("static", "One upgrade of a static binary", rows::upgrade::of_static),
@@ -45,6 +45,10 @@ const ROWS: [(&str, &str, Row); 10] = [
     ("takeover", "A takeover beside an inheritance", rows::upgrade::takeover),
     ("stall", "How long a busy thread of the parent stands still", rows::stall::stall),
     ("accept", "Connections accepted per second, one listener", rows::accept::accept),
+    ("keep-alive", "Requests per second on connections that stay open", rows::accept::keep_alive),
+    ("tasks", "Tasks and guards: waiting for the end, and draining", rows::tasks::tasks),
+    ("throughput", "Connections served per second, against `ecdysis` 1.1.1", rows::accept::throughput),
+    ("memory", "Memory of a listener and of a connection", rows::memory::memory),
     ("latency", "Latency of requests during upgrades", rows::latency::latency),
     ("syscalls", "System calls of one upgrade, one listener", rows::syscalls::syscalls),
     ("build", "What it costs to build", rows::build::build),
@@ -75,7 +79,7 @@ fn run() -> Result<(), Box<dyn Error>> {
                 return Ok(());
             }
             // How this program starts itself as the clients of a server.
-            "--load" => return Ok(rows::accept::load(args)?),
+            "--load" | "--load-keep" => return Ok(rows::accept::load(args, arg == "--load-keep")?),
             other => return Err(format!("unknown argument {other}: see the first lines of main.rs").into()),
         }
     }

@@ -3,6 +3,7 @@
 use std::io;
 use std::thread;
 
+use ecdysis_bench::rate::{count, report_rate};
 use ecdysis_bench::{answer, hear, say_serving, say_upgraded, sys, Args};
 
 fn main() -> io::Result<()> {
@@ -15,8 +16,14 @@ fn main() -> io::Result<()> {
     let listeners = args.addresses().map(|a| server.listen_tcp(a)).collect::<io::Result<Vec<_>>>()?;
     server.ready()?;
     sys::mark("ready");
-    say_serving();
+    if args.text("way") != Some("count") {
+        say_serving();
+    }
     let listeners = &*listeners.leak();
+    if args.text("way") == Some("count") {
+        thread::spawn(move || listeners[0].incoming().flatten().for_each(count));
+        return report_rate(&listeners[0]);
+    }
     for _ in 0..args.number("threads", 1) {
         thread::spawn(move || listeners[0].incoming().flatten().for_each(answer));
     }

@@ -2,6 +2,7 @@
 
 use std::io;
 
+use ecdysis_bench::rate::{count, report_rate_of};
 use ecdysis_bench::{say_serving, say_upgraded, sys, Args};
 use old::tokio_ecdysis::{SignalKind, StopOnShutdown, TokioEcdysisBuilder};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -13,6 +14,17 @@ async fn main() -> io::Result<()> {
     sys::mark("main");
     let args = Args::get();
     let builder = TokioEcdysisBuilder::new(SignalKind::hangup())?;
+    if args.text("way") == Some("count") {
+        // It does not tell which port it got for port 0.
+        let port = args.number("port", 0) as u16;
+        let mut stream = builder.listen_tcp(StopOnShutdown::Yes, ([127, 0, 0, 1], port).into())?;
+        let _running = builder.ready()?;
+        std::thread::spawn(move || report_rate_of(port));
+        while let Some(Ok(stream)) = stream.next().await {
+            count(stream);
+        }
+        return Ok(());
+    }
     let mut serving = Vec::new();
     for address in args.addresses() {
         let mut stream = builder.listen_tcp(StopOnShutdown::Yes, address)?;

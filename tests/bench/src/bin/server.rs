@@ -2,7 +2,7 @@
 //! `way=bare-vfork`, `way=bare-vm`): one binary, so that its size and start are the same for all.
 
 use std::ffi::CString;
-use std::io::{self, Read, Write};
+use std::io::{self, BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStringExt;
@@ -11,6 +11,7 @@ use std::thread;
 use std::time::Duration;
 
 use ecdysis::{Ecdysis, Event, Spawn, Transport};
+use ecdysis_bench::rate::{count, report_rate, ACCEPTED};
 use ecdysis_bench::sys::{self, Heap, Way};
 use ecdysis_bench::{answer, hear, say, say_serving, say_upgraded, Args};
 
@@ -23,6 +24,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         Some("bare-vm") => Ok(bare(&args, Way::Vm)?),
         Some("block") => Ok(count_blocking(&args)?),
         Some("count") => count_incoming(&args),
+        Some("keep-block") => Ok(keep_blocking()?),
+        Some("keep") => keep_incoming(),
         Some("fork") => ours(&args, Spawn::Fork),
         _ => ours(&args, Spawn::Auto),
     }
@@ -197,25 +200,48 @@ fn count_blocking(args: &Args) -> io::Result<()> {
     report_rate(listener)
 }
 
-static ACCEPTED: AtomicU64 = AtomicU64::new(0);
-
-fn count(stream: TcpStream) {
-    drop(stream);
-    ACCEPTED.fetch_add(1, Ordering::Relaxed);
+/// Answers lines on connections that stay open, a thread each, and counts the answers: with this library's wait between two
+/// requests.
+fn keep_incoming() -> Result<(), Box<dyn std::error::Error>> {
+    let starting = Ecdysis::builder().start()?;
+    let listener = &*Box::leak(Box::new(starting.listen_tcp(([127, 0, 0, 1], 0).into())?));
+    let shutdown = starting.shutdown();
+    thread::spawn(move || {
+        for stream in shutdown.incoming(listener).flatten() {
+            let (shutdown, guard) = (shutdown.clone(), shutdown.guard());
+            thread::spawn(move || {
+                let mut requests = BufReader::new(stream);
+                let (idle, grace) = (Duration::from_secs(60), Duration::from_millis(500));
+                while shutdown.next_request(&mut requests, idle, grace).is_ok_and(|more| more) && served(&mut requests)
+                {
+                }
+                drop(guard);
+            });
+        }
+    });
+    let _server = starting.ready()?;
+    Ok(report_rate(listener)?)
 }
 
-/// Answers each line `measure MS` with the connections accepted in that time.
-fn report_rate(listener: &TcpListener) -> io::Result<()> {
-    say(&format!("port {}", listener.local_addr()?.port()));
-    while let Some(ms) = hear().strip_prefix("measure ").and_then(|ms| ms.parse().ok()) {
-        let state = || (sys::now(), ACCEPTED.load(Ordering::Relaxed), sys::cpu_seconds(false));
-        let before = state();
-        thread::sleep(Duration::from_millis(ms));
-        let after = state();
-        let (time, accepted) = (after.0 - before.0, after.1 - before.1);
-        let rate = accepted as f64 / (time as f64 / 1e9);
-        let cpu = (after.2 - before.2) * 1e6 / accepted.max(1) as f64;
-        say(&format!("rate per_second={rate:.0} cpu_us={cpu:.3}"));
-    }
-    std::process::exit(0)
+/// The same with a plain blocking read.
+fn keep_blocking() -> io::Result<()> {
+    let listener = &*Box::leak(Box::new(TcpListener::bind(("127.0.0.1", 0))?));
+    thread::spawn(move || {
+        for stream in listener.incoming().flatten() {
+            thread::spawn(move || {
+                let mut requests = BufReader::new(stream);
+                while served(&mut requests) {}
+            });
+        }
+    });
+    report_rate(listener)
+}
+
+/// One request; whether there was one.
+fn served(requests: &mut BufReader<TcpStream>) -> bool {
+    let mut line = String::new();
+    let served =
+        matches!(requests.read_line(&mut line), Ok(n) if n > 0) && requests.get_mut().write_all(b"served\n").is_ok();
+    ACCEPTED.fetch_add(u64::from(served), Ordering::Relaxed);
+    served
 }

@@ -3,6 +3,8 @@
 pub mod accept;
 pub mod build;
 pub mod latency;
+pub mod memory;
 pub mod stall;
 pub mod syscalls;
+pub mod tasks;
 pub mod upgrade;
