@@ -1,4 +1,4 @@
-//! Who serves: the generation that gets the signals and is believed, and the ones that it replaced.
+//! The generations: the one that serves, which receives the signals and is believed, and those that it replaced.
 
 use std::fs;
 
@@ -8,7 +8,7 @@ use crate::signals::send;
 pub struct Generations {
     /// The generation that serves, or starts.
     main: Option<Process>,
-    /// It has said so. One that has not is silent: then its successors are known by their command line only.
+    /// It has sent READY. A server that never does is silent: its successors are known by their command line only.
     pub ready: bool,
     /// The program that it runs.
     program: Vec<u8>,
@@ -59,15 +59,15 @@ impl Generations {
         self.main.take_if(|main| main.pid == pid)
     }
 
-    /// Notes which program the main process runs, which may be another than the one started: a script that executes it.
+    /// Updates the program that the main process runs. A script that was started may have executed another one since.
     pub fn look(&mut self) {
         if let Some(program) = self.main.as_ref().and_then(|main| process::program_of(main.pid)) {
             self.program = program;
         }
     }
 
-    /// The generations that live and were not replaced, the youngest last. Only executed programs of the same name count:
-    /// a successor executes itself, and a worker or a helper does not or is another program.
+    /// The generations that live and were not replaced, the youngest last. A successor has executed the same program
+    /// itself. A worker was forked without that, and a helper runs another program.
     pub fn successors(&self) -> Vec<Descendant> {
         let mut all = descendants();
         all.retain(|process| !self.is_former(process.pid) && process.runs(&self.program));
@@ -81,10 +81,10 @@ impl Generations {
 
     /// Sends a signal to the generation that serves.
     ///
-    /// A silent server's is the youngest that handles the signal: one that has just been started has no handler yet and would
-    /// be ended, and one that has handed over ignores it. But a stop goes to all of them. In the middle of an upgrade the
-    /// youngest has come far enough to handle it and not far enough to serve; if only that one stopped, the upgrade would
-    /// have failed, and the service would go on.
+    /// Of a silent server this is the youngest that handles the signal: one that was just started has no handler yet and
+    /// would be killed, and one that has handed over ignores it. A stop goes to all that handle it. In the middle of an
+    /// upgrade the youngest may handle the signal already but not serve yet. If it alone stopped, the upgrade would fail
+    /// and the service would continue.
     pub fn send(&mut self, signal: i32, to_all: bool) -> Vec<i32> {
         if let Some(main) = self.main.as_ref().filter(|_| self.ready) {
             main.signal(signal);
@@ -110,7 +110,7 @@ impl Generations {
 
     /// Sends a signal to every process of the service.
     pub fn send_to_all(&self, signal: i32) {
-        // Where /proc cannot be read, this is what can be reached.
+        // Without /proc only the session that was started last is known.
         send(-self.session, signal);
         descendants().iter().for_each(|process| send(process.pid, signal));
     }

@@ -1,17 +1,18 @@
-//! Stays while a server is upgraded: one process that keeps its PID, starts the server, and is what a container, runit, s6,
-//! supervisord or a terminal sees.
+//! Starts a server and keeps one PID while the server is upgraded, for containers, runit, s6, supervisord and terminals.
 //!
-//!     cargo install --path . --example hold                # or: cargo run --example hold -- target/debug/examples/…
-//!     hold -- echo 127.0.0.1:7000                          # hold: started pid=4712
-//!     kill -HUP $(pgrep -x hold)                           # in a second terminal: the server upgrades; hold stays
-//!     kill $(pgrep -x hold)                                # or Ctrl-C in the first: the server drains, hold exits with its status
+//!     cargo build --examples && cd target/debug/examples
+//!     ./hold -- ./echo 127.0.0.1:7000       # hold: started pid=4712 …
+//!     kill -HUP $(pgrep -x hold)            # in a second terminal: the server is upgraded, and hold stays
+//!     kill $(pgrep -x hold)                 # or Ctrl-C in the first: the server drains, and hold exits with its status
 //!
-//! An upgrade changes the PID of a service. Supervisors other than systemd know one PID, and take its end for the end of the
-//! service. With `hold` in between that PID never changes:
+//! `cargo install --path . --example hold` installs it. The guide's chapter on supervisors shows how each of them runs it.
+//!
+//! An upgrade changes the PID of a service. Supervisors other than systemd know one PID, and take the end of that process
+//! for the end of the service. `hold` between the two never changes its PID:
 //!
 //! - it sends each signal on to the generation that serves, and reaps whatever ends (it is PID 1, or a subreaper);
-//! - it speaks sd_notify(3) with the server, so a server with `Builder::systemd_notify` and `systemd_sockets` says who
-//!   serves, and stores its listeners; a server without them works too, and is known by its command line;
+//! - it speaks sd_notify(3) with the server, so a server with `Builder::systemd_notify` and `systemd_sockets` reports
+//!   which generation serves, and stores its listeners; a server without them works too, and is known by its command line;
 //! - a generation that has served and then crashes is started again, and gets the stored listeners back by `LISTEN_FDS`:
 //!   connections wait in their queues meanwhile, and none is refused;
 //! - a stop (SIGTERM, SIGINT, the terminal's end, or the server's own) waits for every generation, with a deadline.
@@ -36,9 +37,9 @@
 //!     126,127 the program cannot be executed, is not there
 //!     128+N   the last generation was ended by signal N
 //!
-//! Which process may say what: the serving generation anything; one that it replaced, only that its drain goes on; nobody
-//! else anything. Messages that are refused are logged and counted. Give the supervisor above a longer patience than
-//! `--stop-timeout`: when `hold` is killed with SIGKILL outside of a container, the server goes on without it.
+//! Only the serving generation is believed. One that was replaced may still report that its drain makes progress. Messages
+//! of any other process are refused, logged and counted. Configure the supervisor to wait longer than `--stop-timeout`: if it
+//! kills `hold` outside of a container, the server continues without it.
 
 mod generations;
 mod message;
@@ -48,8 +49,9 @@ mod service;
 mod signals;
 mod start;
 mod store;
+#[path = "../support/mod.rs"]
+mod support;
 
-use std::io::Write;
 use std::process::ExitCode;
 
 /// The exit codes of `hold` itself.
@@ -58,12 +60,9 @@ pub const KILLED: u8 = 124;
 pub const FAILED: u8 = 125;
 
 fn main() -> ExitCode {
+    support::help(include_str!("main.rs"));
     let options = match options::Options::parse() {
-        Ok(Some(options)) => options,
-        Ok(None) => {
-            let _ = std::io::stdout().write_all(options::HELP.as_bytes());
-            return ExitCode::SUCCESS;
-        }
+        Ok(options) => options,
         Err(error) => {
             say(&format!("{error}; see hold --help"));
             return ExitCode::from(FAILED);
@@ -78,7 +77,7 @@ fn main() -> ExitCode {
     }
 }
 
-/// One write a line, because the server writes to the same stderr. If nobody reads it, nobody misses it.
+/// Logs a line.
 pub fn say(line: &str) {
-    let _ = std::io::stderr().write_all(format!("hold: {line}\n").as_bytes());
+    support::say(format!("hold: {line}"));
 }

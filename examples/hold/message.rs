@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use crate::say;
 use rustix::net::{bind, getsockname, socket_with, sockopt, AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
-/// What systemd accepts (PIPE_BUF), and what the kernel passes in one datagram (SCM_MAX_FD).
+/// The longest message that systemd accepts (PIPE_BUF), and the most descriptors in one datagram (SCM_MAX_FD).
 const MAX_MESSAGE: usize = 4096;
 const MAX_FDS: usize = 253;
 
@@ -24,7 +24,7 @@ pub struct Inbox {
     pub address: String,
 }
 
-/// One message, and who sent it. The kernel vouches for the sender.
+/// One message with its sender, for which the kernel vouches (SCM_CREDENTIALS).
 pub struct Message {
     pub pid: i32,
     pub uid: u32,
@@ -129,15 +129,15 @@ fn value<'a>(text: &'a str, name: &str) -> Option<&'a str> {
     text.lines().filter_map(|line| line.strip_prefix(name)?.strip_prefix('=')).next_back()
 }
 
-/// Who has started `hold` and wants to know when the server is ready: systemd, podman on behalf of a container, or s6.
+/// The manager above `hold` that waits for the server to be ready: systemd, podman on behalf of a container, or s6.
 pub struct Above {
     manager: Option<(UnixDatagram, SocketAddr)>,
     ready_fd: Option<File>,
 }
 
 impl Above {
-    /// What a manager may know of the server. Not its PIDs, because `hold` is the main process; not its descriptors, which
-    /// `hold` keeps.
+    /// The variables that are passed on. Not the PIDs, because `hold` is the main process; not the descriptors, which `hold`
+    /// stores.
     const PASSED_ON: [&'static str; 8] =
         ["READY", "RELOADING", "MONOTONIC_USEC", "STOPPING", "STATUS", "ERRNO", "EXTEND_TIMEOUT_USEC", "WATCHDOG"];
 
@@ -149,14 +149,14 @@ impl Above {
                 _ => SocketAddr::from_pathname(&address),
             };
             let socket = UnixDatagram::unbound().ok()?;
-            // One that does not read must not hold us up.
+            // A manager that does not read must not block us.
             socket.set_nonblocking(true).ok()?;
             Some((socket, address.ok()?))
         };
         Self { manager: connect(), ready_fd: ready_fd.map(File::from) }
     }
 
-    /// Passes on what the serving generation has said.
+    /// Passes on a message of the serving generation.
     pub fn send(&self, message: &Message) {
         let Some((socket, address)) = &self.manager else { return };
         let known = |line: &&str| line.split_once('=').is_some_and(|(name, _)| Self::PASSED_ON.contains(&name));
@@ -174,7 +174,7 @@ impl Above {
     }
 }
 
-/// The log of refused messages: one line at once, then one a second with their number, whatever floods us.
+/// Logs refused messages: one line at once, then one line a second with their number, so that a flood does not fill the log.
 #[derive(Default)]
 pub struct Refusals {
     quiet_until: Option<Instant>,
@@ -191,7 +191,7 @@ impl Refusals {
         self.quiet_until = Some(Instant::now() + Duration::from_secs(1));
     }
 
-    /// When `log_suppressed` has something to do.
+    /// When `log_suppressed` is due.
     pub fn due(&self) -> Option<Instant> {
         self.quiet_until
     }

@@ -7,23 +7,6 @@ use std::time::Duration;
 
 use crate::signals;
 
-pub const HELP: &str = "\
-keeps one PID for a server whose upgrades change it
-
-usage: hold [options] -- program args...
-  --check \"ARGS\"         before an upgrade, run the program with these arguments instead; a failure is no upgrade
-  --upgrade-signal NAME  which signal asks for an upgrade (HUP)
-  --stop-timeout SECS    how long a stop may take before what is left is killed (90)
-  --restarts N/SECS      how often a crashed server is started again (5/60)
-  --store N              how many descriptors are stored at most (256)
-  --watchdog SECS        how long the server may be silent before it counts as hung (not watched)
-  --notify-fd N          write a line to this descriptor when the server is ready
-  --help
-
-exit code: 0..122 the last generation's; 123 it crashed too often; 124 killed when its stop took too long;
-125 hold itself failed; 126 cannot execute; 127 not found; 128+N the last generation was ended by signal N
-";
-
 pub struct Options {
     pub command: Vec<CString>,
     /// The program with the arguments of `--check`.
@@ -37,8 +20,7 @@ pub struct Options {
 }
 
 impl Options {
-    /// `None` if only the help was asked for.
-    pub fn parse() -> Result<Option<Self>, lexopt::Error> {
+    pub fn parse() -> Result<Self, lexopt::Error> {
         use lexopt::prelude::*;
         let mut options = Self {
             command: Vec::new(),
@@ -69,7 +51,6 @@ impl Options {
                 Long("store") => options.store = args.value()?.parse()?,
                 Long("watchdog") => options.watchdog = Some(args.value()?.parse_with(seconds)?),
                 Long("notify-fd") => options.notify_fd = Some(args.value()?.parse()?),
-                Long("help") | Short('h') => return Ok(None),
                 // The first word that is no option begins the command, with or without the `--` before it.
                 Value(program) => {
                     let words = std::iter::once(program).chain(args.raw_args()?);
@@ -89,7 +70,7 @@ impl Options {
         if numbers.is_some_and(|numbers| options.store as u64 * 2 + 32 > numbers) {
             return Err(format!("--store {}: the limit of open files (ulimit -n) is too low", options.store).into());
         }
-        Ok(Some(options))
+        Ok(options)
     }
 }
 

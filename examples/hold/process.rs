@@ -1,4 +1,4 @@
-//! Watching processes: what the kernel and /proc know of them.
+//! Processes: their signals, their end, and the tree of them in /proc.
 
 use std::fs;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -32,7 +32,7 @@ impl Process {
     pub fn signal(&self, signal: i32) {
         let null = ptr::null::<libc::siginfo_t>();
         match &self.pidfd {
-            // SAFETY: the null pointer asks for what kill(2) would send.
+            // SAFETY: with a null pointer the kernel fills in the same siginfo as for kill(2).
             Some(pidfd) => unsafe {
                 libc::syscall(libc::SYS_pidfd_send_signal, pidfd.as_raw_fd(), signal, null, 0);
             },
@@ -59,7 +59,7 @@ impl Process {
     }
 }
 
-/// What `reap` found.
+/// The outcome of `reap`.
 pub enum Reaped {
     Child(i32, ExitStatus),
     /// The children that there are live.
@@ -83,9 +83,9 @@ pub struct Descendant {
     parent: i32,
     /// When it was made, in ticks.
     start: u64,
-    /// It runs a program that it has executed itself: a worker that was forked does not.
+    /// It has called execve itself; a forked worker has not.
     executed: bool,
-    /// Its first thread has ended. While others have not, its children are still its own.
+    /// Its first thread has ended. Until the other threads have, its children are not reparented.
     ended: bool,
 }
 
@@ -98,7 +98,7 @@ pub fn descendants() -> Vec<Descendant> {
     }
     let mut all = read_all();
     for _ in 0..5 {
-        // One whose parent is not there was read before that had ended and left it to us.
+        // A process whose parent is missing was read before that parent ended. Its new parent is known on the next try.
         let has_parent = |child: &Descendant| all.iter().any(|process| [process.pid, 0].contains(&child.parent));
         if all.iter().all(has_parent) {
             break;
@@ -137,7 +137,7 @@ impl Descendant {
         self.executed && program_of(self.pid).is_some_and(|name| name == program)
     }
 
-    /// Whether it has a handler for the signal. It has not before it has come far enough in its start.
+    /// Whether it has a handler for the signal, which a process installs in the course of its start.
     pub fn handles(&self, signal: i32) -> bool {
         let status = fs::read_to_string(format!("/proc/{}/status", self.pid)).unwrap_or_default();
         let mask = status.lines().find_map(|line| line.strip_prefix("SigCgt:"));

@@ -24,7 +24,7 @@ use crate::{say, CRASHED, KILLED};
 const ORPHANED: Duration = Duration::from_secs(10);
 /// How long a server that was started again may take to be ready.
 const STARTING: Duration = Duration::from_secs(90);
-/// How long what was told to abort may take to end.
+/// How long a generation may take to end after SIGABRT.
 const ABORTING: Duration = Duration::from_secs(5);
 /// When a script that starts the server has executed it.
 const LOOKING: Duration = Duration::from_secs(1);
@@ -50,12 +50,12 @@ pub struct Service {
     watchdog_at: Option<Instant>,
     /// When the serving generation is killed, because it does not get ready or does not end.
     kill_at: Option<Instant>,
-    /// When to see which program the server has become; a silent one is known by it.
+    /// When to look which program the server runs, by which the generations of a silent one are known.
     look_at: Option<Instant>,
     restarts: Vec<Instant>,
     /// How the last generation ended.
     status: Option<ExitStatus>,
-    /// An exit code that says more than the last generation's status.
+    /// An exit code that takes precedence over the last generation's status.
     code: Option<u8>,
 }
 
@@ -64,9 +64,9 @@ enum Phase {
     Running,
     /// None does. It crashed, and the server is started again then.
     Restarting(Instant),
-    /// The serving generation has ended in the middle of an upgrade. Its successor may say until then that it serves.
+    /// The serving generation has ended in the middle of an upgrade. Its successor has until then to report that it serves.
     Orphaned(Instant, Ended),
-    /// What is left then is killed. `asked` is whether what is no generation was asked to end.
+    /// All processes that are left then are killed. `asked`: helpers were sent SIGTERM.
     Stopping { until: Instant, asked: bool },
 }
 
@@ -81,9 +81,9 @@ enum Ended {
 #[derive(Default)]
 struct Upgrade {
     check: Option<(Process, Instant)>,
-    /// It was asked for, and the generation has not said yet that it begins.
+    /// The signal was sent, and the generation has not reported yet that the upgrade begins.
     asked: bool,
-    /// This server says when one begins.
+    /// This server reports when an upgrade begins.
     is_told: bool,
 }
 
@@ -163,7 +163,7 @@ impl Service {
         let timeout = timeout.and_then(|time| Timespec::try_from(time).ok());
 
         let mut fds = vec![PollFd::new(&self.signals, PollFlags::IN), PollFd::new(&self.inbox, PollFlags::IN)];
-        // A child's end is a signal, too. But where each generation is the child of the one before, this is all we learn.
+        // The end of a child raises SIGCHLD. Of a generation that is another's child, only the pidfd tells.
         let end = self.generations.main().and_then(Process::pidfd);
         fds.extend(end.map(|end| PollFd::from_borrowed_fd(end, PollFlags::IN)));
         let first_stored = fds.len();
@@ -185,13 +185,13 @@ impl Service {
         let is_stop = matches!(signal, libc::SIGTERM | libc::SIGINT);
         match signal {
             libc::SIGCHLD => {}
-            // The terminal's Ctrl-Z and `fg`: all of the job stops, and goes on.
+            // Ctrl-Z and `fg` in a terminal: the whole job is suspended, and continues.
             libc::SIGTSTP => {
                 self.generations.send_to_all(libc::SIGSTOP);
                 signals::send(std::process::id() as i32, libc::SIGSTOP);
             }
             libc::SIGCONT => self.generations.send_to_all(libc::SIGCONT),
-            // A terminal that is gone asks for the end, and for no upgrade.
+            // The terminal was closed: a stop, not an upgrade.
             libc::SIGHUP if self.has_terminal && !terminal_is_there() => {
                 if self.signals.hangup_counts {
                     self.on_signal(libc::SIGTERM);
@@ -257,7 +257,7 @@ impl Service {
         if !children && self.generations.main().is_none() {
             return Some(self.code.unwrap_or_else(|| self.status.map_or(0, code)));
         }
-        // What is no generation need not know that the service is over. Before that it may work for one that drains.
+        // Helpers are ended after the last generation, because they may work for one that drains.
         if !*asked && !self.generations.any_lives() {
             *asked = true;
             self.generations.send_to_all(libc::SIGTERM);
@@ -265,7 +265,7 @@ impl Service {
         None
     }
 
-    /// A process has ended; `None` if nobody tells how.
+    /// A process has ended; `None` if its status is unknown.
     fn on_end(&mut self, pid: i32, status: Option<ExitStatus>) {
         if self.upgrade.check.take_if(|(check, _)| check.pid == pid).is_some() {
             return match status {
@@ -273,7 +273,7 @@ impl Service {
                 _ => say(&format!("no upgrade: the check failed: {}", shown(status))),
             };
         }
-        // What it sent before its end may name another generation.
+        // A message that it sent before its end may announce the next generation.
         self.read_messages();
         let Some(ended) = self.generations.ended(pid) else { return };
         say(&format!("ended pid={} {}", ended.pid, shown(status)));
@@ -296,7 +296,7 @@ impl Service {
         }
     }
 
-    /// No generation serves, and none is about to.
+    /// No generation serves, and no successor is left.
     fn on_service_ended(&mut self, how: Ended) {
         if how == Ended::Well || !self.was_ready {
             return self.stop("the server has ended");
@@ -319,7 +319,7 @@ impl Service {
         say(&format!("stopping: {why}"));
         self.phase = Phase::Stopping { until: Instant::now() + self.options.stop_timeout, asked: false };
         self.watchdog_at = None;
-        // Else clients would go on to connect, to a queue that nobody serves any more.
+        // With a copy open here, clients would still connect, to a queue that is not served any more.
         self.store.clear();
         if let Some((check, _)) = &self.upgrade.check {
             check.signal(libc::SIGKILL);
@@ -336,7 +336,7 @@ impl Service {
             say("killing the generation: it is not ready, or has not ended, in time");
             main.into_iter().for_each(|main| main.signal(libc::SIGKILL));
         } else if self.watchdog_at.take_if(|at| *at <= now).is_some() {
-            say("the watchdog has waited in vain: aborting the generation");
+            say("watchdog timeout: aborting the generation");
             for signal in [libc::SIGABRT, libc::SIGCONT] {
                 main.into_iter().for_each(|main| main.signal(signal));
             }
@@ -355,7 +355,7 @@ impl Service {
             Phase::Orphaned(until, how) => {
                 let successors = self.generations.successors();
                 if until <= now {
-                    say("killing the successor: it has not said in time that it serves");
+                    say("killing the successor: it has not reported in time that it serves");
                     successors.iter().for_each(|successor| signals::send(successor.pid, libc::SIGKILL));
                     self.on_service_ended(how);
                 } else if successors.is_empty() {

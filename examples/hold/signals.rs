@@ -33,10 +33,10 @@ pub struct Signals {
 }
 
 impl Signals {
-    /// Takes every signal that somebody sends on purpose. One that was ignored at the start, as a shell script has SIGINT
-    /// for what it starts in the background, stays ignored.
+    /// Blocks every signal that is forwarded, and makes it readable. A signal that was ignored at the start stays ignored: a
+    /// shell script ignores SIGINT for its background jobs.
     pub fn take() -> io::Result<Self> {
-        // The kernel reaps children itself where SIGCHLD is ignored, and then tells nobody how they ended.
+        // With SIGCHLD ignored the kernel would reap the children, and their status would be lost.
         // SAFETY: SIG_DFL is a valid disposition.
         unsafe { libc::signal(libc::SIGCHLD, libc::SIG_DFL) };
         let named = NAMES.iter().map(|(_, signal)| *signal);
@@ -45,7 +45,7 @@ impl Signals {
         let mut set = MaybeUninit::uninit();
         let mut before = MaybeUninit::uninit();
         // SAFETY: sigemptyset initialises `set` before anything reads it, sigprocmask `before`; the descriptor is new and
-        // nobody else's.
+        // owned here alone.
         unsafe {
             libc::sigemptyset(set.as_mut_ptr());
             for signal in all {

@@ -1,4 +1,4 @@
-//! Starting a program: what it gets from `hold`, and what `hold` got itself.
+//! Starting a program: its environment, its descriptors, its session.
 
 use std::convert::Infallible;
 use std::env;
@@ -23,7 +23,7 @@ const FIRST: RawFd = 3;
 const OURS: [&str; 7] =
     ["NOTIFY_SOCKET", "FDSTORE", "LISTEN_PID", "LISTEN_PIDFDID", "LISTEN_FDS", "LISTEN_FDNAMES", "WATCHDOG_PID"];
 
-/// Our environment, less what is meant for us alone.
+/// Our environment without the variables that are meant for this process alone.
 pub fn inherited() -> Vec<CString> {
     let for_others = env::vars_os().filter(|(name, _)| name.to_str().is_none_or(|name| !OURS.contains(&name)));
     let joined = for_others.map(|(name, value)| [name.into_vec(), value.into_vec()].join(&b'='));
@@ -31,7 +31,7 @@ pub fn inherited() -> Vec<CString> {
     joined.filter_map(|variable| CString::new(variable).ok()).collect()
 }
 
-/// The server's environment: with a service manager in it, which is us.
+/// The server's environment, which names `hold` as its service manager.
 pub fn environment(options: &Options, notify_socket: &str) -> Vec<CString> {
     let mut environment = inherited();
     let mut set = |name: &str, value: String| {
@@ -49,7 +49,7 @@ pub fn environment(options: &Options, notify_socket: &str) -> Vec<CString> {
     environment
 }
 
-/// Takes what was passed to us by LISTEN_FDS into the store, for the server. To be called before any descriptor is opened.
+/// Stores the descriptors that were passed to `hold` by LISTEN_FDS, for the server. Call it before any descriptor is opened.
 pub fn adopt_passed(store: &mut Store) {
     let number = |name| env::var(name).ok()?.parse::<i32>().ok();
     let (Some(pid), Some(count)) = (number("LISTEN_PID"), number("LISTEN_FDS")) else { return };
@@ -71,7 +71,7 @@ pub fn adopt_passed(store: &mut Store) {
 pub fn adopt(number: RawFd) -> io::Result<OwnedFd> {
     // SAFETY: used for a call that is harmless on any number; a closed one is an error.
     fcntl_setfd(unsafe { BorrowedFd::borrow_raw(number) }, FdFlags::CLOEXEC)?;
-    // SAFETY: it is open, and whoever started us passed it for us to own: nothing here has opened any yet.
+    // SAFETY: it is open, and was passed to this process to own: nothing here has opened a descriptor yet.
     Ok(unsafe { OwnedFd::from_raw_fd(number) })
 }
 
@@ -94,13 +94,13 @@ pub fn start(argv: &[CString], environment: &[CString], passed: &[Entry], signal
 fn execute(argv: &[CString], environment: &[CString], passed: &[Entry], signals: &Signals) -> io::Result<Infallible> {
     let mut environment = environment.to_vec();
     if !passed.is_empty() {
-        // First copies out of the way of the numbers that they are to have. All but those are close-on-exec.
+        // Copy them above the numbers that they need, so that no dup2 closes one. The copies are close-on-exec.
         let beyond = FIRST + passed.len() as RawFd;
         // SAFETY: makes a new number for an open descriptor.
         let copy = |entry: &Entry| check(unsafe { libc::fcntl(entry.fd.as_raw_fd(), libc::F_DUPFD_CLOEXEC, beyond) });
         let copies: Vec<RawFd> = passed.iter().map(copy).collect::<io::Result<_>>()?;
         for (number, copy) in (FIRST..).zip(copies) {
-            // SAFETY: what had this number is gone in this child only, which does not use it any more.
+            // SAFETY: replaces the descriptor of that number in this child only, which does not use it any more.
             check(unsafe { libc::dup2(copy, number) })?;
         }
         let names: Vec<&str> = passed.iter().map(|entry| entry.name.as_str()).collect();

@@ -1,4 +1,4 @@
-//! What each message of the server means.
+//! Messages of the server: who may send which, and their effect.
 
 use std::time::{Duration, Instant};
 
@@ -7,7 +7,7 @@ use crate::message::Message;
 use crate::process::Process;
 use crate::say;
 
-/// More messages than the kernel queues. So whatever a process sent before it ended is read, and a flood does not stop us.
+/// More messages than the kernel queues, so that every message sent before now is read, and a flood does not block us.
 const QUEUE: usize = 4096;
 
 impl Service {
@@ -21,7 +21,7 @@ impl Service {
         }
     }
 
-    /// What was sent for a barrier is closed when this returns, so that the sender goes on.
+    /// Dropping the message closes the descriptor of a BARRIER, which lets the sender continue.
     fn on_message(&mut self, message: Message) -> Result<(), &'static str> {
         let pid = message.pid;
         message.text()?;
@@ -95,13 +95,13 @@ impl Service {
         if let Phase::Orphaned(..) = self.phase {
             self.phase = Phase::Running;
         }
-        // The signal came when the generation before had announced this one already, and ignored it.
+        // The signal arrived after the previous generation had announced this one, and was ignored.
         if self.upgrade.asked && self.upgrade.is_told {
             self.generations.send(self.options.upgrade_signal, false);
         }
     }
 
-    /// The server needs more time for what it is at.
+    /// Extends the deadline of the stop or start that is in progress.
     fn extend(&mut self, message: &Message) {
         let Some(usec) = message.number("EXTEND_TIMEOUT_USEC") else { return };
         let Some(at) = Instant::now().checked_add(Duration::from_micros(usec)) else { return };
