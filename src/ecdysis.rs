@@ -48,8 +48,11 @@ impl Starting {
     pub fn ready(self) -> Result<Ecdysis, Error> {
         let generation = &self.0.generation;
         if let Err(error) = child::ready(generation) {
-            generation.ancestors.send_to_parent(&FromChild::Refused(error.to_string()));
+            self.give_up(error.to_string());
             return Err(error);
+        }
+        if let Some(triggers) = &mut self.0.lead().triggers {
+            triggers.keep_handlers();
         }
         generation.shutdown.set(State::Accepting);
         generation.reporter.store_sockets();
@@ -74,8 +77,18 @@ impl Starting {
     /// ```
     pub fn refuse(self, reason: impl fmt::Display) -> Error {
         let reason = reason.to_string();
-        self.0.generation.ancestors.send_to_parent(&FromChild::Refused(reason.clone()));
+        self.give_up(reason.clone());
         Error::RefusedHere { reason }
+    }
+
+    /// Tells a parent that this process will not serve, and closes the sockets.
+    fn give_up(&self, reason: String) {
+        let generation = &self.0.generation;
+        if generation.shutdown.state() == State::Starting {
+            generation.ancestors.send_to_parent(&FromChild::Refused(reason));
+            generation.sockets.registry().close_all();
+            generation.shutdown.set(State::HandedOver);
+        }
     }
 }
 
@@ -89,9 +102,9 @@ impl Deref for Starting {
 
 impl Drop for Starting {
     fn drop(&mut self) {
-        // After `ready` there are two owners.
-        if self.0.generation.shutdown.state() == State::Starting {
-            self.0.generation.shutdown.set(State::HandedOver);
+        // After `ready` this does nothing. A panic is about to end this process, and that says more.
+        if !std::thread::panicking() {
+            self.give_up("dropped before it was ready".into());
         }
     }
 }

@@ -8,7 +8,7 @@ use crate::error::Error;
 use crate::generation::Generation;
 use crate::logging;
 use crate::sys::poll::Deadline;
-use crate::triggers::request::Action;
+use crate::triggers::request::{Action, Reply, Request};
 use crate::triggers::Triggers;
 
 /// A thread's turn at the triggers.
@@ -40,8 +40,8 @@ pub(crate) enum Wake {
 }
 
 impl EventLoop<'_> {
-    /// Waits until one of `fds` is ready, the deadline has passed or there is a request to act on. Answers `status`, and
-    /// refuses an upgrade during another one.
+    /// Waits until one of `fds` is ready, the deadline has passed or there is a request to act on. Answers `status`,
+    /// refuses an upgrade during another one, and keeps one that must wait.
     ///
     /// # Errors
     ///
@@ -54,11 +54,12 @@ impl EventLoop<'_> {
     ) -> Result<Wake, Error> {
         let (mut polled, mut ready) = (false, false);
         loop {
-            self.answer(phase);
+            let again = self.answer(phase);
+            let kept = self.keeps_upgrades(phase);
             if self.triggers.stop_requested() {
                 return Ok(Wake::Stop);
             }
-            if ready || self.triggers.has_requests() {
+            if ready || self.triggers.has_request(|_| !kept) {
                 return Ok(Wake::Ready);
             }
             if polled && deadline.has_passed() {
@@ -66,26 +67,46 @@ impl EventLoop<'_> {
             }
             let tick = self.generation.reporter.watchdog_tick().map_or(Deadline::NEVER, Deadline::at);
             let accept = matches!(phase, Phase::Serving | Phase::Upgrading);
-            ready = self.triggers.poll(fds, deadline.min(tick), accept)?;
+            ready = self.triggers.poll(fds, deadline.min(tick).min(again), accept)?;
             polled = true;
         }
     }
 
-    /// Answers what can be answered at once.
-    fn answer(&mut self, phase: Phase) {
+    /// While this process is on probation itself it keeps requests for an upgrade.
+    fn keeps_upgrades(&self, phase: Phase) -> bool {
+        phase == Phase::Serving && self.generation.ancestors.on_probation()
+    }
+
+    /// Answers what can be answered at once. Returns when to call this again.
+    fn answer(&mut self, phase: Phase) -> Deadline {
+        let kept = self.keeps_upgrades(phase);
         let name = match phase {
-            Phase::Serving => "serving",
+            Phase::Serving if !kept => "serving",
             Phase::Upgrading => "upgrading",
-            Phase::Probation => "probation",
-            Phase::Over => return self.triggers.answer_over(),
+            Phase::Serving | Phase::Probation => "probation",
+            Phase::Over => {
+                self.triggers.answer_over();
+                return Deadline::NEVER;
+            }
         };
         while let Some(request) = self.triggers.take_request(|action| action == Action::Status) {
             request.reply.status(&self.generation.status(name));
         }
-        if phase == Phase::Serving {
-            return;
+        match phase {
+            Phase::Serving if kept => return self.triggers.keep_upgrades(self.generation.limits.ready_timeout),
+            Phase::Upgrading | Phase::Probation => self.refuse_upgrades(phase),
+            Phase::Serving | Phase::Over => {}
         }
-        while let Some(request) = self.triggers.take_request(|action| action == Action::Upgrade) {
+        Deadline::NEVER
+    }
+
+    /// Refuses an upgrade during another one. A signal during the probation stays in the queue: it is for the child.
+    fn refuse_upgrades(&mut self, phase: Phase) {
+        let refused = |request: &Request| {
+            let answered = !matches!(request.reply, Reply::Nobody);
+            request.action == Action::Upgrade && (answered || phase == Phase::Upgrading)
+        };
+        while let Some(request) = self.triggers.take(refused) {
             logging::info!("refused an upgrade requested by {}: busy", request.reason);
             self.generation.reporter.asked_again();
             request.reply.upgrade(Err(Error::Busy));

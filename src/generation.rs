@@ -11,6 +11,7 @@ use crate::pid_file::PidFile;
 use crate::reporter::Reporter;
 use crate::shutdown::Shutdown;
 use crate::sockets::Sockets;
+use crate::triggers::request::Calls;
 
 pub(crate) struct Generation {
     /// The first is 1.
@@ -23,6 +24,8 @@ pub(crate) struct Generation {
     pub(crate) ancestors: Arc<Ancestors>,
     pub(crate) pid_file: PidFile,
     pub(crate) reporter: Reporter,
+    /// Where threads of this process leave requests.
+    pub(crate) calls: Arc<Calls>,
 }
 
 impl Generation {

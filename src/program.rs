@@ -20,6 +20,11 @@ use crate::sys::spawn::IfMissing;
 const FOR_THIS_PROCESS_ONLY: [&str; 5] =
     ["LISTEN_PID", "LISTEN_PIDFDID", "LISTEN_FDS", "LISTEN_FDNAMES", "WATCHDOG_PID"];
 
+/// Why a privileged program gets no handover.
+pub(crate) const SECURE: &str =
+    "the program has more rights than its caller (AT_SECURE: set-user-ID, set-group-ID or file \
+    capabilities), so it does not trust its environment; use ambient capabilities, or a takeover";
+
 /// What the next generation runs instead of what this one runs. The builder has one, and
 /// [`Builder::before_upgrade`](crate::Builder::before_upgrade) gets another at each upgrade.
 #[derive(Clone, Debug, Default)]
@@ -79,6 +84,12 @@ impl Program {
     /// This process's program. Resolves everything that a later chdir, or a later change of a link, would make unfindable.
     pub(crate) fn running() -> Self {
         let args: Vec<_> = env::args_os().collect();
+        if program::is_secure() {
+            // argv[0], PATH, PWD and the directory are chosen by a caller with fewer rights; who may also have linked the
+            // running file into a directory of his own.
+            let (path, start) = (program::running(), Some("/".into()));
+            return Self { path, args, start, directory: None, directory_chosen: false, env: BTreeMap::new() };
+        }
         let start = start_directory();
         let argv0 = args.first().cloned().unwrap_or_default();
         let path = resolve_argv0(&argv0, start.as_deref(), env::var_os("PATH").as_deref());
@@ -107,7 +118,14 @@ impl Program {
     }
 
     /// The path as execve(2) takes it.
+    ///
+    /// # Errors
+    ///
+    /// The next generation could not use its handover, because it would not trust its environment.
     pub(crate) fn path_c(&self) -> io::Result<CString> {
+        if program::becomes_secure(&self.path) {
+            return Err(io::Error::new(io::ErrorKind::PermissionDenied, SECURE));
+        }
         c_string(self.path.as_os_str())
     }
 
@@ -175,7 +193,7 @@ fn resolve_argv0(argv0: &OsStr, start: Option<&Path>, search: Option<&OsStr>) ->
             return path;
         }
     }
-    // argv[0] is free for anyone to choose; then the kernel's word counts, without what it adds for a removed file.
+    // argv[0] is free for anyone to choose. Then use what the kernel knows, without what it adds for a removed file.
     let link = program::path().unwrap_or_else(|| absolute(named));
     let mut bytes = link.into_os_string().into_vec();
     if bytes.ends_with(b" (deleted)") {

@@ -7,7 +7,7 @@ use std::time::Instant;
 
 use crate::event::Event;
 use crate::exit::Upgraded;
-use crate::handover::ancestors::{Ancestors, Announced, ParentLink};
+use crate::handover::ancestors::Ancestors;
 use crate::logging;
 use crate::manager::{ServiceManager, ANNOUNCE};
 use crate::sockets::Sockets;
@@ -51,11 +51,11 @@ impl Reporter {
     pub(crate) fn main(&self) -> Option<&Arc<dyn ServiceManager>> {
         let manager = self.manager.get()?;
         if !manager.is_main() {
-            match self.ancestors.parent.as_ref().map(ParentLink::announced) {
-                Some(Announced::Yes) => manager.become_main(true),
-                Some(Announced::Never) => manager.become_main(false),
-                Some(Announced::NotYet) | None => return None,
+            let parent = self.ancestors.parent.as_ref()?.state();
+            if !parent.announced && !parent.ended {
+                return None;
             }
+            manager.become_main(parent.announced);
             self.store_sockets();
         }
         Some(manager)
@@ -90,6 +90,13 @@ impl Reporter {
         }
         if let Some(manager) = self.main() {
             manager.announce(upgraded, is_child);
+        }
+    }
+
+    /// This process is the main process again: the child that it has announced has died.
+    pub(crate) fn announce_self(&self) {
+        if let Some(manager) = self.main() {
+            manager.become_main(false);
         }
     }
 

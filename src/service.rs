@@ -1,8 +1,8 @@
 //! A service: which thread leads the event loop, and what each request does.
 
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
 use rustix::event::PollFlags;
 
@@ -11,24 +11,22 @@ use crate::event::Event;
 use crate::event_loop::{EventLoop, Phase};
 use crate::exit::{Exit, ExitMode, ExitReason, Upgraded};
 use crate::generation::Generation;
+use crate::handover::ancestors::ParentState;
 use crate::handover::lines::{FromChild, FromParent};
 use crate::logging;
 use crate::shutdown::State;
 use crate::sys::poll::Deadline;
 use crate::triggers::control::{TakeoverSocket, Trust};
-use crate::triggers::request::{take_outcome, Action, Calls, Outcome, Reply, Request};
+use crate::triggers::request::{take_outcome, Action, Outcome, Reply, Request};
 use crate::triggers::Triggers;
 use crate::upgrade::parent::{upgrade, Succeeded};
 
 /// What all handles of a generation share.
 pub(crate) struct Service {
     pub(crate) generation: Generation,
-    calls: Arc<Calls>,
     lead: Mutex<Lead>,
     /// A thread has stopped leading, or a call has its outcome.
     changed: Condvar,
-    /// The link to the child that took over. It stays open until this process ends, which the child sees by it.
-    held_open: Mutex<Option<Arc<OwnedFd>>>,
     trust: Trust,
     _started: Option<Started>,
 }
@@ -43,19 +41,11 @@ pub(crate) struct Lead {
 }
 
 impl Service {
-    pub(crate) fn new(
-        generation: Generation,
-        triggers: Triggers,
-        calls: Arc<Calls>,
-        trust: Trust,
-        started: Option<Started>,
-    ) -> Self {
+    pub(crate) fn new(generation: Generation, triggers: Triggers, trust: Trust, started: Option<Started>) -> Self {
         Self {
             generation,
-            calls,
             lead: Mutex::new(Lead { triggers: Some(triggers), exit: None, stop: None }),
             changed: Condvar::new(),
-            held_open: Mutex::default(),
             trust,
             _started: started,
         }
@@ -116,7 +106,7 @@ impl Service {
     pub(crate) fn upgrade(&self, reply: impl FnOnce(Outcome) -> Reply) -> Result<Upgraded, Error> {
         self.check_ready()?;
         let outcome = Outcome::default();
-        self.calls.post(Request::new(Action::Upgrade, ExitReason::Call, reply(outcome.clone())));
+        self.generation.calls.post(Request::new(Action::Upgrade, ExitReason::Call, reply(outcome.clone())));
         let upgraded = self.lead_until(
             |event_loop| self.serve(event_loop),
             |lead| take_outcome(&outcome).or_else(|| lead.exit.is_some().then_some(Err(Error::Over))),
@@ -133,7 +123,7 @@ impl Service {
 
     /// Requests a stop. If another thread leads, that does it; otherwise it is done here.
     pub(crate) fn stop(&self) {
-        self.calls.post(Request::new(Action::Stop, ExitReason::Call, Reply::Nobody));
+        self.generation.calls.post(Request::new(Action::Stop, ExitReason::Call, Reply::Nobody));
         if self.check_ready().is_ok() {
             let led = |lead: &Lead| (lead.exit.is_some() || lead.triggers.is_none()).then_some(());
             if let Err(e) = self.lead_until(|event_loop| self.serve(event_loop), led) {
@@ -165,33 +155,36 @@ impl Service {
     /// Does what the next request asks for, or waits for one.
     fn serve(&self, event_loop: &mut EventLoop<'_>) -> Result<(), Error> {
         let generation = &self.generation;
-        let Some(Request { action, reason, since, reply }) = event_loop.triggers.next_request() else {
-            return self.wait(event_loop);
-        };
+        // A stop comes before an upgrade, because it wins.
+        let on_probation = generation.ancestors.on_probation();
+        let next = event_loop.triggers.take_request(Action::stops);
+        let next = next.or_else(|| event_loop.triggers.take_request(|_| !on_probation));
+        let Some(Request { action, reason, since, reply }) = next else { return self.wait(event_loop) };
         // Accepting ends when this is dropped, which is after everyone has been notified.
         let mut _paused = None;
         let mode = match action {
+            Action::Stop | Action::PartialStop if self.stop_was_taken_back(event_loop) => return Ok(()),
             Action::Stop => {
-                generation.ancestors.send_to_parent(&FromChild::Stopping);
                 generation.sockets.registry().unlink(|_| true);
                 generation.pid_file.remove();
-                event_loop.triggers.answer_stop(reply);
+                Triggers::answer_stop(reply);
                 ExitMode::Stopped
             }
             Action::PartialStop => {
-                generation.ancestors.send_to_parent(&FromChild::Stopping);
                 generation.sockets.registry().unlink(|key| event_loop.triggers.listens_on(key));
-                event_loop.triggers.answer_stop(reply);
+                Triggers::answer_stop(reply);
                 ExitMode::PartiallyStopped
             }
             Action::Upgrade => {
+                // A request that had to wait for the verdict has its whole time after that.
+                let free = generation.ancestors.parent.as_ref().and_then(|parent| parent.state().free);
+                let since = free.map_or(since, |free| since.max(free));
                 let succeeded = if generation.may_overlap() {
                     upgrade(event_loop, reply.takeover(), since)
                 } else {
                     Err(Error::ParentDrains)
                 };
-                let outcome = succeeded.map(|Succeeded { upgraded, link, paused }| {
-                    *self.held_open.lock().unwrap_or_else(PoisonError::into_inner) = Some(link);
+                let outcome = succeeded.map(|Succeeded { upgraded, paused }| {
                     _paused = Some(paused);
                     generation.bound_overlap();
                     upgraded
@@ -213,36 +206,61 @@ impl Service {
                 return Ok(());
             }
         };
-        self.end(event_loop.triggers, Exit { mode, reason });
+        let handed_over = matches!(mode, ExitMode::Upgraded(_));
+        self.end(event_loop.triggers, Exit { mode, reason }, handed_over);
         Ok(())
     }
 
     /// Waits for a request, and for messages of a parent that can still take its commit back.
     fn wait(&self, event_loop: &mut EventLoop<'_>) -> Result<(), Error> {
         let generation = &self.generation;
-        let parent = generation.ancestors.parent.as_ref().filter(|parent| !parent.has_ended());
+        let parent = generation.ancestors.parent.as_ref().filter(|parent| !parent.state().ended);
         let fds: Vec<_> = parent.iter().map(|parent| (parent.reader.as_fd(), PollFlags::IN)).collect();
         event_loop.wait(Phase::Serving, &fds, Deadline::NEVER)?;
         // The parent may have sent its announcement.
         generation.reporter.main();
-        // During the probation the parent is still the process that is asked to stop.
-        if parent.and_then(|parent| parent.next_message()) == Some(FromParent::Stop) {
-            event_loop.triggers.push(Request::new(Action::Stop, ExitReason::Parent, Reply::Nobody));
+        let Some(parent) = parent else { return Ok(()) };
+        for request in parent.take_requests() {
+            let action = match request {
+                FromParent::RequestStop => Action::Stop,
+                FromParent::RequestPartialStop => Action::PartialStop,
+                FromParent::RequestUpgrade => Action::Upgrade,
+                _ => continue,
+            };
+            event_loop.triggers.push(Request::new(action, ExitReason::Parent, Reply::Nobody));
         }
+        self.check_given_up(event_loop);
         Ok(())
     }
 
-    /// The service is over.
-    fn end(&self, triggers: &mut Triggers, exit: Exit) {
+    /// Tells the parent that the service stops. Returns true if the parent has given this process up just before: then
+    /// the stop is the parent's to do, and the socket files and the PID file are the parent's.
+    fn stop_was_taken_back(&self, event_loop: &mut EventLoop<'_>) -> bool {
+        self.generation.ancestors.send_to_parent(&FromChild::Stopping);
+        self.check_given_up(event_loop)
+    }
+
+    /// Ends the service of this process if the parent has given it up, and returns whether it has.
+    fn check_given_up(&self, event_loop: &mut EventLoop<'_>) -> bool {
+        let ancestors = &self.generation.ancestors;
+        let state = ancestors.parent.as_ref().map(|parent| parent.state());
+        let given_up = matches!(state, Some(ParentState { given_up: true, free: None, .. }));
+        if given_up {
+            logging::error!("the parent has given this process up and serves again");
+            self.end(event_loop.triggers, Exit { mode: ExitMode::PartiallyStopped, reason: ExitReason::Parent }, true);
+            ancestors.send_to_parent(&FromChild::Refused("taken back".into()));
+        }
+        given_up
+    }
+
+    /// The service is over; or only this process is, and what waits in the accept queue is another's.
+    fn end(&self, triggers: &mut Triggers, exit: Exit, handed_over: bool) {
         let generation = &self.generation;
         generation.sockets.registry().close_all();
         self.lead().stop = triggers.stop_reason();
         triggers.close();
         generation.reporter.emit(&Event::Ended(&exit));
-        let state = match exit.mode {
-            ExitMode::Upgraded(_) => State::HandedOver,
-            ExitMode::Stopped | ExitMode::PartiallyStopped => State::Stopped,
-        };
+        let state = if handed_over { State::HandedOver } else { State::Stopped };
         // Last: a program that waits for the shutdown handle may end the process at once, so everyone else must have been
         // notified before. After an upgrade nothing is accepted meanwhile, because accepting is paused since the commit.
         generation.shutdown.set(state);

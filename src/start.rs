@@ -83,6 +83,7 @@ impl Builder {
         let ancestors = Arc::new(ancestors);
         let reporter = Reporter::new(self.observer.clone(), ancestors.clone(), sockets.clone());
         let pid_file = PidFile::new(self.pid_file.clone());
+        let calls = Arc::new(calls);
         let generation = Generation {
             number,
             began: Instant::now(),
@@ -93,6 +94,7 @@ impl Builder {
             ancestors,
             pid_file,
             reporter,
+            calls: calls.clone(),
         };
         if self.systemd_notify && !self.standalone {
             enable_manager(&generation)?;
@@ -104,9 +106,8 @@ impl Builder {
         let control = self.sockets.iter().map(|(path, purpose)| control_socket(&generation, path, *purpose));
         let control = control.collect::<Result<_, _>>()?;
         generation.sockets.registry().begin_claims();
-        let calls = Arc::new(calls);
-        let triggers = Triggers::new(signals, handlers, control, self.trust.clone(), calls.clone());
-        Ok(Starting(Arc::new(Service::new(generation, triggers, calls, self.trust.clone(), started))))
+        let triggers = Triggers::new(signals, handlers, control, self.trust.clone(), calls);
+        Ok(Starting(Arc::new(Service::new(generation, triggers, self.trust.clone(), started))))
     }
 }
 

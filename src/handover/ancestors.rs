@@ -1,15 +1,15 @@
 //! The older generations that still run, and the links to them: to the parent, and to those before it.
 
-use std::collections::VecDeque;
 use std::io;
+use std::mem;
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags};
 
 use super::entry::Entry;
+use super::held_open::hold_open;
 use super::lines::{send, FromChild, FromParent, Lines, Read};
 use crate::key::Key;
 use crate::logging;
@@ -32,6 +32,11 @@ impl Ancestors {
         self.older.iter().chain(parent).filter(|link| link.is_alive())
     }
 
+    /// Whether the parent can still take back what it has handed over.
+    pub(crate) fn on_probation(&self) -> bool {
+        self.parent.as_ref().is_some_and(|parent| parent.state().free.is_none())
+    }
+
     /// Sends a message to the parent. A parent that has ended does not need it.
     pub(crate) fn send_to_parent(&self, message: &FromChild) {
         if let Some(Err(e)) = self.parent.as_ref().map(|parent| parent.send(message)) {
@@ -46,86 +51,97 @@ pub(crate) struct ParentLink {
     pub(crate) reader: Arc<OwnedFd>,
     writer: DrainLink,
     received: Mutex<Received>,
-    ended: AtomicBool,
 }
 
-/// What the parent has sent.
 #[derive(Debug, Default)]
 struct Received {
     lines: Lines,
     /// Not yet handled.
-    messages: VecDeque<FromParent>,
-    /// The parent has announced this process to the service manager.
-    main: bool,
+    requests: Vec<FromParent>,
+    state: ParentState,
 }
 
-/// Whether the service manager listens to this process.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Announced {
-    Yes,
-    NotYet,
-    /// The parent ended without announcing this process.
-    Never,
+/// What is known of the parent.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct ParentState {
+    pub(crate) committed: bool,
+    /// The parent has given this process up. This process must not accept (again).
+    pub(crate) given_up: bool,
+    /// The parent has announced this process to the service manager.
+    pub(crate) announced: bool,
+    pub(crate) ended: bool,
+    /// Since when this process is free to upgrade: the verdict, or the end of the parent.
+    pub(crate) free: Option<Instant>,
 }
 
 impl ParentLink {
     /// The link over these two descriptors, which may be one. `lines` holds what was read with the manifest.
     pub(crate) fn new(generation: u64, reader: Arc<OwnedFd>, writer: Arc<OwnedFd>, lines: Lines) -> io::Result<Self> {
         let writer = DrainLink { generation, inode: identity(&writer)?, fd: writer };
-        let received = Mutex::new(Received { lines, ..Received::default() });
-        Ok(Self { reader, writer, received, ended: AtomicBool::new(false) })
+        Ok(Self { reader, writer, received: Mutex::new(Received { lines, ..Received::default() }) })
     }
 
-    /// The next message of the parent; none once it has ended.
-    pub(crate) fn next_message(&self) -> Option<FromParent> {
-        self.receive().messages.pop_front()
+    /// Reads everything that the parent has sent, and returns what is known.
+    pub(crate) fn state(&self) -> ParentState {
+        self.receive().state
     }
 
-    /// Returns whether the parent has announced this process to the service manager.
-    pub(crate) fn announced(&self) -> Announced {
-        match self.receive().main {
-            true => Announced::Yes,
-            false if self.has_ended() => Announced::Never,
-            false => Announced::NotYet,
-        }
+    /// What the parent was asked for and passes on.
+    pub(crate) fn take_requests(&self) -> Vec<FromParent> {
+        mem::take(&mut self.receive().requests)
     }
 
-    /// Waits for the parent's announcement, or its end, at most `time`. Other messages stay in the queue.
-    pub(crate) fn wait_announced(&self, time: Duration) -> Announced {
-        let deadline = Deadline::after(time);
-        loop {
-            match self.announced() {
-                Announced::NotYet => {}
-                known => return known,
-            }
-            if !wait_readable(&self.reader, deadline) {
-                return Announced::NotYet;
-            }
-        }
-    }
-
-    /// Reads what can be read now.
     fn receive(&self) -> MutexGuard<'_, Received> {
         let mut guard = self.received.lock().unwrap_or_else(PoisonError::into_inner);
-        let received = &mut *guard;
-        while !self.has_ended() {
-            match received.lines.next(self.reader.as_fd()) {
+        let Received { lines, requests, state } = &mut *guard;
+        while !state.ended {
+            match lines.next(self.reader.as_fd()) {
                 Ok(Read::Line(line)) => match FromParent::parse(&line) {
-                    Some(FromParent::Main) => received.main = true,
-                    Some(message) => received.messages.push_back(message),
+                    Some(FromParent::Commit) => state.committed = true,
+                    Some(FromParent::Stop) => state.given_up = true,
+                    Some(FromParent::Main) => state.announced = true,
+                    Some(FromParent::Verdict) => state.free = Some(Instant::now()),
+                    Some(request) => requests.push(request),
                     // A message that only later versions know.
                     None => logging::debug!("the parent sent an unknown message {line:?}"),
                 },
                 Ok(Read::Wait) => break,
-                Ok(Read::End | Read::Garbage(_)) | Err(_) => self.ended.store(true, Ordering::Relaxed),
+                Ok(Read::End) => {
+                    state.ended = true;
+                    state.free.get_or_insert_with(Instant::now);
+                }
+                // A parent that breaks the protocol is not dead, but of no more use.
+                Ok(Read::Garbage(_)) | Err(_) => {
+                    state.given_up |= state.free.is_none();
+                    state.ended = true;
+                }
             }
         }
         guard
     }
 
-    /// Returns whether the end of the parent has been read.
-    pub(crate) fn has_ended(&self) -> bool {
-        self.ended.load(Ordering::Relaxed)
+    /// Waits for the parent's announcement, or its end, at most `time`.
+    pub(crate) fn wait_announced(&self, time: Duration) {
+        let deadline = Deadline::after(time);
+        while !(self.state().announced || self.state().ended) && wait_readable(&self.reader, deadline) {}
+    }
+
+    /// Whether the parent has closed the end on which it receives: it is dead, or has given this process up.
+    pub(crate) fn is_deaf(&self) -> bool {
+        !self.writer.is_alive()
+    }
+
+    /// Tells the two apart: a parent that gives up sends that first and stays, one that is dead closes the link.
+    pub(crate) fn is_dead(&self, time: Duration) -> bool {
+        let deadline = Deadline::after(time);
+        loop {
+            match self.state() {
+                ParentState { given_up: true, .. } => return false,
+                ParentState { ended: true, .. } => return true,
+                _ if wait_readable(&self.reader, deadline) => {}
+                _ => return false,
+            }
+        }
     }
 
     /// Sends a message, without waiting.
@@ -148,6 +164,12 @@ impl ParentLink {
     /// Waits until the parent has ended, which closes its end of the link, at most `time`. Messages stay unread.
     pub(crate) fn wait_end(&self, time: Duration) -> io::Result<bool> {
         Ok(wait_hangup(&self.reader, Deadline::after(time))?)
+    }
+
+    /// Keeps the link open until this process or the parent ends, whatever the program drops.
+    pub(crate) fn hold_open(&self) {
+        hold_open(self.reader.clone());
+        hold_open(self.writer.fd.clone());
     }
 }
 

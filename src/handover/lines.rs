@@ -6,6 +6,7 @@
 use std::fmt::Write;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
+use std::time::Duration;
 
 use rustix::io::Errno;
 
@@ -20,16 +21,14 @@ pub(crate) enum FromChild {
     Dropped(Vec<u64>),
     /// The child can serve, and waits for [`FromParent::Commit`].
     Ready,
-    /// The child will not serve, and why.
+    /// The child will not serve, or has stopped accepting because it was given up, and why.
     Refused(String),
     /// A step between fork and execve failed with this errno.
     Failed { step: String, errno: i32 },
     /// The child serves from here on: it has received [`FromParent::Commit`], or nothing for too long.
     Serving,
-    /// After the commit: the child stops on purpose.
+    /// After `serving`: the service was asked to stop, and the child has stopped accepting.
     Stopping,
-    /// After the commit: the child has handed over to a child of its own.
-    HandedOver,
     /// From any later generation: too many generations drain, and the receiver is the oldest.
     EndDrain,
 }
@@ -57,7 +56,6 @@ impl FromChild {
             Self::Failed { step, errno } => format!("failed {step} {errno}\n"),
             Self::Serving => "serving\n".into(),
             Self::Stopping => "stopping\n".into(),
-            Self::HandedOver => "handed-over\n".into(),
             Self::EndDrain => "end-drain\n".into(),
         }
     }
@@ -74,7 +72,6 @@ impl FromChild {
             }
             "serving" => Self::Serving,
             "stopping" => Self::Stopping,
-            "handed-over" => Self::HandedOver,
             "end-drain" => Self::EndDrain,
             _ => return None,
         };
@@ -87,10 +84,16 @@ impl FromChild {
 pub(crate) enum FromParent {
     /// The parent has stopped accepting, and the child may start.
     Commit,
-    /// The service was asked to stop.
+    /// The parent has given the child up: it must never accept (again). This is not a stop of the service.
     Stop,
+    /// During the probation the parent was asked for this, and the child is to do it.
+    RequestStop,
+    RequestPartialStop,
+    RequestUpgrade,
     /// The service manager knows the child as the main process.
     Main,
+    /// The probation is over: the parent never accepts again, and the child may upgrade.
+    Verdict,
 }
 
 impl FromParent {
@@ -98,14 +101,23 @@ impl FromParent {
         match self {
             Self::Commit => "commit\n",
             Self::Stop => "stop\n",
+            Self::RequestStop => "request stop\n",
+            Self::RequestPartialStop => "request partial-stop\n",
+            Self::RequestUpgrade => "request upgrade\n",
             Self::Main => "main\n",
+            Self::Verdict => "verdict\n",
         }
     }
 
     pub(crate) fn parse(line: &str) -> Option<Self> {
-        [Self::Commit, Self::Stop, Self::Main].into_iter().find(|word| word.line().trim_end() == line)
+        use FromParent::{Commit, Main, RequestPartialStop, RequestStop, RequestUpgrade, Stop, Verdict};
+        let all = [Commit, Stop, RequestStop, RequestPartialStop, RequestUpgrade, Main, Verdict];
+        all.into_iter().find(|message| message.line().trim_end() == line)
     }
 }
+
+/// How long a process may take to answer `ready` or `commit`, or to end. It does so at once, unless it is stopped.
+pub(crate) const COMMIT: Duration = Duration::from_secs(5);
 
 const MAX_REASON: usize = 1000;
 
@@ -216,7 +228,6 @@ mod tests {
             FromChild::Failed { step: "execve".into(), errno: 2 },
             FromChild::Serving,
             FromChild::Stopping,
-            FromChild::HandedOver,
             FromChild::EndDrain,
         ] {
             let line = status.line();

@@ -16,14 +16,15 @@ use rustix::io::Errno;
 use rustix::net::{shutdown, Shutdown, SocketType};
 
 use super::entry::{Entry, FdRef};
+use super::held_open::hold_open;
 use super::lines::{send, FromParent, Lines, Read};
 use super::manifest;
-use super::scm::{Sender, Sent};
+use super::scm::{Sender, Sent, LAST_LINE};
 use super::variable::Carrier;
 use crate::error::Error;
 use crate::sys::adopt::nonce;
 use crate::sys::net;
-use crate::sys::poll::Deadline;
+use crate::sys::poll::{wait_hangup, wait_writable, Deadline};
 use crate::sys::signal::without_sigpipe;
 use crate::sys::Mode;
 
@@ -49,10 +50,10 @@ pub(crate) struct Handover {
 /// The parent's end. Nothing in it ever waits.
 pub(crate) struct ChildLink {
     /// Carries the manifest, and messages after it. It stays open until this process ends, which the child sees.
-    pub(crate) to: Arc<OwnedFd>,
-    /// Carries the child's messages. The same as `to` if it is a socket.
-    pub(crate) from: Arc<OwnedFd>,
-    pub(crate) lines: Lines,
+    to: Arc<OwnedFd>,
+    /// Carries the child's messages. The same as `to` if it is a socket. `None` when this process has given the child up.
+    from: Option<Arc<OwnedFd>>,
+    lines: Lines,
     unsent: Unsent,
 }
 
@@ -66,6 +67,9 @@ enum Unsent {
     /// For the socket, after a pause: see [`Sent::Crowded`].
     Crowded(Sender<Arc<OwnedFd>>),
 }
+
+/// What a pipe must hold besides the manifest so that the last line goes in: a page that is free.
+const ROOM: usize = 8 * 1024;
 
 /// How long to wait when the kernel accepts no more descriptors. No event says when it does again.
 const CROWDED: Duration = Duration::from_millis(10);
@@ -102,8 +106,8 @@ impl ChildLink {
         let text = manifest::encode(generation, entries.iter().map(|entry| (entry.number(), entry)));
         let text = manifest::with_nonce(text, nonce).into_bytes();
         // A larger pipe only saves the child a wait. Without it the rest is sent while this process waits for `ready`.
-        if text.len() > 64 * 1024 {
-            net::grow_pipe(&manifest_write, text.len());
+        if text.len() + ROOM > 64 * 1024 {
+            net::grow_pipe(&manifest_write, text.len() + ROOM);
         }
         let manifest = FdRef::to(&manifest_read, nonce).map_err(prepare("manifest pipe"))?;
         let status = FdRef::to(&status_write, nonce).map_err(prepare("status pipe"))?;
@@ -148,7 +152,7 @@ impl ChildLink {
     }
 
     fn new(to: Arc<OwnedFd>, from: Arc<OwnedFd>, unsent: Unsent) -> Self {
-        Self { to, from, lines: Lines::default(), unsent }
+        Self { to, from: Some(from), lines: Lines::default(), unsent }
     }
 
     /// Sends as much as the kernel accepts now.
@@ -156,7 +160,14 @@ impl ChildLink {
         self.unsent = match mem::replace(&mut self.unsent, Unsent::Nothing) {
             Unsent::Nothing => Unsent::Nothing,
             Unsent::Text(mut text) => {
+                let last_line = text.split_off(text.len().saturating_sub(LAST_LINE));
                 write_some(&self.to, &mut text)?;
+                let rest = text.len();
+                text.extend(last_line);
+                // As over a socket, see `LAST_LINE`.
+                if rest == 0 && wait_writable(&self.to, Deadline::after(Duration::ZERO)) {
+                    write_some(&self.to, &mut text)?;
+                }
                 if text.is_empty() {
                     Unsent::Nothing
                 } else {
@@ -178,13 +189,15 @@ impl ChildLink {
 
     /// What to poll for messages of the child, and for room to send more; and when to try again in any case.
     pub(crate) fn poll_for(&self) -> (Vec<(BorrowedFd<'_>, PollFlags)>, Deadline) {
-        let mut fds = vec![(self.from.as_fd(), PollFlags::IN)];
-        match self.unsent {
-            Unsent::Nothing => {}
-            Unsent::Text(_) | Unsent::Message(_) => fds.push((self.to.as_fd(), PollFlags::OUT)),
-            Unsent::Crowded(_) => return (fds, Deadline::after(CROWDED)),
-        }
-        (fds, Deadline::NEVER)
+        let mut fds: Vec<_> = self.from.iter().map(|from| (from.as_fd(), PollFlags::IN)).collect();
+        // The error of a pipe without a reader is reported without being asked for.
+        let (room, again) = match self.unsent {
+            Unsent::Nothing => (PollFlags::empty(), Deadline::NEVER),
+            Unsent::Text(_) | Unsent::Message(_) => (PollFlags::OUT, Deadline::NEVER),
+            Unsent::Crowded(_) => (PollFlags::empty(), Deadline::after(CROWDED)),
+        };
+        fds.push((self.to.as_fd(), room));
+        (fds, again)
     }
 
     /// Sends a message to the child, without waiting.
@@ -192,16 +205,37 @@ impl ChildLink {
         send(&self.to, message.line())
     }
 
-    /// Over a socket: from here on the child's messages fail. Those it sent before can still be read; the kernel loses
-    /// none between the two.
-    pub(crate) fn stop_receiving(&self) {
-        // On a pipe this is an error; its child is killed instead.
-        let _ = shutdown(&self.from, Shutdown::Read);
+    /// From here on the child's messages fail, while the child still sees that this process lives.
+    pub(crate) fn stop_receiving(&mut self) {
+        if let Some(from) = self.from.take() {
+            // On a pipe this is an error, and closing is enough.
+            let _ = shutdown(&from, Shutdown::Read);
+        }
     }
 
     /// The next line that the child has sent.
     pub(crate) fn next(&mut self) -> io::Result<Read> {
-        self.lines.next(self.from.as_fd())
+        match &self.from {
+            Some(from) => self.lines.next(from.as_fd()),
+            None => Ok(Read::End),
+        }
+    }
+
+    /// Whether the child has closed its end of a pipe: it is dead, or will not serve.
+    pub(crate) fn is_deaf(&self) -> bool {
+        wait_hangup(&self.to, Deadline::after(Duration::ZERO)) != Ok(false)
+    }
+
+    pub(crate) fn hold_open(&self) {
+        hold_open(self.to.clone());
+    }
+
+    /// The upgrade has succeeded. Keeps the link open while this process lives, and returns where later generations send.
+    pub(crate) fn keep(&mut self) -> Option<(Arc<OwnedFd>, Lines)> {
+        let from = self.from.take()?;
+        hold_open(self.to.clone());
+        hold_open(from.clone());
+        Some((from, mem::take(&mut self.lines)))
     }
 }
 

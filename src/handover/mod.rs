@@ -5,6 +5,7 @@ pub(crate) mod blob;
 pub(crate) mod entry;
 pub(crate) mod escape;
 pub(crate) mod greeting;
+pub(crate) mod held_open;
 pub(crate) mod lines;
 pub(crate) mod link;
 pub(crate) mod manifest;

@@ -10,7 +10,7 @@ use rustix::io::Errno;
 
 use super::ancestors::{Ancestors, DrainLink, ParentLink};
 use super::entry::{Entry, FdRef};
-use super::lines::Lines;
+use super::lines::{Lines, COMMIT};
 use super::manifest::{Manifest, MAX_ENTRIES, MAX_SIZE};
 use super::scm::{Limits, Receiver};
 use crate::error::Error;
@@ -44,6 +44,12 @@ impl Arrived {
     /// may be one socket.
     pub(crate) fn unpack(self, reader: Arc<OwnedFd>, writer: Arc<OwnedFd>) -> Result<Inherited, Error> {
         let (generation, lines) = (self.manifest.generation, Lines::with(self.rest.clone()));
+        let parent = ParentLink::new(generation, reader, writer, lines)
+            .map_err(|source| Error::Handover { what: "status link", source })?;
+        // A process that comes too late must not even hold the sockets.
+        if parent.state().given_up || (parent.is_deaf() && !parent.is_dead(COMMIT)) {
+            return Err(Error::GivenUp);
+        }
         let mut older = Vec::new();
         let mut entries = self.into_entries()?;
         entries.retain(|entry| {
@@ -55,8 +61,6 @@ impl Arrived {
             }));
             generation.is_none()
         });
-        let parent = ParentLink::new(generation, reader, writer, lines)
-            .map_err(|source| Error::Handover { what: "status link", source })?;
         Ok(Inherited { generation, entries, ancestors: Ancestors { parent: Some(parent), older } })
     }
 

@@ -12,6 +12,7 @@
 use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::time::Duration;
 
 use rustix::io::Errno;
 use rustix::net::{
@@ -20,12 +21,17 @@ use rustix::net::{
 };
 
 use crate::sys::net::{received, CMSG_CLOEXEC, NOSIGNAL};
+use crate::sys::poll::{wait_writable, Deadline};
 
 /// The kernel's limit (SCM_MAX_FD) on descriptors in one message.
 const DESCRIPTORS_PER_MESSAGE: usize = 253;
 
 /// The end of the line before the last, and the last line.
 const END: &[u8] = b"\nend\n";
+
+/// The length of the last line. It is sent when the socket has room again after all the rest, so that every message that
+/// follows fits: above all the one that gives the receiver up.
+pub(super) const LAST_LINE: usize = b"end\n".len();
 
 /// The result of a sender's step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -77,7 +83,12 @@ impl<F: AsFd> Sender<F> {
                 .map(AsFd::as_fd)
                 .collect();
             let unsent = &self.text[self.text_sent..];
-            let piece = if batch.is_empty() { unsent } else { &unsent[..1] };
+            let piece = match unsent.len().checked_sub(LAST_LINE) {
+                _ if !batch.is_empty() => &unsent[..1],
+                None | Some(0) if !wait_writable(&socket, Deadline::after(Duration::ZERO)) => return Ok(Sent::Blocked),
+                None | Some(0) => unsent,
+                Some(before_last) => &unsent[..before_last],
+            };
 
             let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(DESCRIPTORS_PER_MESSAGE))];
             let mut control = SendAncillaryBuffer::new(&mut space);

@@ -5,6 +5,10 @@
 //! to other files or to none. Where pipes and sockets have no inodes, a nonce stands there that the manifest repeats in a
 //! line `nonce 48211`.
 
+use std::iter;
+
+use rustix::fs::FileType;
+
 use super::entry::FdRef;
 
 /// The variable's name: part of the contract between versions.
@@ -15,6 +19,12 @@ pub(crate) const VARIABLE: &str = "ECDYSIS_HANDOVER";
 pub(crate) enum Carrier {
     Pipes { manifest: FdRef, status: FdRef },
     Socket(FdRef),
+}
+
+/// Whether the value has the form of some version: then it is a handover, for this process or for another.
+pub(crate) fn is_handover(value: &str) -> bool {
+    let version = value.strip_prefix('v').and_then(|rest| rest.split_once(':'));
+    version.is_some_and(|(number, _)| !number.is_empty() && number.bytes().all(|byte| byte.is_ascii_digit()))
 }
 
 impl Carrier {
@@ -46,6 +56,15 @@ impl Carrier {
             Some(socket) => Some(Self::Socket(socket)),
             None => Some(Self::Pipes { manifest: manifest?, status: status? }),
         }
+    }
+
+    /// The descriptors, and what they must be.
+    pub(crate) fn descriptors(&self) -> impl Iterator<Item = (FdRef, FileType)> {
+        let (first, second) = match *self {
+            Self::Pipes { manifest, status } => ((manifest, FileType::Fifo), Some((status, FileType::Fifo))),
+            Self::Socket(socket) => ((socket, FileType::Socket), None),
+        };
+        iter::once(first).chain(second)
     }
 }
 

@@ -8,7 +8,6 @@ use rustix::fs::{fstat, FileType};
 use rustix::io::{fcntl_setfd, FdFlags};
 
 use super::system::identity;
-use super::system::program::is_secure;
 
 pub(crate) use super::system::identity::{nonce, INODE_IS_A_PROOF};
 
@@ -24,11 +23,10 @@ pub(crate) struct Adopter {
 }
 
 impl Adopter {
-    /// `None` when this process had its adopter already, or runs with more rights than its caller (AT_SECURE), who
-    /// then must not choose its descriptors.
+    /// `None` when this process had its adopter already.
     pub(crate) fn take() -> Option<Self> {
         static TAKEN: AtomicBool = AtomicBool::new(false);
-        let free = !is_secure() && !TAKEN.swap(true, Ordering::AcqRel);
+        let free = !TAKEN.swap(true, Ordering::AcqRel);
         free.then(|| Self { adopted: Vec::new() })
     }
 
@@ -38,14 +36,9 @@ impl Adopter {
         if fd <= libc::STDERR_FILENO || self.adopted.get(index) == Some(&true) {
             return Err(io::ErrorKind::InvalidInput.into());
         }
-        // SAFETY: used for two calls that are harmless on any number; a closed one gives EBADF.
-        let borrowed = unsafe { BorrowedFd::borrow_raw(fd) };
-        let stat = fstat(borrowed)?;
-        let actual = FileType::from_raw_mode(stat.st_mode);
-        if !identity::is(&stat, wanted) || file_type.is_some_and(|wanted| wanted != actual) {
-            return Err(io::Error::new(io::ErrorKind::NotFound, "the descriptor is another file"));
-        }
-        fcntl_setfd(borrowed, FdFlags::CLOEXEC)?;
+        check(fd, file_type, wanted)?;
+        // SAFETY: it is open, and nobody owns it before this.
+        fcntl_setfd(unsafe { BorrowedFd::borrow_raw(fd) }, FdFlags::CLOEXEC)?;
         // No longer than the table of descriptors, because this one is open.
         self.adopted.resize(self.adopted.len().max(index + 1), false);
         self.adopted[index] = true;
@@ -53,4 +46,15 @@ impl Adopter {
         // else in this process opened it; `adopted` and the single `Adopter` see to it that it is owned once.
         Ok(unsafe { OwnedFd::from_raw_fd(fd) })
     }
+}
+
+/// Checks that `fd` is open, and of that type and [`identity`]. Owns nothing.
+pub(crate) fn check(fd: RawFd, file_type: Option<FileType>, wanted: u64) -> io::Result<()> {
+    // SAFETY: used for a call that is harmless on any number; a closed one gives EBADF.
+    let stat = fstat(unsafe { BorrowedFd::borrow_raw(fd) })?;
+    let actual = FileType::from_raw_mode(stat.st_mode);
+    if !identity::is(&stat, wanted) || file_type.is_some_and(|wanted| wanted != actual) {
+        return Err(io::Error::new(io::ErrorKind::NotFound, "the descriptor is another file"));
+    }
+    Ok(())
 }

@@ -76,6 +76,11 @@ pub(crate) fn wait_readable(fd: impl AsFd, deadline: Deadline) -> bool {
     poll(&mut [PollFd::new(&fd, PollFlags::IN)], deadline).is_ok_and(|ready| ready > 0)
 }
 
+/// Waits until `fd` is writable. False if the deadline passes first, or poll(2) fails.
+pub(crate) fn wait_writable(fd: impl AsFd, deadline: Deadline) -> bool {
+    poll(&mut [PollFd::new(&fd, PollFlags::OUT)], deadline).is_ok_and(|ready| ready > 0)
+}
+
 /// Waits for a hangup or an error, which poll(2) reports without being asked. What is there to be read stays unread.
 pub(crate) fn wait_hangup(fd: impl AsFd, deadline: Deadline) -> io::Result<bool> {
     Ok(poll(&mut [PollFd::new(&fd, PollFlags::empty())], deadline)? > 0)

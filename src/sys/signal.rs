@@ -137,6 +137,13 @@ impl Handlers {
     }
 }
 
+impl Handlers {
+    /// Leaves the handlers installed for good.
+    pub(crate) fn keep(&mut self) {
+        self.0.clear();
+    }
+}
+
 /// Returns the action of `signal`, and sets another if there is one.
 fn action(signal: i32, new: Option<&libc::sigaction>) -> io::Result<libc::sigaction> {
     let mut former = MaybeUninit::<libc::sigaction>::zeroed();

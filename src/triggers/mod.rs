@@ -4,9 +4,9 @@ pub(crate) mod control;
 pub(crate) mod request;
 
 use std::collections::VecDeque;
-use std::os::fd::BorrowedFd;
-use std::os::unix::net::UnixStream;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
+use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags};
 
@@ -14,6 +14,7 @@ use self::control::{ControlSocket, ControlSockets, Trust};
 use self::request::{Action, Calls, Reply, Request};
 use crate::error::Error;
 use crate::exit::ExitReason;
+use crate::handover::held_open::hold_open;
 use crate::key::Key;
 use crate::sys::poll::{poll, Deadline};
 use crate::sys::signal::{self, Handlers};
@@ -21,15 +22,11 @@ use crate::sys::signal::{self, Handlers};
 /// All triggers of a process. One thread at a time owns them and waits on them.
 pub(crate) struct Triggers {
     signals: Vec<(i32, Action)>,
-    /// Installed while this lives, also when the service is over: otherwise a late SIGHUP would end the drain.
-    // The underscore: without `tokio_ecdysis` it is only held.
-    _handlers: Handlers,
+    handlers: Handlers,
     control: ControlSockets,
     calls: Arc<Calls>,
     /// Not yet handled.
     requests: VecDeque<Request>,
-    /// Connections that requested a stop. They close when this process ends.
-    stopping: Vec<UnixStream>,
 }
 
 impl Triggers {
@@ -41,12 +38,17 @@ impl Triggers {
         calls: Arc<Calls>,
     ) -> Self {
         let control = ControlSockets::new(sockets, trust);
-        Self { signals, _handlers: handlers, control, calls, requests: VecDeque::new(), stopping: Vec::new() }
+        Self { signals, handlers, control, calls, requests: VecDeque::new() }
+    }
+
+    /// Keeps the handlers while this process lives, whatever the program drops: a late SIGHUP must not end the drain.
+    pub(crate) fn keep_handlers(&mut self) {
+        self.handlers.keep();
     }
 
     #[cfg(feature = "tokio_ecdysis")]
     pub(crate) fn add_signal(&mut self, signal: i32, action: Action) -> std::io::Result<()> {
-        self._handlers.install(signal)?;
+        self.handlers.install(signal)?;
         self.signals.push((signal, action));
         Ok(())
     }
@@ -65,23 +67,44 @@ impl Triggers {
         self.requests.push_back(request);
     }
 
-    pub(crate) fn has_requests(&self) -> bool {
-        !self.requests.is_empty()
+    pub(crate) fn has_request(&self, wanted: impl Fn(Action) -> bool) -> bool {
+        self.requests.iter().any(|request| wanted(request.action))
     }
 
     /// The first request for such an action.
     pub(crate) fn take_request(&mut self, wanted: impl Fn(Action) -> bool) -> Option<Request> {
-        let at = self.requests.iter().position(|request| wanted(request.action))?;
+        self.take(|request| wanted(request.action))
+    }
+
+    /// The first such request.
+    pub(crate) fn take(&mut self, wanted: impl Fn(&Request) -> bool) -> Option<Request> {
+        let at = self.requests.iter().position(wanted)?;
         self.requests.remove(at)
     }
 
-    /// The next request. A stop comes before an upgrade, because it wins.
-    pub(crate) fn next_request(&mut self) -> Option<Request> {
-        self.take_request(Action::stops).or_else(|| self.requests.pop_front())
+    /// Keeps upgrades for later: one without a reply, and those whose callers wait, for at most `time`. Returns when to
+    /// call this again.
+    pub(crate) fn keep_upgrades(&mut self, time: Duration) -> Deadline {
+        let (mut again, mut signalled) = (Deadline::NEVER, false);
+        for request in std::mem::take(&mut self.requests) {
+            let deadline = Deadline::since(request.since, time);
+            match (request.action, &request.reply) {
+                (Action::Upgrade, Reply::Nobody) if std::mem::replace(&mut signalled, true) => continue,
+                (Action::Upgrade, Reply::Nobody) => {}
+                (Action::Upgrade, _) if deadline.has_passed() => {
+                    request.reply.upgrade(Err(Error::Busy));
+                    continue;
+                }
+                (Action::Upgrade, _) => again = again.min(deadline),
+                _ => {}
+            }
+            self.requests.push_back(request);
+        }
+        again
     }
 
     pub(crate) fn stop_requested(&self) -> bool {
-        self.requests.iter().any(|request| request.action.stops())
+        self.has_request(Action::stops)
     }
 
     /// What has requested a stop.
@@ -97,16 +120,18 @@ impl Triggers {
         }
     }
 
-    /// Answers a request for a stop.
-    pub(crate) fn answer_stop(&mut self, reply: Reply) {
-        self.stopping.extend(reply.stopping());
+    /// Answers a request for a stop. Its connection closes when this process ends.
+    pub(crate) fn answer_stop(reply: Reply) {
+        if let Some(stream) = reply.stopping() {
+            hold_open(OwnedFd::from(stream));
+        }
     }
 
     /// Closes the control sockets when the service is over. A successor has its own copies.
     pub(crate) fn close(&mut self) {
         self.take_calls();
         while let Some(request) = self.requests.pop_front() {
-            self.answer_stop(request.reply);
+            Self::answer_stop(request.reply);
         }
         self.control.close();
     }

@@ -7,19 +7,19 @@ use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
-use rustix::fs::FileType;
-
-use super::COMMIT;
 use crate::error::Error;
 use crate::generation::Generation;
+use crate::handover::ancestors::ParentState;
 use crate::handover::entry::FdRef;
 use crate::handover::greeting;
-use crate::handover::lines::{FromChild, FromParent, MAX_DROPPED};
+use crate::handover::lines::{FromChild, COMMIT, MAX_DROPPED};
 use crate::handover::receive::{self, Inherited};
-use crate::handover::variable::{Carrier, VARIABLE};
+use crate::handover::variable::{is_handover, Carrier, VARIABLE};
 use crate::logging;
-use crate::sys::adopt::Adopter;
+use crate::program::SECURE;
+use crate::sys::adopt::{check, Adopter};
 use crate::sys::poll::{wait_readable, Deadline};
+use crate::sys::program;
 use crate::triggers::control::Trust;
 
 /// How long the manifest may take, which the parent has written before the child began.
@@ -44,31 +44,45 @@ pub(crate) fn inherit(
     }
 }
 
-/// From the parent that started this process. Checks first that the environment means this process.
+/// From the parent that started this process. A handover that is for this process and cannot be used is an error:
+/// otherwise this process would become a first generation, beside the one that serves.
 fn from_environment() -> Result<Option<Inherited>, Error> {
     let value = env::var_os(VARIABLE);
-    let Some(carrier) = value.as_ref().and_then(|value| Carrier::parse(value.to_str()?)) else { return Ok(None) };
+    let Some(value) = value.as_ref().and_then(|value| value.to_str()).filter(|value| is_handover(value)) else {
+        return Ok(None);
+    };
+    let invalid = |why: &'static str| Error::Handover { what: VARIABLE, source: io::Error::other(why) };
+    let carrier = Carrier::parse(value).ok_or_else(|| invalid("not of a version or form that is known here"))?;
+    let missing = carrier.descriptors().filter(|(fd, file_type)| check(fd.fd, Some(*file_type), fd.inode).is_err());
+    match (missing.count(), carrier.descriptors().count()) {
+        (0, _) => {}
+        (missing, all) if missing == all => {
+            return Ok(another_process());
+        }
+        _ => return Err(invalid("one of the two pipes is missing")),
+    }
+    if program::is_secure() {
+        return Err(invalid(SECURE));
+    }
     let Some(mut adopter) = Adopter::take() else { return Ok(None) };
-    let mut adopt = |end: FdRef, file_type| adopter.adopt(end.fd, Some(file_type), end.inode).map(Arc::new);
     let failed = |source| Error::Handover { what: "manifest", source };
+    let mut adopt = |fd: FdRef| adopter.adopt(fd.fd, None, fd.inode).map(Arc::new).map_err(failed);
     let (reader, writer, arrived) = match carrier {
         Carrier::Pipes { manifest, status } => {
-            let (Ok(reader), Ok(writer)) = (adopt(manifest, FileType::Fifo), adopt(status, FileType::Fifo)) else {
-                return Ok(not_meant());
-            };
+            let (reader, writer) = (adopt(manifest)?, adopt(status)?);
             let arrived = receive::read(&reader, adopter, MANIFEST).map_err(failed)?;
             if !arrived.is_of(manifest) {
-                return Ok(not_meant());
+                return Ok(another_process());
             }
             (reader, writer, arrived)
         }
         Carrier::Socket(socket) => {
             let end = socket;
-            let Ok(socket) = adopt(end, FileType::Socket) else { return Ok(not_meant()) };
+            let socket = adopt(end)?;
             let arrived = receive::receive(&socket, MANIFEST).map_err(failed)?;
             let arrived = arrived.map_err(|answer| failed(io::Error::new(io::ErrorKind::InvalidData, answer)))?;
             if !arrived.is_of(end) {
-                return Ok(not_meant());
+                return Ok(another_process());
             }
             (socket.clone(), socket, arrived)
         }
@@ -76,7 +90,7 @@ fn from_environment() -> Result<Option<Inherited>, Error> {
     arrived.unpack(reader, writer).map(Some)
 }
 
-fn not_meant() -> Option<Inherited> {
+fn another_process() -> Option<Inherited> {
     logging::debug!("the handover in the environment is another process's");
     None
 }
@@ -107,50 +121,49 @@ fn from_socket(path: &Path, trust: &Trust, ready_timeout: Duration) -> Result<Op
     Ok(None)
 }
 
-/// Step 6, after the claims: closes what is unclaimed, writes the PID file, sends `ready`, and waits for the commit. This
-/// process serves when the parent has committed, or can do so no more; so the two never both believe that they serve.
+/// Step 6, after the claims: closes what is unclaimed, sends `ready`, and waits for the commit.
+///
+/// This process serves after the commit, or after the end of its parent, or after the parent, which must live, has
+/// received its `serving`. In every other case it is given up and must not serve, because the parent may.
 pub(crate) fn ready(generation: &Generation) -> Result<(), Error> {
     let dropped = generation.sockets.close_unclaimed()?;
     let Some(parent) = &generation.ancestors.parent else { return generation.pid_file.write() };
-    // If this process does not serve in the end, the file names the parent again.
-    let pid_file = generation.pid_file.replace()?;
     for dropped in dropped.chunks(MAX_DROPPED) {
         // A parent that does not read this does not read `ready` either.
         let _ = parent.send_by(&FromChild::Dropped(dropped.to_vec()), Deadline::after(COMMIT));
     }
-    match parent.send(&FromChild::Ready) {
-        // The parent is dead: this process has the listeners. Or it has turned this one away; then its last message says so.
-        Err(e) if matches!(e.kind(), io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset) => {}
-        other => other.map_err(|source| Error::Ready { source })?,
+    let sent = parent.send(&FromChild::Ready);
+    if sent.is_err() && !parent.is_dead(COMMIT) {
+        return Err(Error::GivenUp);
     }
-    let (mut deadline, mut unanswered) = (Deadline::after(COMMIT), false);
+    let deadline = Deadline::after(COMMIT);
     loop {
-        match parent.next_message() {
-            Some(FromParent::Commit) => {}
-            // A child would have been killed. But a process that takes over belongs to another supervisor.
-            Some(FromParent::Stop) => return Err(Error::GivenUp),
-            // Not before the verdict.
-            Some(FromParent::Main) => continue,
-            None if parent.has_ended() => {
+        match parent.state() {
+            ParentState { given_up: true, .. } => return Err(Error::GivenUp),
+            ParentState { committed: true, .. } => break,
+            ParentState { ended: true, .. } => {
                 logging::warn!("the parent ended before it could commit: serving without it");
-                generation.sockets.begin_serving()?;
-                pid_file.keep();
-                return Ok(());
+                break;
             }
-            None if wait_readable(&parent.reader, deadline) => continue,
-            None if unanswered => return Err(Error::GivenUp),
-            // It is stopped or hangs, and so accepts nothing. When it continues it reads this first.
-            None => logging::warn!("the parent did not answer within {COMMIT:?}: serving without it"),
-        }
-        generation.sockets.begin_serving()?;
-        // Before the first accept: if this fails, the parent has ended, or it takes the commit back and says so.
-        match parent.send(&FromChild::Serving) {
-            Ok(()) => {
-                pid_file.keep();
-                return Ok(());
+            _ if wait_readable(&parent.reader, deadline) => {}
+            // It is stopped or hangs, and so accepts nothing. When it continues it reads `serving` first.
+            _ => {
+                logging::warn!("the parent did not answer within {COMMIT:?}: serving without it");
+                break;
             }
-            Err(e) => logging::debug!("cannot tell the parent that this process serves: {e}"),
         }
-        (unanswered, deadline) = (true, Deadline::after(COMMIT));
     }
+    // If this process does not serve in the end, the file names the parent again.
+    let pid_file = generation.pid_file.replace()?;
+    generation.sockets.begin_serving()?;
+    // Before the first accept. If it cannot be sent, the parent has ended or has given this process up.
+    let dead = parent.send(&FromChild::Serving).is_err() && parent.is_dead(COMMIT);
+    // The parent may have given this process up just before it received that.
+    let state = parent.state();
+    if state.given_up || (!dead && !state.ended && parent.is_deaf()) {
+        return Err(Error::GivenUp);
+    }
+    parent.hold_open();
+    pid_file.keep();
+    Ok(())
 }

@@ -13,9 +13,3 @@
 pub(crate) mod child;
 pub(crate) mod parent;
 mod successor;
-
-use std::time::Duration;
-
-/// How long the parent may take to answer `ready`, and the child to answer `commit`. Each answers at once, unless it is
-/// stopped or dead.
-const COMMIT: Duration = Duration::from_secs(5);

@@ -6,14 +6,13 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use super::successor::{Process, Successor};
-use super::COMMIT;
 use crate::error::Error;
 use crate::event::Event;
 use crate::event_loop::{EventLoop, Phase, Wake};
 use crate::exit::Upgraded;
 use crate::generation::Generation;
 use crate::handover::ancestors::DrainLink;
-use crate::handover::lines::{FromChild, FromParent, Lines, Read};
+use crate::handover::lines::{FromChild, FromParent, Lines, Read, COMMIT};
 use crate::handover::link::{ChildLink, Handover, Transport};
 use crate::logging;
 use crate::shutdown::{End, EndSignal, Shutdown, State};
@@ -23,12 +22,11 @@ use crate::sys::peer::peer_pidfd;
 use crate::sys::poll::Deadline;
 use crate::sys::spawn::{explain, spawn, Plan};
 use crate::triggers::control::TakeoverRequest;
+use crate::triggers::request::{Action, Request};
 
 /// A successful upgrade.
 pub(crate) struct Succeeded<'a> {
     pub(crate) upgraded: Upgraded,
-    /// What the child reads from. While it is open the child knows that this process lives.
-    pub(crate) link: Arc<OwnedFd>,
     /// Accepting ends for good when this is dropped.
     pub(crate) paused: Paused<'a>,
 }
@@ -97,9 +95,7 @@ fn begin<'a>(
     let pid = request.peer.pid.unwrap_or(0);
     logging::info!("takeover pid={pid} uid={}", request.peer.uid);
     let process = Process::Takeover { pid, pidfd: peer_pidfd(&socket) };
-    let mut successor = Successor::new(generation, process, ChildLink::socket(socket, handover)?);
-    successor.link.send_some().map_err(|source| Error::Send { pid, source })?;
-    Ok(successor)
+    Ok(Successor::new(generation, process, ChildLink::socket(socket, handover)?))
 }
 
 /// Step 4: one poll over the link, the triggers and the deadline.
@@ -108,6 +104,7 @@ fn wait_ready(successor: &mut Successor<'_>, event_loop: &mut EventLoop<'_>, sin
     let deadline = Deadline::since(since, timeout);
     let mut wake = Wake::Ready;
     loop {
+        let sent = successor.link.send_some();
         // What the child has sent comes first. It may be ready although the deadline has passed.
         match successor.next_message()? {
             Some(FromChild::Ready) if successor.link.is_sent() => return Ok(()),
@@ -121,7 +118,7 @@ fn wait_ready(successor: &mut Successor<'_>, event_loop: &mut EventLoop<'_>, sin
                 return Err(Error::Exec { program, pid, step, source: explain(io::Error::from_raw_os_error(errno)) });
             }
             Some(other) => return Err(Error::Garbage { pid, received: other.line() }),
-            None => {}
+            None => sent.map_err(|source| Error::Send { pid, source })?,
         }
         match wake {
             Wake::Stop => return Err(Error::StopAsked { pid }),
@@ -130,7 +127,6 @@ fn wait_ready(successor: &mut Successor<'_>, event_loop: &mut EventLoop<'_>, sin
         }
         let (fds, again) = successor.poll_for();
         wake = event_loop.wait(Phase::Upgrading, &fds, deadline.min(again))?;
-        successor.link.send_some().map_err(|source| Error::Send { pid, source })?;
     }
 }
 
@@ -145,10 +141,11 @@ fn commit<'a>(
     let generation = event_loop.generation;
     generation.shutdown.set_orphans(successor.dropped.clone());
     let mut paused = Paused::begin(&generation.shutdown);
-    // Declared after `paused`, so that on every way out the child is ended before this process accepts again.
+    // Declared after `paused`, so that on every way out the child is given up before this process accepts again.
     let mut successor = successor;
+    let mut passed_on = PassedOn { generation, requests: Vec::new() };
     let committed = Instant::now();
-    let pid = successor.pid();
+    let (pid, is_child) = (successor.pid(), successor.is_child());
     let died = |error| match error {
         Error::ChildEnded { status, .. } => Error::DiedAfterReady { pid, status, after: committed.elapsed() },
         Error::ChildSilent { .. } => Error::DiedAfterReady { pid, status: None, after: committed.elapsed() },
@@ -160,64 +157,112 @@ fn commit<'a>(
     if successor.link.send(FromParent::Commit).is_err() {
         return Err(died(successor.link_ended()));
     }
-    // From here on a parent of our own must not take the end of this process for a death.
-    generation.ancestors.send_to_parent(&FromChild::HandedOver);
     let upgraded = Upgraded { pid, generation: generation.number + 1, commit: committed - since };
     generation.reporter.emit(&Event::Committed(&upgraded));
 
-    let probation = generation.limits.probation;
-    let mut serving = probation.is_zero();
+    let (mut serving, mut stopping) = (false, false);
+    let (mut until, mut wake) = (Deadline::since(committed, COMMIT), Wake::Ready);
     loop {
         // Read first, whatever the clock says: this process may have been stopped meanwhile, and the child serves.
         match successor.next_message() {
-            Ok(Some(FromChild::Stopping | FromChild::HandedOver)) => break,
             Ok(Some(FromChild::Serving)) => {
                 serving = true;
+                until = Deadline::since(committed, generation.limits.probation);
                 continue;
             }
+            Ok(Some(FromChild::Stopping)) => {
+                stopping = true;
+                break;
+            }
+            Ok(Some(FromChild::Refused(reason))) => return Err(Error::Refused { pid, reason }),
             Ok(Some(_)) => continue,
             Ok(None) => {}
             // A child that already serves is kept even if it breaks the protocol.
-            Err(error @ Error::Garbage { .. }) if serving || !successor.take_back() => {
+            Err(error @ Error::Garbage { .. }) if serving => {
                 logging::warn!("{error}");
                 break;
             }
             Err(error) => return Err(died(error)),
         }
-        let until = if serving { Deadline::since(committed, probation) } else { Deadline::since(committed, COMMIT) };
-        let (fds, again) = successor.poll_for();
-        match event_loop.wait(Phase::Probation, &fds, until.min(again)) {
-            Ok(Wake::Stop) => {
-                // The stop is for the service, and that is the child now. A process that took over has its own supervisor,
-                // which may have caused this stop: a new container is ready, and the old one ends.
-                if successor.is_child() {
-                    let _ = successor.link.send(FromParent::Stop);
-                }
-                break;
-            }
-            Ok(Wake::Deadline) if !until.has_passed() => {}
-            Ok(Wake::Deadline) if serving => break,
+        match wake {
+            Wake::Deadline if until.has_passed() && serving => break,
             // The child sent `ready` but never `serving`, so no process is accepting.
-            Ok(Wake::Deadline) if successor.take_back() => return Err(Error::Timeout { pid, after: COMMIT }),
-            Ok(Wake::Deadline) => serving = true,
-            Ok(Wake::Ready) => {}
-            Err(e) => {
-                // The child serves. A failing poll of this process is no reason to end it.
+            Wake::Deadline if until.has_passed() => return Err(Error::Timeout { pid, after: COMMIT }),
+            Wake::Stop | Wake::Ready | Wake::Deadline => passed_on.pass(event_loop, &successor),
+        }
+        // A process that took over has its own supervisor, which may have caused this stop: a new container is ready, and
+        // the old one ends.
+        if !is_child && serving && passed_on.requests.iter().any(|request| request.action.stops()) {
+            break;
+        }
+        let (fds, again) = successor.poll_for();
+        wake = match event_loop.wait(Phase::Probation, &fds, until.min(again)) {
+            Ok(wake) => wake,
+            Err(e) if serving => {
+                // A failing poll of this process is no reason to end a child that serves.
                 logging::warn!("{e}");
                 break;
             }
-        }
+            Err(e) => return Err(e),
+        };
+    }
+    generation.reporter.announce(&upgraded, is_child);
+    if is_child {
+        let _ = successor.link.send(FromParent::Main);
+    }
+    if successor.link.send(FromParent::Verdict).is_err() && !stopping {
+        generation.reporter.announce_self();
+        return Err(died(successor.link_ended()));
     }
     paused.then = State::HandedOver;
     generation.sockets.registry().unlink_orphans(&successor.dropped);
-    generation.reporter.announce(&upgraded, successor.is_child());
-    if successor.is_child() {
-        // It may have ended since, on purpose.
-        let _ = successor.link.send(FromParent::Main);
+    successor.keep();
+    passed_on.done(event_loop);
+    Ok(Succeeded { upgraded, paused })
+}
+
+/// What was requested of this process during the probation and passed on to the child. If the child does not live to do
+/// it, this process does.
+struct PassedOn<'a> {
+    generation: &'a Generation,
+    requests: Vec<Request>,
+}
+
+impl PassedOn<'_> {
+    fn pass(&mut self, event_loop: &mut EventLoop<'_>, successor: &Successor<'_>) {
+        while let Some(request) = event_loop.triggers.take_request(|_| true) {
+            let is_first = self.requests.iter().all(|passed| passed.action != request.action);
+            // The stop is for the service, and that is the child now; but not if it belongs to another supervisor.
+            if is_first && (successor.is_child() || !request.action.stops()) {
+                let message = match request.action {
+                    Action::Stop => FromParent::RequestStop,
+                    Action::PartialStop => FromParent::RequestPartialStop,
+                    Action::Upgrade | Action::Status => FromParent::RequestUpgrade,
+                };
+                logging::info!(
+                    "passed on to pid {}: {:?} requested by {}",
+                    successor.pid(),
+                    request.action,
+                    request.reason
+                );
+                let _ = successor.link.send(message);
+            }
+            self.requests.push(request);
+        }
     }
-    let (link, later) = successor.keep();
-    generation.shutdown.set_end_signal(Arc::new(later));
-    Ok(Succeeded { upgraded, link, paused })
+
+    /// The upgrade has succeeded. What requested a stop is answered when this process ends.
+    fn done(mut self, event_loop: &mut EventLoop<'_>) {
+        for request in self.requests.drain(..).filter(|request| request.action.stops()) {
+            event_loop.triggers.push(request);
+        }
+    }
+}
+
+impl Drop for PassedOn<'_> {
+    fn drop(&mut self) {
+        self.requests.drain(..).for_each(|request| self.generation.calls.post(request));
+    }
 }
 
 /// Accepting is paused while this lives.

@@ -1,4 +1,4 @@
-//! The new process of an upgrade, and the link to it. Dropping it ends the process, or turns it away.
+//! The new process of an upgrade, and the link to it. Dropping it gives the process up.
 
 use std::collections::HashSet;
 use std::mem;
@@ -14,19 +14,20 @@ use rustix::process::Signal;
 
 use super::parent::LaterGenerations;
 use crate::error::Error;
+use crate::exit::ExitReason;
 use crate::generation::Generation;
 use crate::handover::lines::{preview, FromChild, FromParent, Read};
 use crate::handover::link::ChildLink;
 use crate::sys::child::{Spawned, LOOK};
 use crate::sys::poll::{wait_readable, Deadline};
+use crate::triggers::request::{Action, Reply, Request};
 
 /// How long a child that has closed its status pipe may take to end by itself.
 const ENDING: Duration = Duration::from_millis(200);
 
 /// The new process, and the link to it.
 ///
-/// While it is `armed`, dropping it ends a child, and turns away a process that took over. So no early return leaves one
-/// behind.
+/// While it is `armed`, dropping it gives the process up: no early return and no panic leaves one behind.
 pub(super) struct Successor<'a> {
     generation: &'a Generation,
     process: Process,
@@ -93,8 +94,13 @@ impl<'a> Successor<'a> {
                 None => garbage(preview(line.as_bytes())),
             },
             Ok(Read::Garbage(received)) => garbage(received),
-            Ok(Read::Wait) if !self.ends_within(Duration::ZERO) => Ok(None),
-            Ok(Read::Wait | Read::End) | Err(_) => Err(self.link_ended()),
+            Ok(Read::Wait) if !self.link.is_deaf() && !self.ends_within(Duration::ZERO) => Ok(None),
+            // What it has sent before its end is read first.
+            Ok(Read::Wait) => match self.link.next() {
+                Ok(Read::Line(line)) => FromChild::parse(&line).map(Some).ok_or_else(|| self.link_ended()),
+                _ => Err(self.link_ended()),
+            },
+            Ok(Read::End) | Err(_) => Err(self.link_ended()),
         }
     }
 
@@ -104,32 +110,19 @@ impl<'a> Successor<'a> {
         // A process closes its descriptors a little before it has ended.
         let by_itself = self.ends_within(ENDING);
         let lives_on = !by_itself && matches!(self.process, Process::Takeover { pidfd: Some(_), .. });
-        match self.end() {
+        match self.give_up() {
             Some(status) if !by_itself && status.signal() == Some(Signal::KILL.as_raw()) => Error::ChildSilent { pid },
             None if lives_on => Error::ChildLivesOn { pid },
             status => Error::ChildEnded { pid, status },
         }
     }
 
-    /// Takes the commit back. Returns false if the process has just answered it.
-    pub(super) fn take_back(&mut self) -> bool {
-        // A process that takes over cannot be killed. But it must send `serving` before it accepts, and from now on that
-        // fails, however late it continues.
-        self.link.stop_receiving();
-        while let Ok(Read::Line(line)) = self.link.next() {
-            if FromChild::parse(&line) == Some(FromChild::Serving) {
-                return false;
-            }
-        }
-        self.end();
-        true
-    }
-
-    /// The upgrade has succeeded: the process is not ours to end any more. Returns the two ends of the link.
-    pub(super) fn keep(mut self) -> (Arc<OwnedFd>, LaterGenerations) {
+    /// The upgrade has succeeded: the process is no longer ours to end.
+    pub(super) fn keep(mut self) {
         self.armed = false;
-        let lines = Mutex::new(mem::take(&mut self.link.lines));
-        (self.link.to.clone(), LaterGenerations { from: self.link.from.clone(), lines })
+        if let Some((from, lines)) = self.link.keep() {
+            self.generation.shutdown.set_end_signal(Arc::new(LaterGenerations { from, lines: Mutex::new(lines) }));
+        }
     }
 
     /// Whether the process ends within that time.
@@ -141,20 +134,32 @@ impl<'a> Successor<'a> {
         }
     }
 
-    /// Kills and reaps a child, or turns away a process that takes over. Returns how a child ended, unless it was ended
-    /// before or another part of the program has reaped it.
-    fn end(&mut self) -> Option<ExitStatus> {
+    /// Gives the process up, whatever it is and wherever it is. Returns how a child ended, unless it was given up before
+    /// or another part of the program has reaped it.
+    ///
+    /// The process that was started need not be the one that received the handover: it may be a shell that waits for its
+    /// child, or have daemonized. Killing it does not reach that one, which would take a closed link for the death of this
+    /// process, and serve. So it receives `stop`, nothing that it sends arrives any more, and the link stays open until it
+    /// has closed its own end.
+    fn give_up(&mut self) -> Option<ExitStatus> {
         if !mem::replace(&mut self.armed, false) {
             return None;
         }
+        let told = self.link.is_sent() && self.link.send(FromParent::Stop).is_ok();
+        while let Ok(Read::Line(line)) = self.link.next() {
+            if FromChild::parse(&line) == Some(FromChild::Stopping) {
+                // The service was asked to stop, by a request that has reached only that process.
+                self.generation.calls.post(Request::new(Action::Stop, ExitReason::Call, Reply::Nobody));
+            }
+        }
+        self.link.stop_receiving();
         let status = match &self.process {
             Process::Child(spawned) => spawned.kill_and_reap(),
-            Process::Takeover { .. } => {
-                // Without this message it would take the closed link for our death, and serve.
-                let _ = self.link.send(FromParent::Stop);
-                None
-            }
+            Process::Takeover { .. } => None,
         };
+        if told {
+            self.link.hold_open();
+        }
         // The process may have written its PID file already.
         self.generation.pid_file.rewrite();
         status
@@ -163,6 +168,6 @@ impl<'a> Successor<'a> {
 
 impl Drop for Successor<'_> {
     fn drop(&mut self) {
-        self.end();
+        self.give_up();
     }
 }

@@ -249,7 +249,7 @@ fn a_wrapper_script_does_no_harm_and_a_stale_variable_means_nothing() {
 
 /// A process with more rights than its caller takes no descriptors of the caller's choice.
 #[test]
-fn a_program_with_more_rights_than_its_caller_ignores_the_variable() {
+fn a_program_with_more_rights_than_its_caller_gets_no_handover() {
     let dir = tempdir();
     // A group that is not ours now: root may choose, others have those that they are members of.
     let ours = rustix::process::getegid();
@@ -276,12 +276,19 @@ fn a_program_with_more_rights_than_its_caller_ignores_the_variable() {
         Server::whoami(LISTEN.iter().copied().chain(["--ready-timeout", "2000", "--exec", program.to_str().unwrap()]));
     server.wait("serving gen=1 ");
     server.signal(Signal::HUP);
-    // It is a first generation, on a port of its own, and says nothing to a parent that it does not know of.
-    let child = server.wait("serving gen=");
-    assert!(child.starts_with("serving gen=1 "), "{child}");
-    assert_ne!(field::<u32>(&child, "pid"), server.first_pid());
+    // It would not trust its environment, and must not become a first generation on a port of its own.
     let line = server.wait("upgrade ");
-    assert!(line.contains("not ready within 2s"), "{line}");
+    assert!(line.contains("AT_SECURE") && line.contains("ambient capabilities"), "{line}");
+    assert_eq!(generation(&server.addr()), 1);
+
+    // Where the parent cannot know, the child finds out: this handover is meant for it.
+    let (manifest, status) = rustix::pipe::pipe().unwrap();
+    let named = |fd: &std::os::fd::OwnedFd| format!("{}@{}", fd.as_raw_fd(), rustix::fs::fstat(fd).unwrap().st_ino);
+    let handover = format!("v1:manifest={},status={}", named(&manifest), named(&status));
+    let output = Command::new(&program).args(LISTEN).env("ECDYSIS_HANDOVER", handover).output().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(said.contains("AT_SECURE") && !said.contains("serving"), "{said}");
+    assert!(!output.status.success());
 }
 
 /// Then nobody can reap the child, and waiting for it gives ECHILD.

@@ -8,6 +8,8 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::thread;
+use std::time::Duration;
 
 use crate::support::*;
 use rustix::process::Signal;
@@ -349,10 +351,13 @@ fn stopped_before_the_commit(meeting: &mut Meeting) -> (Server, Server) {
     let (old_pid, new_pid) = (old.pid(), new.first_pid());
     send_signal(old_pid, Signal::STOP);
     goes_on(&new);
-    eventually("it is about to be ready", || {
-        fs::read_to_string(&pid_file).is_ok_and(|pid| pid.trim() == new_pid.to_string())
+    // It sleeps nowhere else for so long.
+    eventually("it waits for the answer", || {
+        (0..20).all(|_| {
+            thread::sleep(Duration::from_millis(2));
+            state(new_pid) == Some('S')
+        })
     });
-    eventually("it waits for the answer", || state(new_pid) == Some('S'));
     send_signal(new_pid, Signal::STOP);
     stands(&new);
     goes_on(&old);
