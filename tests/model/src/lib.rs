@@ -294,7 +294,8 @@ impl Protocol {
             At::Refused => true,
             At::Loop => {
                 let Process { free, stop, upgrade, .. } = s.processes[p];
-                (free || parent_is_frozen(p)) && !stop && !upgrade
+                // Only a frozen parent makes a verdict wait, and an upgrade with it.
+                !stop && if free { !upgrade } else { parent_is_frozen(p) }
             }
             _ => false,
         };
@@ -304,7 +305,8 @@ impl Protocol {
             Connection::None => true,
         };
         // A main process that has ended or is stopped cannot answer the service manager, which knows that.
-        let reload = s.manager.is_none_or(|m| m.reload == Reload::No || !s.processes[m.main].runs() || s.stopped);
+        let cannot = |main: Pid| !s.processes[main].runs() || (!s.processes[main].free && parent_is_frozen(main));
+        let reload = s.manager.is_none_or(|m| m.reload == Reload::No || cannot(m.main) || s.stopped);
         client && reload && (0..s.processes.len()).all(|p| !s.processes[p].runs() || rests(p))
     }
 

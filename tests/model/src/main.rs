@@ -1,4 +1,5 @@
-//! `cargo run -- page`: writes what the model says into the guide. `cargo run -- explore`: the large exploration.
+//! `cargo run -- page` writes what the model says into the guide. `cargo run -- explore [WORD]` makes the large explorations,
+//! or those of them whose name contains the word.
 
 use std::process::ExitCode;
 
@@ -8,12 +9,13 @@ fn main() -> ExitCode {
     match std::env::args().nth(1).as_deref() {
         Some("page") => page::write(),
         Some("explore") => {
-            for scenario in scenarios::large() {
+            let word = std::env::args().nth(2).unwrap_or_default();
+            for scenario in scenarios::large().into_iter().filter(|scenario| scenario.name.contains(&word)) {
                 println!("{}", scenario.explore());
             }
         }
         _ => {
-            eprintln!("usage: page | explore");
+            eprintln!("usage: page | explore [WORD]");
             return ExitCode::FAILURE;
         }
     }

@@ -44,7 +44,7 @@ fn begin_reload(state: &mut State, p: Pid) {
 }
 
 /// `RELOADING`, if that is due, and `READY`.
-pub fn end_reload(state: &mut State, p: Pid) {
+fn end_reload(state: &mut State, p: Pid) {
     begin_reload(state, p);
     let knows = state.processes[p].main;
     if let Some(manager) = state.manager.as_mut().filter(|m| m.main == p && knows && m.reload == Reload::Reloading) {

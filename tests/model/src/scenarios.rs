@@ -81,8 +81,8 @@ pub fn small() -> Vec<Scenario> {
     all.extend(both("a takeover and an upgrade, a death", Budget { takeovers: 1, freezes: 0, ..one }, |_| {}));
     all.extend(both("two connections, a death, a freeze", Budget { connections: 2, ..one }, |_| {}));
     all.extend(both(
-        "a service manager that asks for two reloads, a death",
-        Budget { upgrades: 0, freezes: 0, reloads: 2, ..one },
+        "a service manager that asks for two reloads, a death, a freeze",
+        Budget { upgrades: 0, reloads: 2, ..one },
         |model| model.manager = true,
     ));
     all
@@ -105,11 +105,9 @@ pub fn large() -> Vec<Scenario> {
         model.processes = 4;
     }));
     all.extend(both(
-        "a service manager, two reloads, a death, a freeze",
-        Budget { upgrades: 0, reloads: 2, ..one },
-        |model| {
-            model.manager = true;
-        },
+        "a service manager, a reload, an upgrade, a stop, a death, a freeze",
+        Budget { upgrades: 1, reloads: 1, stops: 1, ..one },
+        |model| model.manager = true,
     ));
     all
 }

@@ -135,7 +135,7 @@ pub fn step(state: &State, p: Pid, timeout: bool, rules: &Rules) -> Option<State
         At::Manifest | At::Ready | At::WaitCommit | At::Serving | At::LookAgain | At::WaitEnd => {
             new_process(s, p, timeout, rules)?
         }
-        At::Loop => serve(s, p, timeout)?,
+        At::Loop if !timeout => serve(s, p)?,
         At::GivenBack if !timeout => {
             s.pause(p, rules);
             // The answer: from here on the parent may accept.
@@ -237,17 +237,7 @@ fn new_process(s: &mut State, p: Pid, timeout: bool, rules: &Rules) -> Option<()
     Some(())
 }
 
-fn serve(s: &mut State, p: Pid, timeout: bool) -> Option<()> {
-    if timeout {
-        // A verdict that does not come: the request is answered with an error.
-        let process = &s.processes[p];
-        if process.free || !process.upgrade || !s.processes[s.link(p).parent].frozen {
-            return None;
-        }
-        s.processes[p].upgrade = false;
-        parent::end_reload(s, p);
-        return Some(());
-    }
+fn serve(s: &mut State, p: Pid) -> Option<()> {
     if s.links[p].is_some() && !s.processes[p].free {
         let mail = read_mail(s, p);
         if mail.stop {
