@@ -31,7 +31,11 @@ use std::time::Duration;
 
 use support::{help, say};
 
-use ecdysis::{Ecdysis, ExitMode, Readable, Shutdown};
+use ecdysis::{Ecdysis, ExitMode, Shutdown};
+
+/// How long a connection may be idle, and how long after the handover.
+const IDLE: Duration = Duration::from_secs(3600);
+const GRACE: Duration = Duration::from_secs(1);
 
 fn main() -> Result<(), Box<dyn Error>> {
     help(include_str!("takeover.rs"));
@@ -86,16 +90,20 @@ fn main() -> Result<(), Box<dyn Error>> {
     Ok(())
 }
 
-/// A line for a line, until the other end closes or this generation is over.
+/// A line for a line, until the other end closes or this generation is over. The last answer says so, and an idle
+/// connection is closed after a grace, so that no line gets lost.
 fn serve(stream: TcpStream, generation: u64, shutdown: &Shutdown, answers: &AtomicU64) -> std::io::Result<()> {
     let mut stream = BufReader::new(stream);
-    while !stream.buffer().is_empty() || shutdown.readable(stream.get_ref(), None)? == Readable::Ready {
-        if stream.read_line(&mut String::new())? == 0 {
+    while shutdown.next_request(&mut stream, IDLE, GRACE)? {
+        stream.read_line(&mut String::new())?;
+        let last = shutdown.is_over();
+        let count = answers.fetch_add(1, Ordering::Relaxed) + 1;
+        let word = if last { ", closing" } else { "" };
+        let answer = format!("answer {count} from generation {generation}, pid {}{word}\n", process::id());
+        stream.get_mut().write_all(answer.as_bytes())?;
+        if last {
             break;
         }
-        let count = answers.fetch_add(1, Ordering::Relaxed) + 1;
-        let answer = format!("answer {count} from generation {generation}, pid {}\n", process::id());
-        stream.get_mut().write_all(answer.as_bytes())?;
     }
     Ok(())
 }

@@ -1,11 +1,8 @@
 //! The server that is replaced, and the words in which it tells the demo what happens to it. `demo --serve` runs it.
 
-use ecdysis::{Accept, Ecdysis, Event, Readable, Shutdown, Socket};
-use rustix::event::{poll, PollFd, PollFlags, Timespec};
-use std::fs::File;
+use ecdysis::{Accept, Connection, Ecdysis, Event, Readable, Shutdown, Socket};
 use std::io::{self, BufRead, BufReader, Write};
 use std::net::UdpSocket;
-use std::os::fd::OwnedFd;
 use std::time::Duration;
 use std::{error::Error, process, thread};
 
@@ -17,7 +14,10 @@ use crate::Options;
 const THREADS: usize = 4;
 
 /// How long a client may be silent.
-const PATIENCE: Duration = Duration::from_secs(5);
+pub const PATIENCE: Duration = Duration::from_secs(5);
+
+/// How long a connection may be idle after the upgrade.
+pub const GRACE: Duration = Duration::from_millis(500);
 
 pub fn serve(options: &Options) -> Result<(), Box<dyn Error>> {
     let began = now();
@@ -73,9 +73,11 @@ fn threads(shutdown: &Shutdown, answer: &str, serve: impl Fn(&Shutdown, &str) + 
     }
 }
 
-fn accept<L: Accept<Stream: Into<OwnedFd>>>(listener: &L, shutdown: &Shutdown, answer: &str, kept: Use) {
+fn accept<L>(listener: &L, shutdown: &Shutdown, answer: &str, kept: Use)
+where
+    L: Accept<Stream: Connection + Write + Send + 'static>,
+{
     for stream in shutdown.incoming(listener).flatten() {
-        let stream = File::from(stream.into());
         if kept == Use::Once {
             let _ = reply(stream, shutdown, answer);
             continue;
@@ -88,7 +90,7 @@ fn accept<L: Accept<Stream: Into<OwnedFd>>>(listener: &L, shutdown: &Shutdown, a
     }
 }
 
-fn reply(stream: File, shutdown: &Shutdown, answer: &str) -> io::Result<()> {
+fn reply(stream: impl Connection + Write, shutdown: &Shutdown, answer: &str) -> io::Result<()> {
     if shutdown.readable(&stream, Some(PATIENCE))? == Readable::TimedOut {
         return Ok(());
     }
@@ -99,9 +101,9 @@ fn reply(stream: File, shutdown: &Shutdown, answer: &str) -> io::Result<()> {
 
 /// Answers requests until one of the two sides ends the connection. This side does so in an answer, or when the
 /// connection has been idle for a while after the upgrade.
-fn replies(stream: File, shutdown: &Shutdown, answer: &str, kept: Use) -> io::Result<()> {
+fn replies(stream: impl Connection + Write, shutdown: &Shutdown, answer: &str, kept: Use) -> io::Result<()> {
     let mut requests = BufReader::with_capacity(256, stream);
-    while more_comes(&requests, shutdown)? {
+    while shutdown.next_request(&mut requests, PATIENCE, GRACE)? {
         let mut line = String::new();
         while requests.read_line(&mut line)? > 0 && kept == Use::Http && line != "\r\n" {
             line.clear();
@@ -125,20 +127,6 @@ pub fn text(answer: &str, kept: Use, last: bool) -> String {
             format!("HTTP/1.1 200 OK\r\nContent-Length: {length}\r\nConnection: {connection}\r\n\r\n{answer}\n")
         }
     }
-}
-
-fn more_comes(requests: &BufReader<File>, shutdown: &Shutdown) -> io::Result<bool> {
-    if !requests.buffer().is_empty() {
-        return Ok(true);
-    }
-    Ok(match shutdown.readable(requests.get_ref(), Some(PATIENCE))? {
-        Readable::Ready => true,
-        Readable::TimedOut => false,
-        Readable::Over => {
-            let grace = Timespec { tv_sec: 0, tv_nsec: 500_000_000 };
-            poll(&mut [PollFd::new(requests.get_ref(), PollFlags::IN)], Some(&grace))? > 0
-        }
-    })
 }
 
 fn datagrams(socket: &UdpSocket, shutdown: &Shutdown, answer: &str) {

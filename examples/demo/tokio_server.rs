@@ -8,7 +8,7 @@ use tokio::io::{AsyncBufReadExt, AsyncRead, AsyncWrite, AsyncWriteExt, BufReader
 
 use crate::load::now;
 use crate::request::Use;
-use crate::server::{self, say, tell};
+use crate::server::{say, tell, text, GRACE, PATIENCE};
 use crate::Options;
 
 pub fn serve(options: &Options) -> Result<(), Box<dyn Error>> {
@@ -78,17 +78,18 @@ async fn replies<C>(mut requests: BufReader<C>, shutdown: &Shutdown, answer: &st
 where
     C: AsyncRead + AsyncWrite + Unpin,
 {
-    loop {
+    while shutdown.next_request_async(&mut requests, PATIENCE, GRACE).await? {
         let mut line = String::new();
         while requests.read_line(&mut line).await? > 0 && kept == Use::Http && line != "\r\n" {
             line.clear();
         }
         let last = line.is_empty() || kept == Use::Once || shutdown.is_over();
-        requests.write_all(server::text(answer, kept, last).as_bytes()).await?;
+        requests.write_all(text(answer, kept, last).as_bytes()).await?;
         if last {
-            return Ok(());
+            break;
         }
     }
+    Ok(())
 }
 
 async fn datagrams(mut datagrams: StoppableStream<UdpStream>, answer: String) {

@@ -18,10 +18,10 @@ mod metrics;
 #[path = "../support/mod.rs"]
 mod support;
 
-use ecdysis::{Ecdysis, Readable, Shutdown};
+use ecdysis::{Ecdysis, Shutdown};
 use metrics::Metrics;
 use std::error::Error;
-use std::io::{self, ErrorKind, Read, Write};
+use std::io::{self, BufReader, ErrorKind, Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -93,9 +93,9 @@ impl App {
     fn connection(&self, stream: &TcpStream) -> io::Result<()> {
         stream.set_nodelay(true)?;
         stream.set_write_timeout(Some(PATIENCE))?;
-        let mut received = Vec::new();
-        while !received.is_empty() || self.more_comes(stream)? {
-            let request = Request::read(stream, &mut received)?;
+        let (mut requests, mut received) = (BufReader::new(stream), Vec::new());
+        while !received.is_empty() || self.shutdown.next_request(&mut requests, IDLE, GRACE)? {
+            let request = Request::read(&mut requests, &mut received)?;
             let (status, text) = match &request {
                 Ok(request) => self.answer(request),
                 Err(status) => (*status, String::new()),
@@ -112,25 +112,7 @@ impl App {
                 break;
             }
         }
-        close(stream)
-    }
-
-    /// Waits for the next request of an idle connection.
-    fn more_comes(&self, stream: &TcpStream) -> io::Result<bool> {
-        match self.shutdown.readable(stream, Some(IDLE))? {
-            Readable::Ready => Ok(true),
-            Readable::TimedOut => Ok(false),
-            // A request on its way would be lost on a closed connection, and a client that is about to send one is told
-            // by its answer to go elsewhere.
-            Readable::Over => {
-                stream.set_read_timeout(Some(GRACE))?;
-                match stream.peek(&mut [0]) {
-                    Ok(length) => Ok(length > 0),
-                    Err(e) if matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => Ok(false),
-                    Err(e) => Err(e),
-                }
-            }
-        }
+        close(&mut requests)
     }
 
     /// The status and the text.
@@ -156,7 +138,7 @@ struct Request {
 impl Request {
     /// Takes one request out of what has been received, reading on until it is complete. Its body is thrown away.
     /// A request that is answered by a status alone is the last of its connection.
-    fn read(stream: &TcpStream, received: &mut Vec<u8>) -> io::Result<Result<Self, &'static str>> {
+    fn read(requests: &mut BufReader<&TcpStream>, received: &mut Vec<u8>) -> io::Result<Result<Self, &'static str>> {
         let deadline = Instant::now() + PATIENCE;
         loop {
             match Self::parse(received) {
@@ -170,7 +152,7 @@ impl Request {
                 Err(status) => return Ok(Err(status)),
             }
             let mut chunk = [0; 8 << 10];
-            match read_until(deadline, stream, &mut chunk)? {
+            match read_until(deadline, requests, &mut chunk)? {
                 0 => return Err(ErrorKind::UnexpectedEof.into()),
                 length => received.extend_from_slice(&chunk[..length]),
             }
@@ -215,15 +197,17 @@ impl Request {
 }
 
 /// Closing with something unread resets the connection, and the reset overtakes the last answer. So read on for a moment.
-fn close(stream: &TcpStream) -> io::Result<()> {
-    stream.shutdown(std::net::Shutdown::Write)?;
+fn close(requests: &mut BufReader<&TcpStream>) -> io::Result<()> {
+    requests.get_ref().shutdown(std::net::Shutdown::Write)?;
     let deadline = Instant::now() + GRACE;
-    while read_until(deadline, stream, &mut [0; 8 << 10])? > 0 {}
+    while read_until(deadline, requests, &mut [0; 8 << 10])? > 0 {}
     Ok(())
 }
 
-fn read_until(deadline: Instant, mut stream: &TcpStream, chunk: &mut [u8]) -> io::Result<usize> {
-    let left = deadline.checked_duration_since(Instant::now()).filter(|left| !left.is_zero());
-    stream.set_read_timeout(Some(left.ok_or(ErrorKind::TimedOut)?))?;
-    stream.read(chunk)
+fn read_until(deadline: Instant, requests: &mut BufReader<&TcpStream>, chunk: &mut [u8]) -> io::Result<usize> {
+    if requests.buffer().is_empty() {
+        let left = deadline.checked_duration_since(Instant::now()).filter(|left| !left.is_zero());
+        requests.get_ref().set_read_timeout(Some(left.ok_or(ErrorKind::TimedOut)?))?;
+    }
+    requests.read(chunk)
 }

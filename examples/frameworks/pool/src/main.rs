@@ -6,7 +6,7 @@
 //!
 //! Each thread accepts, and serves what it has accepted until that ends; so there are as many connections as threads.
 
-use ecdysis::{Ecdysis, Readable, Shutdown};
+use ecdysis::{Ecdysis, Shutdown};
 use say::say;
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
@@ -56,7 +56,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
 fn connection(stream: TcpStream, shutdown: &Shutdown, who: &str) -> io::Result<()> {
     stream.set_nodelay(true)?;
     let mut requests = BufReader::new(stream);
-    while !requests.buffer().is_empty() || more_comes(requests.get_ref(), shutdown)? {
+    while shutdown.next_request(&mut requests, IDLE, GRACE)? {
         let Some(keep) = head(&mut requests)? else { return Ok(()) };
         let last = !keep || shutdown.is_over();
         let word = if last { "close" } else { "keep-alive" };
@@ -68,17 +68,6 @@ fn connection(stream: TcpStream, shutdown: &Shutdown, who: &str) -> io::Result<(
         }
     }
     Ok(())
-}
-
-fn more_comes(stream: &TcpStream, shutdown: &Shutdown) -> io::Result<bool> {
-    match shutdown.readable(stream, Some(IDLE))? {
-        Readable::Ready => Ok(true),
-        Readable::TimedOut => Ok(false),
-        Readable::Over => {
-            stream.set_read_timeout(Some(GRACE))?;
-            Ok(stream.peek(&mut [0])? > 0)
-        }
-    }
 }
 
 /// Reads the head of a request without a body; whether the connection is to be kept, or `None` at its end.
