@@ -20,6 +20,7 @@ mod examples;
 #[cfg(all(target_arch = "x86_64", not(sanitized)))]
 mod faults;
 mod hold;
+mod keep_alive;
 mod kv;
 mod listeners;
 #[cfg(feature = "systemd")]

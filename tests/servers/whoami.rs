@@ -11,6 +11,8 @@
 //!                                         sends one line and gets one back. systemd:NAME=ip:port is the socket that a
 //!                                         unit passed by name and address, systemd:NAME all that it passed by name
 //!       --hold                            keep each connection, answer its lines until it ends or the shutdown comes
+//!       --keep-alive                      keep the connection of a client that sends `keep`, as servers should: the last
+//!                                         answer says so, and an idle connection ends after a grace
 //!       --threads N                       accepting threads per listener (1)
 //!       --drain SECONDS                   how long to wait for open connections at the end (60)
 //!       --takeover-socket P               hand over to whoever connects there, as another whoami with --take-over P does
@@ -34,7 +36,7 @@
 #[path = "../../examples/support/mod.rs"]
 mod support;
 
-use ecdysis::{Ecdysis, Event, Overlap, Shutdown, Spawn, Starting, Transport};
+use ecdysis::{Connection, Ecdysis, Event, Overlap, Shutdown, Spawn, Starting, Transport};
 use std::error::Error;
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
@@ -81,9 +83,9 @@ fn serve() -> Result<()> {
         for (listener, real) in Listener::all(&starting, address)? {
             say(format!("listening {real} gen={gen} pid={pid}"));
             for _ in 0..options.threads {
-                let (listener, shutdown, hold) = (listener.try_clone()?, shutdown.clone(), options.hold);
+                let (listener, shutdown, kept) = (listener.try_clone()?, shutdown.clone(), options.kept);
                 // These accept nothing before `ready`, although they run already.
-                thread::spawn(move || listener.serve(&shutdown, hold, &format!("gen={gen} pid={pid}")));
+                thread::spawn(move || listener.serve(&shutdown, kept, &format!("gen={gen} pid={pid}")));
             }
         }
     }
@@ -155,7 +157,7 @@ fn report(event: &Event) {
 struct Options {
     listen: Vec<String>,
     threads: usize,
-    hold: bool,
+    kept: Kept,
     chdir: Option<PathBuf>,
     wait_for_parent: bool,
     drain: Duration,
@@ -169,7 +171,7 @@ impl Options {
         let mut options = Options {
             listen: vec![],
             threads: 1,
-            hold: false,
+            kept: Kept::No,
             chdir: None,
             wait_for_parent: false,
             drain: Duration::from_secs(60),
@@ -181,7 +183,8 @@ impl Options {
             match arg {
                 Long("listen") => options.listen.push(args.value()?.string()?),
                 Long("threads") => options.threads = args.value()?.parse()?,
-                Long("hold") => options.hold = true,
+                Long("hold") => options.kept = Kept::Hold,
+                Long("keep-alive") => options.kept = Kept::Alive,
                 Long("chdir") => options.chdir = Some(args.value()?.into()),
                 Long("wait-for-parent") => options.wait_for_parent = true,
                 Long("drain") => {
@@ -292,10 +295,10 @@ impl Listener {
         })
     }
 
-    fn serve(&self, shutdown: &Shutdown, hold: bool, answer: &str) {
+    fn serve(&self, shutdown: &Shutdown, kept: Kept, answer: &str) {
         match self {
-            Listener::Tcp(l) => each(shutdown.incoming(l), shutdown, hold, answer),
-            Listener::Unix(l) => each(shutdown.incoming(l), shutdown, hold, answer),
+            Listener::Tcp(l) => each(shutdown.incoming(l), shutdown, kept, answer),
+            Listener::Unix(l) => each(shutdown.incoming(l), shutdown, kept, answer),
             Listener::Udp(socket) => {
                 let _guard = shutdown.guard(); // the drain waits for the last answer, too
                 let mut datagram = [0; 65536];
@@ -310,19 +313,47 @@ impl Listener {
     }
 }
 
-trait Stream: Read + Write + AsFd + Send + 'static {}
+/// Which connections are kept after an answer.
+#[derive(Clone, Copy, PartialEq)]
+enum Kept {
+    No,
+    Hold,
+    Alive,
+}
+
+trait Stream: Read + Write + AsFd + Connection + Send + 'static {}
 impl Stream for TcpStream {}
 impl Stream for UnixStream {}
 
 /// A thread per connection, and a guard in each, so that the drain counts it.
-fn each<S: Stream>(streams: impl Iterator<Item = io::Result<S>>, shutdown: &Shutdown, hold: bool, answer: &str) {
+fn each<S: Stream>(streams: impl Iterator<Item = io::Result<S>>, shutdown: &Shutdown, kept: Kept, answer: &str) {
     for stream in streams.flatten() {
         let (guard, shutdown, answer) = (shutdown.guard(), shutdown.clone(), format!("{answer}\n"));
         thread::spawn(move || {
-            let _ = connection(stream, &shutdown, hold, &answer);
+            let _ = match kept {
+                Kept::Alive => kept_alive(stream, &shutdown, &answer),
+                _ => connection(stream, &shutdown, kept == Kept::Hold, &answer),
+            };
             drop(guard);
         });
     }
+}
+
+fn kept_alive(stream: impl Stream, shutdown: &Shutdown, answer: &str) -> io::Result<()> {
+    const IDLE: Duration = Duration::from_secs(600);
+    const GRACE: Duration = Duration::from_millis(500);
+    let mut stream = BufReader::new(stream);
+    while shutdown.next_request(&mut stream, IDLE, GRACE)? {
+        let mut line = String::new();
+        stream.read_line(&mut line)?;
+        let last = line != "keep\n" || shutdown.is_over();
+        let word = if last && line == "keep\n" { " last" } else { "" };
+        stream.get_mut().write_all(format!("{}{word}\n", answer.trim_end()).as_bytes())?;
+        if last {
+            break;
+        }
+    }
+    Ok(())
 }
 
 fn connection(stream: impl Stream, shutdown: &Shutdown, hold: bool, answer: &str) -> io::Result<()> {
