@@ -39,7 +39,7 @@ pub use self::keep_alive::Connection;
 use self::keep_alive::IdleConnections;
 pub use self::listener::{Accept, Datagram};
 #[cfg(feature = "tokio_ecdysis")]
-use self::watch::Watchers;
+pub(crate) use self::watch::{Slot, Watchers};
 
 /// Tells every thread whether this generation accepts, and when that is over.
 ///
