@@ -7,6 +7,7 @@ use rustix::event::PollFlags;
 use crate::error::Error;
 use crate::generation::Generation;
 use crate::logging;
+use crate::sys::child::reap_late;
 use crate::sys::poll::Deadline;
 use crate::triggers::request::{Action, Reply, Request};
 use crate::triggers::Triggers;
@@ -52,6 +53,7 @@ impl EventLoop<'_> {
         fds: &[(BorrowedFd<'_>, PollFlags)],
         deadline: Deadline,
     ) -> Result<Wake, Error> {
+        reap_late();
         let (mut polled, mut ready) = (false, false);
         loop {
             let again = self.answer(phase);

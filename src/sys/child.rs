@@ -3,6 +3,7 @@
 use std::os::fd::OwnedFd;
 use std::os::unix::process::ExitStatusExt;
 use std::process::ExitStatus;
+use std::sync::{Mutex, PoisonError};
 use std::thread;
 use std::time::Duration;
 
@@ -20,7 +21,7 @@ pub(crate) const LOOK: Duration = Duration::from_millis(50);
 /// How long a killed child may take to end.
 const KILLING: Duration = Duration::from_secs(5);
 
-/// How long our own parent may take to reap a child.
+/// How long a killed child may take to be reaped, by our own parent or after a debugger.
 const REAPING: Duration = Duration::from_millis(200);
 
 /// Whose child a new process is to be.
@@ -69,6 +70,7 @@ impl Spawned {
     /// Kills and reaps the child. Returns how it ended, unless another process or another part of this one has reaped it.
     pub(crate) fn kill_and_reap(&self) -> Option<ExitStatus> {
         let pid = self.pid;
+        reap_late();
         match &self.pidfd {
             Some(pidfd) => {
                 // A filter may know only the older call. Nobody has reaped the child while its pidfd is silent.
@@ -77,8 +79,7 @@ impl Spawned {
                 }
                 // SIGKILL ends a stopped process too, but not one that hangs in the kernel.
                 if !wait_readable(pidfd, Deadline::after(KILLING)) {
-                    logging::error!("child {pid} survives SIGKILL: it hangs in the kernel");
-                    return None;
+                    return survives(pid);
                 }
             }
             None => {
@@ -88,8 +89,7 @@ impl Spawned {
                 }
                 let _ = kill_process(pid, Signal::KILL);
                 if !self.ends_before(Deadline::after(KILLING)) {
-                    logging::error!("child {pid} survives SIGKILL: it hangs in the kernel");
-                    return None;
+                    return survives(pid);
                 }
             }
         }
@@ -98,13 +98,32 @@ impl Spawned {
             let _ = wait_hangup(pidfd, Deadline::after(REAPING));
             return clone::exit_status(pidfd);
         }
+        let deadline = Deadline::after(REAPING);
         loop {
-            match waitpid(Some(pid), WaitOptions::empty()) {
+            match waitpid(Some(pid), WaitOptions::NOHANG) {
                 Err(Errno::INTR) => {}
                 Ok(Some((_, status))) => return Some(ExitStatus::from_raw(status.as_raw())),
-                // SIGCHLD is ignored, or somebody waits for any child.
-                _ => return None,
+                // A debugger that traces the child is told first, and may take its time.
+                Ok(None) if deadline.has_passed() => return survives(pid),
+                Ok(None) => thread::sleep(Duration::from_millis(2)),
+                // SIGCHLD is ignored, or another part of the program waits for any child.
+                Err(_) => return None,
             }
         }
     }
+}
+
+/// Killed children that could not be reaped in time.
+static LATE: Mutex<Vec<Pid>> = Mutex::new(Vec::new());
+
+fn survives(pid: Pid) -> Option<ExitStatus> {
+    logging::error!("child {pid} cannot be reaped yet: a debugger holds it, or it hangs in the kernel");
+    LATE.lock().unwrap_or_else(PoisonError::into_inner).push(pid);
+    None
+}
+
+/// Reaps the killed children that have ended since.
+pub(crate) fn reap_late() {
+    let mut late = LATE.lock().unwrap_or_else(PoisonError::into_inner);
+    late.retain(|pid| matches!(waitpid(Some(*pid), WaitOptions::NOHANG), Ok(None)));
 }

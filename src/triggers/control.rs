@@ -1,8 +1,7 @@
 //! Control and takeover sockets: accepts connections, checks who connects, and reads the first line.
 
-use std::cell::Cell;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -11,10 +10,10 @@ use std::time::Duration;
 use rustix::event::{PollFd, PollFlags};
 
 use super::request::{send_line, Action, Reply, Request};
+use super::takeover::TakeoverRequest;
 use crate::error::Error;
 use crate::exit::ExitReason;
-use crate::handover::greeting::{self, FirstLine, Greeting, GREETING_TIME};
-use crate::handover::link::nonblocking;
+use crate::handover::greeting::{self, FirstLine, GREETING_TIME};
 use crate::key::Key;
 use crate::logging;
 use crate::sys::peer::{peer, PeerCred};
@@ -242,42 +241,5 @@ impl TakeoverSocket {
         let Some(peer) = trusted_for_takeover(&stream, &self.path, &**trust) else { return Ok(None) };
         let line = FirstLine::default().wait(&stream, Deadline::after(GREETING_TIME));
         Ok(TakeoverRequest::new(stream.into(), peer, &line))
-    }
-}
-
-/// A process that has asked to take over.
-#[derive(Debug)]
-pub(crate) struct TakeoverRequest {
-    pub(crate) socket: Arc<OwnedFd>,
-    pub(crate) peer: PeerCred,
-    /// Whether the handover has begun. From then on the socket carries messages, and no answer.
-    begun: Cell<bool>,
-}
-
-impl TakeoverRequest {
-    /// `None` for a connection whose first line asks for something else.
-    fn new(socket: OwnedFd, peer: PeerCred, line: &[u8]) -> Option<Self> {
-        if Greeting::parse(line).is_none() {
-            greeting::refuse(&socket, "failed: this is a takeover socket");
-            return None;
-        }
-        if let Err(e) = nonblocking(&socket) {
-            greeting::refuse(&socket, &format!("failed: {e}"));
-            return None;
-        }
-        Some(Self { socket: Arc::new(socket), peer, begun: Cell::new(false) })
-    }
-
-    /// The handover begins.
-    pub(crate) fn begin(&self) -> Arc<OwnedFd> {
-        self.begun.set(true);
-        self.socket.clone()
-    }
-
-    /// Answers why there is no handover, unless it has begun.
-    pub(crate) fn refuse(&self, why: &str) {
-        if !self.begun.get() {
-            greeting::refuse(&self.socket, why);
-        }
     }
 }

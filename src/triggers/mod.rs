@@ -2,6 +2,7 @@
 
 pub(crate) mod control;
 pub(crate) mod request;
+pub(crate) mod takeover;
 
 use std::collections::VecDeque;
 use std::os::fd::{BorrowedFd, OwnedFd};

@@ -8,7 +8,7 @@ use std::time::Instant;
 
 use rustix::net::{send, SendFlags};
 
-use super::control::TakeoverRequest;
+use super::takeover::TakeoverRequest;
 use crate::error::Error;
 use crate::exit::{ExitReason, Upgraded};
 use crate::sys::flag::Flag;

@@ -1,8 +1,6 @@
 //! The parent's half of an upgrade: steps 2, 3, 4 and 7.
 
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use super::successor::{Process, Successor};
@@ -12,17 +10,17 @@ use crate::event_loop::{EventLoop, Phase, Wake};
 use crate::exit::Upgraded;
 use crate::generation::Generation;
 use crate::handover::ancestors::DrainLink;
-use crate::handover::lines::{FromChild, FromParent, Lines, Read, COMMIT};
+use crate::handover::lines::{FromChild, FromParent, COMMIT};
 use crate::handover::link::{ChildLink, Handover, Transport};
 use crate::logging;
-use crate::shutdown::{End, EndSignal, Shutdown, State};
+use crate::shutdown::{Shutdown, State};
 use crate::sockets::Late;
 use crate::sys::child::Parentage;
 use crate::sys::peer::peer_pidfd;
 use crate::sys::poll::Deadline;
 use crate::sys::spawn::{explain, spawn, Plan};
-use crate::triggers::control::TakeoverRequest;
 use crate::triggers::request::{Action, Request};
+use crate::triggers::takeover::TakeoverRequest;
 
 /// A successful upgrade.
 pub(crate) struct Succeeded<'a> {
@@ -281,26 +279,5 @@ impl<'a> Paused<'a> {
 impl Drop for Paused<'_> {
     fn drop(&mut self) {
         self.shutdown.set(self.then);
-    }
-}
-
-/// The child's end of the link, on which every later generation may ask this one to end its drain.
-#[derive(Debug)]
-pub(super) struct LaterGenerations {
-    pub(super) from: Arc<OwnedFd>,
-    pub(super) lines: Mutex<Lines>,
-}
-
-impl EndSignal for LaterGenerations {
-    fn fd(&self) -> BorrowedFd<'_> {
-        self.from.as_fd()
-    }
-
-    fn read(&self) -> End {
-        match self.lines.lock().unwrap_or_else(PoisonError::into_inner).next(self.fd()) {
-            Ok(Read::Line(line)) if FromChild::parse(&line) == Some(FromChild::EndDrain) => End::Now,
-            Ok(Read::Line(_) | Read::Wait) => End::Continue,
-            Ok(Read::End | Read::Garbage(_)) | Err(_) => End::Gone,
-        }
     }
 }

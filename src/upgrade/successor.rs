@@ -6,18 +6,18 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::process::ExitStatusExt;
 use std::path::PathBuf;
 use std::process::ExitStatus;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use rustix::event::PollFlags;
 use rustix::process::Signal;
 
-use super::parent::LaterGenerations;
 use crate::error::Error;
 use crate::exit::ExitReason;
 use crate::generation::Generation;
-use crate::handover::lines::{preview, FromChild, FromParent, Read};
+use crate::handover::lines::{preview, FromChild, FromParent, Lines, Read};
 use crate::handover::link::ChildLink;
+use crate::shutdown::{End, EndSignal};
 use crate::sys::child::{Spawned, LOOK};
 use crate::sys::poll::{wait_readable, Deadline};
 use crate::triggers::request::{Action, Reply, Request};
@@ -169,5 +169,26 @@ impl<'a> Successor<'a> {
 impl Drop for Successor<'_> {
     fn drop(&mut self) {
         self.give_up();
+    }
+}
+
+/// The child's end of the link, on which every later generation may ask this one to end its drain.
+#[derive(Debug)]
+struct LaterGenerations {
+    from: Arc<OwnedFd>,
+    lines: Mutex<Lines>,
+}
+
+impl EndSignal for LaterGenerations {
+    fn fd(&self) -> BorrowedFd<'_> {
+        self.from.as_fd()
+    }
+
+    fn read(&self) -> End {
+        match self.lines.lock().unwrap_or_else(PoisonError::into_inner).next(self.fd()) {
+            Ok(Read::Line(line)) if FromChild::parse(&line) == Some(FromChild::EndDrain) => End::Now,
+            Ok(Read::Line(_) | Read::Wait) => End::Continue,
+            Ok(Read::End | Read::Garbage(_)) | Err(_) => End::Gone,
+        }
     }
 }
