@@ -204,7 +204,7 @@ impl Builder {
     }
 
     /// Calls `choose` at each upgrade, before the child exists, to choose what it runs: the program, its arguments, its
-    /// environment. What it changes comes on top of what the builder was told, and holds for this upgrade only. A
+    /// environment. What it changes comes on top of what the builder was given, and holds for this upgrade only. A
     /// takeover does not call it, because the other process runs already. Return soon: meanwhile no trigger is
     /// handled.
     ///
@@ -268,7 +268,7 @@ impl Builder {
     /// # let dir = std::env::temp_dir().join(format!("take-over-{}", std::process::id()));
     /// # std::fs::create_dir_all(&dir)?;
     /// # let path = dir.join("socket");
-    /// // The same two lines in every version: whoever comes second takes over from the first.
+    /// // The same two lines in every version: the second to start takes over from the first.
     /// let starting = ecdysis::Ecdysis::builder().take_over(&path).takeover_on_socket(&path).start()?;
     /// let listener = starting.listen_tcp("127.0.0.1:0".parse()?)?;
     /// let server = starting.ready()?;

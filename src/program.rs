@@ -16,7 +16,7 @@ use crate::sys::program;
 use crate::sys::spawn::IfMissing;
 
 /// By these a service manager speaks to the process that it has started itself, and to no other. NOTIFY_SOCKET and
-/// WATCHDOG_USEC, though, are for whoever is the main process.
+/// WATCHDOG_USEC, though, are for the main process, whichever that is.
 const FOR_THIS_PROCESS_ONLY: [&str; 5] =
     ["LISTEN_PID", "LISTEN_PIDFDID", "LISTEN_FDS", "LISTEN_FDNAMES", "WATCHDOG_PID"];
 

@@ -57,7 +57,7 @@ impl Service {
 
     /// Returns when `done` returns a value. Until then this thread leads, `turn` by `turn`, or waits while another does.
     ///
-    /// A thread that leads does not stop while a stop is queued. So whoever requests a stop need not wait for it.
+    /// A thread that leads does not stop while a stop is queued. So a caller of `stop` need not wait for it.
     fn lead_until<T>(
         &self,
         mut turn: impl FnMut(&mut EventLoop<'_>) -> Result<(), Error>,

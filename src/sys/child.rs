@@ -103,7 +103,7 @@ impl Spawned {
             match waitpid(Some(pid), WaitOptions::NOHANG) {
                 Err(Errno::INTR) => {}
                 Ok(Some((_, status))) => return Some(ExitStatus::from_raw(status.as_raw())),
-                // A debugger that traces the child is told first, and may take its time.
+                // A debugger that traces the child receives its status first, and may take its time.
                 Ok(None) if deadline.has_passed() => return survives(pid),
                 Ok(None) => thread::sleep(Duration::from_millis(2)),
                 // SIGCHLD is ignored, or another part of the program waits for any child.

@@ -51,8 +51,6 @@ const CIRCLES: &[&str] = &[
     "sys::linux::peer: sys::peer",
     "sys::peer: sys::linux::peer",
     "sys::spawn: sys::child",
-    
-    
 ];
 
 /// Without tests.
