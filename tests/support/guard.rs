@@ -79,6 +79,12 @@ fn open(pid: Pid, mark: &str) -> Option<OwnedFd> {
     environment.split(|byte| *byte == 0).any(|variable| variable.starts_with(start.as_bytes())).then_some(pidfd)
 }
 
+/// Sends a signal to a process of this test program, if it has not ended. False if it has.
+pub fn try_send_signal(to: u32, signal: Signal) -> bool {
+    let pidfd = Pid::from_raw(to as i32).and_then(|pid| open(pid, &format!("{}.", run())));
+    pidfd.is_some_and(|pidfd| pidfd_send_signal(&pidfd, signal).is_ok())
+}
+
 /// Sends a signal to a process of this test program. Any other process with that number is left alone.
 pub fn send_signal(to: u32, signal: Signal) {
     let pid = Pid::from_raw(to as i32).unwrap();
