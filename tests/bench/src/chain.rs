@@ -4,7 +4,7 @@ use std::fs::File;
 use std::io::{self, Read, Write};
 use std::net::TcpListener;
 use std::os::fd::OwnedFd;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -19,11 +19,17 @@ pub struct Server {
     /// Beside this program, or a path from there.
     pub program: String,
     pub args: Vec<String>,
+    /// The path of `hold`, if that starts the server, keeps its PID, and receives the signals.
+    pub below: Option<PathBuf>,
 }
 
 impl Server {
     pub fn new(program: impl Into<String>, args: &[&str]) -> Self {
-        Self { program: program.into(), args: args.iter().map(|&a| a.into()).collect() }
+        Self { program: program.into(), args: args.iter().map(|&a| a.into()).collect(), below: None }
+    }
+
+    pub fn below(self, hold: &Path) -> Self {
+        Self { below: Some(hold.into()), ..self.with("notify", 1) }
     }
 
     pub fn with(mut self, name: &str, value: impl ToString) -> Self {
@@ -40,7 +46,10 @@ impl Server {
     }
 
     pub fn command(&self) -> io::Result<Command> {
-        self.run_by(Command::new(self.path()?))
+        let Some(hold) = &self.below else { return self.run_by(Command::new(self.path()?)) };
+        let mut command = Command::new(hold);
+        command.arg("--").arg(self.path()?).stderr(Stdio::null());
+        self.run_by(command)
     }
 
     /// `command` is the server itself, or a tracer that starts it.
@@ -146,6 +155,7 @@ pub struct Chain {
     first: Driven,
     serving: i32,
     by_signal: bool,
+    below_hold: bool,
     pub port: u16,
 }
 
@@ -166,11 +176,16 @@ impl Chain {
         let port = free_port()?;
         let mut first = Driven::spawn(server.clone().with("port", port).command()?)?;
         let serving = first.expect("serving")?.number("pid")?;
-        Ok(Self { first, serving, by_signal: server.by_signal(), port })
+        Ok(Self { first, serving, by_signal: server.by_signal(), below_hold: server.below.is_some(), port })
     }
 
     pub fn pid(&self) -> i32 {
         self.serving
+    }
+
+    /// The process that was started: the first generation, or `hold`.
+    pub fn first_pid(&self) -> i32 {
+        self.first.pid()
     }
 
     /// Upgrades, and waits for the parent's end.
@@ -178,7 +193,7 @@ impl Chain {
         let parent = self.serving;
         let asked = sys::now();
         if self.by_signal {
-            sys::signal(parent, libc::SIGHUP);
+            sys::signal(if self.below_hold { self.first.pid() } else { parent }, libc::SIGHUP);
         } else {
             self.first.tell("upgrade")?;
         }
@@ -207,7 +222,12 @@ impl Chain {
 
 impl Drop for Chain {
     fn drop(&mut self) {
-        sys::signal(self.serving, libc::SIGKILL);
-        sys::reap(self.serving, DEADLINE);
+        // A server that is killed would be started again.
+        let (pid, signal) = match self.below_hold {
+            true => (self.first.pid(), libc::SIGTERM),
+            false => (self.serving, libc::SIGKILL),
+        };
+        sys::signal(pid, signal);
+        sys::reap(pid, DEADLINE);
     }
 }

@@ -37,9 +37,10 @@ pub struct Summary {
 
 type Row = fn(quick: bool) -> Result<Outcome, Box<dyn Error>>;
 
-const ROWS: [(&str, &str, Row); 14] = [
+const ROWS: [(&str, &str, Row); 15] = [
     ("upgrade", "One upgrade, one listener, from the call to the commit", rows::upgrade::against_bare),
     ("old", "The same against `ecdysis` 1.1.1, from the signal to the commit", rows::upgrade::against_old),
+    ("hold", "One upgrade below `hold`, from the signal", rows::hold::hold),
     ("static", "One upgrade of a static binary", rows::upgrade::of_static),
     ("listeners", "Many listeners", rows::upgrade::listeners),
     ("takeover", "A takeover beside an inheritance", rows::upgrade::takeover),

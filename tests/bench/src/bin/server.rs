@@ -44,6 +44,10 @@ fn ours(args: &Args, spawn: Spawn) -> Result<(), Box<dyn std::error::Error>> {
     if args.by_signal() {
         builder.upgrade_on_signal(libc::SIGHUP);
     }
+    if args.text("notify").is_some() {
+        // Below `hold`, which ends it by this.
+        builder.systemd_notify(true).stop_on_signal(libc::SIGTERM);
+    }
     if args.text("transport") == Some("socket") {
         builder.transport(Transport::Socket);
     }

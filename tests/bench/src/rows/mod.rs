@@ -2,6 +2,7 @@
 
 pub mod accept;
 pub mod build;
+pub mod hold;
 pub mod latency;
 pub mod memory;
 pub mod stall;
