@@ -174,7 +174,9 @@ impl Service {
         }
         let hung: Vec<bool> = fds[first_stored..].iter().map(|fd| !fd.revents().is_empty()).collect();
         self.store.remove_hung(hung);
-        self.generations.look();
+        if !self.generations.ready {
+            self.generations.look();
+        }
         self.look_at = self.look_at.filter(|at| *at > Instant::now());
         Ok(())
     }

@@ -81,6 +81,7 @@ impl Service {
 
     fn on_ready(&mut self) {
         if !self.generations.ready {
+            self.generations.look();
             say(&format!("ready pid={}", self.generations.main().map_or(0, |main| main.pid)));
             (self.generations.ready, self.was_ready, self.kill_at) = (true, true, None);
             self.above.is_ready();
