@@ -270,7 +270,7 @@ fn a_version_that_asks_for_no_listener_is_refused_unless_it_says_that_this_is_me
     planned.server.fail_to_upgrade();
     planned.plan("discard\n");
     planned.server.upgrade();
-    planned.server.wait_any("ended gen=1");
+    wait_exit(planned.server.first_pid());
     assert_eq!(TcpStream::connect(&addr).unwrap_err().kind(), ErrorKind::ConnectionRefused);
 }
 
