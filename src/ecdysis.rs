@@ -25,7 +25,7 @@ pub struct Starting(pub(crate) Arc<Service>);
 impl Starting {
     /// Whether another generation handed over to this one: it was started by an upgrade, or took over.
     pub fn is_child(&self) -> bool {
-        self.0.generation.ancestors.parent.is_some()
+        self.0.generation.ancestors.is_child()
     }
 
     /// This process's generation. The first is 1.
@@ -116,7 +116,7 @@ pub struct Ecdysis(pub(crate) Arc<Service>);
 impl Ecdysis {
     /// Whether another generation handed over to this one: it was started by an upgrade, or took over.
     pub fn is_child(&self) -> bool {
-        self.0.generation.ancestors.parent.is_some()
+        self.0.generation.ancestors.is_child()
     }
 
     /// This process's generation. The first is 1.

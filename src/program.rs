@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::{access, Access};
 
+use crate::handover::from_1_1_1::VARIABLES;
 use crate::handover::variable::VARIABLE;
 use crate::sys::program;
 use crate::sys::spawn::IfMissing;
@@ -137,7 +138,7 @@ impl Program {
     /// threads may read it.
     pub(crate) fn envp(&self, handover: &str) -> io::Result<Vec<CString>> {
         let kept = env::vars_os().filter(|(name, _)| {
-            let ours = name == VARIABLE || FOR_THIS_PROCESS_ONLY.iter().any(|known| name == known);
+            let ours = name == VARIABLE || FOR_THIS_PROCESS_ONLY.iter().chain(&VARIABLES).any(|known| name == known);
             !ours && !self.env.contains_key(name)
         });
         let set = self.env.iter().filter_map(|(name, value)| Some((name.clone(), value.clone()?)));

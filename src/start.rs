@@ -78,7 +78,7 @@ impl Builder {
             signals.clone_from(&self.signals);
             Calls::default()
         };
-        let sockets = Sockets::new(entries, ancestors.parent.is_some());
+        let sockets = Sockets::new(entries, ancestors.is_child());
         let shutdown = Shutdown::new().map_err(prepare("shutdown handle"))?;
         let ancestors = Arc::new(ancestors);
         let reporter = Reporter::new(self.observer.clone(), ancestors.clone(), sockets.clone());

@@ -23,9 +23,16 @@ pub(crate) struct Ancestors {
     pub(crate) parent: Option<ParentLink>,
     /// Those before the parent, oldest first.
     pub(crate) older: Vec<DrainLink>,
+    /// The pipe to a parent of version 1.1.1, which has no link.
+    pub(crate) of_1_1_1: Option<OwnedFd>,
 }
 
 impl Ancestors {
+    /// Whether another generation handed over to this one.
+    pub(crate) fn is_child(&self) -> bool {
+        self.parent.is_some() || self.of_1_1_1.is_some()
+    }
+
     /// Those that still run, oldest first.
     pub(crate) fn draining(&self) -> impl Iterator<Item = &DrainLink> {
         let parent = self.parent.as_ref().map(|parent| &parent.writer);

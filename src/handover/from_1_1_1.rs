@@ -4,20 +4,85 @@
 //! one, in bincode 1 (little endian, fixed sizes), and waits for `OK` in the other. It has no commit and no verdict:
 //! the child serves when it has written `OK`, and the parent notices within its tick of 500 ms.
 
+use std::env;
 use std::ffi::OsStr;
-use std::io;
+use std::fs::File;
+use std::io::{self, Read};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::{OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
+use std::time::Duration;
 
+use rustix::fs::FileType;
+use rustix::io::retry_on_intr;
+
+use super::entry::Entry;
+use crate::error::Error;
 use crate::key::{Key, Kind};
+use crate::sys::adopt::{is_open, Adopter};
+use crate::sys::poll::{wait_readable, Deadline};
+use crate::sys::program::is_secure;
 
-pub(crate) const VARIABLE: &str = "ECDYSIS_RUST_UPGRADE";
-pub(crate) const LIST_PIPE: &str = "ECDYSIS_RUST_PIPE_FDS";
-pub(crate) const READY_PIPE: &str = "ECDYSIS_RUST_PIPE_READY";
+/// Its variables. They are for one child, and its parent passes them on to nobody else.
+pub(crate) const VARIABLES: [&str; 3] = [UPGRADE, LIST_PIPE, READY_PIPE];
+const UPGRADE: &str = "ECDYSIS_RUST_UPGRADE";
+const LIST_PIPE: &str = "ECDYSIS_RUST_PIPE_FDS";
+const READY_PIPE: &str = "ECDYSIS_RUST_PIPE_READY";
 
-/// The answer that ends such an upgrade well.
-pub(crate) const READY: &[u8] = b"OK";
+/// How long the list may take. The parent gives up after 5 seconds.
+const LIST: Duration = Duration::from_secs(5);
+
+/// The sockets of a parent of version 1.1.1, and the pipe for [`ready`]. `None` if no such parent started this process.
+pub(crate) fn inherit() -> Result<Option<(Vec<Entry>, OwnedFd)>, Error> {
+    let number = |variable| env::var(variable).ok().and_then(|value| value.parse::<RawFd>().ok());
+    if env::var_os(UPGRADE).is_none_or(|value| value != "yes") {
+        return Ok(None);
+    }
+    let failed = |source| Error::Handover { what: "list of version 1.1.1", source };
+    let (Some(list), Some(ready)) = (number(LIST_PIPE), number(READY_PIPE)) else {
+        return Err(failed(io::Error::new(io::ErrorKind::InvalidInput, "its pipes are not named")));
+    };
+    // That version proves nothing about its numbers. A process that merely inherited the variables has no such pipes.
+    if !is_open(list, FileType::Fifo) && !is_open(ready, FileType::Fifo) {
+        return Ok(None);
+    }
+    if is_secure() {
+        return Err(failed(io::Error::new(
+            io::ErrorKind::PermissionDenied,
+            "the program has more rights than its caller (AT_SECURE)",
+        )));
+    }
+    let Some(mut adopter) = Adopter::take() else { return Ok(None) };
+    let list = adopter.adopt_as_it_is(list, FileType::Fifo).map_err(failed)?;
+    let ready = adopter.adopt_as_it_is(ready, FileType::Fifo).map_err(failed)?;
+    let list = read(list).map_err(failed)?;
+    let sockets = decode(&list).ok_or_else(|| failed(io::Error::new(io::ErrorKind::InvalidData, "malformed")))?;
+    let entry = |(fd, key): (RawFd, Key)| {
+        let adopted = adopter.adopt_as_it_is(fd, FileType::Socket).and_then(|fd| Entry::new(key.clone(), fd));
+        adopted.map_err(|source| Error::Socket { key, source })
+    };
+    let entries = sockets.into_iter().map(entry).collect::<Result<_, _>>()?;
+    Ok(Some((entries, ready)))
+}
+
+/// Ends the upgrade well, for the parent.
+pub(crate) fn ready(pipe: &OwnedFd) -> io::Result<()> {
+    retry_on_intr(|| rustix::io::write(pipe, b"OK"))?;
+    Ok(())
+}
+
+/// Everything up to the end of the pipe.
+fn read(pipe: OwnedFd) -> io::Result<Vec<u8>> {
+    let (deadline, mut pipe, mut list) = (Deadline::after(LIST), File::from(pipe), Vec::new());
+    while wait_readable(&pipe, deadline) {
+        let mut chunk = [0; 4096];
+        match pipe.read(&mut chunk)? {
+            0 => return Ok(list),
+            n => list.extend_from_slice(&chunk[..n]),
+        }
+    }
+    Err(io::ErrorKind::TimedOut.into())
+}
 
 /// Decodes the list: the number and the key of each socket. `None` if it is not such a list from the first byte to
 /// the last.

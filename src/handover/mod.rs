@@ -4,6 +4,7 @@ pub(crate) mod ancestors;
 pub(crate) mod blob;
 pub(crate) mod entry;
 pub(crate) mod escape;
+pub(crate) mod from_1_1_1;
 pub(crate) mod greeting;
 pub(crate) mod held_open;
 pub(crate) mod lines;

@@ -61,7 +61,7 @@ impl Arrived {
             }));
             generation.is_none()
         });
-        Ok(Inherited { generation, entries, ancestors: Ancestors { parent: Some(parent), older } })
+        Ok(Inherited { generation, entries, ancestors: Ancestors { parent: Some(parent), older, of_1_1_1: None } })
     }
 
     /// Owns the descriptors that the manifest names.

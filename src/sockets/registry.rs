@@ -151,6 +151,12 @@ impl Registry {
         Ok(())
     }
 
+    /// Makes every socket nonblocking that others reach by its address.
+    pub(crate) fn make_nonblocking(&self) -> io::Result<()> {
+        let mut sockets = self.ours.iter().filter(|entry| entry.key.kind().has_address());
+        sockets.try_for_each(|entry| Ok(ioctl_fionbio(&entry.fd, true)?))
+    }
+
     /// Holds a duplicate of a socket that is of the key's kind, and makes it nonblocking. One with a backlog does not listen
     /// yet.
     pub(super) fn hold(

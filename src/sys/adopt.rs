@@ -37,6 +37,20 @@ impl Adopter {
             return Err(io::ErrorKind::InvalidInput.into());
         }
         check(fd, file_type, wanted)?;
+        self.own(fd, index)
+    }
+
+    /// The same for a number that nothing proves, as version 1.1.1 hands descriptors over.
+    pub(crate) fn adopt_as_it_is(&mut self, fd: RawFd, file_type: FileType) -> io::Result<OwnedFd> {
+        let index = usize::try_from(fd).unwrap_or_default();
+        if fd <= libc::STDERR_FILENO || self.adopted.get(index) == Some(&true) || !is_open(fd, file_type) {
+            return Err(io::Error::new(io::ErrorKind::NotFound, "the descriptor is missing, or another file"));
+        }
+        self.own(fd, index)
+    }
+
+    /// Owns an open descriptor that was not adopted before.
+    fn own(&mut self, fd: RawFd, index: usize) -> io::Result<OwnedFd> {
         // SAFETY: it is open, and nobody owns it before this.
         fcntl_setfd(unsafe { BorrowedFd::borrow_raw(fd) }, FdFlags::CLOEXEC)?;
         // No longer than the table of descriptors, because this one is open.
@@ -46,6 +60,13 @@ impl Adopter {
         // else in this process opened it; `adopted` and the single `Adopter` see to it that it is owned once.
         Ok(unsafe { OwnedFd::from_raw_fd(fd) })
     }
+}
+
+/// Whether `fd` is open and of that type.
+pub(crate) fn is_open(fd: RawFd, file_type: FileType) -> bool {
+    // SAFETY: used for a call that is harmless on any number; a closed one gives EBADF.
+    let stat = fstat(unsafe { BorrowedFd::borrow_raw(fd) });
+    stat.is_ok_and(|stat| FileType::from_raw_mode(stat.st_mode) == file_type)
 }
 
 /// Checks that `fd` is open, and of that type and [`identity`]. Owns nothing.

@@ -9,12 +9,12 @@ use std::time::Duration;
 
 use crate::error::Error;
 use crate::generation::Generation;
-use crate::handover::ancestors::ParentState;
+use crate::handover::ancestors::{Ancestors, ParentState};
 use crate::handover::entry::FdRef;
-use crate::handover::greeting;
 use crate::handover::lines::{FromChild, COMMIT, MAX_DROPPED};
 use crate::handover::receive::{self, Inherited};
 use crate::handover::variable::{is_handover, Carrier, VARIABLE};
+use crate::handover::{from_1_1_1, greeting};
 use crate::logging;
 use crate::program::SECURE;
 use crate::sys::adopt::{check, Adopter};
@@ -37,6 +37,11 @@ pub(crate) fn inherit(
 ) -> Result<Option<Inherited>, Error> {
     if let Some(inherited) = from_environment()? {
         return Ok(Some(inherited));
+    }
+    if let Some((entries, pipe)) = from_1_1_1::inherit()? {
+        // It does not count its generations.
+        let ancestors = Ancestors { of_1_1_1: Some(pipe), ..Ancestors::default() };
+        return Ok(Some(Inherited { generation: 1, entries, ancestors }));
     }
     match take_over {
         Some(path) => from_socket(path, trust, ready_timeout),
@@ -127,6 +132,14 @@ fn from_socket(path: &Path, trust: &Trust, ready_timeout: Duration) -> Result<Op
 /// received its `serving`. In every other case it is given up and must not serve, because the parent may.
 pub(crate) fn ready(generation: &Generation) -> Result<(), Error> {
     let dropped = generation.sockets.close_unclaimed()?;
+    if let Some(pipe) = &generation.ancestors.of_1_1_1 {
+        let pid_file = generation.pid_file.replace()?;
+        generation.sockets.begin_serving()?;
+        from_1_1_1::ready(pipe).map_err(|source| Error::Ready { source })?;
+        pid_file.keep();
+        // Not before: the mode is the parent's too, whose threads may accept by blocking calls.
+        return generation.sockets.registry().make_nonblocking().map_err(|source| Error::Ready { source });
+    }
     let Some(parent) = &generation.ancestors.parent else { return generation.pid_file.write() };
     for dropped in dropped.chunks(MAX_DROPPED) {
         // A parent that does not read this does not read `ready` either.

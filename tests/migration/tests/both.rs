@@ -12,7 +12,7 @@ use std::process::Command;
 
 use rustix::net::{connect, recv, send, socket, AddressFamily, RecvFlags, SendFlags, SocketAddrUnix, SocketType};
 use rustix::process::Signal;
-use support::{field, generation, tempdir, wait_exit, Server, TempDir, DEADLINE};
+use support::{field, generation, tempdir, wait_exit, Load, Server, TempDir, DEADLINE};
 
 /// Every line that tells what a version does, without the numbers that differ from run to run.
 fn told(server: &Server) -> Vec<String> {
@@ -173,4 +173,37 @@ fn under_a_service_manager() {
         told(&program.server)
     });
     assert_eq!(both[0], both[1]);
+}
+
+/// The move itself: a running process of 1.1.1 is upgraded to a program with this version, and that one to itself.
+#[test]
+fn a_live_process_of_1_1_1_hands_over_to_this_version() {
+    let dir = tempdir();
+    let place = dir.path().join("program");
+    let install = |program: &str| {
+        let new = dir.path().join("new");
+        assert!(Command::new("cp").arg(program).arg(&new).status().unwrap().success());
+        fs::rename(new, &place).unwrap();
+    };
+    install(BOTH[0]);
+    let mut program = Program::start(place.to_str().unwrap(), plain);
+    program.is(1);
+    install(BOTH[1]);
+    let load = Load::on(&format!("127.0.0.1:{}", program.port), 2);
+    for by_1_1_1 in [true, false] {
+        let old = program.server.pid();
+        program.server.signal(Signal::HUP);
+        program.server.wait("serving gen=2"); // the program counts no further
+        program.server.wait("ended upgrade");
+        wait_exit(old);
+        program.is(2);
+        let environment = fs::read(format!("/proc/{}/environ", program.server.pid())).unwrap();
+        let inherits = |text: &[u8]| environment.windows(text.len()).any(|part| part == text);
+        assert_eq!(inherits(b"ECDYSIS_RUST_UPGRADE=yes"), by_1_1_1);
+        assert_eq!(inherits(b"ECDYSIS_HANDOVER="), !by_1_1_1);
+    }
+    load.stop().assert_none_failed();
+    program.server.signal(Signal::TERM);
+    program.server.wait("ended full stop");
+    program.server.wait_all_ended();
 }
