@@ -26,6 +26,7 @@ mod kv;
 mod listeners;
 #[cfg(feature = "systemd")]
 mod notify;
+mod one_serves;
 mod operators;
 mod output;
 mod passing;

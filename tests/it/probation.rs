@@ -75,7 +75,7 @@ fn a_child_that_stops_on_purpose_is_not_taken_for_dead() {
 }
 
 #[test]
-fn a_child_that_hands_over_itself_is_not_taken_for_dead() {
+fn each_generation_upgrades_after_its_own_verdict() {
     let (mut server, addr) = {
         let server = Server::whoami(["--listen", "127.0.0.1:0", "--probation", "2000"]);
         let addr = server.addr();
@@ -86,7 +86,6 @@ fn a_child_that_hands_over_itself_is_not_taken_for_dead() {
         server.signal(Signal::HUP);
         server.wait(&format!("serving gen={generation}"));
     }
-    // Each but the last hears that its child has handed over, long before its own probation would be over.
     for generation in 1..4 {
         server.wait_any(&format!("ended gen={generation} "));
     }

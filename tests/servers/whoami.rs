@@ -18,7 +18,8 @@
 //!       --takeover-socket P               hand over to whoever connects there, as another whoami with --take-over P does
 //!       --transport pipes|socket          what carries the handover to a child (pipes)
 //!       --upgrade-socket P  --stop-socket P  --partial-stop-socket P  --control-socket P  --pid-file P  --exec P
-//!       --ready-timeout MS  --probation MS  --overlap allow|refuse|N  --fork
+//!       --ready-timeout MS|max  --probation MS|max  --overlap allow|refuse|N  --fork
+//!       --drop-early                      drop the handle before the drain
 //!       --next FILE                       read at each upgrade: `exec=PATH`, or `NAME=VALUE` for the environment
 //!       --log                             every line of the log, as `log LEVEL TEXT`
 //!       --systemd                         tell the service manager, take its sockets (with feature systemd)
@@ -103,6 +104,10 @@ fn serve() -> Result<()> {
     }
 
     let exit = ecdysis.run()?;
+    if options.drop_early {
+        drop(ecdysis);
+        say(format!("dropped gen={gen} pid={pid}"));
+    }
     let left = shutdown.drain(options.drain);
     say(format!("ended gen={gen} pid={pid} left={left} {} ({})", exit.mode, exit.reason));
     Ok(())
@@ -160,6 +165,7 @@ struct Options {
     kept: Kept,
     chdir: Option<PathBuf>,
     wait_for_parent: bool,
+    drop_early: bool,
     drain: Duration,
     misbehave: Option<PathBuf>,
 }
@@ -174,11 +180,15 @@ impl Options {
             kept: Kept::No,
             chdir: None,
             wait_for_parent: false,
+            drop_early: false,
             drain: Duration::from_secs(60),
             misbehave: None,
         };
         let mut args = lexopt::Parser::from_env();
-        let ms = |value: std::ffi::OsString| value.parse().map(Duration::from_millis);
+        let ms = |value: std::ffi::OsString| match value.to_str() {
+            Some("max") => Ok(Duration::MAX),
+            _ => value.parse().map(Duration::from_millis),
+        };
         while let Some(arg) = args.next()? {
             match arg {
                 Long("listen") => options.listen.push(args.value()?.string()?),
@@ -221,6 +231,7 @@ impl Options {
                 }
                 Long("ready-timeout") => drop(builder.ready_timeout(ms(args.value()?)?)),
                 Long("probation") => drop(builder.probation(ms(args.value()?)?)),
+                Long("drop-early") => options.drop_early = true,
                 Long("fork") => drop(builder.spawn(Spawn::Fork)),
                 Long("overlap") => drop(builder.overlap(match args.value()?.string()?.as_str() {
                     "allow" => Overlap::Allow,
@@ -382,6 +393,7 @@ fn connection(stream: impl Stream, shutdown: &Shutdown, hold: bool, answer: &str
 ///     sleep=MS              waits before ready; the words below come after it
 ///     exit=CODE signal=N panic hang stop-self refuse=REASON (to the end of the line)
 ///     close-status          closes its pipes and lives (it executes `sleep`, and the pipes are close-on-exec)
+///     helper                makes a process that holds copies of its pipes for some seconds
 ///     garbage               writes nonsense into the status pipe, then waits
 ///     die-after-ready=MS    SIGKILLs itself so long after ready
 ///     stop-after-ready=MS   ends on purpose so long after ready
@@ -425,6 +437,7 @@ impl Misbehaviour {
         }
         for (name, value) in &self.0 {
             match name.as_str() {
+                "helper" => helper(),
                 "slow-listen" | "sleep" | "die-after-ready" | "stop-after-ready" | "freeze-after-ready" => {}
                 "exit" => process::exit(value.parse()?),
                 "signal" => kill_self(value.parse()?)?,
@@ -466,6 +479,17 @@ impl Misbehaviour {
                 }),
                 _ => continue,
             };
+        }
+    }
+}
+
+/// A process that executes nothing keeps every descriptor, also those that are close-on-exec.
+fn helper() {
+    // SAFETY: the child calls nothing but sleep and _exit (fork(2)).
+    unsafe {
+        if libc::fork() == 0 {
+            libc::sleep(5);
+            libc::_exit(0);
         }
     }
 }

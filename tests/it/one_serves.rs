@@ -1,0 +1,296 @@
+//! One version serves, whatever happens: wrappers, nested requests, helpers, debuggers, privileges, and values that a
+//! program drops early.
+
+use std::fs;
+use std::io::{Read, Write};
+use std::os::unix::fs::PermissionsExt;
+use std::process::{Command, Stdio};
+use std::sync::mpsc;
+use std::thread;
+
+use crate::support::*;
+use ecdysis::Ecdysis;
+use rustix::process::Signal;
+
+/// A server whose next generations misbehave as the file says.
+fn server(dir: &TempDir, more: &[&str]) -> (Server, impl Fn(&str)) {
+    let how = dir.path().join("how");
+    let args = ["--listen", "127.0.0.1:0", "--misbehave", how.to_str().unwrap()];
+    (Server::whoami(args.iter().chain(more)), move |words: &str| fs::write(&how, words).unwrap())
+}
+
+/// A program that starts the server as its own child, and is killed in its place.
+fn wrapper(dir: &TempDir) -> String {
+    let path = dir.path().join("wrapper");
+    fs::write(&path, format!("#!/bin/sh\n\"{}\" \"$@\"\nexit $?\n", example("whoami").display())).unwrap();
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+    path.to_str().unwrap().to_owned()
+}
+
+fn refused(addr: &str) {
+    assert_eq!(connect(addr).map(drop).unwrap_err().kind(), std::io::ErrorKind::ConnectionRefused);
+}
+
+#[test]
+fn the_server_behind_a_wrapper_is_given_up_with_it() {
+    let dir = tempdir();
+    let pid_file = dir.path().join("pid");
+    let more = ["--exec", &wrapper(&dir), "--ready-timeout", "300", "--pid-file", pid_file.to_str().unwrap()];
+    for carrier in ["pipes", "socket"] {
+        let (mut server, misbehave) = server(&dir, &[&more[..], &["--transport", carrier]].concat());
+        let (addr, pid) = (server.addr(), server.first_pid());
+        misbehave("sleep=1000");
+        let line = server.fail_to_upgrade();
+        assert!(line.contains("not ready within 300ms"), "{line}");
+        // Its link is still open, and it has received why.
+        server.wait("the parent gave up this upgrade");
+        eventually("the old one is alone", || server.processes() == [pid]);
+        assert_eq!(generation(&addr), 1);
+        assert_eq!(fs::read_to_string(&pid_file).unwrap().trim(), pid.to_string());
+        server.signal_first(Signal::TERM);
+        server.wait_all_ended();
+    }
+}
+
+#[test]
+fn a_stop_during_the_upgrade_also_stops_the_server_behind_a_wrapper() {
+    let dir = tempdir();
+    let (mut server, misbehave) = server(&dir, &["--exec", &wrapper(&dir)]);
+    let addr = server.addr();
+    misbehave("sleep=1000");
+    server.signal(Signal::HUP);
+    server.wait(" gen=2 ");
+    server.signal_first(Signal::TERM);
+    server.wait("the parent gave up this upgrade");
+    server.wait_all_ended();
+    refused(&addr);
+    assert!(!server.said().iter().any(|line| line.starts_with("serving gen=2")));
+}
+
+#[test]
+fn a_version_on_probation_upgrades_after_its_verdict() {
+    let dir = tempdir();
+    let control_socket = dir.path().join("control");
+    let more = ["--probation", "20000", "--control-socket", control_socket.to_str().unwrap()];
+    let (mut server, _) = server(&dir, &more);
+    let (addr, first) = (server.addr(), server.first_pid());
+    server.signal(Signal::HUP);
+    let second = field::<u32>(&server.wait("serving gen=2"), "pid");
+    send_signal(second, Signal::HUP);
+    // It has received the signal, because it answers this later request, and it waits.
+    let status = control(&control_socket, "status\n").unwrap();
+    assert!(status.contains(&format!("pid={second} ")) && status.contains("phase=probation"), "{status}");
+    send_signal(second, Signal::KILL);
+    server.wait("upgrade failed");
+    assert_eq!(field::<u32>(&ask(&addr).unwrap(), "pid"), first);
+    assert!(!server.said().iter().any(|line| line.contains("gen=3")), "{:?}", server.said());
+}
+
+/// What the parent is asked for during the probation, the child does.
+#[test]
+fn the_parent_passes_on_what_it_is_asked_for() {
+    let dir = tempdir();
+    let (mut server, _) = server(&dir, &["--probation", "1000"]);
+    let addr = server.addr();
+    server.signal(Signal::HUP);
+    server.wait("serving gen=2");
+    server.signal_first(Signal::HUP);
+    server.wait("serving gen=3");
+    assert_eq!(generation(&addr), 3);
+
+    for (signal, how) in [(Signal::USR2, "partially stopped"), (Signal::TERM, "stopped")] {
+        let (mut server, _) = self::server(&dir, &["--probation", "20000"]);
+        server.signal(Signal::HUP);
+        server.wait("serving gen=2");
+        server.signal_first(signal);
+        let line = server.wait_any("ended gen=2");
+        assert!(line.contains(&format!("left=0 {how}")) && line.contains("the parent"), "{line}");
+        server.wait_all_ended();
+        refused(&server.addr());
+    }
+}
+
+/// A stop that was passed on is done by the parent, if the child does not live to do it.
+#[test]
+fn a_stop_is_not_lost_with_the_child() {
+    let dir = tempdir();
+    let (mut server, _) = server(&dir, &["--probation", "20000", "--log"]);
+    let addr = server.addr();
+    server.signal(Signal::HUP);
+    let second = field::<u32>(&server.wait("serving gen=2"), "pid");
+    send_signal(second, Signal::STOP);
+    server.signal_first(Signal::TERM);
+    server.wait("passed on");
+    send_signal(second, Signal::KILL);
+    server.wait_all_ended();
+    refused(&addr);
+}
+
+/// The links of the dead child are held open by a process that it has made.
+#[test]
+fn a_death_is_seen_although_a_helper_holds_the_links() {
+    for way in [&[][..], &["--fork"], &["--transport", "socket"], &["--fork", "--transport", "socket"]] {
+        let dir = tempdir();
+        let (mut server, misbehave) = server(&dir, &[&["--probation", "60000"], way].concat());
+        let addr = server.addr();
+        for (words, line) in [("helper exit=3", "ended before"), ("helper die-after-ready=50", "after it was ready")] {
+            misbehave(words);
+            let failed = server.fail_to_upgrade();
+            assert!(failed.contains(line), "{way:?}: {failed}");
+            assert_eq!(generation(&addr), 1);
+        }
+    }
+}
+
+/// A debugger is told of the end of its child first, and this one is stopped and does not listen.
+#[test]
+fn a_debugger_on_the_child_holds_up_nobody() {
+    if !has_strace() {
+        return;
+    }
+    let dir = tempdir();
+    let control_socket = dir.path().join("control");
+    let more = ["--ready-timeout", "1500", "--control-socket", control_socket.to_str().unwrap()];
+    let (mut server, misbehave) = server(&dir, &more);
+    misbehave("hang");
+    server.signal(Signal::HUP);
+    let child = field::<u32>(&server.wait(" gen=2 "), "pid");
+    let mut strace = Command::new("strace");
+    strace.args(["-o", "/dev/null", "-p", &child.to_string()]).stderr(Stdio::null());
+    guard::mark(&mut strace, 0);
+    let mut debugger = strace.spawn().unwrap();
+    let status = format!("/proc/{child}/status");
+    let traced = || fs::read_to_string(&status).is_ok_and(|status| !status.contains("TracerPid:\t0\n"));
+    eventually("it is traced", traced);
+    send_signal(debugger.id(), Signal::STOP);
+    let line = server.wait("upgrade failed");
+    assert!(line.contains("not ready within 1.5s"), "{line}");
+    let status = control(&control_socket, "status\n").unwrap();
+    assert!(status.contains("phase=serving"), "{status}");
+    server.signal_first(Signal::TERM);
+    server.wait("ended gen=1");
+    debugger.kill().unwrap();
+    debugger.wait().unwrap();
+    server.wait_all_ended();
+}
+
+/// argv[0], PATH and the directory are chosen by a caller with fewer rights.
+#[test]
+fn a_privileged_program_starts_nothing_that_its_caller_names() {
+    let dir = tempdir();
+    let program = dir.path().join("server");
+    install("whoami", &program);
+    if !rustix::process::geteuid().is_root() {
+        return eprintln!("NOT RUN: only root can give the program another group");
+    }
+    std::os::unix::fs::chown(&program, None, Some(65534)).unwrap();
+    fs::set_permissions(&program, fs::Permissions::from_mode(0o2755)).unwrap();
+    let evil = dir.path().join("evil");
+    fs::write(&evil, "#!/bin/sh\necho evil: $* >&2\n").unwrap();
+    fs::set_permissions(&evil, fs::Permissions::from_mode(0o755)).unwrap();
+    let mut command = Command::new(&program);
+    std::os::unix::process::CommandExt::arg0(&mut command, "./evil");
+    command.args(["--listen", "127.0.0.1:0"]).current_dir(dir.path()).env("PWD", dir.path()).env("PATH", dir.path());
+    let mut server = Server::serving(command);
+    server.signal(Signal::HUP);
+    let line = server.wait("upgrade ");
+    assert!(!server.said().iter().any(|line| line.starts_with("evil")), "{line}");
+    assert!(line.contains("AT_SECURE") || !is_privileged(server.first_pid()), "{line}");
+}
+
+/// False on a file system that ignores the set-group-ID bit.
+fn is_privileged(pid: u32) -> bool {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    let gids = status.lines().find(|line| line.starts_with("Gid:")).unwrap().split_whitespace();
+    gids.clone().nth(1) != gids.clone().nth(2)
+}
+
+/// A handover that is meant for this process and cannot be used is an error, and another process's is ignored.
+#[test]
+fn a_handover_that_cannot_be_used_is_an_error() {
+    use std::os::fd::AsRawFd;
+    let (pipe, other) = rustix::pipe::pipe().unwrap();
+    let named = |fd: &std::os::fd::OwnedFd| format!("{}@{}", fd.as_raw_fd(), rustix::fs::fstat(fd).unwrap().st_ino);
+    let (pipe, gone) = (named(&pipe), format!("{}@1", other.as_raw_fd()));
+    for (value, refused) in [
+        (format!("v1:manifest={pipe},status={gone}"), true),
+        (format!("v1:manifest=1@1,status={pipe}"), true),
+        ("v9:anything".to_owned(), true),
+        (format!("v1:manifest={gone},status={gone}"), false),
+        ("yes".to_owned(), false),
+    ] {
+        let mut command = Command::new(example("whoami"));
+        command.args(["--listen", "127.0.0.1:0"]).env("ECDYSIS_HANDOVER", &value);
+        let mut server = Server::start(command);
+        let line = if refused { server.wait("whoami: ") } else { server.wait("serving gen=1") };
+        assert_eq!(line.contains("ECDYSIS_HANDOVER"), refused, "{value}: {line}");
+    }
+}
+
+/// A request for a stop may be posted when `run` has just returned.
+#[test]
+fn stop_returns_beside_run() {
+    if !is_alone("one_serves::stop_returns_beside_run") {
+        return;
+    }
+    for _ in 0..300 {
+        let server = Ecdysis::builder().start().unwrap().ready().unwrap();
+        let (done, returned) = mpsc::channel();
+        for stops in [false, true, true] {
+            let (server, done) = (server.clone(), done.clone());
+            thread::spawn(move || {
+                if stops {
+                    server.stop();
+                } else {
+                    server.run().unwrap();
+                }
+                // The receiver is gone only if the test has failed.
+                let _ = done.send(());
+            });
+        }
+        for _ in 0..3 {
+            returned.recv_timeout(DEADLINE).expect("stop and run return");
+        }
+        assert!(server.shutdown().is_over());
+        drop(server);
+        // The threads may hold their handles for a moment longer.
+        eventually("another start is possible", || match Ecdysis::builder().start() {
+            Ok(starting) => {
+                drop(starting);
+                true
+            }
+            Err(_) => false,
+        });
+    }
+}
+
+/// No time that a program may choose is too long.
+#[test]
+fn every_time_may_be_the_longest() {
+    for (setting, end) in [("--probation", "serving gen=2"), ("--ready-timeout", "upgrade ok")] {
+        let dir = tempdir();
+        let (mut server, _) = server(&dir, &[setting, "max"]);
+        server.signal(Signal::HUP);
+        server.wait(end);
+        assert_eq!(generation(&server.addr()), 2);
+        server.signal_all(Signal::TERM);
+        server.wait_all_ended();
+    }
+}
+
+/// What lasts until the process ends does not hang on a value that the program may drop.
+#[test]
+fn dropping_ecdysis_early_changes_nothing() {
+    let dir = tempdir();
+    let (mut server, _) = server(&dir, &["--hold", "--drop-early", "--wait-for-parent", "--probation", "20"]);
+    let mut connection = connect(&server.addr()).unwrap();
+    connection.write_all(b"who\nhalf a line").unwrap();
+    connection.read_exact(&mut [0; 6]).unwrap();
+    server.signal(Signal::HUP);
+    server.wait("dropped gen=1");
+    server.signal_first(Signal::HUP);
+    drop(connection);
+    // The late signal did not end the drain, and the new one has waited for the end of the old one.
+    server.wait("ended gen=1");
+    server.wait("parent ended gen=2");
+}
