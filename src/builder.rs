@@ -290,6 +290,26 @@ impl Builder {
         self
     }
 
+    /// Whether a stop signal that is delivered after a stop ends the [`drain`](crate::Shutdown::drain), which then returns
+    /// early: an operator who presses Ctrl-C a second time does not want to wait for the connections. Default: no.
+    ///
+    /// It does not shorten the drain of a generation that was replaced.
+    ///
+    /// ```
+    /// # fn main() -> Result<(), ecdysis::Error> {
+    /// let starting = ecdysis::Ecdysis::builder()
+    ///     .stop_on_signal(libc::SIGTERM)
+    ///     .stop_on_signal(libc::SIGINT)
+    ///     .second_stop_ends_drain(true)
+    ///     .start()?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn second_stop_ends_drain(&mut self, ends: bool) -> &mut Self {
+        self.limits.second_stop_ends_drain = ends;
+        self
+    }
+
     /// What happens when an upgrade is asked for while an older generation still drains.
     pub fn overlap(&mut self, overlap: Overlap) -> &mut Self {
         self.limits.overlap = overlap;

@@ -101,6 +101,7 @@ mod options;
 mod pid_file;
 mod program;
 mod reporter;
+mod second_stop;
 mod seqpacket;
 mod service;
 mod shutdown;

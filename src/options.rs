@@ -51,11 +51,18 @@ pub(crate) struct Limits {
     pub(crate) ready_timeout: Duration,
     pub(crate) probation: Duration,
     pub(crate) overlap: Overlap,
+    /// A stop signal during the drain ends it.
+    pub(crate) second_stop_ends_drain: bool,
 }
 
 impl Default for Limits {
     fn default() -> Self {
-        Self { ready_timeout: Duration::from_secs(60), probation: Duration::from_secs(1), overlap: Overlap::default() }
+        Self {
+            ready_timeout: Duration::from_secs(60),
+            probation: Duration::from_secs(1),
+            overlap: Overlap::default(),
+            second_stop_ends_drain: false,
+        }
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use rustix::event::PollFlags;
 
@@ -14,6 +14,7 @@ use crate::generation::Generation;
 use crate::handover::ancestors::ParentState;
 use crate::handover::lines::{FromChild, FromParent};
 use crate::logging;
+use crate::second_stop::SecondStop;
 use crate::shutdown::State;
 use crate::sys::poll::Deadline;
 use crate::triggers::control::{TakeoverSocket, Trust};
@@ -259,6 +260,12 @@ impl Service {
         generation.sockets.registry().close_all();
         self.lead().stop = triggers.stop_reason();
         triggers.close();
+        if generation.limits.second_stop_ends_drain && !handed_over {
+            match SecondStop::new(triggers.stop_signals()) {
+                Ok(signal) => generation.shutdown.set_end_signal(Arc::new(signal)),
+                Err(e) => logging::warn!("a second stop signal will not end the drain: {e}"),
+            }
+        }
         generation.reporter.emit(&Event::Ended(&exit));
         let state = if handed_over { State::HandedOver } else { State::Stopped };
         // Last: a program that waits for the shutdown handle may end the process at once, so everyone else must have been

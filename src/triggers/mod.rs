@@ -47,6 +47,11 @@ impl Triggers {
         self.handlers.keep();
     }
 
+    /// The signals that request a stop.
+    pub(crate) fn stop_signals(&self) -> Vec<i32> {
+        self.signals.iter().filter(|(_, action)| action.stops()).map(|(signal, _)| *signal).collect()
+    }
+
     #[cfg(feature = "tokio_ecdysis")]
     pub(crate) fn add_signal(&mut self, signal: i32, action: Action) -> std::io::Result<()> {
         self.handlers.install(signal)?;

@@ -409,3 +409,36 @@ fn a_drain_waits_for_a_loop_that_has_not_begun() {
     assert!(incoming.next().is_none());
     assert_eq!(shutdown.drain(Duration::ZERO), 0);
 }
+
+#[test]
+fn a_second_stop_signal_ends_the_drain_of_a_program_that_chose_so() {
+    if !is_alone("post_fork::a_second_stop_signal_ends_the_drain_of_a_program_that_chose_so") {
+        return;
+    }
+    let long = Duration::from_secs(30);
+    let raise = |signal| rustix::process::kill_process(rustix::process::getpid(), signal).unwrap();
+    for chosen in [true, false] {
+        let mut builder = Ecdysis::builder();
+        builder.upgrade_on_signal(libc::SIGHUP).stop_on_signal(libc::SIGTERM).stop_on_signal(libc::SIGINT);
+        let server = builder.second_stop_ends_drain(chosen).start().unwrap().ready().unwrap();
+        let shutdown = server.shutdown();
+        let connection = shutdown.guard();
+        raise(Signal::TERM);
+        server.run().unwrap();
+        let (tell, told) = std::sync::mpsc::channel();
+        let drain = std::thread::spawn({
+            let shutdown = shutdown.clone();
+            move || tell.send(shutdown.drain(long * 2)).unwrap()
+        });
+        // Asks for something else, and changes nothing.
+        raise(Signal::HUP);
+        assert!(told.recv_timeout(Duration::from_millis(50)).is_err());
+        raise(Signal::INT);
+        if !chosen {
+            assert!(told.recv_timeout(Duration::from_millis(50)).is_err());
+            drop(connection);
+        }
+        assert_eq!(told.recv_timeout(long), Ok(chosen.into()));
+        drain.join().unwrap();
+    }
+}
