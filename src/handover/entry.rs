@@ -63,9 +63,8 @@ pub(crate) struct FdRef {
 }
 
 impl FdRef {
-    /// `nonce` stands in for the inode where pipes and sockets have none.
-    pub(crate) fn to(fd: &OwnedFd, nonce: Option<u64>) -> io::Result<Self> {
-        Ok(Self { fd: fd.as_raw_fd(), inode: nonce.map_or_else(|| identity(fd), Ok)? })
+    pub(crate) fn to(fd: &OwnedFd) -> io::Result<Self> {
+        Ok(Self { fd: fd.as_raw_fd(), inode: identity(fd)? })
     }
 }
 

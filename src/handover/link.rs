@@ -102,15 +102,14 @@ impl ChildLink {
         let (manifest_read, manifest_write) = pipe("manifest pipe")?;
         let (status_read, status_write) = pipe("status pipe")?;
         let Handover { generation, entries } = handover;
-        let nonce = nonce();
+        let manifest = FdRef::to(&manifest_read).map_err(prepare("manifest pipe"))?;
+        let status = FdRef::to(&status_write).map_err(prepare("status pipe"))?;
         let text = manifest::encode(generation, entries.iter().map(|entry| (entry.number(), entry)));
-        let text = manifest::with_nonce(text, nonce).into_bytes();
+        let text = manifest::with_nonce(text, nonce(manifest.inode)).into_bytes();
         // A larger pipe only saves the child a wait. Without it the rest is sent while this process waits for `ready`.
         if text.len() + ROOM > 64 * 1024 {
             net::grow_pipe(&manifest_write, text.len() + ROOM);
         }
-        let manifest = FdRef::to(&manifest_read, nonce).map_err(prepare("manifest pipe"))?;
-        let status = FdRef::to(&status_write, nonce).map_err(prepare("status pipe"))?;
         let mut link = Self::new(manifest_write.into(), status_read.into(), Unsent::Text(text));
         link.send_some().map_err(prepare("manifest"))?;
         let carrier = Carrier::Pipes { manifest, status };
@@ -122,9 +121,8 @@ impl ChildLink {
     pub(crate) fn socketpair(handover: Handover) -> Result<(Self, ChildEnd), Error> {
         let (ours, child_end) =
             net::socketpair(SocketType::STREAM, Mode::Nonblocking).map_err(|e| prepare("handover socket")(e.into()))?;
-        let nonce = nonce();
-        let socket = FdRef::to(&child_end, nonce).map_err(prepare("handover socket"))?;
-        let mut link = Self::over_socket(ours.into(), handover, nonce)?;
+        let socket = FdRef::to(&child_end).map_err(prepare("handover socket"))?;
+        let mut link = Self::over_socket(ours.into(), handover, nonce(socket.inode))?;
         link.send_some().map_err(prepare("manifest"))?;
         Ok((
             link,

@@ -15,7 +15,7 @@ use super::manifest::{Manifest, MAX_ENTRIES, MAX_SIZE};
 use super::scm::{Limits, Receiver};
 use crate::error::Error;
 use crate::logging;
-use crate::sys::adopt::{identity, Adopter, INODE_IS_A_PROOF};
+use crate::sys::adopt::{is_identical, nonce, Adopter};
 use crate::sys::poll::{wait_readable, Deadline};
 
 /// What came from the parent, before anything in it was used.
@@ -37,7 +37,7 @@ pub(crate) struct Inherited {
 impl Arrived {
     /// Whether the manifest is the one that the variable means, as far as the inode in the variable did not prove it.
     pub(crate) fn is_of(&self, end: FdRef) -> bool {
-        INODE_IS_A_PROOF || self.manifest.nonce == Some(end.inode)
+        nonce(end.inode).is_none_or(|nonce| self.manifest.nonce == Some(nonce))
     }
 
     /// Owns the descriptors that the manifest names. The link to the parent consists of `reader` and `writer`, which
@@ -100,7 +100,7 @@ impl Descriptors {
                 let owned = received.get_mut(index).and_then(Option::take);
                 let owned =
                     owned.ok_or_else(|| io::Error::new(io::ErrorKind::NotFound, "the descriptor is missing"))?;
-                if identity(&owned)? != fd.inode {
+                if !is_identical(&owned, fd.inode)? {
                     return Err(io::Error::new(io::ErrorKind::InvalidData, "the descriptor is another file"));
                 }
                 Ok(owned)

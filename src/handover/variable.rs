@@ -58,6 +58,14 @@ impl Carrier {
         }
     }
 
+    /// The one that the child reads the manifest from.
+    pub(crate) fn reader(&self) -> FdRef {
+        match *self {
+            Self::Pipes { manifest, .. } => manifest,
+            Self::Socket(socket) => socket,
+        }
+    }
+
     /// The descriptors, and what they must be.
     pub(crate) fn descriptors(&self) -> impl Iterator<Item = (FdRef, FileType)> {
         let (first, second) = match *self {

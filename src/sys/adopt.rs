@@ -5,15 +5,23 @@ use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use rustix::fs::{fstat, FileType};
-use rustix::io::{fcntl_setfd, FdFlags};
+use rustix::io::{fcntl_setfd, ioctl_fionread, FdFlags};
 
 use super::system::identity;
 
-pub(crate) use super::system::identity::{nonce, INODE_IS_A_PROOF};
-
-/// The number that, next to its own, proves that a descriptor is the one meant: its inode, or 0 where it has none.
+/// What, besides the number, stands for a descriptor: the inode where it has one, otherwise a number made now.
 pub(crate) fn identity(fd: impl AsFd) -> io::Result<u64> {
     Ok(identity::of(&fstat(fd)?))
+}
+
+/// Whether this can be the descriptor with that identity.
+pub(crate) fn is_identical(fd: impl AsFd, to: u64) -> io::Result<bool> {
+    Ok(identity::is(&fstat(fd)?, to))
+}
+
+/// The nonce for a manifest: the identity of what carries it, unless the carrier itself proves it.
+pub(crate) fn nonce(carrier: u64) -> Option<u64> {
+    (!identity::IS_A_PROOF).then_some(carrier)
 }
 
 /// The right to adopt descriptors by number. There is one in a process, because a number may be adopted once.
@@ -78,4 +86,12 @@ pub(crate) fn check(fd: RawFd, file_type: Option<FileType>, wanted: u64) -> io::
         return Err(io::Error::new(io::ErrorKind::NotFound, "the descriptor is another file"));
     }
     Ok(())
+}
+
+/// Whether `fd` may bring a manifest. The parent writes some of it before the child starts, so a pipe that is empty is
+/// another process's. Only a look, because that one must stay open.
+pub(crate) fn may_bring_a_manifest(fd: RawFd) -> bool {
+    // SAFETY: used for a call that is harmless on any number; a closed one gives EBADF.
+    let bytes = || unsafe { ioctl_fionread(BorrowedFd::borrow_raw(fd)) };
+    identity::IS_A_PROOF || bytes().is_ok_and(|bytes| bytes > 0)
 }

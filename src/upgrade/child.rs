@@ -17,7 +17,7 @@ use crate::handover::variable::{is_handover, Carrier, VARIABLE};
 use crate::handover::{from_1_1_1, greeting};
 use crate::logging;
 use crate::program::SECURE;
-use crate::sys::adopt::{check, Adopter};
+use crate::sys::adopt::{check, may_bring_a_manifest, Adopter};
 use crate::sys::poll::{wait_readable, Deadline};
 use crate::sys::program;
 use crate::triggers::control::Trust;
@@ -58,6 +58,10 @@ fn from_environment() -> Result<Option<Inherited>, Error> {
     };
     let invalid = |why: &'static str| Error::Handover { what: VARIABLE, source: io::Error::other(why) };
     let carrier = Carrier::parse(value).ok_or_else(|| invalid("not of a version or form that is known here"))?;
+    let end = carrier.reader();
+    if !may_bring_a_manifest(end.fd) {
+        return Ok(another_process());
+    }
     let missing = carrier.descriptors().filter(|(fd, file_type)| check(fd.fd, Some(*file_type), fd.inode).is_err());
     match (missing.count(), carrier.descriptors().count()) {
         (0, _) => {}
@@ -76,22 +80,18 @@ fn from_environment() -> Result<Option<Inherited>, Error> {
         Carrier::Pipes { manifest, status } => {
             let (reader, writer) = (adopt(manifest)?, adopt(status)?);
             let arrived = receive::read(&reader, adopter, MANIFEST).map_err(failed)?;
-            if !arrived.is_of(manifest) {
-                return Ok(another_process());
-            }
             (reader, writer, arrived)
         }
         Carrier::Socket(socket) => {
-            let end = socket;
-            let socket = adopt(end)?;
+            let socket = adopt(socket)?;
             let arrived = receive::receive(&socket, MANIFEST).map_err(failed)?;
             let arrived = arrived.map_err(|answer| failed(io::Error::new(io::ErrorKind::InvalidData, answer)))?;
-            if !arrived.is_of(end) {
-                return Ok(another_process());
-            }
             (socket.clone(), socket, arrived)
         }
     };
+    if !arrived.is_of(end) {
+        return Ok(another_process());
+    }
     arrived.unpack(reader, writer).map(Some)
 }
 

@@ -34,7 +34,7 @@ mod post_fork;
 mod probation;
 mod process;
 // A sanitizer makes calls of its own.
-#[cfg(all(target_arch = "x86_64", target_env = "gnu", not(sanitized)))]
+#[cfg(all(target_arch = "x86_64", target_env = "gnu", not(sanitized), not(ecdysis_unix)))]
 mod seccomp;
 mod sockets;
 #[cfg(feature = "systemd")]

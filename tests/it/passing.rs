@@ -15,7 +15,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-#[cfg(all(target_arch = "x86_64", target_env = "gnu", not(sanitized)))]
+#[cfg(all(target_arch = "x86_64", target_env = "gnu", not(sanitized), not(ecdysis_unix)))]
 use crate::seccomp::table::{allow_list, When};
 use crate::support::*;
 use ecdysis::{Ecdysis, Event, Key, Readable, Starting, Transport, UnixSeqpacketConn};
@@ -34,7 +34,7 @@ fn server() {
         Some("many") => serve_many(),
         Some("loop") => serve_by_hand(),
         Some("plain") => serve_plainly(),
-        #[cfg(all(target_arch = "x86_64", target_env = "gnu", not(sanitized)))]
+        #[cfg(all(target_arch = "x86_64", target_env = "gnu", not(sanitized), not(ecdysis_unix)))]
         Some("filtered") => serve_filtered(),
         other => panic!("what is {other:?}?"),
     };
@@ -275,7 +275,7 @@ fn answer_lines(listener: TcpListener, shutdown: &ecdysis::Shutdown, generation:
 }
 
 /// Under a profile that is these columns of the guide's table.
-#[cfg(all(target_arch = "x86_64", target_env = "gnu", not(sanitized)))]
+#[cfg(all(target_arch = "x86_64", target_env = "gnu", not(sanitized), not(ecdysis_unix)))]
 fn serve_filtered() -> Result<()> {
     let takeover = dir().join("takeover");
     let mut builder = builder();
@@ -510,7 +510,7 @@ fn a_rule_of_the_program_decides_who_may_take_over() {
 
 /// A takeover needs neither fork nor execve: what it needs is in two columns of the guide's table.
 #[test]
-#[cfg(all(target_arch = "x86_64", target_env = "gnu", not(sanitized)))]
+#[cfg(all(target_arch = "x86_64", target_env = "gnu", not(sanitized), not(ecdysis_unix)))]
 fn under_a_filter_that_forbids_new_processes() {
     let filtered = |dir: &TempDir, role: &str| {
         let mut command = command("filtered", dir.path());

@@ -46,7 +46,7 @@ fn every_failure_is_told_apart_leaves_nothing_behind_and_the_next_upgrade_works(
         let (mut server, misbehave) =
             misbehaving(&dir, &[way, &["--ready-timeout", limit, "--probation", "20"]].concat());
         let (addr, pid) = (server.addr(), server.pid());
-        eventually("the accept loop waits", || fds(pid).values().any(|target| target.contains("eventpoll")));
+        eventually("the accept loop waits", || accept_loops_wait(pid, 1));
         let before = fds(pid);
         let load = Load::on(&addr, 1);
         for (words, error) in failures {
@@ -130,7 +130,10 @@ fn nothing_leaks_into_the_new_version() {
         assert!(!fds(second).values().any(is_stray), "{:?}", fds(second));
         assert_eq!(status_field(second, "SigBlk"), mask);
         // Only what std itself ignores.
-        assert_eq!(status_field(second, "SigIgn"), format!("{:016x}", 1_u64 << (libc::SIGPIPE - 1)));
+        // (The C library does not let a program touch the two signals that it uses itself.)
+        let ignored = u64::from_str_radix(&status_field(second, "SigIgn"), 16).unwrap();
+        let ignored = if cfg!(ecdysis_unix) { ignored & !(0b11 << 31) } else { ignored };
+        assert_eq!(ignored, 1 << (libc::SIGPIPE - 1));
         let sockets = |pid| fds(pid).values().filter(|target| target.starts_with("socket:")).count();
         assert_eq!(sockets(first.min(second).max(second)), 2, "one listener, held twice: {:?}", fds(second));
     }

@@ -235,8 +235,7 @@ fn attempt(point: &Point, setting: &Setting) -> Result<bool, String> {
         ask(&addr).map_err(|e| e.to_string())?;
     }
     // Each of the two accept loops makes its epoll when it first waits.
-    let polls = |pid| fds(pid).values().filter(|what| what.contains("eventpoll")).count();
-    eventually("the accept loops wait", || polls(old_pid) == 2 && fds(old_pid).len() == level(old_pid));
+    eventually("the accept loops wait", || accept_loops_wait(old_pid, 2) && fds(old_pid).len() == level(old_pid));
     let before = level(old_pid);
     let load = Load::on(&addr, 1);
 

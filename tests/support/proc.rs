@@ -13,6 +13,15 @@ pub fn fds(process: u32) -> BTreeMap<i32, String> {
     dir.flatten().filter_map(target).collect()
 }
 
+/// Whether so many accept loops wait for connections. Each has an epoll of its own, except on other systems' side, where
+/// its thread sleeps.
+pub fn accept_loops_wait(process: u32, loops: usize) -> bool {
+    if cfg!(ecdysis_unix) {
+        return threads(process).values().filter(|state| **state == 'S').count() > loops;
+    }
+    fds(process).values().filter(|target| target.contains("eventpoll")).count() == loops
+}
+
 /// The same without the inode numbers, which differ from run to run.
 pub fn kinds(process: u32) -> BTreeMap<i32, String> {
     let kind = |target: String| match target.split_once(":[") {
