@@ -31,7 +31,7 @@ mod unix;
 #[cfg(not(all(target_os = "linux", not(ecdysis_unix))))]
 use unix as system;
 
-pub(crate) use system::{blob, flag, net, program, watch};
+pub(crate) use system::{blob, flag, net, watch};
 
 pub(crate) mod adopt;
 pub(crate) mod attributes;
@@ -40,6 +40,7 @@ pub(crate) mod child;
 pub(crate) mod listen_fds;
 pub(crate) mod peer;
 pub(crate) mod poll;
+pub(crate) mod program;
 pub(crate) mod signal;
 pub(crate) mod spawn;
 pub(crate) mod stdio;

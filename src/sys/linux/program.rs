@@ -1,11 +1,10 @@
 //! The running program and its rights.
 
 use std::fs;
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use rustix::fs::getxattr;
-use rustix::process::{getegid, geteuid, getgid, getuid};
+use rustix::process::getuid;
 
 /// A path that leads to the file of the running program, whatever its name is now.
 pub(crate) fn running() -> PathBuf {
@@ -23,17 +22,10 @@ pub(crate) fn is_secure() -> bool {
     unsafe { libc::getauxval(libc::AT_SECURE) != 0 }
 }
 
-/// Whether the kernel would give `path` more rights than this process has as its caller: execve(2) would set AT_SECURE.
-/// File capabilities are looked for only by a process that may have got its own from them.
-pub(crate) fn becomes_secure(path: &Path) -> bool {
-    let (uid, gid) = (getuid(), getgid());
-    let set_id = fs::metadata(path).is_ok_and(|file| {
-        let mode = file.mode();
-        (mode & libc::S_ISUID != 0 && file.uid() != uid.as_raw())
-            || (mode & libc::S_ISGID != 0 && file.gid() != gid.as_raw())
-    });
-    let capable = || is_secure() && !uid.is_root() && getxattr(path, "security.capability", &mut [0_u8; 0][..]).is_ok();
-    set_id || uid != geteuid() || gid != getegid() || capable()
+/// Whether the file at `path` has capabilities that count: they are looked for only by a process that may have got its own
+/// from them.
+pub(crate) fn has_capabilities(path: &Path) -> bool {
+    is_secure() && !getuid().is_root() && getxattr(path, "security.capability", &mut [0_u8; 0][..]).is_ok()
 }
 
 /// The id that the kernel gave this process for good: the inode of its pidfd, where those have inodes of their own.

@@ -1,7 +1,7 @@
 //! The running program and its rights.
 
 use std::env;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// A path that leads to the file of the running program, as far as the system knows it.
 pub(crate) fn running() -> PathBuf {
@@ -28,6 +28,11 @@ pub(crate) fn is_secure() -> bool {
     unsafe {
         libc::getauxval(libc::AT_SECURE) != 0
     }
+}
+
+/// Whether the file at `path` has capabilities, which only Linux has.
+pub(crate) fn has_capabilities(_path: &Path) -> bool {
+    false
 }
 
 /// An id that the kernel gives only to this process. There is none.
