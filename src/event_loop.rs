@@ -33,7 +33,7 @@ pub(crate) enum Phase {
 /// Why a wait ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Wake {
-    /// A descriptor is ready; or, while serving, there is a request.
+    /// A descriptor is ready; or, while serving, there is a request or a message of the parent.
     Ready,
     Deadline,
     /// A stop was requested. It stays in the queue.
@@ -61,7 +61,8 @@ impl EventLoop<'_> {
             if self.triggers.stop_requested() {
                 return Ok(Wake::Stop);
             }
-            if ready || self.triggers.has_request(|_| !kept) {
+            let news = phase == Phase::Serving && self.generation.ancestors.has_news();
+            if ready || news || self.triggers.has_request(|_| !kept) {
                 return Ok(Wake::Ready);
             }
             if polled && deadline.has_passed() {

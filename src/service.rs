@@ -11,7 +11,7 @@ use crate::event::Event;
 use crate::event_loop::{EventLoop, Phase};
 use crate::exit::{Exit, ExitMode, ExitReason, Upgraded};
 use crate::generation::Generation;
-use crate::handover::ancestors::ParentState;
+use crate::handover::ancestors::{ParentLink, ParentState};
 use crate::handover::lines::{FromChild, FromParent};
 use crate::logging;
 use crate::second_stop::SecondStop;
@@ -220,8 +220,7 @@ impl Service {
         event_loop.wait(Phase::Serving, &fds, Deadline::NEVER)?;
         // The parent may have sent its announcement.
         generation.reporter.main();
-        let Some(parent) = parent else { return Ok(()) };
-        for request in parent.take_requests() {
+        for request in generation.ancestors.parent.iter().flat_map(ParentLink::take_requests) {
             let action = match request {
                 FromParent::RequestStop => Action::Stop,
                 FromParent::RequestPartialStop => Action::PartialStop,

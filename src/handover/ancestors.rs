@@ -15,6 +15,7 @@ use crate::key::Key;
 use crate::logging;
 use crate::sys::adopt::identity;
 use crate::sys::poll::{poll, wait_hangup, wait_readable, Deadline};
+use crate::sys::signal;
 
 /// The generations before this one that lived when it began.
 #[derive(Debug, Default)]
@@ -44,6 +45,11 @@ impl Ancestors {
         self.parent.as_ref().is_some_and(|parent| parent.state().free.is_none())
     }
 
+    /// Whether the parent has sent something, or ended, that [`ParentLink::take_requests`] has not been called for since.
+    pub(crate) fn has_news(&self) -> bool {
+        self.parent.as_ref().is_some_and(|parent| parent.receive().news)
+    }
+
     /// Sends a message to the parent. A parent that has ended does not need it.
     pub(crate) fn send_to_parent(&self, message: &FromChild) {
         if let Some(Err(e)) = self.parent.as_ref().map(|parent| parent.send(message)) {
@@ -65,6 +71,8 @@ struct Received {
     lines: Lines,
     /// Not yet handled.
     requests: Vec<FromParent>,
+    /// Something was read that the event loop has not seen.
+    news: bool,
     state: ParentState,
 }
 
@@ -93,16 +101,24 @@ impl ParentLink {
         self.receive().state
     }
 
-    /// What the parent was asked for and passes on.
+    /// What the parent was asked for and passes on. The rest of what it has sent is in [`state`](Self::state).
     pub(crate) fn take_requests(&self) -> Vec<FromParent> {
-        mem::take(&mut self.receive().requests)
+        let mut received = self.receive();
+        received.news = false;
+        mem::take(&mut received.requests)
     }
 
+    /// Reads everything that has arrived. Any thread may call this, also while the event loop waits for the parent's
+    /// messages, which would then never see a `stop` that is already read. So this wakes the loop.
     fn receive(&self) -> MutexGuard<'_, Received> {
         let mut guard = self.received.lock().unwrap_or_else(PoisonError::into_inner);
-        let Received { lines, requests, state } = &mut *guard;
+        let Received { lines, requests, state, news } = &mut *guard;
         while !state.ended {
-            match lines.next(self.reader.as_fd()) {
+            let next = lines.next(self.reader.as_fd());
+            if !matches!(next, Ok(Read::Wait)) && !mem::replace(news, true) {
+                signal::wake();
+            }
+            match next {
                 Ok(Read::Line(line)) => match FromParent::parse(&line) {
                     Some(FromParent::Commit) => state.committed = true,
                     Some(FromParent::Stop) => state.given_up = true,
@@ -203,5 +219,29 @@ impl DrainLink {
     pub(crate) fn entry(&self) -> Entry {
         let (key, fd) = (Key::drain(self.generation), self.fd.clone());
         Entry { key, fd, inode: self.inode, file: None, unit: None }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sys::net::socketpair;
+
+    /// Read by another thread, say, just before the event loop waits.
+    #[test]
+    fn what_was_read_and_not_seen_is_news() {
+        let (ours, parents) = socketpair(rustix::net::SocketType::STREAM, crate::sys::Mode::Nonblocking).unwrap();
+        let ours = Arc::new(ours);
+        let parent = ParentLink::new(1, ours.clone(), ours, Lines::default()).unwrap();
+        let ancestors = Ancestors { parent: Some(parent), ..Ancestors::default() };
+        assert!(!ancestors.has_news());
+        send(&parents, FromParent::Stop.line()).unwrap();
+        let parent = ancestors.parent.as_ref().unwrap();
+        assert!(parent.state().given_up);
+        assert!(ancestors.has_news());
+        assert!(parent.take_requests().is_empty());
+        assert!(!ancestors.has_news());
+        drop(parents);
+        assert!(parent.state().ended && ancestors.has_news());
     }
 }

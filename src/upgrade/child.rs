@@ -170,10 +170,10 @@ pub(crate) fn ready(generation: &Generation) -> Result<(), Error> {
     let pid_file = generation.pid_file.replace()?;
     generation.sockets.begin_serving()?;
     // Before the first accept. If it cannot be sent, the parent has ended or has given this process up.
-    let dead = parent.send(&FromChild::Serving).is_err() && parent.is_dead(COMMIT);
-    // The parent may have given this process up just before it received that.
+    let sent = parent.send(&FromChild::Serving).is_ok();
+    // The parent may have given this process up just before that arrived. Or it has given the verdict, and may end.
     let state = parent.state();
-    if state.given_up || (!dead && !state.ended && parent.is_deaf()) {
+    if state.given_up || (state.free.is_none() && (!sent || parent.is_deaf()) && !parent.is_dead(COMMIT)) {
         return Err(Error::GivenUp);
     }
     parent.hold_open();

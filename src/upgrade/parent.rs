@@ -1,7 +1,7 @@
 //! The parent's half of an upgrade: steps 2, 3, 4 and 7.
 
 use std::io;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::successor::{Process, Successor};
 use crate::error::Error;
@@ -208,6 +208,9 @@ fn commit<'a>(
     if is_child {
         let _ = successor.link.send(FromParent::Main);
     }
+    // What arrived during the announcement: after the verdict it would ask the wrong process.
+    let _ = event_loop.wait(Phase::Probation, &[], Deadline::after(Duration::ZERO));
+    passed_on.pass(event_loop, &successor);
     if successor.link.send(FromParent::Verdict).is_err() && !stopping {
         generation.reporter.announce_self();
         return Err(died(successor.link_ended()));

@@ -148,7 +148,7 @@ fn burst(server: &Server, random: &mut Random, stops: bool, script: &mut String)
         let Some(to) = processes.get(random.below(processes.len().max(1))) else { break };
         let (to, is_shell) =
             (if step == 0 { first } else { *to }, try_status_field(*to, "Name").as_deref() == Some("wrap"));
-        let signal = match random.below(if stops { 13 } else { 12 }) {
+        let signal = match random.below(if stops { 15 } else { 12 }) {
             _ if step == 0 => Signal::HUP,
             0..5 => Signal::HUP,
             5..8 => Signal::STOP,
