@@ -43,6 +43,7 @@ pub struct Builder {
     pub(crate) transport: Transport,
     pub(crate) limits: Limits,
     pub(crate) take_over: Option<PathBuf>,
+    pub(crate) application: Option<String>,
     pub(crate) trust: Trust,
     pub(crate) observer: Option<Observer>,
     pub(crate) systemd_notify: bool,
@@ -70,6 +71,7 @@ impl Builder {
             transport: Transport::default(),
             limits: Limits::default(),
             take_over: None,
+            application: None,
             trust: Arc::new(PeerCred::is_same_user_or_root),
             observer: None,
             systemd_notify: false,
@@ -279,6 +281,18 @@ impl Builder {
     /// ```
     pub fn take_over(&mut self, path: impl AsRef<Path>) -> &mut Self {
         self.take_over = Some(path.as_ref().to_owned());
+        self
+    }
+
+    /// Names the application that this program is a version of. A process then hands over to, and takes over from, none
+    /// that has another name: two applications whose takeover sockets were mixed up would exchange their listeners. At most
+    /// 100 bytes. Without a name, on one side or both, nothing is checked.
+    pub fn application(&mut self, name: impl Into<String>) -> &mut Self {
+        let mut name = name.into();
+        while name.len() > 100 {
+            name.pop();
+        }
+        self.application = Some(name);
         self
     }
 

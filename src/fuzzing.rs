@@ -4,7 +4,7 @@ use std::os::fd::AsFd;
 
 use crate::handover::entry::Entry;
 use crate::handover::lines::{FromChild, FromParent, Lines, Read};
-use crate::handover::manifest::Manifest;
+use crate::handover::manifest::{Manifest, Origin};
 use crate::handover::scm::{Limits, Receiver};
 use crate::handover::variable::Carrier;
 use crate::key::{Key, Kind};
@@ -85,12 +85,22 @@ pub fn command(data: &[u8]) {
 
 /// Any manifest survives the trip, whatever its names are, and its end is found.
 pub fn round_trip(data: &[u8]) {
-    let mut manifest = Manifest { generation: 1 + data.len() as u64, ..Manifest::default() };
+    let mut manifest = Manifest {
+        origin: Origin {
+            generation: 1 + data.len() as u64,
+            app: data.first().map(|_| String::from_utf8_lossy(&data[..data.len().min(24)]).into_owned()),
+            mounts: data.get(1).map(|byte| byte.to_string()),
+        },
+        ..Manifest::default()
+    };
     for (number, chunk) in data.chunks(24).enumerate() {
         let kind = Kind::ALL[usize::from(chunk[0]) % Kind::ALL.len()];
         let inode = chunk.iter().fold(0_u64, |all, byte| all.wrapping_mul(251).wrapping_add(u64::from(*byte)));
         manifest.entries.push(Entry {
-            key: Key::from_parts(kind, chunk[1..].to_vec()),
+            key: match chunk.len() % 5 {
+                0 => Key::from_parts(kind, chunk[1..].to_vec()).named(String::from_utf8_lossy(chunk)),
+                _ => Key::from_parts(kind, chunk[1..].to_vec()),
+            },
             fd: number as i32,
             inode,
             file: (chunk.len() % 2 == 0).then_some((inode, u64::MAX - inode)),
@@ -154,7 +164,7 @@ mod tests {
         let unit = Some("web server".to_owned());
         let manifest = Manifest {
             nonce: None,
-            generation: 4,
+            origin: Origin { generation: 4, app: Some("web shop".into()), mounts: Some("4026531841:2049:2".into()) },
             entries: vec![
                 entry(7, 48211, Key::tcp("127.0.0.1:8080".parse().unwrap()), None),
                 entry(8, 48212, Key::tcp("[::1]:8080".parse().unwrap()), None),
@@ -169,6 +179,8 @@ mod tests {
                 entry(17, 48220, Key::from_parts(Kind::DatagramPair, b"chain".to_vec()), None),
                 entry(18, 48221, Key::stream("upstream"), None),
                 entry(19, 48222, Key::bytes("count"), None),
+                entry(20, 48223, Key::tcp("127.0.0.1:0".parse().unwrap()).named("admin port"), None),
+                entry(21, 48224, Key::late(), None),
             ],
             unknown: Vec::new(),
         };
@@ -180,6 +192,6 @@ mod tests {
     #[test]
     fn a_later_version_may_say_more() {
         let later = Manifest::decode(include_bytes!("../tests/golden/later.manifest")).unwrap();
-        assert_eq!((later.generation, later.entries.len(), later.unknown.len()), (7, 2, 1));
+        assert_eq!((later.origin.generation, later.entries.len(), later.unknown.len()), (7, 2, 1));
     }
 }

@@ -5,6 +5,7 @@ use std::time::Instant;
 
 use crate::handover::ancestors::Ancestors;
 use crate::handover::escape::escape;
+use crate::handover::manifest::Origin;
 use crate::logging;
 use crate::options::{Launch, Limits, Overlap};
 use crate::pid_file::PidFile;
@@ -16,6 +17,8 @@ use crate::triggers::request::Calls;
 pub(crate) struct Generation {
     /// The first is 1.
     pub(crate) number: u64,
+    /// What this generation says of itself when it hands over.
+    pub(crate) origin: Origin,
     pub(crate) began: Instant,
     pub(crate) launch: Launch,
     pub(crate) limits: Limits,

@@ -18,6 +18,8 @@ use std::path::Path;
 pub struct Key {
     kind: Kind,
     name: Vec<u8>,
+    /// The program's own name for it.
+    label: Option<String>,
 }
 
 /// What a descriptor is used for. [`word`](Self::word) is part of the handover protocol.
@@ -136,7 +138,30 @@ impl Key {
     }
 
     pub(crate) fn from_parts(kind: Kind, name: Vec<u8>) -> Self {
-        Self { kind, name }
+        Self { kind, name, label: None }
+    }
+
+    /// The key of the one of several sockets with the same address that has this name, see
+    /// [`Sockets::named`](crate::Sockets::named).
+    ///
+    /// ```
+    /// let key = ecdysis::Key::tcp("127.0.0.1:0".parse().unwrap()).named("admin");
+    /// assert_eq!(key.to_string(), "tcp 127.0.0.1:0 named \"admin\"");
+    /// ```
+    #[must_use]
+    pub fn named(self, name: impl Into<String>) -> Self {
+        Self { label: Some(name.into()), ..self }
+    }
+
+    pub(crate) fn label(&self) -> Option<&str> {
+        self.label.as_deref()
+    }
+
+    /// Returns whether a program that asks for this key may get `other`, which is of another name, because no socket has
+    /// this very key. So a version may give names to its sockets, or take them away; but a name is never exchanged for
+    /// another.
+    pub(crate) fn falls_back_to(&self, other: &Self) -> bool {
+        self.kind == other.kind && self.name == other.name && (self.label.is_none() || other.label.is_none())
     }
 
     pub(crate) fn kind(&self) -> Kind {
@@ -159,6 +184,10 @@ impl Key {
 
 impl fmt::Display for Key {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} {}", self.kind.word(), String::from_utf8_lossy(&self.name))
+        write!(f, "{} {}", self.kind.word(), String::from_utf8_lossy(&self.name))?;
+        match &self.label {
+            Some(label) => write!(f, " named {label:?}"),
+            None => Ok(()),
+        }
     }
 }

@@ -118,7 +118,7 @@ impl Service {
 
     /// Hands over to the process that has connected to `socket` and asks for it, if one has.
     pub(crate) fn hand_over(&self, socket: &TakeoverSocket) -> Result<Option<Upgraded>, Error> {
-        let Some(request) = socket.accept(&self.trust)? else { return Ok(None) };
+        let Some(request) = socket.accept(&self.trust, self.generation.origin.app.as_deref())? else { return Ok(None) };
         self.upgrade(|outcome| Reply::Takeover(request, Some(outcome))).map(Some)
     }
 

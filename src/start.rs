@@ -5,6 +5,7 @@ use crate::ecdysis::Starting;
 use crate::error::Error;
 use crate::generation::Generation;
 use crate::handover::ancestors::Ancestors;
+use crate::handover::manifest::Origin;
 use crate::handover::receive::Inherited;
 use crate::logging;
 use crate::manager::ServiceManager;
@@ -18,6 +19,7 @@ use crate::service::{Service, Started};
 use crate::shutdown::Shutdown;
 use crate::sockets::Sockets;
 use crate::sys::attributes::Attributes;
+use crate::sys::program;
 use crate::sys::signal::{self, Handlers};
 use crate::triggers::control::{ControlSocket, Purpose};
 #[cfg(feature = "tokio_ecdysis")]
@@ -53,14 +55,25 @@ impl Builder {
             spawn: self.spawn,
             transport: self.transport,
         };
+        let mut origin = Origin { generation: 1, app: self.application.clone(), mounts: program::mounts() };
         let inherited = match self.standalone {
             true => None,
-            false => inherit(self.take_over.as_deref(), &self.trust, self.limits.ready_timeout)?,
+            false => inherit(self.take_over.as_deref(), &self.trust, origin.app.as_deref(), self.limits.ready_timeout)?,
         };
-        let (number, entries, ancestors) = match inherited {
-            Some(Inherited { generation, entries, ancestors }) => (generation + 1, entries, ancestors),
-            None => (1, Vec::new(), Ancestors::default()),
+        let mut same_paths = true;
+        let (entries, ancestors) = match inherited {
+            Some(Inherited { origin: parent, is_takeover, entries, ancestors }) => {
+                origin.generation = parent.generation + 1;
+                same_paths = match (&parent.mounts, &origin.mounts) {
+                    (Some(parent), Some(own)) => parent == own,
+                    // A child is usually where its parent is. A process that takes over may be anywhere.
+                    _ => !is_takeover,
+                };
+                (entries, ancestors)
+            }
+            None => (Vec::new(), Ancestors::default()),
         };
+        let number = origin.generation;
         logging::set_generation(number);
         if number == 1 && launch.program.names_its_version() {
             let program = launch.program.path.display();
@@ -78,7 +91,7 @@ impl Builder {
             signals.clone_from(&self.signals);
             Calls::default()
         };
-        let sockets = Sockets::new(entries, ancestors.is_child());
+        let sockets = Sockets::new(entries, ancestors.is_child(), same_paths);
         let shutdown = Shutdown::new().map_err(prepare("shutdown handle"))?;
         let ancestors = Arc::new(ancestors);
         let reporter = Reporter::new(self.observer.clone(), ancestors.clone(), sockets.clone());
@@ -86,6 +99,7 @@ impl Builder {
         let calls = Arc::new(calls);
         let generation = Generation {
             number,
+            origin,
             began: Instant::now(),
             launch,
             limits: self.limits,
@@ -106,7 +120,7 @@ impl Builder {
         let control = self.sockets.iter().map(|(path, purpose)| control_socket(&generation, path, *purpose));
         let control = control.collect::<Result<_, _>>()?;
         generation.sockets.registry().begin_claims();
-        let triggers = Triggers::new(signals, handlers, control, self.trust.clone(), calls);
+        let triggers = Triggers::new(signals, handlers, control, self.trust.clone(), self.application.clone(), calls);
         Ok(Starting(Arc::new(Service::new(generation, triggers, self.trust.clone(), started))))
     }
 }

@@ -95,15 +95,25 @@ pub(crate) fn refuse(socket: impl AsFd, why: &str) {
     let _ = send(socket, text.as_bytes(), NOSIGNAL | SendFlags::DONTWAIT);
 }
 
+/// The name of the application at the other end, if that is another than ours. One without a name may be any.
+pub(crate) fn another_app<'a>(ours: Option<&str>, theirs: Option<&'a str>) -> Option<&'a str> {
+    theirs.filter(|theirs| ours.is_some_and(|ours| ours != *theirs))
+}
+
 /// Connects to the process that serves, and asks for the handover. `None` if no process listens there.
-pub(crate) fn connect(path: &Path, trust: impl Fn(&PeerCred) -> bool) -> Result<Option<OwnedFd>, Error> {
+pub(crate) fn connect(
+    path: &Path,
+    trust: impl Fn(&PeerCred) -> bool,
+    app: Option<&str>,
+) -> Result<Option<OwnedFd>, Error> {
     let failed = |source| Error::Connect { path: path.to_owned(), source };
     let Some(socket) = connect_unix(path).map_err(failed)? else { return Ok(None) };
     let peer = peer(&socket).map_err(failed)?;
     if !trust(&peer) {
         return Err(Error::Untrusted { path: path.to_owned(), uid: peer.uid });
     }
-    match retry_on_intr(|| send(&socket, Greeting::default().line().as_bytes(), NOSIGNAL)) {
+    let greeting = Greeting { app: app.map(str::to_owned) }.line();
+    match retry_on_intr(|| send(&socket, greeting.as_bytes(), NOSIGNAL)) {
         // If the process has ended since, the wait for its answer reports it.
         Ok(_) | Err(Errno::PIPE | Errno::CONNRESET) => Ok(Some(socket)),
         Err(e) => Err(failed(e.into())),

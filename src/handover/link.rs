@@ -18,7 +18,7 @@ use rustix::net::{shutdown, Shutdown, SocketType};
 use super::entry::{Entry, FdRef};
 use super::held_open::hold_open;
 use super::lines::{send, FromParent, Lines, Read};
-use super::manifest;
+use super::manifest::{self, Origin};
 use super::scm::{Sender, Sent, LAST_LINE};
 use super::variable::Carrier;
 use crate::error::Error;
@@ -42,8 +42,7 @@ pub enum Transport {
 
 /// What is handed over.
 pub(crate) struct Handover {
-    /// The parent's generation.
-    pub(crate) generation: u64,
+    pub(crate) origin: Origin,
     pub(crate) entries: Vec<Entry>,
 }
 
@@ -101,10 +100,10 @@ impl ChildLink {
         let pipe = |what| net::pipe().map_err(io::Error::from).map_err(prepare(what));
         let (manifest_read, manifest_write) = pipe("manifest pipe")?;
         let (status_read, status_write) = pipe("status pipe")?;
-        let Handover { generation, entries } = handover;
+        let Handover { origin, entries } = handover;
         let manifest = FdRef::to(&manifest_read).map_err(prepare("manifest pipe"))?;
         let status = FdRef::to(&status_write).map_err(prepare("status pipe"))?;
-        let text = manifest::encode(generation, entries.iter().map(|entry| (entry.number(), entry)));
+        let text = manifest::encode(&origin, entries.iter().map(|entry| (entry.number(), entry)));
         let text = manifest::with_nonce(text, nonce(manifest.inode)).into_bytes();
         // A larger pipe only saves the child a wait. Without it the rest is sent while this process waits for `ready`.
         if text.len() + ROOM > 64 * 1024 {
@@ -141,9 +140,9 @@ impl ChildLink {
     }
 
     fn over_socket(socket: Arc<OwnedFd>, handover: Handover, nonce: Option<u64>) -> Result<Self, Error> {
-        let Handover { generation, entries } = handover;
+        let Handover { origin, entries } = handover;
         // Numbers mean nothing in the other process, so the manifest names descriptors by their order.
-        let text = manifest::with_nonce(manifest::encode(generation, (0..).zip(&entries)), nonce).into_bytes();
+        let text = manifest::with_nonce(manifest::encode(&origin, (0..).zip(&entries)), nonce).into_bytes();
         let descriptors = entries.into_iter().map(|entry| entry.fd).collect();
         let sender = Sender::new(text, descriptors).map_err(prepare("manifest"))?;
         Ok(Self::new(socket.clone(), socket, Unsent::Message(sender)))
@@ -269,7 +268,7 @@ mod tests {
     #[test]
     fn a_message_is_received_or_refused() {
         for _ in 0..2000 {
-            let handover = Handover { generation: 1, entries: Vec::new() };
+            let handover = Handover { origin: Origin::default(), entries: Vec::new() };
             let (mut link, child_end) = ChildLink::socketpair(handover).unwrap();
             let begin = Barrier::new(2);
             thread::scope(|scope| {

@@ -3,6 +3,8 @@
 //! ```text
 //! ecdysis 1
 //! generation 4
+//! app shop
+//! mounts 4026531841:2049:2
 //! fd 7 48211 tcp 127.0.0.1:8080
 //! fd 8 48213 unix /run/app.sock file=2049:1311
 //! fd 9 48217 tcp 0.0.0.0:80 unit=http
@@ -20,11 +22,21 @@ use super::entry::{Entry, FdRef};
 use super::escape::{escape, unescape};
 use crate::key::{Key, Kind};
 
+/// What a process says of itself when it hands over.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Origin {
+    /// Its generation; the first is 1.
+    pub(crate) generation: u64,
+    /// The application that it is a version of, if the program has named it.
+    pub(crate) app: Option<String>,
+    /// Identifies its mount namespace and root: within the same ones a path leads to the same file.
+    pub(crate) mounts: Option<String>,
+}
+
 /// What one generation hands to the next, as the next one reads it.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(crate) struct Manifest {
-    /// The parent's generation; the first is 1.
-    pub(crate) generation: u64,
+    pub(crate) origin: Origin,
     pub(crate) entries: Vec<Entry<RawFd>>,
     /// Descriptors of a kind that this version does not know, to be closed.
     pub(crate) unknown: Vec<FdRef>,
@@ -41,12 +53,24 @@ const FIRST_LINE: &str = "ecdysis 1";
 const LAST_LINE: &str = "end";
 
 /// The text for these entries, each with the number that names its descriptor.
-pub(crate) fn encode<'a, F: 'a>(generation: u64, entries: impl Iterator<Item = (RawFd, &'a Entry<F>)>) -> String {
-    let mut text = format!("{FIRST_LINE}\ngeneration {generation}\n");
+pub(crate) fn encode<'a, F: 'a>(origin: &Origin, entries: impl Iterator<Item = (RawFd, &'a Entry<F>)>) -> String {
+    let mut text = format!("{FIRST_LINE}\ngeneration {}\n", origin.generation);
+    for (word, value) in [("app", &origin.app), ("mounts", &origin.mounts)] {
+        if let Some(value) = value {
+            text.push_str(word);
+            text.push(' ');
+            escape(value.as_bytes(), &mut text);
+            text.push('\n');
+        }
+    }
     for (number, Entry { key, inode, file, unit, .. }) in entries {
         // Writing to a string cannot fail.
         let _ = write!(text, "fd {number} {inode} {} ", key.kind().word());
         escape(key.raw_name(), &mut text);
+        if let Some(name) = key.label() {
+            text.push_str(" name=");
+            escape(name.as_bytes(), &mut text);
+        }
         if let Some((device, inode)) = file {
             let _ = write!(text, " file={device}:{inode}");
         }
@@ -72,7 +96,7 @@ pub(crate) fn with_nonce(mut text: String, nonce: Option<u64>) -> String {
 impl Manifest {
     #[cfg(any(test, fuzzing))]
     pub(crate) fn encode(&self) -> String {
-        with_nonce(encode(self.generation, self.entries.iter().map(|entry| (entry.fd, entry))), self.nonce)
+        with_nonce(encode(&self.origin, self.entries.iter().map(|entry| (entry.fd, entry))), self.nonce)
     }
 
     /// Decodes a whole manifest, from the first line to the last.
@@ -91,8 +115,10 @@ impl Manifest {
             let (word, rest) = line.split_once(' ').unwrap_or((line, ""));
             match word {
                 "generation" => {
-                    manifest.generation = number(rest).ok_or(Malformed::new(at, "generation"))?;
+                    manifest.origin.generation = number(rest).ok_or(Malformed::new(at, "generation"))?;
                 }
+                "app" => manifest.origin.app = Some(text_of(rest).ok_or(Malformed::new(at, "application"))?),
+                "mounts" => manifest.origin.mounts = Some(text_of(rest).ok_or(Malformed::new(at, "mounts"))?),
                 "nonce" => manifest.nonce = Some(number(rest).ok_or(Malformed::new(at, "nonce"))?),
                 "fd" => {
                     let (fd, entry) = fd_line(rest).ok_or(Malformed::new(at, "descriptor"))?;
@@ -111,7 +137,7 @@ impl Manifest {
                         return Err(Malformed::new(0, "descriptor named twice"));
                     }
                     return match (lines.next(), lines.next()) {
-                        (Some((_, "")), None) if manifest.generation > 0 => Ok(manifest),
+                        (Some((_, "")), None) if manifest.origin.generation > 0 => Ok(manifest),
                         _ => Err(Malformed::new(at, "end")),
                     };
                 }
@@ -149,11 +175,18 @@ fn fd_line(line: &str) -> Option<(FdRef, Option<Entry<RawFd>>)> {
             let (device, inode) = value.split_once(':')?;
             entry.file = Some((number(device)?, number(inode)?));
         }
+        if let Some(name) = attribute.strip_prefix("name=") {
+            entry.key = entry.key.named(text_of(name)?);
+        }
         if let Some(name) = attribute.strip_prefix("unit=") {
-            entry.unit = Some(String::from_utf8(unescape(name)?).ok()?);
+            entry.unit = Some(text_of(name)?);
         }
     }
     Some((entry.fd_ref(), Some(entry)))
+}
+
+fn text_of(word: &str) -> Option<String> {
+    String::from_utf8(unescape(word)?).ok()
 }
 
 /// Parses digits only; `parse` alone also accepts a plus sign.

@@ -11,7 +11,7 @@ use rustix::io::Errno;
 use super::ancestors::{Ancestors, DrainLink, ParentLink};
 use super::entry::{Entry, FdRef};
 use super::lines::{Lines, COMMIT};
-use super::manifest::{Manifest, MAX_ENTRIES, MAX_SIZE};
+use super::manifest::{Manifest, Origin, MAX_ENTRIES, MAX_SIZE};
 use super::scm::{Limits, Receiver};
 use crate::error::Error;
 use crate::logging;
@@ -28,8 +28,10 @@ pub(crate) struct Arrived {
 
 /// What a child got from its parent.
 pub(crate) struct Inherited {
-    /// The parent's generation.
-    pub(crate) generation: u64,
+    /// What the parent says of itself.
+    pub(crate) origin: Origin,
+    /// This process takes over, and was not started by its parent.
+    pub(crate) is_takeover: bool,
     pub(crate) entries: Vec<Entry>,
     pub(crate) ancestors: Ancestors,
 }
@@ -43,8 +45,8 @@ impl Arrived {
     /// Owns the descriptors that the manifest names. The link to the parent consists of `reader` and `writer`, which
     /// may be one socket.
     pub(crate) fn unpack(self, reader: Arc<OwnedFd>, writer: Arc<OwnedFd>) -> Result<Inherited, Error> {
-        let (generation, lines) = (self.manifest.generation, Lines::with(self.rest.clone()));
-        let parent = ParentLink::new(generation, reader, writer, lines)
+        let (origin, lines) = (self.manifest.origin.clone(), Lines::with(self.rest.clone()));
+        let parent = ParentLink::new(origin.generation, reader, writer, lines)
             .map_err(|source| Error::Handover { what: "status link", source })?;
         // A process that comes too late must not even hold the sockets.
         if parent.state().given_up || (parent.is_deaf() && !parent.is_dead(COMMIT)) {
@@ -61,7 +63,12 @@ impl Arrived {
             }));
             generation.is_none()
         });
-        Ok(Inherited { generation, entries, ancestors: Ancestors { parent: Some(parent), older, of_1_1_1: None } })
+        Ok(Inherited {
+            origin,
+            is_takeover: false,
+            entries,
+            ancestors: Ancestors { parent: Some(parent), older, of_1_1_1: None },
+        })
     }
 
     /// Owns the descriptors that the manifest names.

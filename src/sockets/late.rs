@@ -18,7 +18,7 @@ use super::pass::Producer;
 use super::Sockets;
 use crate::error::Error;
 use crate::handover::entry::Entry;
-use crate::handover::manifest;
+use crate::handover::manifest::{self, Origin};
 use crate::handover::scm::{Sender, Sent};
 use crate::key::Key;
 use crate::sys::{net, Mode};
@@ -61,7 +61,8 @@ impl Late {
         let end = Instant::now() + TIME;
         let mut entries = produce(self.producers, end)?;
         entries.extend(sockets.registry().passed_since(&self.known));
-        let text = manifest::encode(generation, (0..).zip(&entries));
+        let origin = Origin { generation, ..Origin::default() };
+        let text = manifest::encode(&origin, (0..).zip(&entries));
         let descriptors: Vec<Arc<OwnedFd>> = entries.into_iter().map(|entry| entry.fd).collect();
         send(&self.socket, text.into_bytes(), descriptors, end)
             .map_err(|source| Error::Prepare { what: "state at the commit", source })

@@ -45,17 +45,42 @@ use crate::triggers::control::TakeoverSocket;
 /// only among sockets with the same address. A socket that the next generation has not asked for when it calls `ready`
 /// is closed there. A socket that is asked for while an upgrade is under way is not part of that upgrade.
 #[derive(Clone, Debug)]
-pub struct Sockets(Arc<Mutex<Registry>>);
+pub struct Sockets {
+    registry: Arc<Mutex<Registry>>,
+    /// The name of what is asked for through this handle.
+    label: Option<Arc<str>>,
+}
 
 impl Sockets {
-    /// In a child (`is_child`), new listeners start to listen at the commit.
-    pub(crate) fn new(inherited: Vec<Entry>, is_child: bool) -> Self {
-        Self(Arc::new(Mutex::new(Registry::new(inherited, is_child))))
+    /// In a child (`is_child`), new listeners start to listen at the commit. With `same_paths`, a path leads to the same file
+    /// here and in the parent.
+    pub(crate) fn new(inherited: Vec<Entry>, is_child: bool, same_paths: bool) -> Self {
+        Self { registry: Arc::new(Mutex::new(Registry::new(inherited, is_child, same_paths))), label: None }
     }
 
     pub(crate) fn registry(&self) -> MutexGuard<'_, Registry> {
         // No code of the program runs under the lock, so the registry is whole even after a panic.
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.registry.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Returns a handle whose listeners have this name, which tells several sockets on one address apart.
+    ///
+    /// Without a name they are matched in the order in which they are asked for: if a new version asks in another order, or
+    /// for fewer, it gets one in place of another. A socket with a name is handed to the listener of the same name alone. If
+    /// the parent has none of that name, one on this address without a name is handed over.
+    ///
+    /// ```
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # let starting = ecdysis::Ecdysis::builder().start()?;
+    /// // Two ports of the kernel's choice.
+    /// let public = starting.named("public").listen_tcp("127.0.0.1:0".parse()?)?;
+    /// let admin = starting.named("admin").listen_tcp("127.0.0.1:0".parse()?)?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    #[must_use]
+    pub fn named(&self, name: impl AsRef<str>) -> Self {
+        Self { registry: self.registry.clone(), label: Some(name.as_ref().into()) }
     }
 
     /// Returns a TCP listener on `addr`, with SO_REUSEADDR and the system's largest backlog (listen(2)).
@@ -338,20 +363,58 @@ impl Sockets {
         key: Key,
         make: impl FnOnce(&Start) -> io::Result<(OwnedFd, Option<FileId>)>,
     ) -> Result<OwnedFd, Error> {
+        let key = match &self.label {
+            Some(label) => key.named(&**label),
+            None => key,
+        };
         let claimed = (|| {
+            let lost = self.registry().take_lost(&key);
+            if let Some(lost) = lost {
+                return self.replace_lost(&key, lost, make);
+            }
             // The inode proves that it is what the parent held under this key, and `hold` checked its kind there. A
             // failed claim must not become a bind: on port 0 that would succeed, on another port.
-            if let Some(fd) = self.registry().claim(&key)? {
+            let inherited = self.registry().claim(&key)?;
+            if let Some(fd) = inherited {
                 logging::debug!("claimed {key} from the parent");
                 return Ok(fd);
             }
-            let start = self.registry().start();
-            let (fd, file) = make(&start).map_err(|e| self.explain(e))?;
-            self.registry().hold(&key, fd.as_fd(), file, start.pending())?;
-            logging::debug!("opened {key}");
-            Ok(fd)
+            self.make(&key, make)
         })();
         claimed.map_err(|source| Error::Socket { key, source })
+    }
+
+    fn make(
+        &self,
+        key: &Key,
+        make: impl FnOnce(&Start) -> io::Result<(OwnedFd, Option<FileId>)>,
+    ) -> io::Result<OwnedFd> {
+        let start = self.registry().start();
+        let (fd, file) = make(&start).map_err(|e| self.explain(e))?;
+        self.registry().hold(key, fd.as_fd(), file, start.pending())?;
+        logging::debug!("opened {key}");
+        Ok(fd)
+    }
+
+    /// Makes a socket at a path that no longer leads to the inherited one. If that fails, the inherited one is better than
+    /// none: clients that have connected to it are in its queue.
+    fn replace_lost(
+        &self,
+        key: &Key,
+        lost: Entry,
+        make: impl FnOnce(&Start) -> io::Result<(OwnedFd, Option<FileId>)>,
+    ) -> io::Result<OwnedFd> {
+        match self.make(key, make) {
+            Ok(fd) => {
+                logging::warn!("{key} no longer leads to the inherited socket: opened it anew");
+                self.registry().replaced(lost);
+                Ok(fd)
+            }
+            Err(e) => {
+                logging::warn!("{key} no longer leads to the inherited socket, and cannot be opened anew: {e}");
+                self.registry().claim_lost(key, lost)
+            }
+        }
     }
 
     /// Names the sockets that the service manager passed in an "address in use" error: one of them is usually the

@@ -49,6 +49,8 @@ pub(crate) struct Registry {
     /// The kernel completes handshakes from listen(2) on, and spreads connections over all SO_REUSEPORT sockets that
     /// listen. A child that listened before the commit would keep clients waiting, and reset them if it then failed.
     pending: Option<Vec<(Key, Arc<OwnedFd>, i32)>>,
+    /// A path leads to the same file here and in the parent.
+    same_paths: bool,
     /// The program has claimed a socket that has an address.
     claimed: bool,
     /// The program means to drop every listener of its parent.
@@ -58,8 +60,8 @@ pub(crate) struct Registry {
 }
 
 impl Registry {
-    pub(super) fn new(inherited: Vec<Entry>, is_child: bool) -> Self {
-        let mut registry = Self { pending: is_child.then(Vec::new), ..Self::default() };
+    pub(super) fn new(inherited: Vec<Entry>, is_child: bool, same_paths: bool) -> Self {
+        let mut registry = Self { pending: is_child.then(Vec::new), same_paths, ..Self::default() };
         registry.inherit(inherited);
         registry
     }
@@ -84,16 +86,47 @@ impl Registry {
     /// Moves the first inherited socket that `wanted` picks to ours, and returns a duplicate for the program.
     pub(crate) fn claim_if(&mut self, wanted: impl Fn(&Entry) -> bool) -> io::Result<Option<(Key, OwnedFd)>> {
         let Some(at) = self.inherited.iter().position(wanted) else { return Ok(None) };
-        let entry = &self.inherited[at];
-        let claimed = (entry.key.clone(), duplicate(&entry.fd)?);
-        self.claimed |= claimed.0.kind().has_address();
-        let entry = self.inherited.remove(at);
-        self.ours.extend(entry);
-        Ok(Some(claimed))
+        let key = self.inherited[at].key.clone();
+        Ok(Some((key.clone(), self.claim_at(at, key)?)))
     }
 
     pub(super) fn claim(&mut self, key: &Key) -> io::Result<Option<OwnedFd>> {
-        Ok(self.claim_if(|entry| entry.key == *key)?.map(|(_, fd)| fd))
+        self.position(key).map(|at| self.claim_at(at, key.clone())).transpose()
+    }
+
+    /// Where the inherited socket is that a program gets if it asks for `key`.
+    fn position(&self, key: &Key) -> Option<usize> {
+        let exact = self.inherited.iter().position(|entry| entry.key == *key);
+        exact.or_else(|| self.inherited.iter().position(|entry| key.falls_back_to(&entry.key)))
+    }
+
+    /// Takes the inherited socket with this key out, if its path does not lead to it any more: a client could not find it.
+    /// The caller makes another, or returns this one to [`claim_lost`](Self::claim_lost).
+    pub(super) fn take_lost(&mut self, key: &Key) -> Option<Entry> {
+        let at = self.position(key)?;
+        let file = self.inherited[at].file.filter(|_| self.same_paths)?;
+        let path = Path::new(key.name());
+        (listen::file_id(path).ok() != Some(file)).then(|| self.inherited.remove(at))?
+    }
+
+    /// Claims a socket that [`take_lost`](Self::take_lost) returned, because no other could be made.
+    pub(super) fn claim_lost(&mut self, key: &Key, entry: Entry) -> io::Result<OwnedFd> {
+        self.inherited.push_front(Entry { key: key.clone(), ..entry });
+        self.claim_at(0, key.clone())
+    }
+
+    /// Another socket was made in place of this one, which the parent serves until it is over.
+    pub(super) fn replaced(&mut self, entry: Entry) {
+        self.claimed = true;
+        self.retired.push(entry);
+    }
+
+    fn claim_at(&mut self, at: usize, key: Key) -> io::Result<OwnedFd> {
+        let fd = duplicate(&self.inherited[at].fd)?;
+        self.claimed |= key.kind().has_address();
+        let entry = self.inherited.remove(at);
+        self.ours.extend(entry.map(|entry| Entry { key, ..entry }));
+        Ok(fd)
     }
 
     /// Remembers a claim whose failure its caller could not return.

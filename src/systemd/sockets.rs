@@ -295,7 +295,7 @@ fn announced(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::handover::manifest::{self, Manifest};
+    use crate::handover::manifest::{self, Manifest, Origin};
 
     fn names(variables: &[(&str, &str)]) -> Result<Option<Vec<String>>, String> {
         let variable = |name: &str| variables.iter().find(|(n, _)| *n == name).map(|(_, value)| value.into());
@@ -366,7 +366,7 @@ mod tests {
             entry(key.clone(), first, Some("http")),
             entry(key.clone(), second, Some("http")),
         ];
-        let sockets = Sockets::new(entries, false);
+        let sockets = Sockets::new(entries, false, true);
         assert_eq!(inode(sockets.claim(&key).unwrap()), first_inode);
         assert_eq!(inode(sockets.claim(&key).unwrap()), second_inode);
         assert!(sockets.claim(&key).is_none());
@@ -384,7 +384,7 @@ mod tests {
             entry(key(3), c, Some("admin")),
             entry(key(4), d, Some("admin")),
         ];
-        let sockets = Sockets::new(entries, false);
+        let sockets = Sockets::new(entries, false, true);
         let error = sockets.systemd_listen_tcp("http", "127.0.0.1:3".parse().unwrap()).unwrap_err().to_string();
         for part in ["tcp 127.0.0.1:3", "\"http\"", "tcp 127.0.0.1:2 as \"http\"", "tcp 127.0.0.1:3 as \"admin\""] {
             assert!(error.contains(part), "{error}");
@@ -396,7 +396,10 @@ mod tests {
         let mut handed_on: Vec<_> = entries.iter().map(|entry| (&entry.key, entry.unit.as_deref())).collect();
         handed_on.sort_by_key(|(key, _)| key.to_string());
         assert_eq!(handed_on, [(&key(2), Some("http")), (&key(3), Some("admin")), (&key(4), Some("admin"))]);
-        let text = manifest::encode(1, entries.iter().map(|entry| (entry.number(), entry)));
+        let text = manifest::encode(
+            &Origin { generation: 1, ..Origin::default() },
+            entries.iter().map(|entry| (entry.number(), entry)),
+        );
         let read = Manifest::decode(text.as_bytes()).unwrap();
         let numbered: Vec<_> = entries.iter().map(|entry| entry.clone().with_fd(entry.number())).collect();
         assert_eq!(read.entries, numbered, "the names are handed on");

@@ -50,6 +50,8 @@ pub(crate) struct ControlSocket {
 pub(super) struct ControlSockets {
     sockets: Vec<ControlSocket>,
     trust: Trust,
+    /// The name of this application.
+    app: Option<String>,
     pending: Vec<PendingCommand>,
     accept_again: Deadline,
 }
@@ -66,8 +68,8 @@ struct PendingCommand {
 }
 
 impl ControlSockets {
-    pub(super) fn new(sockets: Vec<ControlSocket>, trust: Trust) -> Self {
-        Self { sockets, trust, pending: Vec::new(), accept_again: Deadline::after(Duration::ZERO) }
+    pub(super) fn new(sockets: Vec<ControlSocket>, trust: Trust, app: Option<String>) -> Self {
+        Self { sockets, trust, app, pending: Vec::new(), accept_again: Deadline::after(Duration::ZERO) }
     }
 
     #[cfg(feature = "tokio_ecdysis")]
@@ -159,7 +161,10 @@ impl ControlSockets {
         let PendingCommand { stream, peer, path, purpose, line, .. } = self.pending.remove(at);
         complete.ok()?;
         let (action, reply) = if purpose == Purpose::Takeover {
-            (Action::Upgrade, Reply::Takeover(TakeoverRequest::new(stream.into(), peer, line.bytes())?, None))
+            (
+                Action::Upgrade,
+                Reply::Takeover(TakeoverRequest::new(stream.into(), peer, line.bytes(), self.app.as_deref())?, None),
+            )
         } else {
             let Some(action) = command(line.bytes()) else {
                 send_line(&stream, "failed: unknown command; known are upgrade, stop, partial-stop, status\n");
@@ -235,11 +240,11 @@ impl AsFd for TakeoverSocket {
 
 impl TakeoverSocket {
     /// The next process that asks to take over; `None` if nobody has connected. Waits only for the first line.
-    pub(crate) fn accept(&self, trust: &Trust) -> Result<Option<TakeoverRequest>, Error> {
+    pub(crate) fn accept(&self, trust: &Trust, app: Option<&str>) -> Result<Option<TakeoverRequest>, Error> {
         let accepted = accept(&self.listener).map_err(|source| Error::Connect { path: self.path.clone(), source })?;
         let Some(stream) = accepted else { return Ok(None) };
         let Some(peer) = trusted_for_takeover(&stream, &self.path, &**trust) else { return Ok(None) };
         let line = FirstLine::default().wait(&stream, Deadline::after(GREETING_TIME));
-        Ok(TakeoverRequest::new(stream.into(), peer, &line))
+        Ok(TakeoverRequest::new(stream.into(), peer, &line, app))
     }
 }

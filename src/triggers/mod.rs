@@ -36,9 +36,10 @@ impl Triggers {
         handlers: Handlers,
         sockets: Vec<ControlSocket>,
         trust: Trust,
+        app: Option<String>,
         calls: Arc<Calls>,
     ) -> Self {
-        let control = ControlSockets::new(sockets, trust);
+        let control = ControlSockets::new(sockets, trust, app);
         Self { signals, handlers, control, calls, requests: VecDeque::new() }
     }
 

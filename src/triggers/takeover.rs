@@ -4,8 +4,9 @@ use std::cell::Cell;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use crate::handover::greeting::{refuse, Greeting};
+use crate::handover::greeting::{another_app, refuse, Greeting};
 use crate::handover::link::nonblocking;
+use crate::logging;
 use crate::sys::peer::PeerCred;
 
 /// A process that has asked to take over.
@@ -19,9 +20,14 @@ pub(crate) struct TakeoverRequest {
 
 impl TakeoverRequest {
     /// `None` for a connection whose first line asks for something else.
-    pub(super) fn new(socket: OwnedFd, peer: PeerCred, line: &[u8]) -> Option<Self> {
-        if Greeting::parse(line).is_none() {
+    pub(super) fn new(socket: OwnedFd, peer: PeerCred, line: &[u8], app: Option<&str>) -> Option<Self> {
+        let Some(greeting) = Greeting::parse(line) else {
             refuse(&socket, "failed: this is a takeover socket");
+            return None;
+        };
+        if let (Some(app), Some(other)) = (app, another_app(app, greeting.app.as_deref())) {
+            logging::warn!("refused to hand over to application {other:?}: this is {app:?}");
+            refuse(&socket, &format!("failed: this is application {app:?}, not {other:?}"));
             return None;
         }
         if let Err(e) = nonblocking(&socket) {

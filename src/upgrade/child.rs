@@ -12,6 +12,7 @@ use crate::generation::Generation;
 use crate::handover::ancestors::{Ancestors, ParentState};
 use crate::handover::entry::FdRef;
 use crate::handover::lines::{FromChild, COMMIT, MAX_DROPPED};
+use crate::handover::manifest::Origin;
 use crate::handover::receive::{self, Inherited};
 use crate::handover::variable::{is_handover, Carrier, VARIABLE};
 use crate::handover::{from_1_1_1, greeting};
@@ -33,6 +34,7 @@ const ATTEMPT_PAUSE: Duration = Duration::from_millis(20);
 pub(crate) fn inherit(
     take_over: Option<&Path>,
     trust: &Trust,
+    app: Option<&str>,
     ready_timeout: Duration,
 ) -> Result<Option<Inherited>, Error> {
     if let Some(inherited) = from_environment()? {
@@ -41,10 +43,15 @@ pub(crate) fn inherit(
     if let Some((entries, pipe)) = from_1_1_1::inherit()? {
         // It does not count its generations.
         let ancestors = Ancestors { of_1_1_1: Some(pipe), ..Ancestors::default() };
-        return Ok(Some(Inherited { generation: 1, entries, ancestors }));
+        return Ok(Some(Inherited {
+            origin: Origin { generation: 1, ..Origin::default() },
+            is_takeover: false,
+            entries,
+            ancestors,
+        }));
     }
     match take_over {
-        Some(path) => from_socket(path, trust, ready_timeout),
+        Some(path) => from_socket(path, trust, app, ready_timeout),
         None => Ok(None),
     }
 }
@@ -101,14 +108,24 @@ fn another_process() -> Option<Inherited> {
 }
 
 /// From the process that listens at `path`, if one does.
-fn from_socket(path: &Path, trust: &Trust, ready_timeout: Duration) -> Result<Option<Inherited>, Error> {
+fn from_socket(
+    path: &Path,
+    trust: &Trust,
+    app: Option<&str>,
+    ready_timeout: Duration,
+) -> Result<Option<Inherited>, Error> {
     let mut attempts = 0;
-    while let Some(socket) = greeting::connect(path, &**trust)? {
+    while let Some(socket) = greeting::connect(path, &**trust, app)? {
         match receive::receive(&socket, ready_timeout) {
             Ok(Ok(arrived)) => {
                 logging::info!("taking over from the process at {}", path.display());
                 let socket = Arc::new(socket);
-                return arrived.unpack(socket.clone(), socket).map(Some);
+                let inherited = arrived.unpack(socket.clone(), socket)?;
+                if let Some(other) = greeting::another_app(app, inherited.origin.app.as_deref()) {
+                    let answer = format!("this is application {other:?}");
+                    return Err(Error::NotHandedOver { path: path.to_owned(), answer });
+                }
+                return Ok(Some(Inherited { is_takeover: true, ..inherited }));
             }
             Ok(Err(answer)) => {
                 let answer = answer.lines().next().unwrap_or_default().to_owned();

@@ -51,7 +51,7 @@ pub(crate) fn upgrade<'a>(
 fn pack(generation: &Generation) -> Result<(Handover, Option<Late>), Error> {
     let (mut entries, late) = generation.sockets.snapshot()?;
     entries.extend(generation.ancestors.draining().map(DrainLink::entry));
-    Ok((Handover { generation: generation.number, entries }, late))
+    Ok((Handover { origin: generation.origin.clone(), entries }, late))
 }
 
 /// Step 3 with a child. Everything that needs memory is built before the child exists.

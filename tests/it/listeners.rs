@@ -8,7 +8,8 @@ use std::env;
 use std::fs;
 use std::io::{self, BufRead, BufReader, ErrorKind, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
-use std::os::unix::net::UnixStream;
+use std::os::unix::fs::symlink;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::process::{self, Command};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -57,7 +58,14 @@ fn serve(dir: &str) -> Result<()> {
     let _ = log::set_logger(&Logger);
     log::set_max_level(log::LevelFilter::Warn);
     let probation = env::var("PROBATION").map_or(Ok(300), |ms| ms.parse())?;
-    let starting = Ecdysis::builder()
+    let mut builder = Ecdysis::builder();
+    if let Ok(app) = env::var("APP") {
+        builder.application(app);
+    }
+    if let Ok(path) = env::var("TAKEOVER") {
+        builder.take_over(&path).takeover_on_socket(&path);
+    }
+    let starting = builder
         .upgrade_on_signal(libc::SIGHUP)
         .stop_on_signal(libc::SIGTERM)
         .probation(Duration::from_millis(probation))
@@ -75,9 +83,14 @@ fn serve(dir: &str) -> Result<()> {
         match words[..] {
             ["tcp", addr, ref options @ ..] => {
                 let addr: SocketAddr = addr.parse()?;
-                let listener = starting.build_listen_tcp(addr, |socket, addr| {
+                let named = options.iter().find_map(|option| option.strip_prefix("named="));
+                let sockets = named.map_or((*starting).clone(), |name| starting.named(name));
+                let listener = sockets.build_listen_tcp(addr, |socket, addr| {
                     socket.set_reuse_address(true)?;
                     socket.set_reuse_port(options.contains(&"shared"))?;
+                    if addr.is_ipv6() {
+                        socket.set_only_v6(options.contains(&"v6only"))?;
+                    }
                     socket.bind(addr)?;
                     socket.listen(64)?;
                     Ok(socket.into())
@@ -85,7 +98,9 @@ fn serve(dir: &str) -> Result<()> {
                 say(format!("listening {} gen={generation} pid={}", listener.local_addr()?, process::id()));
                 accept(starting.shutdown(), listener, generation);
             }
-            ["unix", path] => accept(starting.shutdown(), starting.listen_unix(format!("{dir}/{path}"))?, generation),
+            ["unix", path] => {
+                accept(starting.shutdown(), starting.listen_unix(std::path::Path::new(dir).join(path))?, generation)
+            }
             ["udp", addr] => {
                 let socket = starting.build_socket_udp(addr.parse()?, |socket, addr| {
                     socket.bind(addr)?;
@@ -308,4 +323,137 @@ fn an_address_that_is_taken_is_an_early_error() {
     planned.plan(&format!("tcp 127.0.0.1:0\ntcp {}\n", taken.local_addr().unwrap()));
     planned.server.fail_to_upgrade();
     planned.server.wait_any(&format!("failed: cannot open socket tcp {}", taken.local_addr().unwrap()));
+}
+
+// ---- moved ------------------------------------------------------------------------------------------------------
+
+#[test]
+fn a_unix_socket_whose_file_was_removed_is_reachable_again() {
+    let mut planned = Planned::start("unix a.sock\nunix b.sock\n", |_| {});
+    fs::remove_file(planned.dir.path().join("a.sock")).unwrap();
+    planned.server.upgrade();
+    assert_eq!(generation(&planned.unix("a.sock")), 2);
+    planned.server.wait_any("no longer leads to the inherited socket: opened it anew");
+    planned.server.wait_any("ended gen=1");
+    assert_eq!(generation(&planned.unix("a.sock")), 2, "the old version leaves the new file alone");
+    planned.server.upgrade();
+    assert_eq!(generation(&planned.unix("a.sock")), 3);
+}
+
+#[test]
+fn a_unix_socket_behind_a_link_that_was_moved_is_reachable_there() {
+    let dir = tempdir();
+    for release in ["r1", "r2"] {
+        fs::create_dir(dir.path().join(release)).unwrap();
+    }
+    let (current, next) = (dir.path().join("current"), dir.path().join("next"));
+    symlink("r1", &current).unwrap();
+    let link = current.join("a.sock").display().to_string();
+    // A path that is absolute stays as it is.
+    let mut planned = Planned::start(&format!("unix {link}\n"), |_| {});
+    assert_eq!(generation(&format!("unix:{link}")), 1);
+    symlink("r2", &next).unwrap();
+    fs::rename(&next, &current).unwrap();
+    planned.server.upgrade();
+    assert_eq!(generation(&format!("unix:{link}")), 2);
+}
+
+/// Another process has taken the path meanwhile: the inherited socket is kept, and the log says why no client finds it.
+#[test]
+fn a_unix_socket_whose_path_is_taken_is_kept() {
+    let mut planned = Planned::start("unix a.sock\n", |_| {});
+    let path = planned.dir.path().join("a.sock");
+    fs::remove_file(&path).unwrap();
+    let _other = UnixListener::bind(&path).unwrap();
+    planned.server.upgrade();
+    planned.server.wait_any("no longer leads to the inherited socket, and cannot be opened anew: ");
+    planned.server.upgrade();
+}
+
+// ---- exchanged --------------------------------------------------------------------------------------------------
+
+#[test]
+fn listeners_with_names_are_not_exchanged() {
+    let mut planned = Planned::start("tcp 127.0.0.1:0 named=public\ntcp 127.0.0.1:0 named=admin\n", |_| {});
+    let [public, admin] = &planned.server.addrs()[..] else { panic!("two listeners") };
+    let at = |generation: u64, addr: &str| format!("listening {addr} gen={generation} ");
+    let (public, admin) = (public.clone(), admin.clone());
+    planned.plan("tcp 127.0.0.1:0 named=admin\ntcp 127.0.0.1:0 named=public\n");
+    planned.server.upgrade();
+    let said = planned.server.said();
+    let position = |line: &str| said.iter().position(|said| said.starts_with(line)).unwrap();
+    assert!(position(&at(2, &admin)) < position(&at(2, &public)));
+    // Names may be dropped and given.
+    planned.plan("tcp 127.0.0.1:0 named=public\ntcp 127.0.0.1:0\n");
+    planned.server.upgrade();
+    let said = planned.server.said();
+    let position = |line: &str| said.iter().position(|said| said.starts_with(line)).unwrap();
+    assert!(position(&at(3, &public)) < position(&at(3, &admin)));
+    // But a name is no other name.
+    planned.plan("tcp 127.0.0.1:0 named=public\ntcp 127.0.0.1:0 named=other\n");
+    planned.server.upgrade();
+    planned.plan("tcp 127.0.0.1:0 named=another\ntcp 127.0.0.1:0 named=other\n");
+    planned.server.upgrade();
+    planned.server.wait_any("nobody has asked for the inherited tcp 127.0.0.1:0 named \"public\"");
+}
+
+#[test]
+fn more_sockets_with_one_key_are_logged() {
+    let mut planned = Planned::start("tcp 127.0.0.1:0\n", |_| {});
+    planned.plan("tcp 127.0.0.1:0\ntcp 127.0.0.1:0\n");
+    planned.server.upgrade();
+    planned.server.wait_any("tcp 127.0.0.1:0: 2 sockets with this key, but the old version has 1");
+}
+
+// ---- taken over -------------------------------------------------------------------------------------------------
+
+#[test]
+fn an_application_hands_over_to_no_other() {
+    let mut planned = Planned::start("tcp 127.0.0.1:0\n", |_| {});
+    let path = planned.dir.path().join("takeover");
+    let takeover = |app: Option<&str>| {
+        let mut command = this_program("listeners::server");
+        command.env("LISTENERS_DIR", planned.dir.path()).env("TAKEOVER", &path);
+        app.map(|app| command.env("APP", app));
+        command
+    };
+    let mut shop = Server::serving(takeover(Some("shop")));
+    let addr = shop.addr();
+    let mut blog = Server::start(takeover(Some("blog")));
+    blog.wait("application \"shop\", not \"blog\"");
+    shop.wait("log refused to hand over to application \"blog\"");
+    assert_eq!(generation(&addr), 1);
+    // Of one without a name nothing is known.
+    let _unnamed = Server::serving(takeover(None));
+    shop.wait("upgrade ok");
+    assert_eq!(generation(&addr), 2);
+    planned.server.upgrade();
+}
+
+/// In another container the path may lead nowhere, although the clients of the old one find the socket by it.
+#[test]
+fn a_takeover_from_another_mount_namespace_keeps_the_sockets() {
+    if !rustix::process::geteuid().is_root() {
+        return;
+    }
+    let dir = tempdir();
+    fs::create_dir(dir.path().join("socks")).unwrap();
+    fs::write(dir.path().join("plan"), "unix socks/a.sock\n").unwrap();
+    let prepare = |command: &mut Command| {
+        command.env("LISTENERS_DIR", dir.path()).env("TAKEOVER", dir.path().join("takeover"));
+    };
+    let mut command = this_program("listeners::server");
+    prepare(&mut command);
+    let mut old = Server::serving(command);
+    let addr = format!("unix:{}", dir.path().join("socks/a.sock").display());
+    assert_eq!(generation(&addr), 1);
+    let inner = this_program("listeners::server");
+    let mut command = Command::new("unshare");
+    let hide = format!("mount -t tmpfs none '{}' && exec \"$0\" \"$@\"", dir.path().join("socks").display());
+    command.args(["--mount", "--propagation", "private", "sh", "-c", &hide]).arg(inner.get_program());
+    command.args(inner.get_args());
+    prepare(&mut command);
+    let _new = Server::serving(command);
+    old.wait("ended gen=1");
+    assert_eq!(generation(&addr), 2);
 }

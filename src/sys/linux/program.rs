@@ -28,6 +28,14 @@ pub(crate) fn has_capabilities(path: &Path) -> bool {
     is_secure() && !getuid().is_root() && getxattr(path, "security.capability", &mut [0_u8; 0][..]).is_ok()
 }
 
+/// Identifies the mount namespace and the root of this process: where both are the same, a path leads to the same file.
+pub(crate) fn mounts() -> Option<String> {
+    use std::os::unix::fs::MetadataExt;
+
+    let (namespace, root) = (fs::metadata("/proc/self/ns/mnt").ok()?, fs::metadata("/").ok()?);
+    Some(format!("{}:{}:{}", namespace.ino(), root.dev(), root.ino()))
+}
+
 /// The id that the kernel gave this process for good: the inode of its pidfd, where those have inodes of their own.
 #[cfg(feature = "systemd_sockets")]
 pub(crate) fn own_pidfd_id() -> Option<u64> {
