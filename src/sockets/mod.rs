@@ -3,6 +3,7 @@
 //! Asking is the same line of code in every generation: a socket that the parent handed over is claimed, any other is
 //! made.
 
+mod in_use;
 mod late;
 pub(crate) mod pass;
 mod registry;
@@ -390,7 +391,7 @@ impl Sockets {
         make: impl FnOnce(&Start) -> io::Result<(OwnedFd, Option<FileId>)>,
     ) -> io::Result<OwnedFd> {
         let start = self.registry().start();
-        let (fd, file) = make(&start).map_err(|e| self.explain(e))?;
+        let (fd, file) = make(&start).map_err(|e| self.explain(key, e))?;
         self.registry().hold(key, fd.as_fd(), file, start.pending())?;
         logging::debug!("opened {key}");
         Ok(fd)
@@ -417,15 +418,16 @@ impl Sockets {
         }
     }
 
-    /// Names the sockets that the service manager passed in an "address in use" error: one of them is usually the
-    /// other socket on that address.
-    fn explain(&self, error: io::Error) -> io::Error {
-        let passed = self.registry().passed();
-        if error.kind() != io::ErrorKind::AddrInUse || passed.is_empty() {
+    /// Names the causes in an "address in use" error, which would be hard to explain without them.
+    fn explain(&self, key: &Key, error: io::Error) -> io::Error {
+        if error.kind() != io::ErrorKind::AddrInUse {
             return error;
         }
-        let why = format!("{error}; the service manager passed {passed}, which nobody has asked for");
-        io::Error::new(io::ErrorKind::AddrInUse, why)
+        let causes = self.registry().causes_in_use(key);
+        if causes.is_empty() {
+            return error;
+        }
+        io::Error::new(io::ErrorKind::AddrInUse, format!("{error}; {}", causes.join("; ")))
     }
 
     /// Closes what nobody claimed, and returns the inodes of listeners among it, which the parent serves until it is over.

@@ -13,6 +13,7 @@ use std::sync::Arc;
 use rustix::io::ioctl_fionbio;
 use rustix::net::{sockopt, AddressFamily, SocketType};
 
+use super::in_use;
 use super::pass::Producer;
 use crate::error::Error;
 use crate::handover::entry::{duplicate, Entry};
@@ -148,6 +149,18 @@ impl Registry {
         let entry = self.inherited.remove(at)?;
         // Shared only with an upgrade that is handing it on at this moment.
         Arc::try_unwrap(entry.fd).or_else(duplicate).ok()
+    }
+
+    /// Why an address is in use.
+    pub(super) fn causes_in_use(&mut self, key: &Key) -> Vec<String> {
+        let is_child = self.pending.is_some();
+        let mut causes = in_use::causes(key, self.inherited.make_contiguous(), &self.ours, is_child);
+        let passed = self.passed();
+        // One of them is usually the other socket on that address.
+        if causes.is_empty() && !passed.is_empty() {
+            causes.push(format!("the service manager passed {passed}, which nobody has asked for"));
+        }
+        causes
     }
 
     /// What a unit passed and nobody claimed, as text.

@@ -325,6 +325,33 @@ fn an_address_that_is_taken_is_an_early_error() {
     planned.server.wait_any(&format!("failed: cannot open socket tcp {}", taken.local_addr().unwrap()));
 }
 
+/// What a program that is started through a wrapper, or by hand, meets.
+#[test]
+fn an_address_that_a_service_manager_holds_names_that() {
+    let taken = TcpListener::bind("127.0.0.1:0").unwrap();
+    let plan = format!("tcp {}\n", taken.local_addr().unwrap());
+    let failed = |pid: Option<&str>| {
+        let dir = tempdir();
+        fs::write(dir.path().join("plan"), &plan).unwrap();
+        let mut command = this_program("listeners::server");
+        command.env("LISTENERS_DIR", dir.path()).env("LISTEN_FDS", "1");
+        pid.map(|pid| command.env("LISTEN_PID", pid));
+        Server::start(command).wait("failed: ")
+    };
+    assert!(failed(None).contains("systemfd --no-pid"));
+    assert!(failed(Some("1")).contains("to process 1, and this is "));
+}
+
+/// The kernel's "address in use" does not say by whom.
+#[test]
+fn an_address_that_overlaps_an_inherited_one_names_it() {
+    let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let mut planned = Planned::start(&format!("tcp 0.0.0.0:{port}\ntcp 127.0.0.1:0\n"), |_| {});
+    planned.plan(&format!("tcp 127.0.0.1:0\ntcp 127.0.0.1:{port}\n"));
+    planned.server.fail_to_upgrade();
+    planned.server.wait_any(&format!("the inherited tcp 0.0.0.0:{port}, which nobody has asked for, has it"));
+}
+
 // ---- moved ------------------------------------------------------------------------------------------------------
 
 #[test]
