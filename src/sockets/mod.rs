@@ -84,7 +84,14 @@ impl Sockets {
         Self { registry: self.registry.clone(), label: Some(name.as_ref().into()) }
     }
 
-    /// Returns a TCP listener on `addr`, with SO_REUSEADDR and the system's largest backlog (listen(2)).
+    /// Returns a TCP listener on `addr`, with SO_REUSEADDR and the system's largest backlog
+    /// ([listen(2)](https://man7.org/linux/man-pages/man2/listen.2.html)).
+    ///
+    /// The listener is nonblocking. std's own [`accept`](TcpListener::accept) and [`incoming`](TcpListener::incoming) fail
+    /// with `WouldBlock` whenever no connection waits, and a crate that accepts by them ends its loop at once, or spins: the
+    /// process is ready, and serves nobody. Accept with [`Shutdown::incoming`](crate::Shutdown::incoming), and give the
+    /// *connections* to such a crate. Do not make the listener blocking: an old generation would then keep accepting after
+    /// an upgrade, because all generations share the mode.
     ///
     /// ```
     /// # fn main() -> Result<(), Box<dyn std::error::Error>> {

@@ -13,6 +13,7 @@ use crate::event::Event;
 use crate::exit::{Exit, ExitMode, Upgraded};
 use crate::logging;
 use crate::manager::{ServiceManager, Store, ANNOUNCE};
+use crate::sys::program;
 #[cfg(feature = "systemd_sockets")]
 use crate::{key::Key, listen::FileId};
 
@@ -27,6 +28,8 @@ pub(crate) struct Systemd {
     generation: u64,
     /// The manager started this process itself.
     started_by_it: bool,
+    /// The manager knows this process by the number that it has here: it is in no PID namespace below the manager's.
+    same_numbers: bool,
     /// The manager listens to this process.
     main: AtomicBool,
     /// The longest time that an upgrade may take. The manager is asked to wait that long.
@@ -52,11 +55,14 @@ impl Systemd {
             other => Error::ServiceManager { what: "its socket".into(), source: std::io::Error::other(other) },
         })?;
         let number = |name| env::var(name).ok().and_then(|value| value.parse::<u32>().ok());
-        let started_by_it = !is_child || number("SYSTEMD_EXEC_PID") == Some(std::process::id());
+        let exec_pid = number("SYSTEMD_EXEC_PID");
+        let started_by_it = !is_child || exec_pid == Some(std::process::id());
+        let same_numbers = exec_pid.map_or_else(program::in_first_pid_namespace, |pid| pid == std::process::id());
         Ok(notifier.map(|notifier| Self {
             notifier,
             generation,
             started_by_it,
+            same_numbers,
             main: AtomicBool::new(started_by_it),
             upgrade_time: upgrade_time.saturating_add(ANNOUNCE),
             reloading: AtomicBool::new(false),
@@ -101,6 +107,10 @@ impl ServiceManager for Systemd {
         log_failure(match event {
             // The parent that announced this process has reported it as ready.
             Event::Serving { .. } if !self.started_by_it => Ok(()),
+            // With the PID, as version 1.1.1 sends it, if the manager has the same number for this process.
+            Event::Serving { .. } if self.same_numbers => {
+                notifier.new_main(std::process::id(), &format!("generation {generation}"))
+            }
             Event::Serving { .. } => notifier.ready(&format!("generation {generation}")),
             Event::Upgrading => self.begin_reload(),
             Event::Spawned { pid } => notifier.status(&format!("generation {generation}, upgrading to pid {pid}")),

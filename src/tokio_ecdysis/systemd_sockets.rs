@@ -84,6 +84,9 @@ impl From<io::Error> for SystemdSocketError {
     }
 }
 
+/// The names that systemd gives where a unit gives none (sd_listen_fds(3)). Version 1.1.1 skips these sockets.
+const RESERVED: [&str; 3] = ["unknown", "stored", "connection"];
+
 impl TokioEcdysis {
     /// Returns the connections of the TCP listener on `addr` that a unit passed by this name. It is never created here, see
     /// [`Sockets::systemd_listen_tcp`](crate::Sockets::systemd_listen_tcp).
@@ -171,6 +174,10 @@ impl TokioEcdysis {
         use SystemdSocketError::{
             SockInfoIncorrect, SocketNotFoundInChildRegistry, SocketNotFoundInParent, SystemdSocketsNotInitialized,
         };
+        if RESERVED.contains(&name) {
+            let why = format!("{name:?} is no name of a unit's choice: set FileDescriptorName=");
+            return Err(if self.is_child() { SocketNotFoundInChildRegistry(why) } else { SocketNotFoundInParent(why) });
+        }
         on_runtime(key, || make(name), register).map_err(|error| match error {
             Error::NotPassed { .. } if self.is_child() => SocketNotFoundInChildRegistry(error.to_string()),
             Error::NotPassed { .. } if !self.std_ecdysis().takes_sockets() || passed_to_us().is_err() => {

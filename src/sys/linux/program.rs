@@ -28,6 +28,13 @@ pub(crate) fn has_capabilities(path: &Path) -> bool {
     is_secure() && !getuid().is_root() && getxattr(path, "security.capability", &mut [0_u8; 0][..]).is_ok()
 }
 
+/// Whether this process is in the first PID namespace of the system, and has the same number for every other process in it.
+#[cfg(feature = "systemd_notify")]
+pub(crate) fn in_first_pid_namespace() -> bool {
+    // PROC_PID_INIT_INO in the kernel's proc_ns.h.
+    fs::read_link("/proc/self/ns/pid").is_ok_and(|namespace| namespace.as_os_str() == "pid:[4026531836]")
+}
+
 /// Identifies the mount namespace and the root of this process: where both are the same, a path leads to the same file.
 pub(crate) fn mounts() -> Option<String> {
     use std::os::unix::fs::MetadataExt;

@@ -134,6 +134,7 @@ async fn passed(ecdysis: &TokioEcdysis, dir: &Path) -> Option<StoppableStream<Un
     let (yes, name, nowhere) = (|| StopOnShutdown::Yes, || "none".to_string(), SocketAddr::from(([127, 0, 0, 3], 9)));
     let found = ecdysis.systemd_listen_unix(yes(), "web".to_string(), dir.join("passed")).await;
     let none = [
+        ecdysis.systemd_listen_unix(yes(), "unknown".to_string(), dir.join("passed")).await.err().map(missing),
         ecdysis.systemd_listen_tcp(yes(), name(), nowhere).await.err().map(missing),
         ecdysis.systemd_listen_unix_seqpacket(yes(), name(), dir.join("none")).await.err().map(missing),
         ecdysis.systemd_socket_udp(name(), nowhere).await.err().map(missing),

@@ -140,7 +140,8 @@ fn under_a_service_manager() {
         let mut program = Program::start(program, |program, dir| {
             let (notify, passed) = (dir.join("notify"), UnixListener::bind(dir.join("passed")).unwrap());
             manager = Some(UnixDatagram::bind(&notify).unwrap());
-            let script = "exec 3>&1 1>/dev/null; LISTEN_PID=$$ LISTEN_FDS=1 LISTEN_FDNAMES=web exec \"$0\" \"$@\"";
+            // Without LISTEN_FDS, which 1.1.1 does not read; and with a name that is no unit's choice.
+            let script = "exec 3>&1 4>&1 1>/dev/null; LISTEN_PID=$$ LISTEN_FDNAMES=web:unknown exec \"$0\" \"$@\"";
             let mut shell = Command::new("sh");
             shell.args(["-c", script, program]).env("NOTIFY_SOCKET", &notify).stdout(OwnedFd::from(passed));
             shell
