@@ -109,7 +109,7 @@ impl ServiceManager for Systemd {
             Event::Serving { .. } if !self.started_by_it => Ok(()),
             // With the PID, as version 1.1.1 sends it, if the manager has the same number for this process.
             Event::Serving { .. } if self.same_numbers => {
-                notifier.new_main(std::process::id(), &format!("generation {generation}"))
+                notifier.ready_as(std::process::id(), &format!("generation {generation}"))
             }
             Event::Serving { .. } => notifier.ready(&format!("generation {generation}")),
             Event::Upgrading => self.begin_reload(),

@@ -128,6 +128,11 @@ impl Notifier {
         self.send("STATUS", Message::new().status(status), &[])
     }
 
+    /// Sends `READY=1` with the PID, in the order of version 1.1.1.
+    pub(crate) fn ready_as(&self, pid: u32, status: &str) -> Result<(), NotifyError> {
+        self.send("READY", Message::new().with("READY", "1").with("MAINPID", &pid.to_string()).status(status), &[])
+    }
+
     /// Makes process `pid` the main process of the service, which is ready: sends `MAINPID`, `READY=1` and the first
     /// `WATCHDOG=1` of the new process in one datagram. From then on the manager accepts messages of that process, and no
     /// longer of this one. It has taken effect when a [`barrier`](Self::barrier) has passed.

@@ -47,8 +47,7 @@ impl log::Log for Logger {
 #[test]
 fn server() {
     let Ok(dir) = env::var("LISTENERS_DIR") else { return };
-    if let Err(e) = serve(&dir) {
-        say(format!("failed: {e}"));
+    if serve(&dir).is_err() {
         process::exit(1);
     }
     process::exit(0);
@@ -75,7 +74,8 @@ fn serve(dir: &str) -> Result<()> {
             Event::UpgradeFailed { error, .. } => say(format!("upgrade failed: {error}")),
             _ => {}
         })
-        .start()?;
+        .start()
+        .inspect_err(|e| say(format!("failed: {e}")))?;
     let generation = starting.generation();
     let mut exit = false;
     for line in fs::read_to_string(format!("{dir}/plan"))?.lines() {
@@ -94,7 +94,9 @@ fn serve(dir: &str) -> Result<()> {
                     socket.bind(addr)?;
                     socket.listen(64)?;
                     Ok(socket.into())
-                })?;
+                });
+                // Before the parent hears of it, and ends this process.
+                let listener = listener.inspect_err(|e| say(format!("failed: {e}")))?;
                 say(format!("listening {} gen={generation} pid={}", listener.local_addr()?, process::id()));
                 accept(starting.shutdown(), listener, generation);
             }

@@ -100,7 +100,7 @@ fn the_parent_announces_and_the_child_is_silent_until_then() {
         Some("pid:[4026531836]") => format!("MAINPID={parent}\n"),
         _ => String::new(),
     };
-    let first = format!("{pid}READY=1\nWATCHDOG=1\nSTATUS=generation 1\n");
+    let first = format!("READY=1\n{pid}STATUS=generation 1\n");
     assert_eq!(manager.expect(parent, "READY=1").text, first);
     let alive = |message: &Message| message.text == "WATCHDOG=1\n";
     assert_eq!(manager.within(DEADLINE, alive).unwrap().from, parent);
