@@ -93,6 +93,10 @@ impl Sockets {
     /// *connections* to such a crate. Do not make the listener blocking: an old generation would then keep accepting after
     /// an upgrade, because all generations share the mode.
     ///
+    /// It is nonblocking, because both generations share its open file description. Accept through
+    /// [`Shutdown`](crate::Shutdown): std's own `accept` and `incoming` return `WouldBlock` while nobody waits, which ends the
+    /// loop of many server crates. [The guide](crate::guide::threaded) says what to do about those.
+    ///
     /// ```
     /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
     /// # let starting = ecdysis::Ecdysis::builder().start()?;
