@@ -44,6 +44,9 @@ impl PidFile {
 
     /// After a failed upgrade, whose child may have written its own PID.
     pub(crate) fn rewrite(&self) {
+        if self.path().is_some_and(|path| is_ours(&path).unwrap_or(false)) {
+            return;
+        }
         if let Err(e) = self.write() {
             logging::error!("{e}");
         }

@@ -463,3 +463,30 @@ fn in_one_process() {
         assert!(matches!(ecdysis.upgrade().await, Err(ecdysis::Error::Over)));
     });
 }
+
+/// The file is chosen after the start, and has one owner all the same: what it contained comes back.
+#[test]
+fn a_pid_file_is_restored_when_a_takeover_is_given_up() {
+    let dir = tempdir();
+    let (socket, pid_file) = (dir.path().join("takeover"), dir.path().join("pid"));
+    fs::write(&pid_file, "4711\n").unwrap();
+    let listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+    let args = ["--listen", LOCAL, "--take-over", path(&socket), "--pid-file", path(&pid_file)];
+    let mut new = Server::start(command(args));
+    let mut old = BufReader::new(listener.accept().unwrap().0);
+    let mut line = String::new();
+    old.read_line(&mut line).unwrap();
+    old.get_mut().write_all(b"ecdysis 1\ngeneration 1\nend\n").unwrap();
+    while line != "ready\n" {
+        line.clear();
+        assert_ne!(old.read_line(&mut line).unwrap(), 0);
+    }
+    // Its `serving` cannot be sent, and only then does it read why.
+    old.get_ref().shutdown(std::net::Shutdown::Read).unwrap();
+    old.get_mut().write_all(b"commit\n").unwrap();
+    eventually("the file names it", || fs::read_to_string(&pid_file).unwrap() == format!("{}\n", new.first_pid()));
+    old.get_mut().write_all(b"stop\n").unwrap();
+    new.wait("gave up");
+    new.wait_all_ended();
+    assert_eq!(fs::read_to_string(&pid_file).unwrap(), "4711\n");
+}
