@@ -108,7 +108,7 @@ fn two_thousand_upgrades_leave_nothing_behind() {
 }
 
 /// A server with this many listeners and this limit on descriptors.
-fn crowded(listeners: usize, limit: u64) -> Server {
+fn crowded(listeners: usize, limit: libc::rlim_t) -> Server {
     let mut args = vec!["--probation", "10", "--pid-file", "DIR/pid"];
     for _ in 0..listeners {
         args.extend(["--listen", "127.0.0.1:0"]);
@@ -154,7 +154,7 @@ fn with_hardly_a_descriptor_left_an_upgrade_fails_without_harm() {
     for addr in &addrs {
         ask(addr).unwrap();
     }
-    let set_limit = |limit: u64| {
+    let set_limit = |limit: libc::rlim_t| {
         let limit = libc::rlimit { rlim_cur: limit, rlim_max: 1024 };
         // SAFETY: `limit` is read, nothing is written.
         assert_eq!(unsafe { libc::prlimit(pid as i32, libc::RLIMIT_NOFILE, &limit, std::ptr::null_mut()) }, 0);

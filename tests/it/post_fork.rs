@@ -230,7 +230,7 @@ fn faults() -> i64 {
     let mut usage: libc::rusage = unsafe { std::mem::zeroed() };
     // SAFETY: `usage` is ours to write.
     unsafe { libc::getrusage(libc::RUSAGE_THREAD, &mut usage) };
-    usage.ru_minflt
+    usage.ru_minflt as i64
 }
 
 // ---- the tests --------------------------------------------------------------------------------------------------

@@ -290,9 +290,11 @@ impl Tracer {
     }
 }
 
-fn ptrace(request: libc::c_uint, tid: i32, address: usize, data: usize) -> i64 {
+/// The type of a request differs between the C libraries.
+fn ptrace(request: impl TryInto<i32>, tid: i32, address: usize, data: usize) -> i64 {
+    let request = request.try_into().unwrap_or_default();
     // SAFETY: the callers pass what each request asks for (ptrace(2)); the tracees' memory is not ours.
-    unsafe { libc::ptrace(request, tid, address, data) as i64 }
+    unsafe { libc::ptrace(request as _, tid, address, data) as i64 }
 }
 
 fn change(tid: i32, change: impl FnOnce(&mut libc::user_regs_struct)) {
