@@ -30,7 +30,7 @@
 //!             });
 //!         }
 //!     });
-//!     println!("{}", server.run()?); // waits for the signals
+//!     server.run()?; // waits for the signals
 //!     shutdown.drain(Duration::from_secs(60));
 //!     Ok(())
 //! }
@@ -128,6 +128,9 @@ pub mod guide {
     #[cfg(feature = "tokio_ecdysis")]
     #[doc = include_str!("guide/tokio.md")]
     pub mod tokio {}
+    #[cfg(feature = "tokio_ecdysis")]
+    #[doc = include_str!("guide/frameworks.md")]
+    pub mod frameworks {}
     #[doc = include_str!("guide/systemd.md")]
     pub mod systemd {}
     #[doc = include_str!("guide/supervisors.md")]
