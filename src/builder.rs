@@ -8,8 +8,9 @@ use std::time::Duration;
 
 use crate::ecdysis::Ecdysis;
 use crate::event::Event;
+use crate::exit::Upgraded;
 use crate::handover::link::Transport;
-use crate::options::{BeforeUpgrade, Limits, Overlap};
+use crate::options::{BeforeUpgrade, Limits, Overlap, Verify};
 use crate::program::Changes;
 use crate::reporter::Observer;
 use crate::sys::peer::PeerCred;
@@ -38,6 +39,8 @@ pub struct Builder {
     pub(crate) changes: Changes,
     pub(crate) before_upgrade: Option<BeforeUpgrade>,
     pub(crate) standalone: bool,
+    pub(crate) verify: Option<Verify>,
+    pub(crate) spread: Duration,
     pub(crate) pid_file: Option<PathBuf>,
     pub(crate) spawn: Spawn,
     pub(crate) transport: Transport,
@@ -66,6 +69,8 @@ impl Builder {
             changes: Changes::default(),
             before_upgrade: None,
             standalone: false,
+            verify: None,
+            spread: Duration::ZERO,
             pid_file: None,
             spawn: Spawn::default(),
             transport: Transport::default(),
@@ -120,7 +125,7 @@ impl Builder {
         self.on_socket(path.as_ref(), Purpose::Connect(Action::PartialStop))
     }
 
-    /// One socket for all: the first line of a connection says `upgrade`, `stop`, `partial-stop` or `status`, within 5
+    /// One socket for all: the first line of a connection says `upgrade`, `stop`, `partial-stop`, `rollback` or `status`, within 5
     /// seconds. Otherwise as [`upgrade_on_socket`](Self::upgrade_on_socket).
     ///
     /// The answer to `status` is one line of `key=value` words: `pid`, `generation`, `uptime_ms`, `phase` (`serving`,
@@ -246,6 +251,37 @@ impl Builder {
     /// second. Zero: no probation.
     pub fn probation(&mut self, time: Duration) -> &mut Self {
         self.limits.probation = time;
+        self
+    }
+
+    /// Calls `verify` in a thread of its own when the new process serves. If it returns an error, the upgrade is rolled back:
+    /// the new process stops accepting and drains, this process accepts again, and the upgrade fails with
+    /// [`Error::Refused`](crate::Error::Refused). The verdict waits for it, for at most
+    /// [`ready_timeout`](Self::ready_timeout); a panic, or no answer by then, is an error too.
+    ///
+    /// For a request to the service itself: only the new process answers it. An operator can do the same by the command
+    /// `rollback` on the control socket.
+    pub fn verify(
+        &mut self,
+        verify: impl Fn(&Upgraded) -> Result<(), Box<dyn StdError + Send + Sync>> + Send + Sync + 'static,
+    ) -> &mut Self {
+        self.verify = Some(Arc::new(verify));
+        self
+    }
+
+    /// How long this process goes on accepting after a stop was requested, because balancers learn of it late. Meanwhile
+    /// [`Shutdown::is_ready`](crate::Shutdown::is_ready) is false, which a readiness probe should show. A second stop ends
+    /// the delay. A partial stop has none. Default: zero.
+    pub fn stop_delay(&mut self, time: Duration) -> &mut Self {
+        self.limits.stop_delay = time;
+        self
+    }
+
+    /// Once accepting is over, idle connections close at a random moment within `window` after their grace, and not all in
+    /// the same instant, so that their clients do not all reconnect at once
+    /// ([`Shutdown::next_request`](crate::Shutdown::next_request)). Default: zero.
+    pub fn spread_drain(&mut self, window: Duration) -> &mut Self {
+        self.spread = window;
         self
     }
 

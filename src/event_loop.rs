@@ -62,7 +62,7 @@ impl EventLoop<'_> {
                 return Ok(Wake::Stop);
             }
             let news = phase == Phase::Serving && self.generation.ancestors.has_news();
-            if ready || news || self.triggers.has_request(|_| !kept) {
+            if ready || news || self.triggers.has_request(|action| action == Action::Rollback || !kept) {
                 return Ok(Wake::Ready);
             }
             if polled && deadline.has_passed() {
@@ -94,6 +94,11 @@ impl EventLoop<'_> {
         };
         while let Some(request) = self.triggers.take_request(|action| action == Action::Status) {
             request.reply.status(&self.generation.status(name));
+        }
+        if matches!(phase, Phase::Upgrading | Phase::Probation) {
+            while let Some(request) = self.triggers.take_request(|action| action == Action::Rollback) {
+                request.reply.status("failed: not on probation\n");
+            }
         }
         match phase {
             Phase::Serving if kept => return self.triggers.keep_upgrades(self.generation.limits.ready_timeout),

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::error::Error;
+use crate::exit::Upgraded;
 use crate::handover::link::Transport;
 use crate::program::{Changes, Program};
 use crate::sys::attributes::Attributes;
@@ -15,12 +16,16 @@ use crate::sys::spawn::Spawn;
 /// Chooses what the next generation runs, at each upgrade.
 pub(crate) type BeforeUpgrade = Arc<dyn Fn(&mut Changes) -> Result<(), Box<dyn StdError + Send + Sync>> + Send + Sync>;
 
+/// Decides in the probation whether the new process is kept.
+pub(crate) type Verify = Arc<dyn Fn(&Upgraded) -> Result<(), Box<dyn StdError + Send + Sync>> + Send + Sync>;
+
 /// How the next generation is started.
 pub(crate) struct Launch {
     pub(crate) program: Program,
     pub(crate) before_upgrade: Option<BeforeUpgrade>,
     /// There is no upgrade.
     pub(crate) standalone: bool,
+    pub(crate) verify: Option<Verify>,
     pub(crate) spawn: Spawn,
     pub(crate) transport: Transport,
     /// The attributes that this process started with, and every child will start with.
@@ -53,6 +58,7 @@ pub(crate) struct Limits {
     pub(crate) overlap: Overlap,
     /// A stop signal during the drain ends it.
     pub(crate) second_stop_ends_drain: bool,
+    pub(crate) stop_delay: Duration,
 }
 
 impl Default for Limits {
@@ -62,6 +68,7 @@ impl Default for Limits {
             probation: Duration::from_secs(1),
             overlap: Overlap::default(),
             second_stop_ends_drain: false,
+            stop_delay: Duration::ZERO,
         }
     }
 }

@@ -39,13 +39,15 @@ pub(crate) struct Lead {
     exit: Option<Exit>,
     /// What has requested a stop although this process was replaced.
     stop: Option<ExitReason>,
+    /// A stop that waits for its delay.
+    delayed: Option<(Request, Deadline)>,
 }
 
 impl Service {
     pub(crate) fn new(generation: Generation, triggers: Triggers, trust: Trust, started: Option<Started>) -> Self {
         Self {
             generation,
-            lead: Mutex::new(Lead { triggers: Some(triggers), exit: None, stop: None }),
+            lead: Mutex::new(Lead { triggers: Some(triggers), exit: None, stop: None, delayed: None }),
             changed: Condvar::new(),
             trust,
             _started: started,
@@ -159,8 +161,11 @@ impl Service {
         // A stop comes before an upgrade, because it wins.
         let on_probation = generation.ancestors.on_probation();
         let next = event_loop.triggers.take_request(Action::stops);
-        let next = next.or_else(|| event_loop.triggers.take_request(|_| !on_probation));
-        let Some(Request { action, reason, since, reply }) = next else { return self.wait(event_loop) };
+        let next =
+            next.or_else(|| event_loop.triggers.take_request(|action| action == Action::Rollback || !on_probation));
+        let Some(Request { action, reason, since, reply }) = self.after_delay(next) else {
+            return self.wait(event_loop);
+        };
         // Accepting ends when this is dropped, which is after everyone has been notified.
         let mut _paused = None;
         let mode = match action {
@@ -170,6 +175,10 @@ impl Service {
                 generation.pid_file.remove();
                 Triggers::answer_stop(reply);
                 ExitMode::Stopped
+            }
+            Action::Rollback => {
+                self.roll_back(event_loop, reason, reply);
+                return Ok(());
             }
             Action::PartialStop => {
                 generation.sockets.registry().unlink(|key| event_loop.triggers.listens_on(key));
@@ -217,7 +226,8 @@ impl Service {
         let generation = &self.generation;
         let parent = generation.ancestors.parent.as_ref().filter(|parent| !parent.state().ended);
         let fds: Vec<_> = parent.iter().map(|parent| (parent.reader.as_fd(), PollFlags::IN)).collect();
-        event_loop.wait(Phase::Serving, &fds, Deadline::NEVER)?;
+        let until = self.lead().delayed.as_ref().map_or(Deadline::NEVER, |(_, until)| *until);
+        event_loop.wait(Phase::Serving, &fds, until)?;
         // The parent may have sent its announcement.
         generation.reporter.main();
         for request in generation.ancestors.parent.iter().flat_map(ParentLink::take_requests) {
@@ -231,6 +241,52 @@ impl Service {
         }
         self.check_given_up(event_loop);
         Ok(())
+    }
+
+    /// Holds a stop back for its delay. What comes meanwhile is done if it is a stop, and answered otherwise.
+    fn after_delay(&self, next: Option<Request>) -> Option<Request> {
+        let generation = &self.generation;
+        let mut lead = self.lead();
+        match (lead.delayed.take(), next) {
+            (None, Some(stop)) if stop.action == Action::Stop && !generation.limits.stop_delay.is_zero() => {
+                let delay = generation.limits.stop_delay;
+                logging::info!("stop requested by {}: accepting for {delay:?} more", stop.reason);
+                generation.shutdown.leave();
+                lead.delayed = Some((stop, Deadline::after(delay)));
+                None
+            }
+            (None, next) => next,
+            (Some((stop, until)), None) if until.has_passed() => Some(stop),
+            (Some((stop, _)), Some(again)) if again.action.stops() => {
+                Triggers::answer_stop(again.reply);
+                Some(stop)
+            }
+            (delayed, next) => {
+                lead.delayed = delayed;
+                match next {
+                    Some(status) if status.action == Action::Status => Some(status),
+                    other => {
+                        other.map(|request| request.reply.upgrade(Err(Error::Over)));
+                        None
+                    }
+                }
+            }
+        }
+    }
+
+    /// Gives the service back to the parent, which keeps its sockets during the probation.
+    fn roll_back(&self, event_loop: &mut EventLoop<'_>, reason: ExitReason, reply: Reply) {
+        let ancestors = &self.generation.ancestors;
+        if !ancestors.on_probation() {
+            return reply.status("failed: not on probation; upgrade to the earlier version instead\n");
+        }
+        logging::warn!("rolled back by {reason}: the parent serves again");
+        let text = format!("rolled back by {reason}");
+        // First this process stops accepting, then the parent accepts again. At the end this process may exit at once.
+        self.generation.shutdown.set(State::Paused);
+        ancestors.send_to_parent(&FromChild::Refused(text));
+        reply.status("rolled back\n");
+        self.end(event_loop.triggers, Exit { mode: ExitMode::PartiallyStopped, reason }, true);
     }
 
     /// Tells the parent that the service stops. Returns true if the parent has given this process up just before: then

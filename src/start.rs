@@ -52,6 +52,7 @@ impl Builder {
             program: Program::running().with(&self.changes),
             before_upgrade: self.before_upgrade.clone(),
             standalone: self.standalone,
+            verify: self.verify.clone(),
             spawn: self.spawn,
             transport: self.transport,
         };
@@ -93,6 +94,7 @@ impl Builder {
         };
         let sockets = Sockets::new(entries, ancestors.is_child(), same_paths);
         let shutdown = Shutdown::new().map_err(prepare("shutdown handle"))?;
+        shutdown.set_spread(self.spread);
         let ancestors = Arc::new(ancestors);
         let reporter = Reporter::new(self.observer.clone(), ancestors.clone(), sockets.clone());
         let pid_file = PidFile::new(self.pid_file.clone());

@@ -1,11 +1,12 @@
 //! Whether this generation accepts, and how threads wait until that changes.
 
 use std::collections::HashSet;
+use std::hash::{BuildHasher, Hasher, RandomState};
 use std::io;
 use std::os::fd::BorrowedFd;
-use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicUsize, Ordering};
 use std::sync::{Condvar, Mutex, OnceLock, PoisonError, RwLock};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use crate::sys::adopt::identity;
 use crate::sys::flag::Flag;
@@ -61,6 +62,10 @@ pub(crate) struct Gate {
     queued: AtomicUsize,
     /// The listeners that the next generation does not have, by identity. This one serves them until it is over.
     orphans: RwLock<HashSet<u64>>,
+    /// The window in which idle connections close, after their grace.
+    spread: OnceLock<Duration>,
+    /// A stop was requested, and accepting goes on for its delay.
+    leaving: AtomicBool,
 }
 
 impl Gate {
@@ -74,6 +79,8 @@ impl Gate {
             over_since: OnceLock::new(),
             queued: AtomicUsize::new(0),
             orphans: RwLock::default(),
+            spread: OnceLock::new(),
+            leaving: AtomicBool::new(false),
         })
     }
 
@@ -157,5 +164,27 @@ impl Gate {
 
     pub(crate) fn over(&self) -> &Flag {
         &self.over
+    }
+
+    pub(crate) fn set_spread(&self, window: Duration) {
+        let _ = self.spread.set(window);
+    }
+
+    /// `grace`, and a random part of the window: another at each call.
+    pub(crate) fn spread(&self, grace: Duration) -> Duration {
+        let window = self.spread.get().copied().unwrap_or_default();
+        if window.is_zero() {
+            return grace;
+        }
+        let random = RandomState::new().build_hasher().finish() as u32;
+        grace.saturating_add(window.mul_f64(f64::from(random) / f64::from(u32::MAX)))
+    }
+
+    pub(crate) fn leave(&self) {
+        self.leaving.store(true, Ordering::SeqCst);
+    }
+
+    pub(crate) fn is_leaving(&self) -> bool {
+        self.leaving.load(Ordering::SeqCst)
     }
 }

@@ -212,7 +212,7 @@ impl Shutdown {
         idle: Duration,
         grace: Duration,
     ) -> io::Result<bool> {
-        keep_alive::next_request(&self.0.gate, &self.0.idle, requests, idle, grace)
+        keep_alive::next_request(&self.0.gate, &self.0.idle, requests, idle, self.0.gate.spread(grace))
     }
 
     /// Blocks until accepting is over.
@@ -230,6 +230,12 @@ impl Shutdown {
     /// Returns whether accepting is over.
     pub fn is_over(&self) -> bool {
         self.state().is_over()
+    }
+
+    /// Returns whether a readiness probe should succeed: this generation accepts, and no stop was requested. It fails from
+    /// a stop on, also while accepting goes on for [`Builder::stop_delay`](crate::Builder::stop_delay).
+    pub fn is_ready(&self) -> bool {
+        self.state() == State::Accepting && !self.0.gate.is_leaving()
     }
 
     /// Returns whether accepting is paused, while a new generation is on probation.
@@ -306,6 +312,21 @@ impl Shutdown {
 
     pub(crate) fn state(&self) -> State {
         self.0.gate.state()
+    }
+
+    /// `grace`, and a random part of the window over which a drain is spread.
+    #[cfg(feature = "tokio_ecdysis")]
+    pub(crate) fn spread(&self, grace: Duration) -> Duration {
+        self.0.gate.spread(grace)
+    }
+
+    pub(crate) fn set_spread(&self, window: Duration) {
+        self.0.gate.set_spread(window);
+    }
+
+    /// A stop was requested, and waits for its delay.
+    pub(crate) fn leave(&self) {
+        self.0.gate.leave();
     }
 
     #[cfg(feature = "tokio_ecdysis")]

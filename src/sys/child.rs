@@ -67,6 +67,11 @@ impl Spawned {
         waitid(WaitId::Pid(self.pid), options).map(|status| status.is_some())
     }
 
+    /// Lets the child end by itself, and reaps it some time after that.
+    pub(crate) fn reap_later(&self) -> Option<ExitStatus> {
+        reap_later(self.pid)
+    }
+
     /// Kills and reaps the child. Returns how it ended, unless another process or another part of this one has reaped it.
     pub(crate) fn kill_and_reap(&self) -> Option<ExitStatus> {
         let pid = self.pid;
@@ -113,16 +118,20 @@ impl Spawned {
     }
 }
 
-/// Killed children that could not be reaped in time.
+/// Children that are yet to be reaped.
 static LATE: Mutex<Vec<Pid>> = Mutex::new(Vec::new());
 
 fn survives(pid: Pid) -> Option<ExitStatus> {
     logging::error!("child {pid} cannot be reaped yet: a debugger holds it, or it hangs in the kernel");
+    reap_later(pid)
+}
+
+fn reap_later(pid: Pid) -> Option<ExitStatus> {
     LATE.lock().unwrap_or_else(PoisonError::into_inner).push(pid);
     None
 }
 
-/// Reaps the killed children that have ended since.
+/// Reaps those children that have ended since.
 pub(crate) fn reap_late() {
     let mut late = LATE.lock().unwrap_or_else(PoisonError::into_inner);
     late.retain(|pid| matches!(waitpid(Some(*pid), WaitOptions::NOHANG), Ok(None)));

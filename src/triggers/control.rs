@@ -167,7 +167,10 @@ impl ControlSockets {
             )
         } else {
             let Some(action) = command(line.bytes()) else {
-                send_line(&stream, "failed: unknown command; known are upgrade, stop, partial-stop, status\n");
+                send_line(
+                    &stream,
+                    "failed: unknown command; known are upgrade, stop, partial-stop, rollback, status\n",
+                );
                 return None;
             };
             (action, Reply::Socket(stream))
@@ -218,6 +221,7 @@ pub(crate) fn command(received: &[u8]) -> Option<Action> {
         b"upgrade" => Some(Action::Upgrade),
         b"stop" => Some(Action::Stop),
         b"partial-stop" => Some(Action::PartialStop),
+        b"rollback" => Some(Action::Rollback),
         b"status" => Some(Action::Status),
         _ => None,
     }

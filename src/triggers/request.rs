@@ -21,6 +21,8 @@ pub(crate) enum Action {
     Upgrade,
     Stop,
     PartialStop,
+    /// Gives the service back to the parent, which can take it during the probation.
+    Rollback,
     /// Reports the state and changes nothing.
     Status,
 }

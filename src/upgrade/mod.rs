@@ -13,3 +13,4 @@
 pub(crate) mod child;
 pub(crate) mod parent;
 mod successor;
+mod verification;

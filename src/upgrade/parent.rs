@@ -4,6 +4,7 @@ use std::io;
 use std::time::{Duration, Instant};
 
 use super::successor::{Process, Successor};
+use super::verification::{Verification, Verified};
 use crate::error::Error;
 use crate::event::Event;
 use crate::event_loop::{EventLoop, Phase, Wake};
@@ -15,7 +16,7 @@ use crate::handover::link::{ChildLink, Handover, Transport};
 use crate::logging;
 use crate::shutdown::{Shutdown, State};
 use crate::sockets::Late;
-use crate::sys::child::Parentage;
+use crate::sys::child::{Parentage, LOOK};
 use crate::sys::peer::peer_pidfd;
 use crate::sys::poll::Deadline;
 use crate::sys::spawn::{explain, spawn, Plan};
@@ -159,6 +160,7 @@ fn commit<'a>(
     generation.reporter.emit(&Event::Committed(&upgraded));
 
     let (mut serving, mut stopping) = (false, false);
+    let mut verification = None;
     let (mut until, mut wake) = (Deadline::since(committed, COMMIT), Wake::Ready);
     loop {
         // Read first, whatever the clock says: this process may have been stopped meanwhile, and the child serves.
@@ -166,13 +168,18 @@ fn commit<'a>(
             Ok(Some(FromChild::Serving)) => {
                 serving = true;
                 until = Deadline::since(committed, generation.limits.probation);
+                verification = generation.launch.verify.as_ref().map(|verify| Verification::begin(verify, &upgraded));
                 continue;
             }
             Ok(Some(FromChild::Stopping)) => {
                 stopping = true;
                 break;
             }
-            Ok(Some(FromChild::Refused(reason))) => return Err(Error::Refused { pid, reason }),
+            Ok(Some(FromChild::Refused(reason))) => {
+                // It has stopped accepting, and keeps what it has accepted until its drain ends.
+                successor.drains = serving;
+                return Err(Error::Refused { pid, reason });
+            }
             Ok(Some(_)) => continue,
             Ok(None) => {}
             // A child that already serves is kept even if it breaks the protocol.
@@ -183,7 +190,17 @@ fn commit<'a>(
             Err(error) => return Err(died(error)),
         }
         match wake {
-            Wake::Deadline if until.has_passed() && serving => break,
+            Wake::Deadline if until.has_passed() && serving => match verification.take() {
+                None => break,
+                Some(running) => match running.outcome(Deadline::since(committed, generation.limits.ready_timeout)) {
+                    Verified::Yes => break,
+                    Verified::No(why) => return Err(successor.roll_back(why)),
+                    Verified::NotYet(later) => {
+                        until = Deadline::after(LOOK);
+                        verification = Some(later);
+                    }
+                },
+            },
             // The child sent `ready` but never `serving`, so no process is accepting.
             Wake::Deadline if until.has_passed() => return Err(Error::Timeout { pid, after: COMMIT }),
             Wake::Stop | Wake::Ready | Wake::Deadline => passed_on.pass(event_loop, &successor),
@@ -238,7 +255,7 @@ impl PassedOn<'_> {
                 let message = match request.action {
                     Action::Stop => FromParent::RequestStop,
                     Action::PartialStop => FromParent::RequestPartialStop,
-                    Action::Upgrade | Action::Status => FromParent::RequestUpgrade,
+                    Action::Upgrade | Action::Rollback | Action::Status => FromParent::RequestUpgrade,
                 };
                 logging::info!(
                     "passed on to pid {}: {:?} requested by {}",

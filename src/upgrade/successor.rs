@@ -9,17 +9,17 @@ use std::process::ExitStatus;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use rustix::event::PollFlags;
+use rustix::event::{PollFd, PollFlags};
 use rustix::process::Signal;
 
 use crate::error::Error;
 use crate::exit::ExitReason;
 use crate::generation::Generation;
-use crate::handover::lines::{preview, FromChild, FromParent, Lines, Read};
+use crate::handover::lines::{preview, FromChild, FromParent, Lines, Read, COMMIT};
 use crate::handover::link::ChildLink;
 use crate::shutdown::{End, EndSignal};
 use crate::sys::child::{Spawned, LOOK};
-use crate::sys::poll::{wait_readable, Deadline};
+use crate::sys::poll::{poll, wait_readable, Deadline};
 use crate::triggers::request::{Action, Reply, Request};
 
 /// How long a child that has closed its status pipe may take to end by itself.
@@ -36,6 +36,8 @@ pub(super) struct Successor<'a> {
     pub(super) program: PathBuf,
     /// The listeners that it does not ask for, by inode.
     pub(super) dropped: HashSet<u64>,
+    /// It has stopped accepting and finishes what it has accepted, so it must not be killed.
+    pub(super) drains: bool,
     armed: bool,
 }
 
@@ -50,7 +52,7 @@ pub(super) enum Process {
 
 impl<'a> Successor<'a> {
     pub(super) fn new(generation: &'a Generation, process: Process, link: ChildLink) -> Self {
-        Self { generation, process, link, program: PathBuf::new(), dropped: HashSet::new(), armed: true }
+        Self { generation, process, link, program: PathBuf::new(), dropped: HashSet::new(), drains: false, armed: true }
     }
 
     pub(super) fn pid(&self) -> u32 {
@@ -134,6 +136,27 @@ impl<'a> Successor<'a> {
         }
     }
 
+    /// Takes the service back from a process that serves. It answers when it has stopped accepting, and then drains.
+    pub(super) fn roll_back(&mut self, reason: String) -> Error {
+        let (pid, deadline) = (self.pid(), Deadline::after(COMMIT));
+        let _ = self.link.send(FromParent::Stop);
+        while !self.drains {
+            match self.link.next() {
+                Ok(Read::Line(line)) => self.drains = matches!(FromChild::parse(&line), Some(FromChild::Refused(_))),
+                Ok(Read::Wait) if !self.link.is_deaf() && self.link_is_ready(deadline) => {}
+                // It does not answer, so it is killed when this is dropped.
+                _ => break,
+            }
+        }
+        Error::Refused { pid, reason }
+    }
+
+    fn link_is_ready(&self, deadline: Deadline) -> bool {
+        let (fds, _) = self.link.poll_for();
+        let mut polled: Vec<_> = fds.iter().map(|(fd, flags)| PollFd::from_borrowed_fd(*fd, *flags)).collect();
+        poll(&mut polled, deadline).is_ok_and(|ready| ready > 0)
+    }
+
     /// Gives the process up, whatever it is and wherever it is. Returns how a child ended, unless it was given up before
     /// or another part of the program has reaped it.
     ///
@@ -154,6 +177,7 @@ impl<'a> Successor<'a> {
         }
         self.link.stop_receiving();
         let status = match &self.process {
+            Process::Child(spawned) if self.drains => spawned.reap_later(),
             Process::Child(spawned) => spawned.kill_and_reap(),
             Process::Takeover { .. } => None,
         };

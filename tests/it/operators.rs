@@ -4,8 +4,12 @@ use std::fs::{self, Permissions};
 use std::os::unix::fs::{symlink, PermissionsExt};
 use std::path::Path;
 use std::process::Command;
+use std::thread;
+use std::time::Duration;
 
-use crate::support::{field, install, tempdir, Server};
+use rustix::process::Signal;
+
+use crate::support::{connect, control, eventually, field, generation, install, send_signal, tempdir, Load, Server};
 
 fn can(program: &str, args: &[&str]) -> bool {
     let can = Command::new(program).args(args).output().is_ok_and(|output| output.status.success());
@@ -20,7 +24,7 @@ fn names_the_server_through_an_upgrade(mut server: Server, pid_file: &Path) {
     assert_eq!(named(), format!("{}\n", server.pid()));
     let line = server.upgrade();
     assert_eq!(named(), format!("{}\n", field::<u32>(&line, "pid")));
-    server.signal(rustix::process::Signal::TERM);
+    server.signal(Signal::TERM);
     server.wait_all_ended();
     assert_eq!(named(), "", "it cannot be removed, and names nobody");
 }
@@ -76,6 +80,75 @@ fn what_the_next_generation_runs_is_chosen_at_the_upgrade() {
     assert_eq!(fs::read_link(format!("/proc/{pid}/exe")).unwrap(), other);
     let environment = fs::read(format!("/proc/{pid}/environ")).unwrap();
     assert!(environment.split(|byte| *byte == 0).any(|variable| variable == b"CHOSEN=at the upgrade"));
+}
+
+/// The new version stops accepting and finishes what it has; the old one, which is warm, accepts again. Nothing is cut.
+#[test]
+fn an_upgrade_is_rolled_back_by_a_check_or_by_an_operator() {
+    let dir = tempdir();
+    let (verify, socket) = (dir.path().join("verify"), dir.path().join("control"));
+    let mut server = Server::whoami(
+        [
+            &["--listen", "127.0.0.1:0", "--probation", "20", "--verify", verify.to_str().unwrap()][..],
+            &["--control-socket", socket.to_str().unwrap()],
+        ]
+        .concat(),
+    );
+    let (addr, first) = (server.addr(), server.pid());
+    let load = Load::on(&addr, 2);
+    for by_operator in [false, true] {
+        send_signal(first, Signal::HUP);
+        server.wait("serving gen=2 ");
+        // Accepted by the new version, which waits for its line; or queued, if that was slow.
+        let mut open = connect(&addr).unwrap();
+        assert_eq!(generation(&addr), 2);
+        if by_operator {
+            assert_eq!(control(&socket, "rollback").unwrap().trim(), "rolled back");
+        } else {
+            fs::write(&verify, "it serves nonsense\n").unwrap();
+        }
+        let line = server.wait("upgrade ");
+        let why = if by_operator { "rolled back by socket" } else { "refused: not verified: it serves nonsense" };
+        assert!(line.starts_with("upgrade failed") && line.contains(why), "{line}");
+        // The old version accepts, and the new one still answers what it has accepted.
+        assert_eq!(generation(&addr), 1);
+        open.write_all(b"who\n").unwrap();
+        let mut answer = String::new();
+        open.read_to_string(&mut answer).unwrap();
+        assert!(answer.starts_with("gen=2 ") || answer.starts_with("gen=1 "), "{answer:?}");
+        server.wait_any("ended gen=2 ");
+        let _ = fs::remove_file(&verify);
+    }
+    assert!(control(&socket, "rollback").unwrap().starts_with("failed: not on probation"));
+    fs::write(&verify, "ok").unwrap();
+    send_signal(first, Signal::HUP);
+    let line = server.wait("upgrade ");
+    assert!(line.starts_with("upgrade ok"), "{line}");
+    load.stop().assert_none_failed();
+}
+
+/// A balancer learns late of a stop: readiness fails at once, and connections are accepted for the delay.
+#[test]
+fn a_stop_is_delayed_until_the_second() {
+    let mut server = Server::whoami([&WHOAMI[..4], &["--stop-delay", "3600000", "--log"]].concat());
+    let addr = server.addr();
+    server.signal(Signal::TERM);
+    server.wait("accepting for 3600s more");
+    assert_eq!(generation(&addr), 1);
+    server.signal(Signal::HUP);
+    assert_eq!(generation(&addr), 1, "it does not upgrade any more, and still accepts");
+    server.signal(Signal::TERM);
+    server.wait("ended gen=1 ");
+    server.wait_all_ended();
+
+    let service = ecdysis::Ecdysis::builder().standalone().stop_delay(Duration::from_millis(50)).start().unwrap();
+    let service = service.ready().unwrap();
+    let shutdown = service.shutdown();
+    assert!(shutdown.is_ready());
+    let stopping = thread::spawn(move || service.stop());
+    eventually("readiness fails", || !shutdown.is_ready());
+    stopping.join().unwrap();
+    assert!(shutdown.is_over());
 }
 
 #[test]

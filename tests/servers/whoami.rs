@@ -21,6 +21,9 @@
 //!       --ready-timeout MS|max  --probation MS|max  --overlap allow|refuse|N  --fork
 //!       --drop-early                      drop the handle before the drain
 //!       --next FILE                       read at each upgrade: `exec=PATH`, or `NAME=VALUE` for the environment
+//!       --verify FILE                     at each upgrade the new version is kept if the file says `ok`, and is rolled back
+//!                                         otherwise; waits for a file that is not there
+//!       --stop-delay MS
 //!       --log                             every line of the log, as `log LEVEL TEXT`
 //!       --systemd                         tell the service manager, take its sockets (with feature systemd)
 //!       --misbehave FILE                  what the next generation does wrong, read when it starts; see `Misbehaviour`
@@ -225,6 +228,17 @@ impl Options {
                         Ok(())
                     });
                 }
+                Long("verify") => {
+                    let file = PathBuf::from(args.value()?);
+                    builder.verify(move |_| loop {
+                        match std::fs::read_to_string(&file) {
+                            Ok(text) if text.trim() == "ok" => return Ok(()),
+                            Ok(text) => return Err(text.trim().into()),
+                            Err(_) => thread::sleep(Duration::from_millis(5)),
+                        }
+                    });
+                }
+                Long("stop-delay") => drop(builder.stop_delay(ms(args.value()?)?)),
                 Long("log") => {
                     log::set_logger(&Log).map_err(|e| e.to_string())?;
                     log::set_max_level(log::LevelFilter::Trace);

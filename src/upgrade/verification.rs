@@ -1,0 +1,42 @@
+//! The program's own check of a new process that serves, in a thread of its own.
+
+use std::panic::{self, AssertUnwindSafe};
+use std::sync::mpsc::{self, Receiver, TryRecvError};
+use std::thread;
+
+use crate::exit::Upgraded;
+use crate::options::Verify;
+use crate::sys::poll::Deadline;
+
+/// A check that runs. It may hang, so nobody waits for its thread.
+pub(super) struct Verification(Receiver<Result<(), String>>);
+
+pub(super) enum Verified {
+    Yes,
+    No(String),
+    NotYet(Verification),
+}
+
+impl Verification {
+    pub(super) fn begin(verify: &Verify, upgraded: &Upgraded) -> Self {
+        let (result, results) = mpsc::sync_channel(1);
+        let (verify, upgraded, failed) = (verify.clone(), upgraded.clone(), result.clone());
+        let check = move || {
+            let checked = panic::catch_unwind(AssertUnwindSafe(|| verify(&upgraded).map_err(|e| e.to_string())));
+            let _ = result.send(checked.unwrap_or_else(|_| Err("the callback panicked".into())));
+        };
+        if let Err(e) = thread::Builder::new().name("ecdysis-verify".into()).spawn(check) {
+            let _ = failed.try_send(Err(format!("cannot create a thread: {e}")));
+        }
+        Self(results)
+    }
+
+    pub(super) fn outcome(self, deadline: Deadline) -> Verified {
+        match self.0.try_recv() {
+            Ok(Ok(())) => Verified::Yes,
+            Ok(Err(why)) => Verified::No(format!("not verified: {why}")),
+            Err(TryRecvError::Empty) if !deadline.has_passed() => Verified::NotYet(self),
+            Err(_) => Verified::No("not verified in time".into()),
+        }
+    }
+}
