@@ -103,7 +103,7 @@ fn an_upgrade_is_rolled_back_by_a_check_or_by_an_operator() {
         let mut open = connect(&addr).unwrap();
         assert_eq!(generation(&addr), 2);
         if by_operator {
-            assert_eq!(control(&socket, "rollback").unwrap().trim(), "rolled back");
+            assert_eq!(control(&socket, "rollback\n").unwrap().trim(), "rolled back");
         } else {
             fs::write(&verify, "it serves nonsense\n").unwrap();
         }
@@ -119,7 +119,7 @@ fn an_upgrade_is_rolled_back_by_a_check_or_by_an_operator() {
         server.wait_any("ended gen=2 ");
         let _ = fs::remove_file(&verify);
     }
-    assert!(control(&socket, "rollback").unwrap().starts_with("failed: not on probation"));
+    assert!(control(&socket, "rollback\n").unwrap().starts_with("failed: not on probation"));
     fs::write(&verify, "ok").unwrap();
     send_signal(first, Signal::HUP);
     let line = server.wait("upgrade ");

@@ -59,9 +59,8 @@ const LONGEST_FILE: usize = 350;
 /// Files that are longer. Shall become empty.
 const LONGER: &[&str] = &["builder", "sockets", "sockets::registry"];
 
-/// Lines of the core that are code: no tests, comments or blank lines, nothing of Tokio, systemd, or systems but Linux. The goal
-/// is 5,400; this keeps it from growing.
-const CORE: usize = 7_800;
+/// Lines of the core that are code: no tests, comments or blank lines, nothing of Tokio, systemd, or systems but Linux.
+const CORE: usize = 7_700;
 
 /// Never in the library: it neither panics nor prints. (An arithmetic overflow has its own lints.)
 const FORBIDDEN: &[&str] = &[
