@@ -9,6 +9,7 @@ use rustix::buffer::spare_capacity;
 use rustix::io::Errno;
 
 use super::ancestors::{Ancestors, DrainLink, ParentLink};
+use super::blob;
 use super::entry::{Entry, FdRef};
 use super::lines::{Lines, COMMIT};
 use super::manifest::{Manifest, Origin, MAX_ENTRIES, MAX_SIZE};
@@ -150,6 +151,22 @@ pub(crate) fn receive(socket: &OwnedFd, time: Duration) -> io::Result<Result<Arr
     let manifest = Manifest::decode(&text)?;
     let received = received.into_iter().map(Some).collect();
     Ok(Ok(Arrived { manifest, descriptors: Descriptors::Received(received), rest }))
+}
+
+/// Receives what is sent at the commit, without waiting. The manifest is the first descriptor, a sealed memory file, so that
+/// all fit into the buffer of the socket.
+pub(crate) fn receive_late(socket: &OwnedFd) -> io::Result<Arrived> {
+    let mut receiver = Receiver::new(Limits { bytes: MAX_ENTRIES, descriptors: MAX_ENTRIES });
+    if !receiver.step(socket)? {
+        return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "not everything was sent"));
+    }
+    let (_, _, mut received) = receiver.into_parts();
+    if received.is_empty() {
+        return Err(io::ErrorKind::InvalidData.into());
+    }
+    let text = blob::open(received.remove(0), MAX_SIZE as u64)?;
+    let descriptors = Descriptors::Received(received.into_iter().map(Some).collect());
+    Ok(Arrived { manifest: Manifest::decode(&text)?, descriptors, rest: Vec::new() })
 }
 
 fn wait_until(fd: &OwnedFd, deadline: Deadline) -> io::Result<()> {

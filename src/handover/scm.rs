@@ -24,7 +24,7 @@ use crate::sys::net::{received, CMSG_CLOEXEC, NOSIGNAL};
 use crate::sys::poll::{wait_writable, Deadline};
 
 /// The kernel's limit (SCM_MAX_FD) on descriptors in one message.
-const DESCRIPTORS_PER_MESSAGE: usize = 253;
+pub(crate) const DESCRIPTORS_PER_MESSAGE: usize = 253;
 
 /// The end of the line before the last, and the last line.
 const END: &[u8] = b"\nend\n";

@@ -1,8 +1,8 @@
 //! What is handed over at the commit: state and descriptors that must be as fresh as the commit itself.
 //!
-//! The child runs already, so they cannot be inherited. They travel over a socket pair that is made with the handover:
-//! a text in the form of the manifest, and the descriptors. The parent sends them after it has paused and before
-//! `commit`, so a child that has received `commit` can receive all of them without waiting.
+//! The child runs already, so they cannot be inherited. They travel over a socket pair that is made with the handover: a
+//! text in the form of the manifest, as a sealed memory file, and the descriptors. The parent sends them after it has
+//! paused and before `commit`, so a child that has received `commit` can receive all of them without waiting.
 
 use std::collections::HashSet;
 use std::io;
@@ -17,9 +17,10 @@ use rustix::net::SocketType;
 use super::pass::Producer;
 use super::Sockets;
 use crate::error::Error;
+use crate::handover::blob;
 use crate::handover::entry::Entry;
 use crate::handover::manifest::{self, Origin};
-use crate::handover::scm::{Sender, Sent};
+use crate::handover::scm::{Sender, Sent, DESCRIPTORS_PER_MESSAGE};
 use crate::key::Key;
 use crate::sys::{net, Mode};
 
@@ -29,7 +30,7 @@ const TIME: Duration = Duration::from_secs(3);
 /// How long to wait when the kernel accepts no more descriptors. No event says when it does again.
 const CROWDED: Duration = Duration::from_millis(10);
 
-/// The send buffer that is asked for, in bytes. The usual limit is enough for some 50,000 descriptors.
+/// The send buffer that is asked for, in bytes.
 const BUFFER: usize = 8 << 20;
 
 /// What is to be sent at the commit of one upgrade.
@@ -63,8 +64,11 @@ impl Late {
         entries.extend(sockets.registry().passed_since(&self.known));
         let origin = Origin { generation, ..Origin::default() };
         let text = manifest::encode(&origin, (0..).zip(&entries));
-        let descriptors: Vec<Arc<OwnedFd>> = entries.into_iter().map(|entry| entry.fd).collect();
-        send(&self.socket, text.into_bytes(), descriptors, end)
+        blob::seal(text.as_bytes(), manifest::MAX_SIZE as u64)
+            .and_then(|text| {
+                let descriptors = entries.into_iter().map(|entry| entry.fd);
+                send(&self.socket, [Arc::new(text)].into_iter().chain(descriptors).collect(), end)
+            })
             .map_err(|source| Error::Prepare { what: "state at the commit", source })
     }
 }
@@ -97,8 +101,10 @@ fn produce(producers: Vec<(Key, Producer)>, end: Instant) -> Result<Vec<Entry>, 
     keys.iter().map(wait).collect()
 }
 
-fn send(socket: &OwnedFd, text: Vec<u8>, descriptors: Vec<Arc<OwnedFd>>, end: Instant) -> io::Result<()> {
-    let mut sender = Sender::new(text, descriptors)?;
+/// Sends descriptors, with as few bytes as they need: all must fit into the socket's buffer.
+fn send(socket: &OwnedFd, descriptors: Vec<Arc<OwnedFd>>, end: Instant) -> io::Result<()> {
+    let bytes = "-".repeat(descriptors.len().div_ceil(DESCRIPTORS_PER_MESSAGE)) + "\nend\n";
+    let mut sender = Sender::new(bytes.into_bytes(), descriptors)?;
     loop {
         match sender.step(socket)? {
             Sent::All => return Ok(()),
@@ -108,5 +114,24 @@ fn send(socket: &OwnedFd, text: Vec<u8>, descriptors: Vec<Arc<OwnedFd>>, end: In
                 return Err(io::Error::new(io::ErrorKind::OutOfMemory, "more than a socket's buffer can hold"));
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The usual limit on a socket's buffer (net.core.wmem_max) is the kernel's default size.
+    #[test]
+    fn the_default_buffer_holds_thousands_of_descriptors() {
+        if !rustix::process::geteuid().is_root() {
+            // In flight, they count against the limit on open files of any other user.
+            return;
+        }
+        let (socket, _child_end) = net::socketpair(SocketType::STREAM, Mode::Nonblocking).unwrap();
+        let null: Arc<OwnedFd> = Arc::new(std::fs::File::open("/dev/null").unwrap().into());
+        send(&socket, vec![null.clone(); 10_000], Instant::now() + TIME).unwrap();
+        let error = send(&socket, vec![null; 400_000], Instant::now() + TIME).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::OutOfMemory);
     }
 }

@@ -15,7 +15,6 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::{UnixDatagram, UnixListener};
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
 
 use rustix::fs::Mode;
 use rustix::net::SocketType;
@@ -481,10 +480,8 @@ impl Sockets {
     pub(crate) fn begin_serving(&self) -> Result<(), Error> {
         self.registry().start_listening()?;
         let Some(late) = self.registry().take_late() else { return Ok(()) };
-        let received = receive::receive(&late, Duration::ZERO).and_then(|arrived| {
-            let arrived = arrived.map_err(|text| io::Error::new(io::ErrorKind::InvalidData, text))?;
-            arrived.into_entries().map_err(io::Error::other)
-        });
+        let received =
+            receive::receive_late(&late).and_then(|arrived| arrived.into_entries().map_err(io::Error::other));
         match received {
             Ok(entries) => self.registry().inherit(entries),
             Err(e) => {
