@@ -8,7 +8,7 @@
 //!
 //! `cargo install ecdysis --example ctl` installs it. `ecdysis::control::request` does the same for a program.
 //!
-//!     ctl SOCKET upgrade|stop|partial-stop|status
+//!     ctl SOCKET upgrade|stop|partial-stop|rollback|status
 //!       --json               the outcome as one line of JSON
 //!       --timeout SECONDS    how long to wait (120); what was asked for goes on
 //!
@@ -26,7 +26,7 @@ use std::sync::mpsc::{channel, RecvTimeoutError, Sender};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-const USAGE: &str = "usage: ctl SOCKET upgrade|stop|partial-stop|status [--json] [--timeout SECONDS]";
+const USAGE: &str = "usage: ctl SOCKET upgrade|stop|partial-stop|rollback|status [--json] [--timeout SECONDS]";
 
 fn main() -> ExitCode {
     support::help(include_str!("ctl.rs"));
@@ -75,7 +75,7 @@ impl Options {
         let [socket, command] = words.try_into().map_err(|_| "a socket and a command, please")?;
         let command = command.string()?;
         match &*command {
-            "upgrade" | "stop" | "partial-stop" | "status" => {}
+            "upgrade" | "stop" | "partial-stop" | "rollback" | "status" => {}
             other => return Err(format!("unknown command {other:?}").into()),
         }
         Ok(Self { socket: socket.into(), command, json, timeout })
@@ -106,7 +106,8 @@ impl Outcome {
             ("partial-stop", "stopping") => {
                 Self::new(0, "partially-stopped", "partially stopped: the process has ended")
             }
-            ("upgrade" | "status", "stopping") => Self::new(2, "stopping", "the server is stopping"),
+            ("rollback", "rolled") => Self::new(0, "rolled-back", "rolled back: the earlier version serves again"),
+            ("upgrade" | "rollback" | "status", "stopping") => Self::new(2, "stopping", "the server is stopping"),
             ("upgrade", "upgraded") => {
                 let fields = fields(rest);
                 let words = format!(
