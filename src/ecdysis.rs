@@ -57,6 +57,9 @@ impl Starting {
         generation.shutdown.set(State::Accepting);
         generation.reporter.store_sockets();
         generation.reporter.emit(&Event::Serving { generation: generation.number });
+        if generation.number == 1 {
+            generation.reporter.warn_of_the_end();
+        }
         // From here `Starting` has nothing left to give up.
         Ok(Ecdysis(self.0.clone()))
     }

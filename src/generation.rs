@@ -1,7 +1,7 @@
 //! One generation: its facts and its handles. It holds no lock and runs no loop.
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use crate::handover::ancestors::Ancestors;
 use crate::handover::escape::escape;
@@ -63,7 +63,7 @@ impl Generation {
         let too_many = (draining.len() + 1).saturating_sub(most);
         for link in draining.iter().take(too_many) {
             logging::info!("ending the drain of generation {}", link.generation);
-            link.end_drain();
+            link.end_drain(Duration::ZERO);
         }
         if too_many > draining.len() {
             self.shutdown.end_drain();

@@ -26,6 +26,9 @@ pub(crate) const ANNOUNCE: Duration = Duration::from_secs(5);
 pub(crate) trait ServiceManager: fmt::Debug + Send + Sync {
     fn is_main(&self) -> bool;
 
+    /// Whether this process is the manager's child, so that its successor has to be that too.
+    fn is_parent(&self) -> bool;
+
     /// The parent has announced this process. Or it has ended without doing so (`announced` is false); then this process
     /// announces itself, for a manager that listens to all.
     fn become_main(&self, announced: bool);

@@ -111,6 +111,12 @@ impl Program {
         self
     }
 
+    /// Sets or removes a variable of the next generation.
+    #[cfg(feature = "systemd_notify")]
+    pub(crate) fn set_env(&mut self, name: &str, value: Option<&str>) {
+        self.env.insert(name.into(), value.map(Into::into));
+    }
+
     /// A path like `/opt/app-1.2/bin/app`, in which no link can be changed to lead to another version.
     pub(crate) fn names_its_version(&self) -> bool {
         let version = |part: &[u8]| part.windows(3).any(|at| matches!(at, [b'0'..=b'9', b'.', b'0'..=b'9']));

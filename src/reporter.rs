@@ -1,5 +1,7 @@
 //! Reports what happens: to the log, to the program's observer, and to the service manager.
 
+use std::env;
+use std::io;
 use std::panic::{self, AssertUnwindSafe};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
@@ -78,6 +80,36 @@ impl Reporter {
     #[cfg(feature = "systemd_sockets")]
     pub(crate) fn take_sockets(&self) -> bool {
         self.takes_sockets.swap(true, Ordering::Relaxed)
+    }
+
+    /// Whether the service would outlive this process.
+    ///
+    /// # Errors
+    /// systemd started this process as the main process of a unit, and is not told of its successors.
+    pub(crate) fn check_unit(&self) -> io::Result<()> {
+        let executed = env::var("SYSTEMD_EXEC_PID").ok().and_then(|pid| pid.parse::<u32>().ok());
+        let is_told = self.manager.get().is_some() || env::var_os("NOTIFY_SOCKET").is_some();
+        match executed {
+            Some(executed) if executed == std::process::id() && !is_told => Err(io::Error::new(
+                io::ErrorKind::Unsupported,
+                "systemd would end this unit with the old process: use Type=notify-reload with Builder::systemd_notify; \
+                 or UnsetEnvironment=SYSTEMD_EXEC_PID, if the old process stays until it is stopped",
+            )),
+            _ => Ok(()),
+        }
+    }
+
+    /// Warns of an upgrade that would end the service.
+    pub(crate) fn warn_of_the_end(&self) {
+        if let Err(e) = self.check_unit() {
+            logging::warn!("upgrades by a child will fail: {e}");
+        }
+        if std::process::id() == 1 {
+            logging::warn!(
+                "this is process 1: when it ends after an upgrade, the kernel kills the new version; start it below hold \
+                 (examples/hold)"
+            );
+        }
     }
 
     /// Announces the process that serves now, before this one may end. Our child becomes the main process of the service.

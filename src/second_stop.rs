@@ -2,6 +2,7 @@
 
 use std::io;
 use std::os::fd::BorrowedFd;
+use std::time::Duration;
 
 use crate::logging;
 use crate::shutdown::{End, EndSignal};
@@ -31,7 +32,7 @@ impl EndSignal for SecondStop {
         match take_pending().find(|signal| self.signals.contains(signal)) {
             Some(signal) => {
                 logging::info!("a second stop signal ends the drain: signal={}", name(signal));
-                End::Now
+                End::Within(Duration::ZERO)
             }
             None => End::Continue,
         }

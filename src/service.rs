@@ -173,6 +173,7 @@ impl Service {
             Action::Stop => {
                 generation.sockets.registry().unlink(|_| true);
                 generation.pid_file.remove();
+                generation.shutdown.end_older(generation.ancestors.clone());
                 Triggers::answer_stop(reply);
                 ExitMode::Stopped
             }

@@ -46,7 +46,8 @@ impl Builder {
             true => None,
             false => Some(Started::claim().ok_or(Error::AlreadyStarted)?),
         };
-        let launch = Launch {
+        #[cfg_attr(not(feature = "systemd_notify"), allow(unused_mut))]
+        let mut launch = Launch {
             // First of all, because only now these are as the parent made them.
             attributes: Attributes::of_this_thread().map_err(prepare("signal mask"))?,
             program: Program::running().with(&self.changes),
@@ -76,6 +77,12 @@ impl Builder {
         };
         let number = origin.generation;
         logging::set_generation(number);
+        #[cfg(feature = "systemd_notify")]
+        {
+            use crate::systemd::manager::{is_nested, EXEC_PID};
+            let nested = is_nested(ancestors.parent.is_some());
+            launch.program.set_env(EXEC_PID, nested.then_some("0"));
+        }
         if number == 1 && launch.program.names_its_version() {
             let program = launch.program.path.display();
             logging::warn!("an upgrade runs {program} again, whose path names a version: start it by a link that you change, or choose exec()");

@@ -20,8 +20,16 @@ use crate::store::{Entry, Store};
 const FIRST: RawFd = 3;
 
 /// Variables that are for one process, and not for what it starts.
-const OURS: [&str; 7] =
-    ["NOTIFY_SOCKET", "FDSTORE", "LISTEN_PID", "LISTEN_PIDFDID", "LISTEN_FDS", "LISTEN_FDNAMES", "WATCHDOG_PID"];
+const OURS: [&str; 8] = [
+    "NOTIFY_SOCKET",
+    "SYSTEMD_EXEC_PID",
+    "FDSTORE",
+    "LISTEN_PID",
+    "LISTEN_PIDFDID",
+    "LISTEN_FDS",
+    "LISTEN_FDNAMES",
+    "WATCHDOG_PID",
+];
 
 /// Our environment without the variables that are meant for this process alone.
 pub fn inherited() -> Vec<CString> {
@@ -93,6 +101,8 @@ pub fn start(argv: &[CString], environment: &[CString], passed: &[Entry], signal
 
 fn execute(argv: &[CString], environment: &[CString], passed: &[Entry], signals: &Signals) -> io::Result<Infallible> {
     let mut environment = environment.to_vec();
+    // So the server knows that it is the main process, and not a helper that inherited NOTIFY_SOCKET.
+    environment.push(CString::new(format!("SYSTEMD_EXEC_PID={}", std::process::id()))?);
     if !passed.is_empty() {
         // Copy them above the numbers that they need, so that no dup2 closes one. The copies are close-on-exec.
         let beyond = FIRST + passed.len() as RawFd;

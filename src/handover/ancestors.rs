@@ -211,9 +211,9 @@ impl DrainLink {
         matches!(wait_hangup(&self.fd, Deadline::after(Duration::ZERO)), Ok(false))
     }
 
-    pub(crate) fn end_drain(&self) {
+    pub(crate) fn end_drain(&self, within: Duration) {
         // An error means that it has ended, and its drain with it.
-        let _ = send(&self.fd, &FromChild::EndDrain.line());
+        let _ = send(&self.fd, &FromChild::EndDrain(within).line());
     }
 
     pub(crate) fn entry(&self) -> Entry {

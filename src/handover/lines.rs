@@ -29,8 +29,9 @@ pub(crate) enum FromChild {
     Serving,
     /// After `serving`: the service was asked to stop, and the child has stopped accepting.
     Stopping,
-    /// From any later generation: too many generations drain, and the receiver is the oldest.
-    EndDrain,
+    /// From any later generation: the receiver is to end its drain within that time, because too many generations drain or
+    /// the service stops.
+    EndDrain(Duration),
 }
 
 impl FromChild {
@@ -56,7 +57,8 @@ impl FromChild {
             Self::Failed { step, errno } => format!("failed {step} {errno}\n"),
             Self::Serving => "serving\n".into(),
             Self::Stopping => "stopping\n".into(),
-            Self::EndDrain => "end-drain\n".into(),
+            Self::EndDrain(Duration::ZERO) => "end-drain\n".into(),
+            Self::EndDrain(within) => format!("end-drain {}\n", within.as_millis().min(u64::MAX.into())),
         }
     }
 
@@ -72,7 +74,10 @@ impl FromChild {
             }
             "serving" => Self::Serving,
             "stopping" => Self::Stopping,
-            "end-drain" => Self::EndDrain,
+            "end-drain" => match words.next() {
+                None => Self::EndDrain(Duration::ZERO),
+                Some(milliseconds) => Self::EndDrain(Duration::from_millis(milliseconds.parse().ok()?)),
+            },
             _ => return None,
         };
         words.next().is_none().then_some(status)
@@ -228,7 +233,8 @@ mod tests {
             FromChild::Failed { step: "execve".into(), errno: 2 },
             FromChild::Serving,
             FromChild::Stopping,
-            FromChild::EndDrain,
+            FromChild::EndDrain(Duration::ZERO),
+            FromChild::EndDrain(Duration::from_millis(2500)),
         ] {
             let line = status.line();
             assert!(line.len() <= MAX_LINE, "{}", line.len());

@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::io;
+use std::mem;
 use std::os::fd::BorrowedFd;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
@@ -10,8 +11,12 @@ use std::time::Duration;
 use rustix::event::{PollFd, PollFlags};
 
 use super::gate::{Gate, State};
+use crate::handover::ancestors::Ancestors;
 use crate::sys::flag::Flag;
 use crate::sys::poll::{poll, Deadline};
+
+/// How often a stop that waits for older generations reports progress: theirs cannot be seen from here.
+const OLDER: Duration = Duration::from_secs(1);
 
 /// A later generation, which may ask this one to end its drain.
 pub(crate) trait EndSignal: fmt::Debug + Send + Sync {
@@ -27,7 +32,7 @@ pub(crate) trait EndSignal: fmt::Debug + Send + Sync {
 pub(crate) enum End {
     /// Nothing yet.
     Continue,
-    Now,
+    Within(Duration),
     /// Nothing ever: every later generation has ended.
     Gone,
 }
@@ -42,8 +47,10 @@ pub(crate) struct Drain {
     draining: AtomicBool,
     /// Raised when the drains must look again.
     look: Flag,
-    /// Set when the drains must return even if connections are left.
-    ended: AtomicBool,
+    /// When the drains must return even if connections are left.
+    end: Mutex<Deadline>,
+    /// The older generations, which are to end with this one. Set by a stop of the service.
+    older: OnceLock<Arc<Ancestors>>,
     signal: Mutex<Option<Arc<dyn EndSignal>>>,
     progress: OnceLock<Progress>,
 }
@@ -55,7 +62,8 @@ impl Drain {
             guards: AtomicUsize::new(0),
             draining: AtomicBool::new(false),
             look: Flag::new(false)?,
-            ended: AtomicBool::new(false),
+            end: Mutex::new(Deadline::NEVER),
+            older: OnceLock::new(),
             signal: Mutex::new(None),
             progress: OnceLock::new(),
         })
@@ -81,10 +89,18 @@ impl Drain {
         self.guards.load(Ordering::SeqCst)
     }
 
-    /// Ends every drain, also those that begin later.
-    pub(crate) fn end(&self) {
-        self.ended.store(true, Ordering::SeqCst);
+    /// Ends every drain within that time, also those that begin later.
+    pub(crate) fn end(&self, within: Duration) {
+        let mut end = self.end.lock().unwrap_or_else(PoisonError::into_inner);
+        *end = end.min(Deadline::after(within));
+        drop(end);
         self.look_again();
+    }
+
+    /// Makes the drains end those of the older generations too, within the same time, and wait for them. A service manager
+    /// takes the service for stopped when this process has ended, and would kill them.
+    pub(crate) fn end_older(&self, older: Arc<Ancestors>) {
+        let _ = self.older.set(older);
     }
 
     /// Lets `signal` end the drains, also one that has begun.
@@ -104,21 +120,29 @@ impl Drain {
     /// Several threads may drain at once, each with its own `time`, and long before accepting is over. So no lock is held
     /// over the wait: one who needs it would wait with them.
     pub(crate) fn wait(&self, time: Duration, gate: &Gate) -> usize {
-        let deadline = Deadline::after(time);
+        let whole = Deadline::after(time);
         self.draining.store(true, Ordering::SeqCst);
-        let mut least = None;
+        let (mut least, mut older_ended) = (None, false);
         loop {
+            let deadline = whole.min(*self.end.lock().unwrap_or_else(PoisonError::into_inner));
             // The loops first: a guard that is taken in a loop's body counts before that loop ends.
             let left = self.loops.load(Ordering::SeqCst);
             let left = left + self.connections();
             let state = gate.state();
-            if (left == 0 && state.is_over()) || deadline.has_passed() || self.ended.load(Ordering::SeqCst) {
+            let older = self.older.get().filter(|_| state == State::Stopped);
+            let older: Vec<_> = older.iter().flat_map(|older| older.draining()).collect();
+            if !mem::replace(&mut older_ended, state == State::Stopped) {
+                older.iter().for_each(|link| link.end_drain(deadline.time_left()));
+            }
+            if (left == 0 && older.is_empty() && state.is_over()) || deadline.has_passed() {
+                // They have the same deadline, unless this drain was ended before.
+                older.iter().for_each(|link| link.end_drain(Duration::ZERO));
                 // This thread may have lowered the flag before another one saw it raised.
                 self.look.raise();
                 return left;
             }
-            if let Some(progress) = self.progress.get().filter(|_| state == State::Stopped) {
-                if least.replace(left).is_some_and(|least| left < least) {
+            if let Some(progress) = self.progress.get().filter(|_| state.is_over()) {
+                if least.replace(left).is_some_and(|least| left < least) || !older.is_empty() {
                     progress(left);
                 }
             }
@@ -126,12 +150,14 @@ impl Drain {
             let mut fds = vec![PollFd::new(&self.look, PollFlags::IN)];
             fds.extend((!state.is_over()).then(|| PollFd::new(gate.over(), PollFlags::IN)));
             fds.extend(signal.iter().map(|signal| PollFd::from_borrowed_fd(signal.fd(), PollFlags::IN)));
-            let _ = poll(&mut fds, deadline);
+            fds.extend(older.iter().map(|link| PollFd::new(&link.fd, PollFlags::empty())));
+            let again = if older.is_empty() { Deadline::NEVER } else { Deadline::after(OLDER) };
+            let _ = poll(&mut fds, deadline.min(again));
             self.look.lower();
             if let Some(signal) = signal {
                 match signal.read() {
                     End::Continue => {}
-                    End::Now => self.end(),
+                    End::Within(time) => self.end(time),
                     End::Gone => self.forget(&signal),
                 }
             }

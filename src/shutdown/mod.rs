@@ -24,6 +24,7 @@ use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags};
 
+use crate::handover::ancestors::Ancestors;
 use crate::sys::poll::{poll, Deadline};
 
 use self::accept::AcceptLoop;
@@ -278,7 +279,12 @@ impl Shutdown {
 
     /// Ends every drain although connections are left.
     pub(crate) fn end_drain(&self) {
-        self.0.drain.end();
+        self.0.drain.end(Duration::ZERO);
+    }
+
+    /// Lets the drain of this generation end those of the older ones, because the service stops.
+    pub(crate) fn end_older(&self, older: Arc<Ancestors>) {
+        self.0.drain.end_older(older);
     }
 
     /// Lets a later generation end the drain of this one.

@@ -39,6 +39,11 @@ impl Deadline {
         self.0.is_some_and(|at| at <= Instant::now())
     }
 
+    /// The time left, `MAX` for never.
+    pub(crate) fn time_left(self) -> Duration {
+        self.0.map_or(Duration::MAX, |at| at.saturating_duration_since(Instant::now()))
+    }
+
     /// The time left as poll(2) accepts it; `None` to wait without limit.
     pub(crate) fn left(self) -> Option<Timespec> {
         let left = self.0?.saturating_duration_since(Instant::now());

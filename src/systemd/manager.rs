@@ -28,10 +28,12 @@ pub(crate) struct Systemd {
     generation: u64,
     /// The manager started this process itself.
     started_by_it: bool,
-    /// The manager knows this process by the number that it has here: it is in no PID namespace below the manager's.
-    same_numbers: bool,
+    /// See [`is_nested`].
+    nested: bool,
     /// The manager listens to this process.
     main: AtomicBool,
+    /// It listens to the successor that this process announced.
+    handed_over: AtomicBool,
     /// The longest time that an upgrade may take. The manager is asked to wait that long.
     upgrade_time: Duration,
     /// `RELOADING` was sent, and `READY` was not sent yet.
@@ -44,6 +46,25 @@ pub(crate) struct Systemd {
     capacity: usize,
 }
 
+/// Names the process that systemd executed for the unit. In a child of a nested generation it is 0.
+pub(crate) const EXEC_PID: &str = "SYSTEMD_EXEC_PID";
+
+fn number(name: &str) -> Option<u32> {
+    env::var(name).ok()?.parse().ok()
+}
+
+/// Whether this service only runs inside a unit whose main process is another one: a helper that inherited NOTIFY_SOCKET,
+/// or a container. Its generations are not the manager's children, and none of them is ever announced as the main process: the
+/// manager would end the unit with it, or kill an unrelated process, because in another PID namespace its numbers mean others.
+pub(crate) fn is_nested(is_child: bool) -> bool {
+    match number(EXEC_PID) {
+        executed if is_child => executed == Some(0),
+        Some(executed) => executed != std::process::id(),
+        // Something else than systemd. It has our numbers if there is one namespace.
+        None => !program::in_first_pid_namespace(),
+    }
+}
+
 impl Systemd {
     /// The manager that the environment names, if any. A child of ours waits until it is announced. A generation that the
     /// manager started itself is main from the start, wherever its sockets came from.
@@ -54,16 +75,14 @@ impl Systemd {
             }
             other => Error::ServiceManager { what: "its socket".into(), source: std::io::Error::other(other) },
         })?;
-        let number = |name| env::var(name).ok().and_then(|value| value.parse::<u32>().ok());
-        let exec_pid = number("SYSTEMD_EXEC_PID");
-        let started_by_it = !is_child || exec_pid == Some(std::process::id());
-        let same_numbers = exec_pid.map_or_else(program::in_first_pid_namespace, |pid| pid == std::process::id());
+        let started_by_it = !is_child || number(EXEC_PID) == Some(std::process::id());
         Ok(notifier.map(|notifier| Self {
             notifier,
             generation,
             started_by_it,
-            same_numbers,
+            nested: is_nested(is_child),
             main: AtomicBool::new(started_by_it),
+            handed_over: AtomicBool::new(false),
             upgrade_time: upgrade_time.saturating_add(ANNOUNCE),
             reloading: AtomicBool::new(false),
             watchdog: watchdog_interval(),
@@ -94,9 +113,14 @@ impl ServiceManager for Systemd {
         self.main.load(Ordering::Relaxed)
     }
 
+    fn is_parent(&self) -> bool {
+        self.is_main() && !self.nested
+    }
+
     fn become_main(&self, announced: bool) {
         self.main.store(true, Ordering::Relaxed);
-        if !announced {
+        self.handed_over.store(false, Ordering::Relaxed);
+        if !announced && !self.nested {
             let status = format!("generation {}, serving without its parent", self.generation);
             log_failure(self.notifier.new_main(std::process::id(), &status));
         }
@@ -108,7 +132,7 @@ impl ServiceManager for Systemd {
             // The parent that announced this process has reported it as ready.
             Event::Serving { .. } if !self.started_by_it => Ok(()),
             // With the PID, as version 1.1.1 sends it, if the manager has the same number for this process.
-            Event::Serving { .. } if self.same_numbers => {
+            Event::Serving { .. } if !self.nested => {
                 notifier.ready_as(std::process::id(), &format!("generation {generation}"))
             }
             Event::Serving { .. } => notifier.ready(&format!("generation {generation}")),
@@ -131,9 +155,12 @@ impl ServiceManager for Systemd {
 
     fn announce(&self, Upgraded { pid, generation, .. }: &Upgraded, is_child: bool) {
         let Self { notifier, generation: ours, .. } = self;
-        if is_child {
+        if is_child && self.nested {
+            log_failure(notifier.ready(&format!("generation {generation}, upgraded")));
+        } else if is_child {
             let status = format!("generation {generation}, upgraded from pid {}", std::process::id());
             log_failure(notifier.new_main(*pid, &status).and_then(|()| notifier.barrier(ANNOUNCE)));
+            self.handed_over.store(true, Ordering::Relaxed);
         } else {
             log_failure(
                 notifier.stopping(&format!("generation {ours}, taken over by pid {pid}, generation {generation}")),
@@ -162,7 +189,7 @@ impl ServiceManager for Systemd {
     }
 
     fn progress(&self, left: usize) {
-        if !self.is_main() {
+        if !self.is_main() || self.handed_over.load(Ordering::Relaxed) {
             return;
         }
         let mut last = self.last_progress.lock().unwrap_or_else(PoisonError::into_inner);

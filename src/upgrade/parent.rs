@@ -58,6 +58,7 @@ fn pack(generation: &Generation) -> Result<(Handover, Option<Late>), Error> {
 /// Step 3 with a child. Everything that needs memory is built before the child exists.
 fn start(generation: &Generation, handover: Handover) -> Result<Successor<'_>, Error> {
     let launch = &generation.launch;
+    generation.reporter.check_unit().map_err(|source| Error::Prepare { what: "the next generation", source })?;
     let program = launch.program()?;
     let (link, child_end) = match launch.transport {
         Transport::Pipes => ChildLink::pipes(handover)?,
@@ -73,7 +74,10 @@ fn start(generation: &Generation, handover: Handover) -> Result<Successor<'_>, E
         status: child_end.status,
         attributes: launch.attributes.clone(),
         // systemd waits at a stop for its own children only; it kills all others at once (`unit_kill_context`).
-        parent: if generation.reporter.main().is_some() { Parentage::OurParent } else { Parentage::Us },
+        parent: match generation.reporter.main() {
+            Some(manager) if manager.is_parent() => Parentage::OurParent,
+            _ => Parentage::Us,
+        },
     };
     let spawned = spawn(plan, launch.spawn).map_err(|source| Error::Spawn { program: program.path.clone(), source })?;
     let mut successor = Successor::new(generation, Process::Child(spawned), link);

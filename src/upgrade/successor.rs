@@ -209,10 +209,17 @@ impl EndSignal for LaterGenerations {
     }
 
     fn read(&self) -> End {
-        match self.lines.lock().unwrap_or_else(PoisonError::into_inner).next(self.fd()) {
-            Ok(Read::Line(line)) if FromChild::parse(&line) == Some(FromChild::EndDrain) => End::Now,
-            Ok(Read::Line(_) | Read::Wait) => End::Continue,
-            Ok(Read::End | Read::Garbage(_)) | Err(_) => End::Gone,
+        let mut lines = self.lines.lock().unwrap_or_else(PoisonError::into_inner);
+        loop {
+            match lines.next(self.fd()) {
+                Ok(Read::Line(line)) => {
+                    if let Some(FromChild::EndDrain(within)) = FromChild::parse(&line) {
+                        return End::Within(within);
+                    }
+                }
+                Ok(Read::Wait) => return End::Continue,
+                Ok(Read::End | Read::Garbage(_)) | Err(_) => return End::Gone,
+            }
         }
     }
 }

@@ -294,9 +294,8 @@ fn the_exit_code_tells_what_happened() {
 fn a_stop_has_a_deadline() {
     let mut server = held(&["--stop-timeout", "1"], &["--drain", "600"]);
     let addr = server.addr();
-    let _old = connect(&addr).unwrap();
-    ask(&addr).unwrap();
     upgrade(&mut server);
+    eventually("the old one has ended", || children(server.first_pid()).len() == 1);
     let _new = connect(&addr).unwrap();
     ask(&addr).unwrap();
     assert_eq!(stop(&mut server), Some(124));

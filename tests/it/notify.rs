@@ -1,7 +1,7 @@
 //! What a service manager hears from a server and its later generations, and from whom. The manager is this test; what a
 //! real one makes of it is in `systemd`.
 
-use std::io::IoSliceMut;
+use std::io::{IoSliceMut, Read, Write};
 use std::mem::MaybeUninit;
 use std::os::fd::OwnedFd;
 use std::os::linux::net::SocketAddrExt;
@@ -10,7 +10,7 @@ use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
-use crate::support::{connect, example, field, send_signal, tempdir, Server, DEADLINE};
+use crate::support::{ask, children, connect, example, field, generation, send_signal, tempdir, Server, DEADLINE};
 use rustix::net::{recvmsg, sockopt, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags};
 use rustix::process::Signal;
 
@@ -39,7 +39,13 @@ impl Manager {
     }
 
     fn server(&self, arguments: &[&str], environment: &[(&str, &str)]) -> Server {
-        let mut command = Command::new(example("whoami"));
+        self.start("SYSTEMD_EXEC_PID=$$ exec \"$@\"", arguments, environment)
+    }
+
+    /// The server is started by a line of shell, in which `"$@"` is its command.
+    fn start(&self, shell: &str, arguments: &[&str], environment: &[(&str, &str)]) -> Server {
+        let mut command = Command::new("sh");
+        command.args(["-c", shell, "sh"]).arg(example("whoami"));
         command.args(["--systemd", "--listen", "127.0.0.1:0"]).args(arguments);
         command.env("NOTIFY_SOCKET", &self.address).envs(environment.iter().copied());
         Server::serving(command)
@@ -258,4 +264,89 @@ fn without_a_manager_nothing_is_different() {
     command.args(["--systemd", "--listen", "127.0.0.1:0"]).env("NOTIFY_SOCKET", "vsock:2:1");
     let mut server = Server::start(command);
     server.wait("cannot use what the service manager passed: NOTIFY_SOCKET=vsock:2:1");
+}
+
+/// The main process of the unit is a shell here, and the server its helper.
+#[test]
+fn a_helper_of_the_main_process_stays_one_over_its_upgrades() {
+    let manager = Manager::new();
+    let shell = "export SYSTEMD_EXEC_PID=$$; \"$@\" & wait";
+    let mut server = manager.start(shell, &["--probation", "0"], &[]);
+    let mut pid = server.pid();
+    manager.expect(pid, "READY=1");
+    for generation in 2..=3 {
+        server.signal(Signal::HUP);
+        let next: u32 = field(&server.wait("upgrade ok"), "pid");
+        let message = manager.within(DEADLINE, |message| message.text.contains(", upgraded\n")).unwrap();
+        assert_eq!((message.from, message.text), (pid, format!("READY=1\nSTATUS=generation {generation}, upgraded\n")));
+        // It is the child of the generation before, and then nobody's: the main process never made it.
+        server.wait(&format!("ended gen={}", generation - 1));
+        assert!(!children(server.first_pid()).contains_key(&next));
+        pid = next;
+    }
+    server.signal(Signal::TERM);
+    server.wait("ended gen=3");
+    assert_eq!(manager.within(Duration::ZERO, |message| message.text.contains("MAINPID")).map(|m| m.text), None);
+}
+
+/// A unit of Type=simple ends with its main process, and systemd kills what is left of it.
+#[test]
+fn a_unit_that_would_end_is_not_upgraded() {
+    let mut command = Command::new("sh");
+    command.args(["-c", "SYSTEMD_EXEC_PID=$$ exec \"$@\"", "sh"]).arg(example("whoami"));
+    command.args(["--systemd", "--listen", "127.0.0.1:0"]).env_remove("NOTIFY_SOCKET");
+    let mut server = Server::serving(command);
+    let failed = server.fail_to_upgrade();
+    assert!(failed.contains("use Type=notify-reload"), "{failed}");
+    assert_eq!(generation(&server.addr()), 1);
+}
+
+/// The manager takes the service for stopped when the newest generation has ended, and would kill the older ones.
+#[test]
+fn a_stop_ends_the_drains_of_older_generations_and_waits_for_them() {
+    let manager = Manager::new();
+    let mut server = manager.server(&["--probation", "0", "--drain", "600"], &[]);
+    let addr = server.addr();
+    let mut open = Vec::new();
+    for _ in 0..2 {
+        let mut stream = connect(&addr).unwrap();
+        stream.write_all(b"w").unwrap();
+        ask(&addr).unwrap();
+        open.push(stream);
+        server.signal(Signal::HUP);
+        drop(manager.within(DEADLINE, |message| message.text.starts_with("BARRIER=1")).unwrap());
+        server.wait("upgrade ok");
+        server.wait_serving();
+    }
+    let newest = server.pid();
+    server.signal(Signal::TERM);
+    manager.within(DEADLINE, |message| message.from == newest && message.text.starts_with("STOPPING=1")).unwrap();
+    manager
+        .within(DEADLINE, |message| message.from == newest && message.text.starts_with("EXTEND_TIMEOUT_USEC="))
+        .unwrap();
+    for mut stream in open {
+        assert!(!server.said().iter().any(|line| line.starts_with("ended gen=3")));
+        stream.write_all(b"ho\n").unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).unwrap();
+        assert!(answer.starts_with("gen="), "{answer}");
+    }
+    server.wait("ended gen=3");
+    server.wait_all_ended();
+}
+
+/// The deadline of the stop is also that of the older drains, however long they were to be.
+#[test]
+fn older_generations_end_within_the_deadline_of_a_stop() {
+    let mut server =
+        Server::whoami(["--listen", "127.0.0.1:0", "--probation", "0", "--drain", "600", "--stop-drain", "1"]);
+    let addr = server.addr();
+    let _open = connect(&addr).unwrap();
+    ask(&addr).unwrap();
+    server.upgrade();
+    server.wait_serving();
+    server.signal(Signal::TERM);
+    let ended = server.wait_any("ended gen=1");
+    assert_eq!(field::<usize>(&ended, "left"), 1);
+    server.wait_all_ended();
 }

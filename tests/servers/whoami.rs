@@ -15,6 +15,7 @@
 //!                                         answer says so, and an idle connection ends after a grace
 //!       --threads N                       accepting threads per listener (1)
 //!       --drain SECONDS                   how long to wait for open connections at the end (60)
+//!       --stop-drain SECONDS              the same at a stop, if it is another time
 //!       --takeover-socket P               hand over to whoever connects there, as another whoami with --take-over P does
 //!       --transport pipes|socket          what carries the handover to a child (pipes)
 //!       --upgrade-socket P  --stop-socket P  --partial-stop-socket P  --control-socket P  --pid-file P  --exec P
@@ -111,7 +112,8 @@ fn serve() -> Result<()> {
         drop(ecdysis);
         say(format!("dropped gen={gen} pid={pid}"));
     }
-    let left = shutdown.drain(options.drain);
+    let at_stop = options.stop_drain.filter(|_| !matches!(exit.mode, ecdysis::ExitMode::Upgraded(_)));
+    let left = shutdown.drain(at_stop.unwrap_or(options.drain));
     say(format!("ended gen={gen} pid={pid} left={left} {} ({})", exit.mode, exit.reason));
     Ok(())
 }
@@ -170,6 +172,7 @@ struct Options {
     wait_for_parent: bool,
     drop_early: bool,
     drain: Duration,
+    stop_drain: Option<Duration>,
     misbehave: Option<PathBuf>,
 }
 
@@ -185,6 +188,7 @@ impl Options {
             wait_for_parent: false,
             drop_early: false,
             drain: Duration::from_secs(60),
+            stop_drain: None,
             misbehave: None,
         };
         let mut args = lexopt::Parser::from_env();
@@ -200,6 +204,9 @@ impl Options {
                 Long("keep-alive") => options.kept = Kept::Alive,
                 Long("chdir") => options.chdir = Some(args.value()?.into()),
                 Long("wait-for-parent") => options.wait_for_parent = true,
+                Long("stop-drain") => {
+                    options.stop_drain = Some(args.value()?.parse_with(|s| s.parse().map(Duration::from_secs_f64))?)
+                }
                 Long("drain") => {
                     options.drain = args.value()?.parse_with(|s| s.parse().map(Duration::from_secs_f64))?
                 }
