@@ -181,7 +181,7 @@ impl ServiceManager for Systemd {
         if *next <= now {
             // WATCHDOG_USEC may be any number.
             *next = now.checked_add(every)?;
-            if is_main() {
+            if !self.handed_over.load(Ordering::Relaxed) && is_main() {
                 log_failure(self.notifier.alive());
             }
         }

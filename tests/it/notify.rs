@@ -281,6 +281,7 @@ fn a_helper_of_the_main_process_stays_one_over_its_upgrades() {
         assert_eq!((message.from, message.text), (pid, format!("READY=1\nSTATUS=generation {generation}, upgraded\n")));
         // It is the child of the generation before, and then nobody's: the main process never made it.
         server.wait(&format!("ended gen={}", generation - 1));
+        server.wait_serving();
         assert!(!children(server.first_pid()).contains_key(&next));
         pid = next;
     }
