@@ -16,6 +16,7 @@ mod chaos;
 mod demo;
 mod echo;
 mod endurance;
+mod environments;
 mod exact_state;
 mod examples;
 #[cfg(all(target_arch = "x86_64", not(sanitized)))]

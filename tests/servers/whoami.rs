@@ -21,6 +21,7 @@
 //!       --upgrade-socket P  --stop-socket P  --partial-stop-socket P  --control-socket P  --pid-file P  --exec P
 //!       --ready-timeout MS|max  --probation MS|max  --overlap allow|refuse|N  --fork
 //!       --drop-early                      drop the handle before the drain
+//!       --close-stdin  --mlockall         before anything else
 //!       --next FILE                       read at each upgrade: `exec=PATH`, or `NAME=VALUE` for the environment
 //!       --verify FILE                     at each upgrade the new version is kept if the file says `ok`, and is rolled back
 //!                                         otherwise; waits for a file that is not there
@@ -254,6 +255,10 @@ impl Options {
                 Long("probation") => drop(builder.probation(ms(args.value()?)?)),
                 Long("drop-early") => options.drop_early = true,
                 Long("fork") => drop(builder.spawn(Spawn::Fork)),
+                // SAFETY: nothing here reads stdin.
+                Long("close-stdin") => drop(unsafe { libc::close(0) }),
+                // SAFETY: plain numbers.
+                Long("mlockall") => drop(unsafe { libc::mlockall(libc::MCL_CURRENT | libc::MCL_FUTURE) }),
                 Long("overlap") => drop(builder.overlap(match args.value()?.string()?.as_str() {
                     "allow" => Overlap::Allow,
                     "refuse" => Overlap::Refuse,
