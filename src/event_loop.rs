@@ -1,11 +1,12 @@
 //! The one poll of a generation: triggers, the watchdog, and whatever the caller waits for.
 
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsFd, BorrowedFd};
 
 use rustix::event::PollFlags;
 
 use crate::error::Error;
 use crate::generation::Generation;
+use crate::handover::held_open::held_open;
 use crate::logging;
 use crate::sys::child::reap_late;
 use crate::sys::poll::Deadline;
@@ -70,7 +71,10 @@ impl EventLoop<'_> {
             }
             let tick = self.generation.reporter.watchdog_tick().map_or(Deadline::NEVER, Deadline::at);
             let accept = matches!(phase, Phase::Serving | Phase::Upgrading);
-            ready = self.triggers.poll(fds, deadline.min(tick).min(again), accept)?;
+            let held = held_open();
+            let ends = held.iter().map(|fd| (fd.as_fd(), PollFlags::empty()));
+            let fds: Vec<_> = fds.iter().copied().chain(ends).collect();
+            ready = self.triggers.poll(&fds, deadline.min(tick).min(again), accept)?;
             polled = true;
         }
     }
