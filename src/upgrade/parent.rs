@@ -230,7 +230,7 @@ fn commit<'a>(
         let _ = successor.link.send(FromParent::Main);
     }
     // What arrived during the announcement: after the verdict it would ask the wrong process.
-    let _ = event_loop.wait(Phase::Probation, &[], Deadline::after(Duration::ZERO));
+    let _ = event_loop.triggers.poll(&[], Deadline::after(Duration::ZERO), false);
     passed_on.pass(event_loop, &successor);
     if successor.link.send(FromParent::Verdict).is_err() && !stopping {
         generation.reporter.announce_self();
