@@ -294,3 +294,32 @@ fn dropping_ecdysis_early_changes_nothing() {
     server.wait("ended gen=1");
     server.wait("parent ended gen=2");
 }
+
+/// A logger may block without limit, on a pipe that nobody reads for example.
+#[test]
+fn a_log_that_blocks_holds_up_nobody() {
+    struct Blocked;
+    impl log::Log for Blocked {
+        fn enabled(&self, _: &log::Metadata<'_>) -> bool {
+            true
+        }
+        fn log(&self, _: &log::Record<'_>) {
+            loop {
+                thread::park();
+            }
+        }
+        fn flush(&self) {}
+    }
+    if !is_alone("one_serves::a_log_that_blocks_holds_up_nobody") {
+        return;
+    }
+    log::set_logger(&Blocked).unwrap();
+    log::set_max_level(log::LevelFilter::Debug);
+    let (done, returned) = mpsc::channel();
+    thread::spawn(move || {
+        let server = Ecdysis::builder().start().unwrap().ready().unwrap();
+        server.stop();
+        let _ = done.send(server.run().is_ok());
+    });
+    assert!(returned.recv_timeout(DEADLINE).expect("run returns"));
+}
