@@ -17,7 +17,7 @@ const THREADS: usize = 4;
 pub const PATIENCE: Duration = Duration::from_secs(5);
 
 /// How long a connection may be idle after the upgrade.
-pub const GRACE: Duration = Duration::from_millis(500);
+pub const GRACE: Duration = Duration::from_secs(2);
 
 pub fn serve(options: &Options) -> Result<(), Box<dyn Error>> {
     let began = now();

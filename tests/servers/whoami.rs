@@ -378,7 +378,7 @@ fn each<S: Stream>(streams: impl Iterator<Item = io::Result<S>>, shutdown: &Shut
 
 fn kept_alive(stream: impl Stream, shutdown: &Shutdown, answer: &str) -> io::Result<()> {
     const IDLE: Duration = Duration::from_secs(600);
-    const GRACE: Duration = Duration::from_millis(500);
+    const GRACE: Duration = Duration::from_secs(2);
     let mut stream = BufReader::new(stream);
     while shutdown.next_request(&mut stream, IDLE, GRACE)? {
         let mut line = String::new();
