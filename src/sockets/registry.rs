@@ -84,6 +84,7 @@ impl Registry {
 
     // ---- claim ------------------------------------------------------------------------------------------------------
 
+    #[cfg(feature = "systemd_sockets")]
     /// Moves the first inherited socket that `wanted` picks to ours, and returns a duplicate for the program.
     pub(crate) fn claim_if(&mut self, wanted: impl Fn(&Entry) -> bool) -> io::Result<Option<(Key, OwnedFd)>> {
         let Some(at) = self.inherited.iter().position(wanted) else { return Ok(None) };
