@@ -11,6 +11,9 @@ use std::{thread, time::Duration};
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let address = std::env::args().nth(1).unwrap_or("127.0.0.1:7000".into());
+    if address == "--help" {
+        return Ok(io::stdout().write_all(include_bytes!("echo.rs"))?); // its head says what to type
+    }
     let starting = ecdysis::Ecdysis::builder()
         .upgrade_on_signal(libc::SIGHUP)
         .stop_on_signal(libc::SIGTERM)

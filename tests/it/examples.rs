@@ -16,7 +16,7 @@ use serde_json::{json, Value};
 
 #[test]
 fn each_answers_help() {
-    let mut all = vec!["ctl", "demo", "hold", "http", "kv", "takeover", "udp", "whoami"];
+    let mut all = vec!["ctl", "demo", "echo", "hold", "http", "kv", "takeover", "udp", "whoami"];
     if cfg!(feature = "tokio_ecdysis") {
         all.extend(["tokio_echo", "tokio_whoami"]);
     }
