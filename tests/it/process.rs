@@ -157,8 +157,7 @@ fn descriptor_numbers_do_not_climb() {
         let pid = server.pid();
         let sockets = || fds(pid).values().filter(|target| target.starts_with("socket:")).count();
         // Both accept loops wait, and no connection is open.
-        let waiting = || fds(pid).values().filter(|target| target.contains("eventpoll")).count();
-        eventually("quiet", || waiting() == 2 && sockets() == 4);
+        eventually("quiet", || accept_loops_wait(pid, 2) && sockets() == 4);
         let open = fds(pid);
         numbers.push((open.len(), *open.keys().last().unwrap()));
     }

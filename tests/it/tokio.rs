@@ -399,9 +399,10 @@ fn descriptors_do_not_climb() {
     next(&mut server);
     let third = next(&mut server);
     for _ in 0..20 {
-        // Which ones depends on who ended when.
+        // Which ones depends on who ended when. A flag is two ends of a pipe on the other systems' side.
+        let limit = if cfg!(ecdysis_unix) { 60 } else { 30 };
         let numbers = next(&mut server);
-        assert!(numbers.len() <= third.len() && numbers.last() < Some(&30), "{numbers:?} after {third:?}");
+        assert!(numbers.len() <= third.len() && numbers.last() < Some(&limit), "{numbers:?} after {third:?}");
     }
 }
 
