@@ -7,7 +7,7 @@
 mod errors;
 pub mod trace;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::Mutex;
 use std::thread;
@@ -132,10 +132,31 @@ fn traced(server: &Server, load: &Load, fault: Option<(Call, Fault)>, time: Dura
     });
     let _over = over;
     // What a process has accepted dies with it. So nothing is, and no failure needs an excuse.
-    let mut quiet = None;
-    let before_kill = || quiet = Some(load.quiet());
-    trace::upgrade(pid as i32, fault, || send_signal(pid, Signal::HUP), before_kill, verdict, deadline)
-        .map_err(|e| format!("tracer: {e}"))
+    let (mut quiet, mut holds) = (None, false);
+    let before_kill = |process| {
+        quiet = Some(load.quiet());
+        holds = holds_a_connection(process);
+    };
+    let mut seen = trace::upgrade(pid as i32, fault, || send_signal(pid, Signal::HUP), before_kill, verdict, deadline)
+        .map_err(|e| format!("tracer: {e}"))?;
+    // The thread that stands still has a lock that the answer needs. So this proves nothing.
+    seen.hit = seen.hit.filter(|_| !holds);
+    Ok(seen)
+}
+
+/// Whether the process has accepted a connection that it has not answered.
+fn holds_a_connection(process: u32) -> bool {
+    let sockets: BTreeSet<_> = fds(process).into_values().collect();
+    let net = |name: &str| std::fs::read_to_string(format!("/proc/{process}/net/{name}")).unwrap_or_default();
+    let has = |inode: &str| sockets.contains(&format!("socket:[{inode}]"));
+    let tcp = net("tcp").lines().any(|line| {
+        let fields: Vec<_> = line.split_whitespace().collect();
+        matches!(fields[..], [_, _, _, "01" | "08", _, _, _, _, _, inode, ..] if has(inode))
+    });
+    tcp || net("unix").lines().any(|line| {
+        let fields: Vec<_> = line.split_whitespace().collect();
+        matches!(fields[..], [_, _, _, _, _, "03", inode, path] if has(inode) && path.ends_with("/sock"))
+    })
 }
 
 #[derive(Debug, PartialEq, Eq)]
@@ -226,6 +247,17 @@ fn die(setup: Setup, call: Call, signal: i32) -> Result<Survival, String> {
     }
     // An interrupted wait may make a call come earlier than when it was counted.
     let Some(child) = seen.child.map(|child| child as u32) else { return Ok(Survival::Missed) };
+    if signal == libc::SIGSTOP {
+        // The tracer lets go of every thread in this moment, and a signal may get lost in that.
+        let stopped = if call.role == Role::Parent { server.first_pid() } else { child };
+        let until = Instant::now() + Duration::from_secs(2);
+        while state(stopped) != Some('T') {
+            if Instant::now() > until {
+                return Ok(Survival::Missed);
+            }
+            thread::yield_now();
+        }
+    }
     let serving = if call.role == Role::Parent {
         // The child decides by itself: at once when the parent is dead, after 5 seconds when it is silent.
         server.log.wait(at, |line| line.starts_with("serving gen=2 "))?;

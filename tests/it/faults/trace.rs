@@ -81,7 +81,7 @@ pub fn upgrade(
     parent: i32,
     fault: Option<(Call, Fault)>,
     ask: impl FnOnce(),
-    mut before_kill: impl FnMut(),
+    mut before_kill: impl FnMut(u32),
     done: impl Fn() -> bool,
     deadline: Instant,
 ) -> io::Result<Seen> {
@@ -142,7 +142,7 @@ pub fn upgrade(
                                 let process = tracer.process(tid);
                                 if signal == libc::SIGKILL {
                                     tracer.detach_all_but(Some(tid));
-                                    before_kill();
+                                    before_kill(process as u32);
                                 }
                                 // SAFETY: plain numbers; the process is ours to trace, and stands still.
                                 unsafe { libc::kill(process, signal) };

@@ -119,7 +119,7 @@ fn every_call_is_in_its_column() {
     let done = move || log.since(0).iter().any(|line| line.starts_with("upgrade "));
     let pid = server.first_pid();
     let seen =
-        trace::upgrade(pid as i32, None, || send_signal(pid, Signal::HUP), || {}, done, Instant::now() + DEADLINE)
+        trace::upgrade(pid as i32, None, || send_signal(pid, Signal::HUP), |_| {}, done, Instant::now() + DEADLINE)
             .unwrap();
     drop(load);
     let (mut missing, mut before) = (BTreeSet::new(), BTreeSet::new());
