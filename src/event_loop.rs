@@ -54,7 +54,6 @@ impl EventLoop<'_> {
         fds: &[(BorrowedFd<'_>, PollFlags)],
         deadline: Deadline,
     ) -> Result<Wake, Error> {
-        reap_late();
         let (mut polled, mut ready) = (false, false);
         loop {
             let again = self.answer(phase);
@@ -74,7 +73,7 @@ impl EventLoop<'_> {
             let held = held_open();
             let ends = held.iter().map(|fd| (fd.as_fd(), PollFlags::empty()));
             let fds: Vec<_> = fds.iter().copied().chain(ends).collect();
-            ready = self.triggers.poll(&fds, deadline.min(tick).min(again), accept)?;
+            ready = self.triggers.poll(&fds, deadline.min(tick).min(again).min(reap_late()), accept)?;
             polled = true;
         }
     }

@@ -131,8 +131,13 @@ fn reap_later(pid: Pid) -> Option<ExitStatus> {
     None
 }
 
-/// Reaps those children that have ended since.
-pub(crate) fn reap_late() {
+/// Reaps those children that have ended since. Returns when to look again, because no event reports their end.
+pub(crate) fn reap_late() -> Deadline {
     let mut late = LATE.lock().unwrap_or_else(PoisonError::into_inner);
     late.retain(|pid| matches!(waitpid(Some(*pid), WaitOptions::NOHANG), Ok(None)));
+    if late.is_empty() {
+        Deadline::NEVER
+    } else {
+        Deadline::after(LOOK)
+    }
 }
