@@ -1,13 +1,17 @@
 //! The accept loop of a thread.
 
 use std::io;
+use std::iter::FusedIterator;
 use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
 use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags};
 
 use super::decide::{decide_and_log, Step, Tries, HANDSHAKE};
+use super::drain::LoopGuard;
 use super::gate::{Gate, Phase, State};
+use super::listener::Accept;
 use crate::sys::poll::{poll, wait_readable, Deadline, SCARCE};
 use crate::sys::watch::Watch;
 
@@ -132,3 +136,34 @@ impl AcceptLoop {
         }
     }
 }
+
+/// The connections of a listener until accepting is over, see [`Shutdown::incoming`](crate::Shutdown::incoming).
+#[derive(Debug)]
+pub struct Incoming<'a, L> {
+    listener: &'a L,
+    gate: Arc<Gate>,
+    /// Until the end.
+    accept_loop: Option<(AcceptLoop, LoopGuard)>,
+}
+
+impl<'a, L> Incoming<'a, L> {
+    pub(super) fn new(listener: &'a L, gate: Arc<Gate>, counted: LoopGuard) -> Self {
+        Self { listener, gate, accept_loop: Some((AcceptLoop::new(), counted)) }
+    }
+}
+
+impl<L: Accept> Iterator for Incoming<'_, L> {
+    type Item = io::Result<L::Stream>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        let (accept_loop, _) = self.accept_loop.as_mut()?;
+        let listener = self.listener;
+        let next = accept_loop.next(&self.gate, listener.as_fd(), || listener.try_accept());
+        if !matches!(next, Some(Ok(_))) {
+            self.accept_loop = None;
+        }
+        next
+    }
+}
+
+impl<L: Accept> FusedIterator for Incoming<'_, L> {}

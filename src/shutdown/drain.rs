@@ -4,15 +4,15 @@ use std::fmt;
 use std::io;
 use std::mem;
 use std::os::fd::BorrowedFd;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, OnceLock, PoisonError};
 use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags};
 
 use super::gate::{Gate, State};
-use crate::handover::ancestors::Ancestors;
-use crate::sys::flag::Flag;
+use super::sync::{AtomicBool, AtomicUsize, Flag, Mutex};
+use crate::handover::ancestors::{Ancestors, DrainLink};
 use crate::sys::poll::{poll, Deadline};
 
 /// How often a stop that waits for older generations reports progress: theirs cannot be seen from here.
@@ -126,8 +126,9 @@ impl Drain {
         loop {
             let deadline = whole.min(*self.end.lock().unwrap_or_else(PoisonError::into_inner));
             // The loops first: a guard that is taken in a loop's body counts before that loop ends.
-            let left = self.loops.load(Ordering::SeqCst);
-            let left = left + self.connections();
+            // Each is read by a read-modify-write: then whoever counts down later sees that a drain waits.
+            let left = self.loops.fetch_add(0, Ordering::SeqCst);
+            let left = left + self.guards.fetch_add(0, Ordering::SeqCst);
             let state = gate.state();
             let older = self.older.get().filter(|_| state == State::Stopped);
             let older: Vec<_> = older.iter().flat_map(|older| older.draining()).collect();
@@ -147,12 +148,8 @@ impl Drain {
                 }
             }
             let signal = self.signal();
-            let mut fds = vec![PollFd::new(&self.look, PollFlags::IN)];
-            fds.extend((!state.is_over()).then(|| PollFd::new(gate.over(), PollFlags::IN)));
-            fds.extend(signal.iter().map(|signal| PollFd::from_borrowed_fd(signal.fd(), PollFlags::IN)));
-            fds.extend(older.iter().map(|link| PollFd::new(&link.fd, PollFlags::empty())));
             let again = if older.is_empty() { Deadline::NEVER } else { Deadline::after(OLDER) };
-            let _ = poll(&mut fds, deadline.min(again));
+            self.sleep(gate, signal.as_deref(), &older, deadline.min(again));
             self.look.lower();
             if let Some(signal) = signal {
                 match signal.read() {
@@ -162,6 +159,20 @@ impl Drain {
                 }
             }
         }
+    }
+
+    #[cfg(not(all(test, ecdysis_loom)))]
+    fn sleep(&self, gate: &Gate, signal: Option<&dyn EndSignal>, older: &[&DrainLink], deadline: Deadline) {
+        let mut fds = vec![PollFd::new(&self.look, PollFlags::IN)];
+        fds.extend((!gate.state().is_over()).then(|| PollFd::new(gate.over(), PollFlags::IN)));
+        fds.extend(signal.map(|signal| PollFd::from_borrowed_fd(signal.fd(), PollFlags::IN)));
+        fds.extend(older.iter().map(|link| PollFd::new(&link.fd, PollFlags::empty())));
+        let _ = poll(&mut fds, deadline);
+    }
+
+    #[cfg(all(test, ecdysis_loom))]
+    fn sleep(&self, _: &Gate, _: Option<&dyn EndSignal>, _: &[&DrainLink], _: Deadline) {
+        self.look.wait();
     }
 
     fn signal(&self) -> Option<Arc<dyn EndSignal>> {
@@ -202,5 +213,23 @@ impl Drop for LoopGuard {
         if self.0.loops.fetch_sub(1, Ordering::SeqCst) == 1 {
             self.0.look_again();
         }
+    }
+}
+
+/// One connection being served: [`Shutdown::drain`](crate::Shutdown::drain) waits until it is dropped.
+#[derive(Debug)]
+#[must_use = "a connection counts only while its guard lives"]
+pub struct Guard(Arc<Drain>);
+
+impl Guard {
+    pub(super) fn new(drain: &Arc<Drain>) -> Self {
+        drain.begin_connection();
+        Self(drain.clone())
+    }
+}
+
+impl Drop for Guard {
+    fn drop(&mut self) {
+        self.0.end_connection();
     }
 }

@@ -4,12 +4,12 @@ use std::collections::HashSet;
 use std::hash::{BuildHasher, Hasher, RandomState};
 use std::io;
 use std::os::fd::BorrowedFd;
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicUsize, Ordering};
-use std::sync::{Condvar, Mutex, OnceLock, PoisonError, RwLock};
+use std::sync::atomic::Ordering;
+use std::sync::{OnceLock, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
+use super::sync::{AtomicBool, AtomicU8, AtomicUsize, Condvar, Flag, Mutex};
 use crate::sys::adopt::identity;
-use crate::sys::flag::Flag;
 
 /// The states of a generation, in the order in which it enters them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -143,8 +143,10 @@ impl Gate {
 
     /// Blocks while the state fulfils `condition`.
     pub(crate) fn wait_while(&self, condition: impl Fn(State) -> bool) {
-        let change = self.change.lock().unwrap_or_else(PoisonError::into_inner);
-        drop(self.changed.wait_while(change, |()| condition(self.state())));
+        let mut change = self.change.lock().unwrap_or_else(PoisonError::into_inner);
+        while condition(self.state()) {
+            change = self.changed.wait(change).unwrap_or_else(PoisonError::into_inner);
+        }
     }
 
     /// The instant of a pause in which no thread has been woken yet.

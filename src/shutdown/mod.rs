@@ -10,14 +10,14 @@ mod drain;
 mod gate;
 mod keep_alive;
 mod listener;
-#[cfg(test)]
+mod sync;
+#[cfg(all(test, not(ecdysis_loom)))]
 mod tests;
 #[cfg(feature = "tokio_ecdysis")]
 mod watch;
 
 use std::collections::HashSet;
 use std::io::{self, BufReader};
-use std::iter::FusedIterator;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::time::Duration;
@@ -27,10 +27,11 @@ use rustix::event::{PollFd, PollFlags};
 use crate::handover::ancestors::Ancestors;
 use crate::sys::poll::{poll, Deadline};
 
-use self::accept::AcceptLoop;
+pub use self::accept::Incoming;
 #[cfg(feature = "tokio_ecdysis")]
 pub(crate) use self::decide::{decide_and_log, Step, Tries, HANDSHAKE};
 use self::drain::Drain;
+pub use self::drain::Guard;
 pub(crate) use self::drain::{End, EndSignal, LoopGuard};
 use self::gate::Gate;
 #[cfg(feature = "tokio_ecdysis")]
@@ -144,8 +145,7 @@ impl Shutdown {
     /// taken in the body of the loop is never missed. An iterator that is kept but not polled makes `drain` wait for its
     /// full deadline, because what is in its queue at a stop would be reset.
     pub fn incoming<'a, L: Accept>(&self, listener: &'a L) -> Incoming<'a, L> {
-        let accept_loop = Some((AcceptLoop::new(), self.count_loop()));
-        Incoming { listener, shutdown: self.clone(), accept_loop }
+        Incoming::new(listener, self.0.gate.clone(), self.count_loop())
     }
 
     /// Blocks until there is a datagram, and returns its length and sender, or `None` when accepting is over: as
@@ -255,8 +255,7 @@ impl Shutdown {
 
     /// Counts a connection until the guard is dropped. Call this before the connection goes to another thread.
     pub fn guard(&self) -> Guard {
-        self.0.drain.begin_connection();
-        Guard(self.0.drain.clone())
+        Guard::new(&self.0.drain)
     }
 
     /// Returns the number of guards that exist now.
@@ -362,39 +361,3 @@ impl AsFd for Shutdown {
         self.0.gate.over().as_fd()
     }
 }
-
-/// One connection being served: [`Shutdown::drain`] waits until it is dropped.
-#[derive(Debug)]
-#[must_use = "a connection counts only while its guard lives"]
-pub struct Guard(Arc<Drain>);
-
-impl Drop for Guard {
-    fn drop(&mut self) {
-        self.0.end_connection();
-    }
-}
-
-/// The connections of a listener until accepting is over, see [`Shutdown::incoming`].
-#[derive(Debug)]
-pub struct Incoming<'a, L> {
-    listener: &'a L,
-    shutdown: Shutdown,
-    /// Until the end.
-    accept_loop: Option<(AcceptLoop, LoopGuard)>,
-}
-
-impl<L: Accept> Iterator for Incoming<'_, L> {
-    type Item = io::Result<L::Stream>;
-
-    fn next(&mut self) -> Option<Self::Item> {
-        let (accept_loop, _) = self.accept_loop.as_mut()?;
-        let listener = self.listener;
-        let next = accept_loop.next(&self.shutdown.0.gate, listener.as_fd(), || listener.try_accept());
-        if !matches!(next, Some(Ok(_))) {
-            self.accept_loop = None;
-        }
-        next
-    }
-}
-
-impl<L: Accept> FusedIterator for Incoming<'_, L> {}
