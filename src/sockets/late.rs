@@ -7,15 +7,15 @@
 use std::collections::HashSet;
 use std::io;
 use std::os::fd::OwnedFd;
-use std::sync::{mpsc, Arc};
+use std::sync::{mpsc, Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use rustix::net::sockopt::set_socket_send_buffer_size;
 use rustix::net::SocketType;
 
-use super::pass::Producer;
-use super::Sockets;
+use super::producer::Producer;
+use super::registry::Registry;
 use crate::error::Error;
 use crate::handover::blob;
 use crate::handover::entry::Entry;
@@ -58,10 +58,10 @@ impl Late {
     /// # Errors
     ///
     /// [`Error::State`] if a callback fails, panics or takes too long; [`Error::Prepare`] if it cannot be sent.
-    pub(crate) fn send(self, sockets: &Sockets, generation: u64) -> Result<(), Error> {
+    pub(super) fn send(self, registry: &Mutex<Registry>, generation: u64) -> Result<(), Error> {
         let end = Instant::now() + TIME;
         let mut entries = produce(self.producers, end)?;
-        entries.extend(sockets.registry().passed_since(&self.known));
+        entries.extend(registry.lock().unwrap_or_else(PoisonError::into_inner).passed_since(&self.known));
         let origin = Origin { generation, ..Origin::default() };
         let text = manifest::encode(&origin, (0..).zip(&entries));
         blob::seal(text.as_bytes(), manifest::MAX_SIZE as u64)

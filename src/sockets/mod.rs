@@ -3,15 +3,20 @@
 //! Asking is the same line of code in every generation: a socket that the parent handed over is claimed, any other is
 //! made.
 
+mod by_key;
+mod claim;
 mod in_use;
+mod kind;
 mod late;
 pub(crate) mod pass;
+mod producer;
 mod registry;
+mod unclaimed;
+mod upgrade;
 
-use std::ffi::OsStr;
 use std::io;
 use std::net::{SocketAddr, TcpListener, UdpSocket};
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::{UnixDatagram, UnixListener};
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -20,11 +25,9 @@ use rustix::fs::Mode;
 use rustix::net::SocketType;
 
 pub(crate) use self::late::Late;
-use self::pass::Producer;
 use self::registry::Registry;
 use crate::error::Error;
 use crate::handover::entry::Entry;
-use crate::handover::receive;
 use crate::key::Key;
 use crate::listen::{self, FileId, Socket, Start};
 use crate::logging;
@@ -264,110 +267,6 @@ impl Sockets {
         Ok(TakeoverSocket { path: path.to_owned(), listener })
     }
 
-    /// Hands a socket that the program made itself to the next generation, under a key of the program's choice. There
-    /// [`claim`](Self::claim) returns it; so do `listen_tcp` and the like if the key is theirs. A listener or a bound
-    /// datagram socket becomes nonblocking, through every handle to it.
-    ///
-    /// ```
-    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
-    /// # let starting = ecdysis::Ecdysis::builder().start()?;
-    /// use ecdysis::Key;
-    /// let addr = "127.0.0.1:0".parse()?;
-    /// let listener = match starting.claim(&Key::tcp(addr)) {
-    ///     Some(fd) => fd.into(),
-    ///     None => {
-    ///         let listener = std::net::TcpListener::bind(addr)?;
-    ///         starting.adopt(Key::tcp(addr), listener.try_clone()?)?;
-    ///         listener
-    ///     }
-    /// };
-    /// # Ok(())
-    /// # }
-    /// ```
-    ///
-    /// # Errors
-    ///
-    /// [`Error::Socket`] if the socket is not of the key's kind, or no descriptor is free.
-    pub fn adopt(&self, key: Key, socket: impl Into<OwnedFd>) -> Result<(), Error> {
-        self.hold(key, socket.into().as_fd())
-    }
-
-    /// Returns what the parent handed over under this key, and keeps it in the registry for the next generation. `None`
-    /// if nothing (more) was handed over, or if no descriptor is free; in that case `ready` fails.
-    pub fn claim(&self, key: &Key) -> Option<OwnedFd> {
-        let mut registry = self.registry();
-        registry.claim(key).unwrap_or_else(|e| {
-            logging::error!("cannot duplicate the descriptor of {key}: {e}");
-            // A program that binds anew after this would lose the clients in the queue of the old socket.
-            registry.claim_failed(key, e);
-            None
-        })
-    }
-
-    /// Removes every socket with this key from the registry, so that the next generation does not get it, and returns
-    /// how many there were. The program keeps its own handle until it closes it, and then removes the file of a Unix
-    /// socket itself.
-    pub fn retire(&self, key: &Key) -> usize {
-        self.registry().retire(key)
-    }
-
-    /// Returns the keys of everything that the parent, or the service manager, handed over and that is not claimed or taken.
-    /// For connections and state under names that this process cannot know.
-    pub fn inherited(&self) -> Vec<Key> {
-        self.registry().inherited()
-    }
-
-    /// Declares that this version drops every listener of its parent on purpose. Otherwise [`Starting::ready`] fails if none
-    /// of them was asked for, because a version with an empty configuration would leave the clients to nobody. Call this
-    /// before `ready`.
-    ///
-    /// [`Starting::ready`]: crate::Starting::ready
-    pub fn discard_inherited(&self) {
-        self.registry().discard_inherited();
-    }
-
-    /// Hands any descriptor to the next generation, by name: a lock file, a timer, shared memory. The registry keeps a
-    /// duplicate, which replaces an earlier one of the same name.
-    ///
-    /// ```
-    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
-    /// # let starting = ecdysis::Ecdysis::builder().start()?;
-    /// let lock = match starting.take_fd("lock") {
-    ///     Some(fd) => std::fs::File::from(fd),
-    ///     None => std::fs::File::open("/dev/null")?,
-    /// };
-    /// starting.pass_fd("lock", &lock)?;
-    /// # Ok(())
-    /// # }
-    /// ```
-    ///
-    /// # Errors
-    ///
-    /// [`Error::Socket`] if no descriptor is free, or the name is longer than 255 bytes.
-    pub fn pass_fd(&self, name: impl AsRef<OsStr>, fd: impl AsFd) -> Result<(), Error> {
-        self.pass(Key::fd(name), fd.as_fd())
-    }
-
-    /// Returns the descriptor that the parent passed by this name, and removes it from the registry: the next generation
-    /// gets it only if it is passed again.
-    pub fn take_fd(&self, name: impl AsRef<OsStr>) -> Option<OwnedFd> {
-        self.take(&Key::fd(name))
-    }
-
-    fn pass(&self, key: Key, fd: BorrowedFd<'_>) -> Result<(), Error> {
-        let passed = self.registry().replace(&key, fd);
-        passed.map_err(|source| Error::Socket { key, source })
-    }
-
-    fn take(&self, key: &Key) -> Option<OwnedFd> {
-        self.registry().take(key)
-    }
-
-    fn hold(&self, key: Key, fd: BorrowedFd<'_>) -> Result<(), Error> {
-        let held = self.registry().hold(&key, fd, None, None);
-        held.map_err(|source| Error::Socket { key, source })
-    }
-
     /// The inherited socket with this key, or else the one that `make` makes: the fork in a listener's life.
     fn claim_or(
         &self,
@@ -438,57 +337,5 @@ impl Sockets {
             return error;
         }
         io::Error::new(io::ErrorKind::AddrInUse, format!("{error}; {}", causes.join("; ")))
-    }
-
-    /// Closes what nobody claimed, and returns the inodes of listeners among it, which the parent serves until it is over.
-    pub(crate) fn close_unclaimed(&self) -> Result<Vec<u64>, Error> {
-        let unclaimed = self.registry().close_unclaimed()?;
-        // Not under the lock, because the logger is the program's.
-        for line in &unclaimed.infos {
-            logging::info!("{line}");
-        }
-        for line in &unclaimed.warnings {
-            logging::warn!("{line}");
-        }
-        Ok(unclaimed.dropped)
-    }
-
-    /// What an upgrade hands over when it begins, and what is to be sent at its commit. State is produced now, so that it
-    /// is fresh.
-    pub(crate) fn snapshot(&self) -> Result<(Vec<Entry>, Option<Late>), Error> {
-        let [producers, late] = self.registry().producers();
-        let produce = |(key, producer): (Key, Producer)| {
-            let fd = producer.produce(&key)?;
-            Entry::new(key.clone(), fd).map_err(|source| Error::Socket { key, source })
-        };
-        let produced = producers.into_iter().map(produce).collect::<Result<Vec<_>, _>>()?;
-        let mut entries = self.registry().snapshot();
-        entries.extend(produced);
-        if late.is_empty() {
-            return Ok((entries, None));
-        }
-        let late = Late::new(late, &mut entries);
-        let late = late.map_err(|source| Error::Prepare { what: "socket for the state at the commit", source })?;
-        Ok((entries, Some(late)))
-    }
-
-    /// At the commit: starts to listen on new listeners, and receives what the parent has sent for this moment.
-    ///
-    /// # Errors
-    ///
-    /// [`Error::Socket`] with the error of listen(2).
-    pub(crate) fn begin_serving(&self) -> Result<(), Error> {
-        self.registry().start_listening()?;
-        let Some(late) = self.registry().take_late() else { return Ok(()) };
-        let received =
-            receive::receive_late(&late).and_then(|arrived| arrived.into_entries().map_err(io::Error::other));
-        match received {
-            Ok(entries) => self.registry().inherit(entries),
-            Err(e) => {
-                self.registry().late_is_incomplete();
-                logging::warn!("cannot receive what the parent hands over at the commit: {e}");
-            }
-        }
-        Ok(())
     }
 }

@@ -2,45 +2,21 @@
 
 use std::error::Error as StdError;
 use std::ffi::OsStr;
-use std::fmt;
 use std::io;
 use std::net::TcpStream;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::{UnixDatagram, UnixStream};
-use std::panic::{self, AssertUnwindSafe};
-use std::sync::Arc;
 
 use rustix::net::AddressFamily;
 
-use super::registry::check_kind;
+use super::kind::check_kind;
+use super::producer::Producer;
 use super::Sockets;
 use crate::error::Error;
 use crate::handover::blob;
 use crate::key::{Key, Kind};
 use crate::logging;
 use crate::sys;
-
-type Callback = dyn Fn() -> Result<Vec<u8>, Box<dyn StdError + Send + Sync>> + Send + Sync;
-
-/// A callback of the program that produces state when an upgrade begins.
-#[derive(Clone)]
-pub(crate) struct Producer(Arc<Callback>);
-
-impl Producer {
-    pub(crate) fn produce(&self, key: &Key) -> Result<OwnedFd, Error> {
-        let failed = |source| Error::State { name: String::from_utf8_lossy(key.raw_name()).into_owned(), source };
-        // A panic that went on would end the service because of data that is only handed on.
-        let produced = panic::catch_unwind(AssertUnwindSafe(|| (self.0)()));
-        let bytes = produced.unwrap_or_else(|_| Err("the callback panicked".into())).map_err(failed)?;
-        blob::seal(&bytes, blob::LIMIT).map_err(|e| failed(e.into()))
-    }
-}
-
-impl fmt::Debug for Producer {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("Producer")
-    }
-}
 
 impl Sockets {
     /// Hands bytes to the next generation, where [`take_bytes`](Self::take_bytes) returns them: a cache, counters, the
@@ -53,8 +29,7 @@ impl Sockets {
     /// ```
     /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
     /// use std::sync::atomic::{AtomicU64, Ordering};
-    /// use std::sync::Arc;
-    /// # let starting = ecdysis::Ecdysis::builder().start()?;
+    ///     /// # let starting = ecdysis::Ecdysis::builder().start()?;
     /// let served = Arc::new(AtomicU64::new(0));
     /// if let Some(bytes) = starting.take_bytes("served")? {
     ///     served.store(std::str::from_utf8(&bytes)?.parse()?, Ordering::Relaxed);
@@ -79,7 +54,7 @@ impl Sockets {
     {
         let produce = move || produce().map_err(Into::into);
         let key = Key::bytes(name);
-        let passed = self.registry().produce(&key, Producer(Arc::new(produce)));
+        let passed = self.registry().produce(&key, Producer::new(produce));
         passed.map_err(|source| Error::Socket { key, source })
     }
 
@@ -129,7 +104,7 @@ impl Sockets {
     {
         let produce = move || produce().map_err(Into::into);
         let key = Key::bytes(name);
-        let passed = self.registry().produce_late(&key, Producer(Arc::new(produce)));
+        let passed = self.registry().produce_late(&key, Producer::new(produce));
         passed.map_err(|source| Error::Socket { key, source })
     }
 

@@ -11,53 +11,51 @@ use std::path::Path;
 use std::sync::Arc;
 
 use rustix::io::ioctl_fionbio;
-use rustix::net::{sockopt, AddressFamily, SocketType};
 
-use super::in_use;
-use super::pass::Producer;
+use super::kind::{check_kind, check_name};
+use super::producer::Producer;
 use crate::error::Error;
-use crate::handover::entry::{duplicate, Entry};
+use crate::handover::entry::Entry;
 use crate::key::{Key, Kind};
 use crate::listen::{self, FileId, Start};
 use crate::logging;
 use crate::manager::Store;
-use crate::sys;
 
 /// All descriptors of a generation that take part in a handover.
 #[derive(Debug, Default)]
 pub(crate) struct Registry {
     /// Handed to the next generation, in the order asked for.
-    ours: Vec<Entry>,
+    pub(super) ours: Vec<Entry>,
     /// Made for the next generation when an upgrade begins.
-    producers: Vec<(Key, Producer)>,
+    pub(super) producers: Vec<(Key, Producer)>,
     /// Made for the next generation at the commit.
-    late_producers: Vec<(Key, Producer)>,
+    pub(super) late_producers: Vec<(Key, Producer)>,
     /// Over this the parent sends what it hands over at the commit.
-    late: Option<Arc<OwnedFd>>,
+    pub(super) late: Option<Arc<OwnedFd>>,
     /// Not everything came over it.
-    late_is_incomplete: bool,
+    pub(super) late_is_incomplete: bool,
     /// From the parent or the service manager, until claimed. In the order of the handover, which is usually the order
     /// of the claims as well, so that each claim finds its entry at the front.
-    inherited: VecDeque<Entry>,
+    pub(super) inherited: VecDeque<Entry>,
     /// What was inherited and closed, for the service manager to forget.
-    closed: Vec<(Key, Option<FileId>)>,
+    pub(super) closed: Vec<(Key, Option<FileId>)>,
     /// Keeps copies of what is ours.
-    store: Option<Arc<dyn Store>>,
+    pub(super) store: Option<Arc<dyn Store>>,
     /// The first claim that failed for lack of descriptors.
-    failed: Option<(Key, io::Error)>,
+    pub(super) failed: Option<(Key, io::Error)>,
     /// New listeners, with their backlogs, until they start to listen. `None` once new listeners do so at once.
     ///
     /// The kernel completes handshakes from listen(2) on, and spreads connections over all SO_REUSEPORT sockets that
     /// listen. A child that listened before the commit would keep clients waiting, and reset them if it then failed.
-    pending: Option<Vec<(Key, Arc<OwnedFd>, i32)>>,
+    pub(super) pending: Option<Vec<(Key, Arc<OwnedFd>, i32)>>,
     /// A path leads to the same file here and in the parent.
-    same_paths: bool,
+    pub(super) same_paths: bool,
     /// The program has claimed a socket that has an address.
-    claimed: bool,
+    pub(super) claimed: bool,
     /// The program means to drop every listener of its parent.
-    discards: bool,
+    pub(super) discards: bool,
     /// Inherited, and retired before `ready`.
-    retired: Vec<Entry>,
+    pub(super) retired: Vec<Entry>,
 }
 
 impl Registry {
@@ -80,103 +78,6 @@ impl Registry {
                 self.inherited.push_back(entry);
             }
         }
-    }
-
-    // ---- claim ------------------------------------------------------------------------------------------------------
-
-    #[cfg(feature = "systemd_sockets")]
-    /// Moves the first inherited socket that `wanted` picks to ours, and returns a duplicate for the program.
-    pub(crate) fn claim_if(&mut self, wanted: impl Fn(&Entry) -> bool) -> io::Result<Option<(Key, OwnedFd)>> {
-        let Some(at) = self.inherited.iter().position(wanted) else { return Ok(None) };
-        let key = self.inherited[at].key.clone();
-        Ok(Some((key.clone(), self.claim_at(at, key)?)))
-    }
-
-    pub(super) fn claim(&mut self, key: &Key) -> io::Result<Option<OwnedFd>> {
-        self.position(key).map(|at| self.claim_at(at, key.clone())).transpose()
-    }
-
-    /// Where the inherited socket is that a program gets if it asks for `key`.
-    fn position(&self, key: &Key) -> Option<usize> {
-        let exact = self.inherited.iter().position(|entry| entry.key == *key);
-        exact.or_else(|| self.inherited.iter().position(|entry| key.falls_back_to(&entry.key)))
-    }
-
-    /// Takes the inherited socket with this key out, if its path does not lead to it any more: a client could not find it.
-    /// The caller makes another, or returns this one to [`claim_lost`](Self::claim_lost).
-    pub(super) fn take_lost(&mut self, key: &Key) -> Option<Entry> {
-        let at = self.position(key)?;
-        let file = self.inherited[at].file.filter(|_| self.same_paths)?;
-        let path = Path::new(key.name());
-        (listen::file_id(path).ok() != Some(file)).then(|| self.inherited.remove(at))?
-    }
-
-    /// Claims a socket that [`take_lost`](Self::take_lost) returned, because no other could be made.
-    pub(super) fn claim_lost(&mut self, key: &Key, entry: Entry) -> io::Result<OwnedFd> {
-        self.inherited.push_front(Entry { key: key.clone(), ..entry });
-        self.claim_at(0, key.clone())
-    }
-
-    /// Another socket was made in place of this one, which the parent serves until it is over.
-    pub(super) fn replaced(&mut self, entry: Entry) {
-        self.claimed = true;
-        self.retired.push(entry);
-    }
-
-    fn claim_at(&mut self, at: usize, key: Key) -> io::Result<OwnedFd> {
-        let fd = duplicate(&self.inherited[at].fd)?;
-        self.claimed |= key.kind().has_address();
-        let entry = self.inherited.remove(at);
-        self.ours.extend(entry.map(|entry| Entry { key, ..entry }));
-        Ok(fd)
-    }
-
-    /// Remembers a claim whose failure its caller could not return.
-    pub(super) fn claim_failed(&mut self, key: &Key, error: io::Error) {
-        self.failed.get_or_insert((key.clone(), error));
-    }
-
-    /// The error of such a claim. Then this generation must not serve.
-    fn failed_claim(&mut self) -> Result<(), Error> {
-        match self.failed.take() {
-            Some((key, source)) => Err(Error::Socket { key, source }),
-            None => Ok(()),
-        }
-    }
-
-    /// Removes what the parent handed over under this key.
-    pub(super) fn take(&mut self, key: &Key) -> Option<OwnedFd> {
-        let at = self.inherited.iter().position(|entry| entry.key == *key)?;
-        let entry = self.inherited.remove(at)?;
-        // Shared only with an upgrade that is handing it on at this moment.
-        Arc::try_unwrap(entry.fd).or_else(duplicate).ok()
-    }
-
-    /// Why an address is in use.
-    pub(super) fn causes_in_use(&mut self, key: &Key) -> Vec<String> {
-        let is_child = self.pending.is_some();
-        let mut causes = in_use::causes(key, self.inherited.make_contiguous(), &self.ours, is_child);
-        let passed = self.passed();
-        // One of them is usually the other socket on that address.
-        if causes.is_empty() && !passed.is_empty() {
-            causes.push(format!("the service manager passed {passed}, which nobody has asked for"));
-        }
-        causes
-    }
-
-    /// What a unit passed and nobody claimed, as text.
-    pub(crate) fn passed(&self) -> String {
-        let units = self.inherited.iter();
-        let mut list: Vec<_> =
-            units.filter_map(|entry| Some(format!("{} as {:?}", entry.key, entry.unit.as_ref()?))).collect();
-        list.sort();
-        list.join(", ")
-    }
-
-    /// Returns whether something is left that a unit passed by this name.
-    #[cfg(all(feature = "systemd_sockets", feature = "tokio_ecdysis"))]
-    pub(crate) fn has_passed(&self, name: &str) -> bool {
-        self.inherited.iter().any(|entry| entry.unit.as_deref() == Some(name))
     }
 
     // ---- hold -------------------------------------------------------------------------------------------------------
@@ -332,61 +233,6 @@ impl Registry {
 
     // ---- close ------------------------------------------------------------------------------------------------------
 
-    /// Closes what nobody claimed. Otherwise the kernel would complete handshakes that nobody serves. What a unit passed
-    /// stays for the next generation: the manager keeps it open anyway, and passes it only once.
-    ///
-    /// # Errors
-    ///
-    /// [`Error::NoListener`] if the parent has listeners and none of them was asked for, unless the program has said that
-    /// this is meant; and a claim that failed.
-    pub(super) fn close_unclaimed(&mut self) -> Result<Unclaimed, Error> {
-        self.failed_claim()?;
-        let is_child = self.pending.is_some();
-        let mut unclaimed = Unclaimed::default();
-        let passed = self.passed();
-        if !passed.is_empty() {
-            unclaimed.warnings.push(format!("the service manager passed {passed}, which nobody has asked for"));
-        }
-        let mut closed = mem::take(&mut self.retired);
-        for entry in mem::take(&mut self.inherited) {
-            if entry.unit.is_some() {
-                self.inherited.push_back(entry);
-            } else if !entry.key.kind().has_address() {
-                unclaimed.infos.push(format!("closed an inherited and unclaimed {}", entry.key));
-                self.closed.push((entry.key, entry.file));
-            } else {
-                let same = |key: &Key| *key == entry.key;
-                let claimed = self.ours.iter().filter(|ours| same(&ours.key)).count();
-                let what = match (claimed, is_child) {
-                    (0, false) => "closed".into(),
-                    (0, true) => "the old version serves it until it ends, then closes it".into(),
-                    _ => format!("this version asks for {claimed} of the sockets with this key, by their order"),
-                };
-                unclaimed.warnings.push(format!("nobody has asked for the inherited {}: {what}", entry.key));
-                closed.push(entry);
-            }
-        }
-        if is_child && !closed.is_empty() && !self.claimed && !self.discards {
-            let list: Vec<_> = closed.iter().map(|entry| entry.key.to_string()).collect();
-            return Err(Error::NoListener { inherited: list.join(", ") });
-        }
-        for (key, ..) in self.pending.iter().flatten() {
-            let count = |all: &mut dyn Iterator<Item = &Key>| all.filter(|of| *of == key).count();
-            let new = count(&mut self.pending.iter().flatten().map(|(key, ..)| key));
-            let all = count(&mut self.ours.iter().map(|entry| &entry.key));
-            if all > new {
-                let old = all - new;
-                unclaimed.warnings.push(format!("{key}: {all} sockets with this key, but the old version has {old}"));
-            }
-        }
-        unclaimed.warnings.dedup();
-        // The same socket may have been inherited twice, and claimed once.
-        let ours: HashSet<u64> = self.ours.iter().map(|entry| entry.inode).collect();
-        unclaimed.dropped = closed.iter().map(|entry| entry.inode).filter(|inode| !ours.contains(inode)).collect();
-        self.closed.extend(closed.into_iter().map(|entry| (entry.key, entry.file)));
-        Ok(unclaimed)
-    }
-
     /// From here on claims are the program's. Those before were made for the control sockets.
     pub(crate) fn begin_claims(&mut self) {
         self.claimed = false;
@@ -447,26 +293,6 @@ impl Registry {
     }
 }
 
-/// What became of the sockets that nobody claimed.
-#[derive(Debug, Default)]
-pub(super) struct Unclaimed {
-    /// The inodes of the parent's listeners that this version does not have.
-    pub(super) dropped: Vec<u64>,
-    pub(super) infos: Vec<String>,
-    pub(super) warnings: Vec<String>,
-}
-
-/// The longest name of a program's choice, in bytes.
-const MAX_NAME: usize = 255;
-
-fn check_name(key: &Key) -> io::Result<()> {
-    if key.raw_name().len() > MAX_NAME {
-        let reason = format!("the name is longer than {MAX_NAME} bytes");
-        return Err(io::Error::new(io::ErrorKind::InvalidInput, reason));
-    }
-    Ok(())
-}
-
 /// Removes the file of a Unix socket, if it still belongs to it.
 fn unlink(entry: &Entry) {
     let Some(file) = entry.file else { return };
@@ -474,30 +300,4 @@ fn unlink(entry: &Entry) {
     if let Err(e) = listen::unlink_if_ours(path, file) {
         logging::warn!("cannot remove {}: {e}", path.display());
     }
-}
-
-/// Checks that `fd` is of this kind. Otherwise it would fail only much later, in the accept loop. A listener that is
-/// `pending` does not listen yet.
-pub(super) fn check_kind(kind: Kind, fd: BorrowedFd<'_>, pending: bool) -> io::Result<()> {
-    const IP: &[AddressFamily] = &[AddressFamily::INET, AddressFamily::INET6];
-    const UNIX: &[AddressFamily] = &[AddressFamily::UNIX];
-    const ANY: &[AddressFamily] = &[AddressFamily::INET, AddressFamily::INET6, AddressFamily::UNIX];
-    let (families, socket_type, listening) = match kind {
-        Kind::Tcp => (IP, SocketType::STREAM, true),
-        Kind::Udp => (IP, SocketType::DGRAM, false),
-        Kind::Unix => (UNIX, SocketType::STREAM, true),
-        Kind::Seqpacket => (UNIX, SocketType::SEQPACKET, true),
-        Kind::UnixDatagram | Kind::DatagramPair => (UNIX, SocketType::DGRAM, false),
-        Kind::Stream => (ANY, SocketType::STREAM, false),
-        // Not a socket. Bytes are checked when they are read.
-        Kind::Bytes | Kind::Fd | Kind::Late | Kind::Drain => return Ok(()),
-    };
-    if sockopt::socket_type(fd)? == socket_type
-        && families.contains(&sys::net::family(fd)?)
-        && sys::net::is_listening(fd)? == (listening && !pending)
-    {
-        return Ok(());
-    }
-    let wanted = if listening { "a listening socket" } else { "a socket" };
-    Err(io::Error::new(io::ErrorKind::InvalidInput, format!("not {wanted} of kind {}", kind.word())))
 }

@@ -155,7 +155,7 @@ fn commit<'a>(
         other => other,
     };
     if let Some(late) = late {
-        late.send(&generation.sockets, generation.number)?;
+        generation.sockets.send_late(late, generation.number)?;
     }
     if successor.link.send(FromParent::Commit).is_err() {
         return Err(died(successor.link_ended()));

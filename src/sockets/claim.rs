@@ -1,0 +1,110 @@
+//! Claims: which inherited socket a program gets.
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::path::Path;
+use std::sync::Arc;
+
+use super::in_use;
+use super::registry::Registry;
+use crate::error::Error;
+use crate::handover::entry::{duplicate, Entry};
+use crate::key::Key;
+use crate::listen;
+
+impl Registry {
+    /// Moves the first inherited socket that `wanted` picks to ours, and returns a duplicate for the program.
+    #[cfg(feature = "systemd_sockets")]
+    pub(crate) fn claim_if(&mut self, wanted: impl Fn(&Entry) -> bool) -> io::Result<Option<(Key, OwnedFd)>> {
+        let Some(at) = self.inherited.iter().position(wanted) else { return Ok(None) };
+        let key = self.inherited[at].key.clone();
+        Ok(Some((key.clone(), self.claim_at(at, key)?)))
+    }
+
+    pub(super) fn claim(&mut self, key: &Key) -> io::Result<Option<OwnedFd>> {
+        self.position(key).map(|at| self.claim_at(at, key.clone())).transpose()
+    }
+
+    /// Where the inherited socket is that a program gets if it asks for `key`.
+    fn position(&self, key: &Key) -> Option<usize> {
+        let exact = self.inherited.iter().position(|entry| entry.key == *key);
+        exact.or_else(|| self.inherited.iter().position(|entry| key.falls_back_to(&entry.key)))
+    }
+
+    /// Takes the inherited socket with this key out, if its path does not lead to it any more: a client could not find it.
+    /// The caller makes another, or returns this one to [`claim_lost`](Self::claim_lost).
+    pub(super) fn take_lost(&mut self, key: &Key) -> Option<Entry> {
+        let at = self.position(key)?;
+        let file = self.inherited[at].file.filter(|_| self.same_paths)?;
+        let path = Path::new(key.name());
+        (listen::file_id(path).ok() != Some(file)).then(|| self.inherited.remove(at))?
+    }
+
+    /// Claims a socket that [`take_lost`](Self::take_lost) returned, because no other could be made.
+    pub(super) fn claim_lost(&mut self, key: &Key, entry: Entry) -> io::Result<OwnedFd> {
+        self.inherited.push_front(Entry { key: key.clone(), ..entry });
+        self.claim_at(0, key.clone())
+    }
+
+    /// Another socket was made in place of this one, which the parent serves until it is over.
+    pub(super) fn replaced(&mut self, entry: Entry) {
+        self.claimed = true;
+        self.retired.push(entry);
+    }
+
+    fn claim_at(&mut self, at: usize, key: Key) -> io::Result<OwnedFd> {
+        let fd = duplicate(&self.inherited[at].fd)?;
+        self.claimed |= key.kind().has_address();
+        let entry = self.inherited.remove(at);
+        self.ours.extend(entry.map(|entry| Entry { key, ..entry }));
+        Ok(fd)
+    }
+
+    /// Remembers a claim whose failure its caller could not return.
+    pub(super) fn claim_failed(&mut self, key: &Key, error: io::Error) {
+        self.failed.get_or_insert((key.clone(), error));
+    }
+
+    /// The error of such a claim. Then this generation must not serve.
+    pub(super) fn failed_claim(&mut self) -> Result<(), Error> {
+        match self.failed.take() {
+            Some((key, source)) => Err(Error::Socket { key, source }),
+            None => Ok(()),
+        }
+    }
+
+    /// Removes what the parent handed over under this key.
+    pub(super) fn take(&mut self, key: &Key) -> Option<OwnedFd> {
+        let at = self.inherited.iter().position(|entry| entry.key == *key)?;
+        let entry = self.inherited.remove(at)?;
+        // Shared only with an upgrade that is handing it on at this moment.
+        Arc::try_unwrap(entry.fd).or_else(duplicate).ok()
+    }
+
+    /// Why an address is in use.
+    pub(super) fn causes_in_use(&mut self, key: &Key) -> Vec<String> {
+        let is_child = self.pending.is_some();
+        let mut causes = in_use::causes(key, self.inherited.make_contiguous(), &self.ours, is_child);
+        let passed = self.passed();
+        // One of them is usually the other socket on that address.
+        if causes.is_empty() && !passed.is_empty() {
+            causes.push(format!("the service manager passed {passed}, which nobody has asked for"));
+        }
+        causes
+    }
+
+    /// What a unit passed and nobody claimed, as text.
+    pub(crate) fn passed(&self) -> String {
+        let units = self.inherited.iter();
+        let mut list: Vec<_> =
+            units.filter_map(|entry| Some(format!("{} as {:?}", entry.key, entry.unit.as_ref()?))).collect();
+        list.sort();
+        list.join(", ")
+    }
+
+    /// Returns whether something is left that a unit passed by this name.
+    #[cfg(all(feature = "systemd_sockets", feature = "tokio_ecdysis"))]
+    pub(crate) fn has_passed(&self, name: &str) -> bool {
+        self.inherited.iter().any(|entry| entry.unit.as_deref() == Some(name))
+    }
+}

@@ -1,0 +1,71 @@
+//! What an upgrade does with the sockets: what the parent hands over, and what the child does before and at the commit.
+
+use std::io;
+
+use super::late::Late;
+use super::producer::Producer;
+use super::Sockets;
+use crate::error::Error;
+use crate::handover::entry::Entry;
+use crate::handover::receive;
+use crate::key::Key;
+use crate::logging;
+
+impl Sockets {
+    /// Closes what nobody claimed, and returns the inodes of listeners among it, which the parent serves until it is over.
+    pub(crate) fn close_unclaimed(&self) -> Result<Vec<u64>, Error> {
+        let unclaimed = self.registry().close_unclaimed()?;
+        // Not under the lock, because the logger is the program's.
+        for line in &unclaimed.infos {
+            logging::info!("{line}");
+        }
+        for line in &unclaimed.warnings {
+            logging::warn!("{line}");
+        }
+        Ok(unclaimed.dropped)
+    }
+
+    /// What an upgrade hands over when it begins, and what is to be sent at its commit. State is produced now, so that it
+    /// is fresh.
+    pub(crate) fn snapshot(&self) -> Result<(Vec<Entry>, Option<Late>), Error> {
+        let [producers, late] = self.registry().producers();
+        let produce = |(key, producer): (Key, Producer)| {
+            let fd = producer.produce(&key)?;
+            Entry::new(key.clone(), fd).map_err(|source| Error::Socket { key, source })
+        };
+        let produced = producers.into_iter().map(produce).collect::<Result<Vec<_>, _>>()?;
+        let mut entries = self.registry().snapshot();
+        entries.extend(produced);
+        if late.is_empty() {
+            return Ok((entries, None));
+        }
+        let late = Late::new(late, &mut entries);
+        let late = late.map_err(|source| Error::Prepare { what: "socket for the state at the commit", source })?;
+        Ok((entries, Some(late)))
+    }
+
+    /// At the commit: starts to listen on new listeners, and receives what the parent has sent for this moment.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Socket`] with the error of listen(2).
+    pub(crate) fn begin_serving(&self) -> Result<(), Error> {
+        self.registry().start_listening()?;
+        let Some(late) = self.registry().take_late() else { return Ok(()) };
+        let received =
+            receive::receive_late(&late).and_then(|arrived| arrived.into_entries().map_err(io::Error::other));
+        match received {
+            Ok(entries) => self.registry().inherit(entries),
+            Err(e) => {
+                self.registry().late_is_incomplete();
+                logging::warn!("cannot receive what the parent hands over at the commit: {e}");
+            }
+        }
+        Ok(())
+    }
+
+    /// At the commit: sends what is handed over only now.
+    pub(crate) fn send_late(&self, late: Late, generation: u64) -> Result<(), Error> {
+        late.send(&self.registry, generation)
+    }
+}
