@@ -142,12 +142,9 @@ fn a_death_is_seen_although_a_helper_holds_the_links() {
     }
 }
 
-/// A debugger is told of the end of its child first, and this one is stopped and does not listen.
+/// A debugger is told of the end of its child first, and this one does not listen.
 #[test]
 fn a_debugger_on_the_child_holds_up_nobody() {
-    if !has_strace() {
-        return;
-    }
     let dir = tempdir();
     let control_socket = dir.path().join("control");
     let more = ["--ready-timeout", "1500", "--control-socket", control_socket.to_str().unwrap()];
@@ -155,14 +152,12 @@ fn a_debugger_on_the_child_holds_up_nobody() {
     misbehave("hang");
     server.signal(Signal::HUP);
     let child = field::<u32>(&server.wait(" gen=2 "), "pid");
-    let mut strace = Command::new("strace");
-    strace.args(["-o", "/dev/null", "-p", &child.to_string()]).stderr(Stdio::null());
-    guard::mark(&mut strace, 0);
-    let mut debugger = strace.spawn().unwrap();
+    let mut debugger = this_program("one_serves::debugger");
+    debugger.env("TRACEE", child.to_string()).stdout(Stdio::null());
+    let mut debugger = guard::mark(&mut debugger, 0).spawn().unwrap();
     let status = format!("/proc/{child}/status");
     let traced = || fs::read_to_string(&status).is_ok_and(|status| !status.contains("TracerPid:\t0\n"));
     eventually("it is traced", traced);
-    send_signal(debugger.id(), Signal::STOP);
     let line = server.wait("upgrade failed");
     assert!(line.contains("not ready within 1.5s"), "{line}");
     let status = control(&control_socket, "status\n").unwrap();
@@ -172,6 +167,21 @@ fn a_debugger_on_the_child_holds_up_nobody() {
     debugger.kill().unwrap();
     debugger.wait().unwrap();
     server.wait_all_ended();
+}
+
+/// The debugger of the test above, in a process of its own.
+#[test]
+fn debugger() {
+    let Some(child) = std::env::var("TRACEE").ok().and_then(|child| child.parse::<i32>().ok()) else { return };
+    // SAFETY: the calls touch no memory of this process (ptrace(2), waitpid(2)).
+    unsafe {
+        assert_eq!(libc::ptrace(libc::PTRACE_ATTACH, child, 0, 0), 0);
+        libc::waitpid(child, std::ptr::null_mut(), libc::__WALL);
+        libc::ptrace(libc::PTRACE_CONT, child, 0, 0);
+    }
+    loop {
+        thread::park();
+    }
 }
 
 /// argv[0], PATH and the directory are chosen by a caller with fewer rights.

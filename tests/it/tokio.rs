@@ -388,7 +388,9 @@ fn a_want_of_descriptors_ends_no_stream_and_no_trigger() {
 
 #[test]
 fn descriptors_do_not_climb() {
-    let mut server = server(["--listen", LOCAL, "--listen", "unix:DIR/fds", "--probation", "0"]);
+    let dir = tempdir();
+    let unix = format!("unix:{}", path(&dir.path().join("fds")));
+    let mut server = server(["--listen", LOCAL, "--listen", &unix, "--probation", "0"]);
     let next = |server: &mut Server| {
         let old = server.pid();
         upgrade(server);
