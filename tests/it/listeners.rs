@@ -219,11 +219,11 @@ fn a_dropped_listener_is_served_until_the_verdict_and_then_closed() {
     let mut server = planned.server;
     server.upgrade();
     let counts = probing.join().unwrap();
-    assert_eq!(
-        counts.keys().filter(|key| !["gen=1", "ConnectionRefused"].contains(&key.as_str())).count(),
-        0,
-        "{counts:?}"
-    );
+    // A client that connects in the instant of the close, after the queue was found empty, is reset: as at a stop, the kernel
+    // offers no way to refuse it instead. This one connects all the time, and can be that client once.
+    let expected = ["gen=1", "ConnectionRefused"];
+    let others: u32 = counts.iter().filter(|(key, _)| !expected.contains(&key.as_str())).map(|(_, count)| count).sum();
+    assert!(others <= 1, "{counts:?}");
     assert!(counts["gen=1"] > 0, "{counts:?}");
     assert_eq!(generation(&kept), 2);
     server.wait_any("log nobody has asked for the inherited tcp 127.0.0.1:0: this version asks for 1");
