@@ -174,15 +174,14 @@ impl TokioEcdysis {
         use SystemdSocketError::{
             SockInfoIncorrect, SocketNotFoundInChildRegistry, SocketNotFoundInParent, SystemdSocketsNotInitialized,
         };
-        if RESERVED.contains(&name) {
+        let nothing_passed = || !self.std_ecdysis().takes_sockets() || passed_to_us().is_err();
+        if RESERVED.contains(&name) && (self.is_child() || !nothing_passed()) {
             let why = format!("{name:?} is no name of a unit's choice: set FileDescriptorName=");
             return Err(if self.is_child() { SocketNotFoundInChildRegistry(why) } else { SocketNotFoundInParent(why) });
         }
         on_runtime(key, || make(name), register).map_err(|error| match error {
             Error::NotPassed { .. } if self.is_child() => SocketNotFoundInChildRegistry(error.to_string()),
-            Error::NotPassed { .. } if !self.std_ecdysis().takes_sockets() || passed_to_us().is_err() => {
-                SystemdSocketsNotInitialized
-            }
+            Error::NotPassed { .. } if nothing_passed() => SystemdSocketsNotInitialized,
             Error::NotPassed { .. } if self.std_ecdysis().registry().has_passed(name) => {
                 SockInfoIncorrect(error.to_string())
             }
