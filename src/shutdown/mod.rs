@@ -10,6 +10,7 @@ mod drain;
 mod gate;
 mod keep_alive;
 mod listener;
+mod readable;
 mod sync;
 #[cfg(all(test, not(ecdysis_loom)))]
 mod tests;
@@ -22,10 +23,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::time::Duration;
 
-use rustix::event::{PollFd, PollFlags};
-
 use crate::handover::ancestors::Ancestors;
-use crate::sys::poll::{poll, Deadline};
 
 pub use self::accept::Incoming;
 #[cfg(feature = "tokio_ecdysis")]
@@ -40,6 +38,7 @@ pub(crate) use self::gate::State;
 pub use self::keep_alive::Connection;
 use self::keep_alive::IdleConnections;
 pub use self::listener::{Accept, Datagram};
+pub use self::readable::Readable;
 #[cfg(feature = "tokio_ecdysis")]
 pub(crate) use self::watch::{Slot, Watchers};
 
@@ -97,17 +96,6 @@ struct Inner {
     idle: Arc<IdleConnections>,
     #[cfg(feature = "tokio_ecdysis")]
     watchers: Watchers,
-}
-
-/// Why [`Shutdown::readable`] returned.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Readable {
-    /// The descriptor is readable, or its peer has closed.
-    Ready,
-    /// Accepting is over, and the descriptor is not readable.
-    Over,
-    /// The timeout has passed.
-    TimedOut,
 }
 
 impl Shutdown {
@@ -168,12 +156,7 @@ impl Shutdown {
     ///
     /// That of poll(2). An interrupted wait goes on.
     pub fn readable(&self, fd: impl AsFd, timeout: Option<Duration>) -> io::Result<Readable> {
-        let mut fds = [PollFd::new(&fd, PollFlags::IN), PollFd::new(self.0.gate.over(), PollFlags::IN)];
-        match poll(&mut fds, timeout.map_or(Deadline::NEVER, Deadline::after))? {
-            0 => Ok(Readable::TimedOut),
-            _ if !fds[0].revents().is_empty() => Ok(Readable::Ready),
-            _ => Ok(Readable::Over),
-        }
+        readable::readable(&self.0.gate, fd.as_fd(), timeout)
     }
 
     /// Blocks between two requests on a connection that stays open. Returns true when the next request has begun to arrive:
