@@ -123,6 +123,8 @@ pub mod guide {
     pub mod sockets {}
     #[doc = include_str!("guide/state.md")]
     pub mod state {}
+    #[doc = include_str!("guide/platforms.md")]
+    pub mod platforms {}
     #[doc = include_str!("guide/seccomp.md")]
     pub mod seccomp {}
     #[cfg(feature = "tokio_ecdysis")]
