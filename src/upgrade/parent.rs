@@ -232,7 +232,9 @@ fn commit<'a>(
     // What arrived during the announcement: after the verdict it would ask the wrong process.
     let _ = event_loop.triggers.poll(&[], Deadline::after(Duration::ZERO), false);
     passed_on.pass(event_loop, &successor);
-    if successor.link.send(FromParent::Verdict).is_err() && !stopping {
+    // The link of a dead child is broken. A child that lives is kept, whatever the error was: it serves, and is free at the
+    // latest when this process ends.
+    if successor.link.send(FromParent::Verdict).is_err() && !stopping && successor.link.is_deaf() {
         generation.reporter.announce_self();
         return Err(died(successor.link_ended()));
     }

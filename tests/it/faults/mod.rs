@@ -213,11 +213,7 @@ fn fail(setup: Setup, clean: &Level, call: Call, errno: i32) -> Result<Survival,
     if !next.starts_with("upgrade ok") {
         return Err(format!("the next upgrade: {next}; the one before: {verdict}"));
     }
-    let mut failures = load.stop().failures;
-    if call.role == Role::Parent && call.late && errno == libc::EPIPE {
-        // So the child is dead, and with it what it had accepted. (Here it lives, and is killed.)
-        failures.retain(|failure, _| failure.contains("refused") || failure.contains("No such file"));
-    }
+    let failures = load.stop().failures;
     if !failures.is_empty() {
         return Err(format!("requests failed: {failures:?}; {verdict}"));
     }
