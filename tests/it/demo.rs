@@ -82,6 +82,7 @@ fn tcp() {
 }
 
 #[test]
+#[cfg_attr(ecdysis_unix, ignore = "abstract names")]
 fn unix() {
     five_upgrades(&["--unix"]);
 }
@@ -89,7 +90,10 @@ fn unix() {
 #[test]
 fn connections_that_are_kept() {
     for args in [&["--keep-alive"][..], &["--keep-alive", "--unix"], &["--http"]] {
-        five_upgrades(args);
+        // `--unix` listens at an abstract name.
+        if !cfg!(ecdysis_unix) || !args.contains(&"--unix") {
+            five_upgrades(args);
+        }
     }
 }
 

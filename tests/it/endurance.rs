@@ -160,10 +160,10 @@ fn with_hardly_a_descriptor_left_an_upgrade_fails_without_harm() {
         assert_eq!(unsafe { libc::prlimit(pid as i32, libc::RLIMIT_NOFILE, &limit, std::ptr::null_mut()) }, 0);
     };
     let load = Load::paced(&addrs, Duration::from_millis(2));
-    let mut open = fds(pid).len() as u64;
+    let mut open = fds(pid).len() as libc::rlim_t;
     eventually("a quiet moment", || {
-        open = fds(pid).len() as u64;
-        open == 3 + 4 * 3 + 4 || open == *fds(pid).keys().filter(|fd| **fd < 200).max().unwrap() as u64 + 1
+        open = fds(pid).len() as libc::rlim_t;
+        open == 3 + 4 * 3 + 4 || open == *fds(pid).keys().filter(|fd| **fd < 200).max().unwrap() as libc::rlim_t + 1
     });
     let mut failed = 0;
     let mut verdict = String::new();
