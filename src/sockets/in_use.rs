@@ -13,14 +13,14 @@ use crate::key::{Key, Kind};
 /// are `ours`, or those that a service manager passed to somebody else.
 pub(super) fn causes(key: &Key, inherited: &[Entry], ours: &[Entry], is_child: bool) -> Vec<String> {
     let mut causes: Vec<String> = Vec::new();
-    let overlapping = |entries: &[Entry]| -> Vec<String> {
-        let others = entries.iter().filter(|entry| entry.key.kind() == key.kind() && overlaps(key, entry));
-        others.map(|entry| entry.key.to_string()).collect()
-    };
-    for other in overlapping(inherited) {
-        causes.push(format!("the inherited {other}, which nobody has asked for, has it"));
+    let overlapping = |entry: &&Entry| entry.key.kind() == key.kind() && overlaps(key, entry);
+    for Entry { key: other, unit, .. } in inherited.iter().filter(overlapping) {
+        causes.push(match unit {
+            Some(unit) => format!("the service manager passed {other} as {unit:?}, which nobody has asked for"),
+            None => format!("the inherited {other}, which nobody has asked for, has it"),
+        });
     }
-    for other in overlapping(ours) {
+    for other in ours.iter().filter(overlapping).map(|entry| entry.key.to_string()) {
         let both = other.contains('[') && !key.to_string().contains('[');
         let hint = if both { "; it accepts IPv4 as well (Socket::set_only_v6)" } else { "" };
         causes.push(format!("{other} of this process has it{hint}"));

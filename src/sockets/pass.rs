@@ -29,7 +29,8 @@ impl Sockets {
     /// ```
     /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
     /// use std::sync::atomic::{AtomicU64, Ordering};
-    ///     /// # let starting = ecdysis::Ecdysis::builder().start()?;
+    /// use std::sync::Arc;
+    /// # let starting = ecdysis::Ecdysis::builder().start()?;
     /// let served = Arc::new(AtomicU64::new(0));
     /// if let Some(bytes) = starting.take_bytes("served")? {
     ///     served.store(std::str::from_utf8(&bytes)?.parse()?, Ordering::Relaxed);

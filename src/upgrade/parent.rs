@@ -115,7 +115,10 @@ fn wait_ready(successor: &mut Successor<'_>, event_loop: &mut EventLoop<'_>, sin
                 successor.dropped.extend(inodes);
                 continue;
             }
-            Some(FromChild::Refused(reason)) => return Err(Error::Refused { pid, reason }),
+            Some(FromChild::Refused(reason)) => {
+                successor.let_end(event_loop);
+                return Err(Error::Refused { pid, reason });
+            }
             Some(FromChild::Failed { step, errno }) => {
                 let program = successor.program.clone();
                 return Err(Error::Exec { program, pid, step, source: explain(io::Error::from_raw_os_error(errno)) });

@@ -13,6 +13,7 @@ use rustix::event::{PollFd, PollFlags};
 use rustix::process::Signal;
 
 use crate::error::Error;
+use crate::event_loop::{EventLoop, Phase, Wake};
 use crate::exit::ExitReason;
 use crate::generation::Generation;
 use crate::handover::lines::{preview, FromChild, FromParent, Lines, Read, COMMIT};
@@ -24,6 +25,9 @@ use crate::triggers::request::{Action, Reply, Request};
 
 /// How long a child that has closed its status pipe may take to end by itself.
 const ENDING: Duration = Duration::from_millis(200);
+
+/// How long a child that has refused may take to end by itself.
+const LAST_WORDS: Duration = Duration::from_secs(1);
 
 /// The new process, and the link to it.
 ///
@@ -133,6 +137,19 @@ impl<'a> Successor<'a> {
         match &self.process {
             Process::Child(child) => child.ends_before(deadline),
             Process::Takeover { pidfd, .. } => pidfd.as_ref().is_some_and(|pidfd| wait_readable(pidfd, deadline)),
+        }
+    }
+
+    /// A child that has refused is about to end by itself. What it writes until then, to its log or stderr, is what its
+    /// operator needs to read, so it is not killed at once. Requests are handled meanwhile, and a stop ends the wait.
+    pub(super) fn let_end(&self, event_loop: &mut EventLoop<'_>) {
+        let deadline = Deadline::after(LAST_WORDS);
+        while self.is_child() && !deadline.has_passed() && !self.ends_within(Duration::ZERO) {
+            let fds: Vec<_> = self.pidfd().into_iter().map(|pidfd| (pidfd.as_fd(), PollFlags::IN)).collect();
+            let until = if fds.is_empty() { deadline.min(Deadline::after(LOOK)) } else { deadline };
+            if !matches!(event_loop.wait(Phase::Upgrading, &fds, until), Ok(Wake::Ready | Wake::Deadline)) {
+                break;
+            }
         }
     }
 
