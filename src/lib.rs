@@ -107,6 +107,7 @@ mod service;
 mod shutdown;
 mod sockets;
 mod start;
+mod started;
 mod sys;
 #[cfg(any(feature = "systemd_notify", feature = "systemd_sockets"))]
 pub mod systemd;

@@ -1,7 +1,6 @@
 //! A service: which thread leads the event loop, and what each request does.
 
 use std::os::fd::AsFd;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use rustix::event::PollFlags;
@@ -12,11 +11,12 @@ use crate::event_loop::{EventLoop, Phase};
 use crate::exit::{Exit, ExitMode, ExitReason, Upgraded};
 use crate::generation::Generation;
 use crate::handover::ancestors::{ParentLink, ParentState};
-use crate::handover::lines::{FromChild, FromParent};
+use crate::handover::lines::{FromChild, FromParent, COMMIT};
 use crate::logging;
 use crate::second_stop::SecondStop;
 use crate::shutdown::State;
-use crate::sys::poll::Deadline;
+use crate::started::Started;
+use crate::sys::poll::{wait_readable, Deadline};
 use crate::triggers::control::{TakeoverSocket, Trust};
 use crate::triggers::request::{take_outcome, Action, Outcome, Reply, Request};
 use crate::triggers::Triggers;
@@ -277,15 +277,26 @@ impl Service {
 
     /// Gives the service back to the parent, which keeps its sockets during the probation.
     fn roll_back(&self, event_loop: &mut EventLoop<'_>, reason: ExitReason, reply: Reply) {
-        let ancestors = &self.generation.ancestors;
-        if !ancestors.on_probation() {
+        let (generation, refused) = (&self.generation, FromChild::Refused(format!("rolled back by {reason}")));
+        let parent = generation.ancestors.parent.as_ref().filter(|_| generation.ancestors.on_probation());
+        let Some(parent) = parent else {
             return reply.status("failed: not on probation; upgrade to the earlier version instead\n");
+        };
+        // First this process stops accepting, then the parent accepts again, and confirms it by `stop`. A parent that has died
+        // instead accepts nothing, so this process must go on.
+        generation.shutdown.set(State::Paused);
+        let (sent, deadline) = (parent.send(&refused), Deadline::after(COMMIT));
+        while sent.is_ok()
+            && !parent.state().given_up
+            && !parent.state().ended
+            && wait_readable(&parent.reader, deadline)
+        {}
+        if !parent.state().given_up && (sent.is_err() || parent.state().ended) {
+            generation.shutdown.set(State::Accepting);
+            return reply.status("failed: the parent has ended\n");
         }
         logging::warn!("rolled back by {reason}: the parent serves again");
-        let text = format!("rolled back by {reason}");
-        // First this process stops accepting, then the parent accepts again. At the end this process may exit at once.
-        self.generation.shutdown.set(State::Paused);
-        ancestors.send_to_parent(&FromChild::Refused(text));
+        // At the end this process may exit at once.
         reply.status("rolled back\n");
         self.end(event_loop.triggers, Exit { mode: ExitMode::PartiallyStopped, reason }, true);
     }
@@ -329,22 +340,5 @@ impl Service {
         generation.shutdown.set(state);
         self.lead().exit = Some(exit);
         self.changed.notify_all();
-    }
-}
-
-/// There is one start at a time in a process: signals belong to the process, and so does the handover.
-pub(crate) struct Started;
-
-static STARTED: AtomicBool = AtomicBool::new(false);
-
-impl Started {
-    pub(crate) fn claim() -> Option<Self> {
-        (!STARTED.swap(true, Ordering::AcqRel)).then_some(Self)
-    }
-}
-
-impl Drop for Started {
-    fn drop(&mut self) {
-        STARTED.store(false, Ordering::Release);
     }
 }

@@ -31,7 +31,7 @@ const LAYERS: &[&[&str]] = &[
     &["control", "seqpacket"],
     &["listen"],
     &["sys"],
-    &["logging"],
+    &["logging", "started"],
 ];
 
 /// Imports that point up all the same, as `file: module`. Shall become empty.

@@ -1,0 +1,20 @@
+//! The one started service of a process.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+
+/// There is one start at a time in a process: signals belong to the process, and so does the handover.
+pub(crate) struct Started;
+
+static STARTED: AtomicBool = AtomicBool::new(false);
+
+impl Started {
+    pub(crate) fn claim() -> Option<Self> {
+        (!STARTED.swap(true, Ordering::AcqRel)).then_some(Self)
+    }
+}
+
+impl Drop for Started {
+    fn drop(&mut self) {
+        STARTED.store(false, Ordering::Release);
+    }
+}
