@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags};
 
-use super::decide::{decide_and_log, Step, Tries, HANDSHAKE};
+use super::decide::{decide_and_log, Step, Tries};
 use super::drain::LoopGuard;
 use super::gate::{Gate, Phase, State};
 use super::listener::Accept;
@@ -81,7 +81,7 @@ impl AcceptLoop {
                 Phase::End => return None,
             }
             let result = attempt();
-            match decide_and_log(phase, &result, &mut self.tries) {
+            match decide_and_log(phase, gate.settled().has_passed(), &result, &mut self.tries) {
                 Step::Return | Step::Fail => return Some(result),
                 Step::End => return None,
                 Step::Retry => {}
@@ -90,7 +90,7 @@ impl AcceptLoop {
                     self.wait(fd, gate);
                     waited = true;
                 }
-                Step::Linger => drop(wait_readable(fd, Deadline::after(HANDSHAKE))),
+                Step::Linger => drop(wait_readable(fd, gate.settled())),
                 Step::Pause => drop(wait_readable(gate.over(), Deadline::after(SCARCE))),
             }
         }

@@ -1,15 +1,11 @@
 //! What an accept loop does next: one decision for threads and for Tokio.
 
 use std::io;
-use std::time::Duration;
 
 use rustix::io::Errno;
 
 use super::gate::Phase;
 use crate::logging;
-
-/// The time that a handshake under way at a stop may need to reach the accept queue.
-pub(crate) const HANDSHAKE: Duration = Duration::from_millis(20);
 
 /// Failures in a row after which a loop pauses before it tries again.
 const MAX_FAILED: u32 = 16;
@@ -17,8 +13,6 @@ const MAX_FAILED: u32 = 16;
 /// What one accept loop remembers from one attempt to the next.
 #[derive(Debug, Default)]
 pub(crate) struct Tries {
-    /// The queue was found empty once since the stop.
-    lingered: bool,
     /// Attempts that have failed one after the other, except for an empty queue.
     failed: u32,
     /// A pause was logged.
@@ -34,7 +28,7 @@ pub(crate) enum Step {
     Retry,
     /// Try again when there is something or the phase changes.
     Wait,
-    /// Try again when there is something, or after [`HANDSHAKE`].
+    /// Try again when there is something, or when the stop has [settled](super::gate::Gate::settled).
     Linger,
     /// Try again after [`SCARCE`](crate::sys::poll::SCARCE). The listener stays readable meanwhile, so polling it would be a
     /// busy loop.
@@ -45,8 +39,13 @@ pub(crate) enum Step {
     Fail,
 }
 
-/// Decides what follows from `result` in `phase`, which is [`Phase::Accept`] or [`Phase::AcceptQueued`].
-pub(crate) fn decide<T>(phase: Phase, result: &io::Result<T>, tries: &mut Tries) -> Step {
+/// Decides what follows from `result` in `phase`, which is [`Phase::Accept`] or [`Phase::AcceptQueued`]. `settled`:
+/// [`Gate::settled`](super::gate::Gate::settled) has passed.
+///
+/// A client may take itself for connected before its last packet has put it into the queue, so a queue that is empty at the
+/// stop says nothing yet. One that is empty later ends the loop. If it had to stay empty for a while, a steady load would
+/// keep the loop accepting, and those that it accepts last would be cut at the end of the drain.
+pub(crate) fn decide<T>(phase: Phase, settled: bool, result: &io::Result<T>, tries: &mut Tries) -> Step {
     let failure = match result {
         Ok(_) => {
             *tries = Tries::default();
@@ -57,8 +56,7 @@ pub(crate) fn decide<T>(phase: Phase, result: &io::Result<T>, tries: &mut Tries)
     tries.failed = if failure == AcceptFailure::Empty { 0 } else { tries.failed.saturating_add(1) };
     match failure {
         AcceptFailure::Empty if phase == Phase::Accept => Step::Wait,
-        // A client may take itself for connected before its last packet has put it into the queue.
-        AcceptFailure::Empty if !std::mem::replace(&mut tries.lingered, true) => Step::Linger,
+        AcceptFailure::Empty if !settled => Step::Linger,
         AcceptFailure::Empty => Step::End,
         AcceptFailure::Connection if tries.failed < MAX_FAILED => Step::Retry,
         AcceptFailure::Connection | AcceptFailure::Exhausted => Step::Pause,
@@ -67,8 +65,8 @@ pub(crate) fn decide<T>(phase: Phase, result: &io::Result<T>, tries: &mut Tries)
 }
 
 /// As [`decide`], and logs what an operator should know.
-pub(crate) fn decide_and_log<T>(phase: Phase, result: &io::Result<T>, tries: &mut Tries) -> Step {
-    let step = decide(phase, result, tries);
+pub(crate) fn decide_and_log<T>(phase: Phase, settled: bool, result: &io::Result<T>, tries: &mut Tries) -> Step {
+    let step = decide(phase, settled, result, tries);
     match (step, result) {
         (Step::Pause, Err(error)) if !std::mem::replace(&mut tries.logged, true) => {
             let reason = match AcceptFailure::of(error) {
@@ -117,7 +115,7 @@ mod tests {
     use super::*;
 
     fn after(phase: Phase, errno: Errno, tries: &mut Tries) -> Step {
-        decide(phase, &Err::<(), _>(errno.into()), tries)
+        decide(phase, false, &Err::<(), _>(errno.into()), tries)
     }
 
     #[test]
@@ -152,7 +150,7 @@ mod tests {
         let steps: Vec<_> = (0..100).map(|_| after(Phase::Accept, Errno::PERM, &mut tries)).collect();
         assert_eq!(steps.iter().filter(|step| **step == Step::Retry).count(), MAX_FAILED as usize - 1);
         assert_eq!(steps.last(), Some(&Step::Pause));
-        assert_eq!(decide(Phase::Accept, &Ok(()), &mut tries), Step::Return);
+        assert_eq!(decide(Phase::Accept, false, &Ok(()), &mut tries), Step::Return);
         assert_eq!(after(Phase::Accept, Errno::PERM, &mut tries), Step::Retry);
     }
 
@@ -164,10 +162,12 @@ mod tests {
     }
 
     #[test]
-    fn a_stop_ends_the_loop_when_the_queue_is_empty_twice() {
+    fn a_stop_ends_the_loop_when_the_queue_is_empty_after_the_last_handshake() {
         let mut tries = Tries::default();
-        assert_eq!(after(Phase::Accept, Errno::AGAIN, &mut tries), Step::Wait);
-        assert_eq!(after(Phase::AcceptQueued, Errno::AGAIN, &mut tries), Step::Linger);
-        assert_eq!(after(Phase::AcceptQueued, Errno::AGAIN, &mut tries), Step::End);
+        let mut empty = |phase, settled| decide(phase, settled, &Err::<(), _>(Errno::AGAIN.into()), &mut tries);
+        assert_eq!(empty(Phase::Accept, false), Step::Wait);
+        assert_eq!(empty(Phase::AcceptQueued, false), Step::Linger);
+        assert_eq!(empty(Phase::AcceptQueued, false), Step::Linger);
+        assert_eq!(empty(Phase::AcceptQueued, true), Step::End);
     }
 }

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use super::sync::{AtomicBool, AtomicU8, AtomicUsize, Condvar, Flag, Mutex};
 use crate::sys::adopt::identity;
+use crate::sys::poll::Deadline;
 
 /// The states of a generation, in the order in which it enters them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -46,6 +47,9 @@ pub(crate) enum Phase {
 /// At a stop, the number of accept calls after which the queue counts as empty. New connections may keep arriving, and a
 /// queue is seldom longer than the system's default limit of 4096.
 const MAX_QUEUED: usize = 1 << 14;
+
+/// The time that a handshake under way at a stop may need to reach the accept queue.
+const HANDSHAKE: Duration = Duration::from_millis(20);
 
 #[derive(Debug)]
 pub(crate) struct Gate {
@@ -157,6 +161,11 @@ impl Gate {
 
     pub(crate) fn closed(&self) -> &Flag {
         &self.closed
+    }
+
+    /// When the handshakes that were under way at the end of accepting have put their connections into the queue.
+    pub(crate) fn settled(&self) -> Deadline {
+        self.over_since().map_or(Deadline::NEVER, |over| Deadline::since(over, HANDSHAKE))
     }
 
     /// When accepting ended.

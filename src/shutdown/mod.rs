@@ -27,7 +27,7 @@ use crate::handover::ancestors::Ancestors;
 
 pub use self::accept::Incoming;
 #[cfg(feature = "tokio_ecdysis")]
-pub(crate) use self::decide::{decide_and_log, Step, Tries, HANDSHAKE};
+pub(crate) use self::decide::{decide_and_log, Step, Tries};
 use self::drain::Drain;
 pub use self::drain::Guard;
 pub(crate) use self::drain::{End, EndSignal, LoopGuard};
@@ -302,12 +302,6 @@ impl Shutdown {
         self.0.gate.state()
     }
 
-    /// `grace`, and a random part of the window over which a drain is spread.
-    #[cfg(feature = "tokio_ecdysis")]
-    pub(crate) fn spread(&self, grace: Duration) -> Duration {
-        self.0.gate.spread(grace)
-    }
-
     pub(crate) fn set_spread(&self, window: Duration) {
         self.0.gate.set_spread(window);
     }
@@ -317,25 +311,21 @@ impl Shutdown {
         self.0.gate.leave();
     }
 
-    #[cfg(feature = "tokio_ecdysis")]
-    pub(crate) fn phase(&self, listener: Option<BorrowedFd<'_>>) -> Phase {
-        self.0.gate.phase(listener)
-    }
-
     /// Returns whether the accept queue belongs to the next generation.
     #[cfg(feature = "tokio_ecdysis")]
     pub(crate) fn is_handed_over(&self) -> bool {
         self.state() == State::HandedOver
     }
 
+    /// When an accept loop may accept.
     #[cfg(feature = "tokio_ecdysis")]
-    pub(crate) fn watchers(&self) -> &Watchers {
-        &self.0.watchers
+    pub(crate) fn accept_gate(&self) -> &Gate {
+        &self.0.gate
     }
 
     #[cfg(feature = "tokio_ecdysis")]
-    pub(crate) fn count_queued(&self) {
-        self.0.gate.count_queued();
+    pub(crate) fn watchers(&self) -> &Watchers {
+        &self.0.watchers
     }
 }
 

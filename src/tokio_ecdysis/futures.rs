@@ -30,7 +30,7 @@ impl Shutdown {
     ///
     /// Outside a Tokio runtime with timers (`enable_time`).
     pub fn over_after(&self, grace: Duration) -> impl Future<Output = ()> + Send + 'static {
-        let (over, grace) = (self.over(), self.spread(grace));
+        let (over, grace) = (self.over(), self.accept_gate().spread(grace));
         async move {
             over.await;
             time::sleep(grace).await;

@@ -9,7 +9,7 @@ use std::thread;
 use std::time::Duration;
 
 use super::watch::Watch;
-use crate::shutdown::{decide_and_log, Phase, Shutdown, Step, Tries, HANDSHAKE};
+use crate::shutdown::{decide_and_log, Phase, Shutdown, Step, Tries};
 use crate::sys::poll::SCARCE;
 
 /// Whether a stream ends at a stop. Every stream ends at an upgrade.
@@ -48,7 +48,7 @@ impl Gate {
 
     /// Counts an attempt in [`Phase::AcceptQueued`].
     pub(super) fn count_queued(&self) {
-        self.watch.shutdown.count_queued();
+        self.watch.shutdown.accept_gate().count_queued();
     }
 
     /// What the task may do now. The task is woken when that changes.
@@ -61,7 +61,7 @@ impl Gate {
         // Before the state is read, so that no change is missed.
         self.watch.register(cx);
         let shutdown = &self.watch.shutdown;
-        match shutdown.phase(listener) {
+        match shutdown.accept_gate().phase(listener) {
             Phase::AcceptQueued | Phase::End
                 if self.stop_on_shutdown == StopOnShutdown::No && !shutdown.is_handed_over() =>
             {
@@ -99,12 +99,13 @@ impl Gate {
             } else {
                 ready!(poll(source, cx))
             };
-            match decide_and_log(phase, &result, &mut self.tries) {
+            let settled = self.watch.shutdown.accept_gate().settled();
+            match decide_and_log(phase, settled.has_passed(), &result, &mut self.tries) {
                 Step::Return => return Poll::Ready(Some(result)),
                 Step::Retry => {}
-                // Only `now` finds nothing: `poll` would be pending.
-                Step::Wait | Step::Linger => self.pause(cx, HANDSHAKE),
-                Step::Pause => self.pause(cx, SCARCE),
+                Step::Linger => self.pause(cx, settled.time_left()),
+                // Only `now` finds nothing: `poll` would be pending, so there is no wait.
+                Step::Wait | Step::Pause => self.pause(cx, SCARCE),
                 Step::End => {
                     self.end();
                     return Poll::Ready(None);
