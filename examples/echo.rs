@@ -1,7 +1,7 @@
-//! The server in README: threads, one listener, upgraded without losing a connection.
+//! The server in README: an echo server with threads and one listener, upgraded without losing a connection.
 //!
-//!     cargo run --example echo                # writes its PID into ./echo.pid; or: echo 127.0.0.1:7001
-//!     nc 127.0.0.1 7000                       # in a second terminal: it sends back what you type
+//!     cargo run --example echo                # writes its PID to ./echo.pid; takes an address as its argument
+//!     nc 127.0.0.1 7000                       # in a second terminal: the server sends back what you type
 //!     kill -HUP $(cat echo.pid)               # in a third: the upgrade
 //!
 //! The open `nc` stays with the old process, which exits when `nc` does. A new `nc` reaches the new process.
@@ -12,26 +12,26 @@ use std::{thread, time::Duration};
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let address = std::env::args().nth(1).unwrap_or("127.0.0.1:7000".into());
     if address == "--help" {
-        return Ok(io::stdout().write_all(include_bytes!("echo.rs"))?); // its head says what to type
+        return Ok(io::stdout().write_all(include_bytes!("echo.rs"))?); // the top of this file explains the usage
     }
     let starting = ecdysis::Ecdysis::builder()
         .upgrade_on_signal(libc::SIGHUP)
         .stop_on_signal(libc::SIGTERM)
         .pid_file("echo.pid")
         .start()?;
-    let listener = starting.listen_tcp(address.parse()?)?; // the first generation binds, later ones inherit
-    let server = starting.ready()?; // from here this process accepts, and the previous one no longer does
+    let listener = starting.listen_tcp(address.parse()?)?; // the first generation binds it, later ones inherit it
+    let server = starting.ready()?; // from here on this process accepts, and the previous one does not
     let (generation, pid) = (server.generation(), std::process::id());
     let _ = writeln!(io::stderr(), "generation {generation} serves {} as pid {pid}", listener.local_addr()?);
 
     let (shutdown, accepting) = (server.shutdown(), server.shutdown());
     thread::spawn(move || {
         for stream in accepting.incoming(&listener).flatten() {
-            let guard = accepting.guard(); // `drain` waits until it is dropped
+            let guard = accepting.guard(); // `drain` waits until this is dropped
             thread::spawn(move || io::copy(&mut &stream, &mut &stream).map(|_| drop(guard)));
         }
     });
-    let exit = server.run()?; // returns when a successor serves, or at a stop
+    let exit = server.run()?; // returns once a successor serves, or at a stop
     let left = shutdown.drain(Duration::from_secs(60));
     let _ = writeln!(io::stderr(), "generation {generation} ends: {exit}; {left} connections cut");
     Ok(())
