@@ -13,8 +13,8 @@ use rustix::fs::{access, Access};
 
 use crate::handover::from_1_1_1::VARIABLES;
 use crate::handover::variable::VARIABLE;
+use crate::sys::plan::IfMissing;
 use crate::sys::program;
-use crate::sys::spawn::IfMissing;
 
 /// By these a service manager speaks to the process that it has started itself, and to no other. NOTIFY_SOCKET and
 /// WATCHDOG_USEC, though, are for the main process, whichever that is.

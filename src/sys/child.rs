@@ -10,8 +10,8 @@ use std::time::Duration;
 use rustix::io::Errno;
 use rustix::process::{kill_process, waitid, waitpid, Pid, Signal, WaitId, WaitIdOptions, WaitOptions};
 
+use super::plan::{Parentage, SharedMemory};
 use super::poll::{wait_hangup, wait_readable, Deadline};
-use super::spawn::SharedMemory;
 use super::system::clone;
 use crate::logging;
 
@@ -23,16 +23,6 @@ const KILLING: Duration = Duration::from_secs(5);
 
 /// How long a killed child may take to be reaped, by our own parent or after a debugger.
 const REAPING: Duration = Duration::from_millis(200);
-
-/// Whose child a new process is to be.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Parentage {
-    /// Ours.
-    Us,
-    /// Our own parent's, where the kernel allows it; that reaps it then. For a service manager which at a stop waits for
-    /// its own children only.
-    OurParent,
-}
 
 /// A child process.
 pub(crate) struct Spawned {
@@ -76,27 +66,14 @@ impl Spawned {
     pub(crate) fn kill_and_reap(&self) -> Option<ExitStatus> {
         let pid = self.pid;
         reap_late();
-        match &self.pidfd {
-            Some(pidfd) => {
-                // A filter may know only the older call. Nobody has reaped the child while its pidfd is silent.
-                if clone::kill(pidfd).is_err() && !wait_readable(pidfd, Deadline::after(Duration::ZERO)) {
-                    let _ = kill_process(pid, Signal::KILL);
-                }
-                // SIGKILL ends a stopped process too, but not one that hangs in the kernel.
-                if !wait_readable(pidfd, Deadline::after(KILLING)) {
-                    return survives(pid);
-                }
-            }
-            None => {
-                // If it has been reaped, its number may be another process's by now.
-                if self.is_unreaped() == Err(Errno::CHILD) {
-                    return None;
-                }
-                let _ = kill_process(pid, Signal::KILL);
-                if !self.ends_before(Deadline::after(KILLING)) {
-                    return survives(pid);
-                }
-            }
+        // A filter may know only the older call. Before its end nobody has reaped the child, so its number is its own.
+        let killed = self.pidfd.as_ref().is_some_and(|pidfd| clone::kill(pidfd).is_ok());
+        if !killed && !self.ends_before(Deadline::after(Duration::ZERO)) {
+            let _ = kill_process(pid, Signal::KILL);
+        }
+        // SIGKILL ends a stopped process too, but not one that hangs in the kernel.
+        if !self.ends_before(Deadline::after(KILLING)) {
+            return survives(pid);
         }
         if let (Some(pidfd), Parentage::OurParent) = (&self.pidfd, self.parent) {
             // Our parent reaps it, and only then does the kernel say how it ended.

@@ -10,7 +10,7 @@
 //! | `clone` | clone(2) that shares memory; pidfds | none: spawn.rs forks, and looks for the end of a child |
 //! | `flag` | eventfd(2) | a pipe |
 //! | `identity` | inodes | none for pipes and sockets: a nonce proves the handover |
-//! | `mask` | rt_sigprocmask(2), /proc for what must be reset | sigset_t, every signal is reset |
+//! | `mask` | rt_sigprocmask(2), every signal there is | sigset_t, without the C library's own signals |
 //! | `net` | accept4(2), pipe2(2) and flags for socket(2) | fcntl(2) afterwards |
 //! | `peer` | SO_PEERCRED, SO_PEERPIDFD | getpeereid(3) or getpeerucred(3C), no pidfd |
 //! | `program` | /proc/self/exe, AT_SECURE | std's `current_exe`, issetugid(2) |
@@ -39,6 +39,7 @@ pub(crate) mod child;
 #[cfg(feature = "systemd_sockets")]
 pub(crate) mod listen_fds;
 pub(crate) mod peer;
+pub(crate) mod plan;
 pub(crate) mod poll;
 pub(crate) mod program;
 pub(crate) mod signal;

@@ -1,6 +1,10 @@
 //! Who is at the other end of a Unix socket.
 
-pub(crate) use super::system::peer::{peer, peer_pidfd};
+use std::io;
+use std::os::fd::AsFd;
+
+pub(crate) use super::system::peer::peer_pidfd;
+use super::system::peer::{credentials, Credentials};
 
 /// The process, user and group at the other end of a connected Unix socket.
 ///
@@ -23,6 +27,12 @@ impl PeerCred {
     pub fn is_same_user_or_root(&self) -> bool {
         self.uid == 0 || self.uid == rustix::process::geteuid().as_raw()
     }
+}
+
+/// Asks the kernel who is at the other end of `socket`.
+pub(crate) fn peer(socket: impl AsFd) -> io::Result<PeerCred> {
+    let Credentials { pid, uid, gid } = credentials(socket)?;
+    Ok(PeerCred { pid: u32::try_from(pid).ok().filter(|&pid| pid != 0), uid, gid })
 }
 
 #[cfg(test)]

@@ -7,19 +7,17 @@
 //!
 //! In the child, before execve: no allocation, no lock, no panic, no Drop, no errno.
 
-use std::ffi::{c_char, c_int, c_void, CStr, CString};
+use std::ffi::{c_int, c_void, CStr};
 use std::io;
-use std::mem::ManuallyDrop;
-use std::os::fd::RawFd;
 use std::ptr;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use rustix::process::Pid;
 
-use super::attributes::{Attributes, Scheduling};
-use super::child::{Parentage, Spawned};
+use super::child::Spawned;
+use super::plan::{IfMissing, Memory, Parentage, Plan, SharedMemory};
 use super::signal::{self, Blocked, Mask};
-use super::system::clone::{self, Cloned, Stack};
+use super::system::clone::{self, Cloned};
 use super::system::{calls, mask, sweep};
 use crate::logging;
 
@@ -39,31 +37,6 @@ pub enum Spawn {
 /// How often, and how many milliseconds apart, a program file that is open for writing is tried again.
 const BUSY_TRIES: u32 = 100;
 const BUSY_PAUSE: std::ffi::c_long = 10;
-
-/// Everything the child needs, made before it exists.
-pub(crate) struct Plan {
-    pub(crate) program: CString,
-    pub(crate) argv: Vec<CString>,
-    pub(crate) envp: Vec<CString>,
-    /// Where the child starts, and whether it may start where the parent stands if that cannot be entered.
-    pub(crate) directory: Option<(CString, IfMissing)>,
-    /// What survives the execve, besides stdin, stdout and stderr.
-    pub(crate) keep: Vec<RawFd>,
-    /// Where the child reports a failure before the new program runs. One of `keep`.
-    pub(crate) status: RawFd,
-    /// What the new program starts with.
-    pub(crate) attributes: Attributes,
-    /// Whose child it is to be.
-    pub(crate) parent: Parentage,
-}
-
-/// Whether a directory that is gone, or may not be entered, is an error or means "stay where we are". To stay needs no
-/// right; to enter by name needs the right to search every part of the path.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub(crate) enum IfMissing {
-    Fail,
-    Stay,
-}
 
 /// Makes a child that executes the plan. Returns without waiting for its execve; what fails before that comes as a
 /// `failed` line over the plan's status descriptor.
@@ -107,7 +80,7 @@ fn clone(memory: &Memory) -> io::Result<Cloned> {
     let sibling = memory.plan.parent == Parentage::OurParent;
     // The child must not run a handler of the parent's; it lifts the mask when it has reset them.
     let _blocked = Blocked::new(Mask::all())?;
-    // SAFETY: `child` does what is asked of it, and `memory` outlives the child's use of it, see `SharedMemory::drop`.
+    // SAFETY: `child` does what is asked of it, and `memory` outlives the child's use of it, see `SharedMemory`.
     unsafe { memory.stack.clone(sibling, child, ptr::from_ref(memory).cast_mut().cast()) }
 }
 
@@ -207,50 +180,4 @@ fn failed_line(buffer: &mut [u8; 32], step: &str, errno: i32) -> usize {
         }
     }
     length
-}
-
-/// What the child reads before its execve, and the stack it runs on.
-struct Memory {
-    plan: Plan,
-    /// The pointers that execve takes, into `plan`, null at the end.
-    argv: Vec<*const c_char>,
-    envp: Vec<*const c_char>,
-    /// What the thread that spawns has other than the plan says.
-    restore: Scheduling,
-    stack: Stack,
-}
-
-/// Frees the memory only when no child uses it any more.
-pub(super) struct SharedMemory(ManuallyDrop<Box<Memory>>);
-
-// SAFETY: the raw pointers lead into `plan`, which moves with them and which nobody changes.
-unsafe impl Send for SharedMemory {}
-// SAFETY: as above.
-unsafe impl Sync for SharedMemory {}
-
-impl SharedMemory {
-    fn new(plan: Plan) -> Self {
-        let pointers = |strings: &[CString]| {
-            let mut pointers: Vec<*const c_char> = strings.iter().map(|s| s.as_ptr()).collect();
-            pointers.push(ptr::null());
-            pointers
-        };
-        Self(ManuallyDrop::new(Box::new(Memory {
-            argv: pointers(&plan.argv),
-            envp: pointers(&plan.envp),
-            restore: plan.attributes.scheduling.to_restore(),
-            plan,
-            stack: Stack::new(),
-        })))
-    }
-}
-
-impl Drop for SharedMemory {
-    fn drop(&mut self) {
-        // A child that is stuck before its execve, and survived even SIGKILL, still reads this: then it is leaked.
-        if !self.0.stack.is_in_use() {
-            // SAFETY: nobody uses the memory any more, and this is the only drop.
-            unsafe { ManuallyDrop::drop(&mut self.0) }
-        }
-    }
 }

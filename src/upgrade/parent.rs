@@ -16,10 +16,11 @@ use crate::handover::link::{ChildLink, Handover, Transport};
 use crate::logging;
 use crate::shutdown::{Shutdown, State};
 use crate::sockets::Late;
-use crate::sys::child::{Parentage, LOOK};
+use crate::sys::child::LOOK;
 use crate::sys::peer::peer_pidfd;
+use crate::sys::plan::{Parentage, Plan};
 use crate::sys::poll::Deadline;
-use crate::sys::spawn::{explain, spawn, Plan};
+use crate::sys::spawn::{explain, spawn};
 use crate::triggers::request::{Action, Request};
 use crate::triggers::takeover::TakeoverRequest;
 

@@ -38,8 +38,7 @@ const LAYERS: &[&[&str]] = &[
 const UPWARD: &[&str] = &[];
 
 /// Pairs of files that know each other. Shall become empty.
-const CIRCLES: &[&str] =
-    &["sys::child: sys::spawn", "sys::linux::peer: sys::peer", "sys::peer: sys::linux::peer", "sys::spawn: sys::child"];
+const CIRCLES: &[&str] = &[];
 
 /// Without tests.
 const LONGEST_FILE: usize = 350;
@@ -48,7 +47,7 @@ const LONGEST_FILE: usize = 350;
 const LONGER: &[&str] = &[];
 
 /// Lines of the core that are code: no tests, comments or blank lines, nothing of Tokio, systemd, or systems but Linux.
-const CORE: usize = 8_200;
+const CORE: usize = 8_120;
 
 /// Never in the library: it neither panics nor prints. (An arithmetic overflow has its own lints.)
 const FORBIDDEN: &[&str] = &[

@@ -7,13 +7,11 @@ use std::io;
 use std::mem;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 
-use crate::sys::peer::PeerCred;
+pub(crate) use libc::ucred as Credentials;
 
 /// Asks the kernel who is at the other end of `socket`.
-pub(crate) fn peer(socket: impl AsFd) -> io::Result<PeerCred> {
-    let nobody = libc::ucred { pid: 0, uid: u32::MAX, gid: u32::MAX };
-    let cred = option(socket, libc::SO_PEERCRED, nobody)?;
-    Ok(PeerCred { pid: u32::try_from(cred.pid).ok().filter(|&pid| pid != 0), uid: cred.uid, gid: cred.gid })
+pub(crate) fn credentials(socket: impl AsFd) -> io::Result<Credentials> {
+    option(socket, libc::SO_PEERCRED, Credentials { pid: 0, uid: u32::MAX, gid: u32::MAX })
 }
 
 /// A descriptor that gets readable when the process at the other end of `socket` ends. `None` where the kernel, older
@@ -47,4 +45,4 @@ fn option<T: Plain>(socket: impl AsFd, name: i32, mut value: T) -> io::Result<T>
 /// Any bytes are a value.
 trait Plain {}
 impl Plain for i32 {}
-impl Plain for libc::ucred {}
+impl Plain for Credentials {}

@@ -3,11 +3,16 @@
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
-use crate::sys::peer::PeerCred;
+/// The process, 0 if it is not known, and its effective user and group.
+pub(crate) struct Credentials {
+    pub(crate) pid: libc::pid_t,
+    pub(crate) uid: u32,
+    pub(crate) gid: u32,
+}
 
 /// Asks the kernel who is at the other end of `socket`. The process is known on some systems only.
 #[cfg(not(any(target_os = "linux", target_os = "illumos", target_os = "solaris")))]
-pub(crate) fn peer(socket: impl AsFd) -> io::Result<PeerCred> {
+pub(crate) fn credentials(socket: impl AsFd) -> io::Result<Credentials> {
     let fd = socket.as_fd().as_raw_fd();
     let (mut uid, mut gid) = (u32::MAX, u32::MAX);
     // SAFETY: writes two numbers (getpeereid(3)).
@@ -20,32 +25,35 @@ pub(crate) fn peer(socket: impl AsFd) -> io::Result<PeerCred> {
         // SAFETY: writes at most so many bytes into a number of that size (getsockopt(2)).
         let result =
             unsafe { libc::getsockopt(fd, libc::SOL_LOCAL, libc::LOCAL_PEERPID, (&raw mut pid).cast(), &mut size) };
-        u32::try_from(pid).ok().filter(|&pid| result == 0 && pid != 0)
+        if result == 0 {
+            pid
+        } else {
+            0
+        }
     };
     #[cfg(not(target_vendor = "apple"))]
-    let pid = None;
-    Ok(PeerCred { pid, uid, gid })
+    let pid = 0;
+    Ok(Credentials { pid, uid, gid })
 }
 
 /// Asks the kernel who is at the other end of `socket`.
 #[cfg(any(target_os = "illumos", target_os = "solaris"))]
-pub(crate) fn peer(socket: impl AsFd) -> io::Result<PeerCred> {
+pub(crate) fn credentials(socket: impl AsFd) -> io::Result<Credentials> {
     let mut cred = std::ptr::null_mut();
     // SAFETY: getpeerucred(3C) makes an object, which ucred_free frees after its last use.
     unsafe {
         if libc::getpeerucred(socket.as_fd().as_raw_fd(), &mut cred) != 0 {
             return Err(io::Error::last_os_error());
         }
-        let pid = u32::try_from(libc::ucred_getpid(cred)).ok();
-        let peer = PeerCred { pid, uid: libc::ucred_geteuid(cred), gid: libc::ucred_getegid(cred) };
+        let (pid, uid, gid) = (libc::ucred_getpid(cred), libc::ucred_geteuid(cred), libc::ucred_getegid(cred));
         libc::ucred_free(cred);
-        Ok(peer)
+        Ok(Credentials { pid, uid, gid })
     }
 }
 
 /// Linux has no getpeereid(3). This one stands in for it where this side is tested.
 #[cfg(target_os = "linux")]
-pub(crate) fn peer(socket: impl AsFd) -> io::Result<PeerCred> {
+pub(crate) fn credentials(socket: impl AsFd) -> io::Result<Credentials> {
     let mut cred = libc::ucred { pid: 0, uid: u32::MAX, gid: u32::MAX };
     let mut size = size_of::<libc::ucred>() as libc::socklen_t;
     // SAFETY: writes at most so many bytes into a struct of that size (getsockopt(2)).
@@ -54,7 +62,7 @@ pub(crate) fn peer(socket: impl AsFd) -> io::Result<PeerCred> {
         libc::getsockopt(socket.as_fd().as_raw_fd(), libc::SOL_SOCKET, libc::SO_PEERCRED, place, &mut size)
     };
     match result {
-        0 => Ok(PeerCred { pid: u32::try_from(cred.pid).ok().filter(|&pid| pid != 0), uid: cred.uid, gid: cred.gid }),
+        0 => Ok(Credentials { pid: cred.pid, uid: cred.uid, gid: cred.gid }),
         _ => Err(io::Error::last_os_error()),
     }
 }

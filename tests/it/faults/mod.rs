@@ -307,8 +307,12 @@ fn deaths(calls: &[Call]) -> Vec<Call> {
     let spawned = calls.iter().position(|call| call.role == Role::Forked).unwrap_or(calls.len());
     let parents = calls[spawned..].iter().filter(|call| call.role == Role::Parent);
     let children = calls.iter().filter(|call| call.role != Role::Parent);
-    // 64 handlers reset are one step.
-    children.chain(parents).filter(|call| call.number != libc::SYS_rt_sigaction || call.nth == 30).copied().collect()
+    children.chain(parents).filter(|call| is_step(call)).copied().collect()
+}
+
+/// 62 handlers reset are one step.
+fn is_step(call: &Call) -> bool {
+    call.number != libc::SYS_rt_sigaction || call.nth == 30
 }
 
 /// Who is stopped after its word `serving` is a stopped server like any other.
@@ -371,7 +375,8 @@ fn sweep<T: Copy + Send + Sync>(
 }
 
 fn all_errors(calls: &[Call]) -> Vec<(Call, i32)> {
-    calls.iter().flat_map(|call| errnos(call).iter().map(|errno| (*call, *errno))).collect()
+    let points = calls.iter().filter(|call| call.role != Role::Forked || is_step(call));
+    points.flat_map(|call| errnos(call).iter().map(|errno| (*call, *errno))).collect()
 }
 
 fn fault_sweep(title: &str, setup: Setup, clean: &Level, points: &[(Call, i32)]) {
