@@ -5,6 +5,9 @@ use std::fmt;
 use std::net::SocketAddr;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
+use std::sync::Arc;
+
+use rustix::path::DecInt;
 
 /// Kind and address, as **asked for**: a listener on port 0 has port 0 in its key, so that the next generation, which
 /// runs the same line of code, gets the same socket. TCP and UDP on one port are two keys. Several sockets may share
@@ -17,9 +20,10 @@ use std::path::Path;
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Key {
     kind: Kind,
-    name: Vec<u8>,
+    /// Shared, because every upgrade copies the keys of what it hands over.
+    name: Arc<[u8]>,
     /// The program's own name for it.
-    label: Option<String>,
+    label: Option<Arc<str>>,
 }
 
 /// What a descriptor is used for. [`word`](Self::word) is part of the handover protocol.
@@ -84,46 +88,46 @@ impl Kind {
 impl Key {
     /// A TCP listener.
     pub fn tcp(addr: SocketAddr) -> Self {
-        Self::from_parts(Kind::Tcp, addr.to_string().into_bytes())
+        Self::from_parts(Kind::Tcp, address(addr))
     }
 
     /// A UDP socket.
     pub fn udp(addr: SocketAddr) -> Self {
-        Self::from_parts(Kind::Udp, addr.to_string().into_bytes())
+        Self::from_parts(Kind::Udp, address(addr))
     }
 
     /// A Unix stream listener. A path that starts with `@` is an abstract name.
     pub fn unix(path: impl AsRef<Path>) -> Self {
-        Self::from_parts(Kind::Unix, path.as_ref().as_os_str().as_bytes().to_vec())
+        Self::from_parts(Kind::Unix, path.as_ref().as_os_str().as_bytes())
     }
 
     /// A Unix seqpacket listener. A path that starts with `@` is an abstract name.
     pub fn unix_seqpacket(path: impl AsRef<Path>) -> Self {
-        Self::from_parts(Kind::Seqpacket, path.as_ref().as_os_str().as_bytes().to_vec())
+        Self::from_parts(Kind::Seqpacket, path.as_ref().as_os_str().as_bytes())
     }
 
     /// A bound Unix datagram socket. A path that starts with `@` is an abstract name.
     pub fn unix_datagram(path: impl AsRef<Path>) -> Self {
-        Self::from_parts(Kind::UnixDatagram, path.as_ref().as_os_str().as_bytes().to_vec())
+        Self::from_parts(Kind::UnixDatagram, path.as_ref().as_os_str().as_bytes())
     }
 
     /// A connection, by a name of the program's choice.
     pub fn stream(name: impl AsRef<OsStr>) -> Self {
-        Self::from_parts(Kind::Stream, name.as_ref().as_bytes().to_vec())
+        Self::from_parts(Kind::Stream, name.as_ref().as_bytes())
     }
 
     /// State in bytes, by a name of the program's choice.
     pub fn bytes(name: impl AsRef<OsStr>) -> Self {
-        Self::from_parts(Kind::Bytes, name.as_ref().as_bytes().to_vec())
+        Self::from_parts(Kind::Bytes, name.as_ref().as_bytes())
     }
 
     /// Any descriptor, by a name of the program's choice.
     pub fn fd(name: impl AsRef<OsStr>) -> Self {
-        Self::from_parts(Kind::Fd, name.as_ref().as_bytes().to_vec())
+        Self::from_parts(Kind::Fd, name.as_ref().as_bytes())
     }
 
     pub(crate) fn late() -> Self {
-        Self::from_parts(Kind::Late, b"commit".to_vec())
+        Self::from_parts(Kind::Late, *b"commit")
     }
 
     pub(crate) fn drain(generation: u64) -> Self {
@@ -137,8 +141,8 @@ impl Key {
         }
     }
 
-    pub(crate) fn from_parts(kind: Kind, name: Vec<u8>) -> Self {
-        Self { kind, name, label: None }
+    pub(crate) fn from_parts(kind: Kind, name: impl Into<Arc<[u8]>>) -> Self {
+        Self { kind, name: name.into(), label: None }
     }
 
     /// The key of the one of several sockets with the same address that has this name, see
@@ -150,7 +154,7 @@ impl Key {
     /// ```
     #[must_use]
     pub fn named(self, name: impl Into<String>) -> Self {
-        Self { label: Some(name.into()), ..self }
+        Self { label: Some(name.into().into()), ..self }
     }
 
     pub(crate) fn label(&self) -> Option<&str> {
@@ -180,6 +184,18 @@ impl Key {
     pub(crate) fn raw_name(&self) -> &[u8] {
         &self.name
     }
+}
+
+/// What `to_string` returns, without the cost of its formatting for IPv4: a service may have thousands of addresses.
+fn address(addr: SocketAddr) -> Vec<u8> {
+    let SocketAddr::V4(addr) = addr else { return addr.to_string().into_bytes() };
+    let mut text = Vec::with_capacity("255.255.255.255:65535".len());
+    for (octet, end) in addr.ip().octets().into_iter().zip(*b"...:") {
+        text.extend_from_slice(DecInt::new(octet).as_bytes());
+        text.push(end);
+    }
+    text.extend_from_slice(DecInt::new(addr.port()).as_bytes());
+    text
 }
 
 impl fmt::Display for Key {

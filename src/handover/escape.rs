@@ -1,21 +1,30 @@
 //! Percent-encoding: any bytes as one printable word without spaces.
 
+use std::borrow::Cow;
+use std::fmt::Write;
+
 /// Appends `bytes` to `out`; everything but printable ASCII, and the percent sign, is escaped.
 pub(crate) fn escape(bytes: &[u8], out: &mut String) {
-    const HEX: &[u8; 16] = b"0123456789ABCDEF";
-    for &byte in bytes {
-        if byte.is_ascii_graphic() && byte != b'%' {
-            out.push(byte as char);
+    let is_plain = |byte: &u8| byte.is_ascii_graphic() && *byte != b'%';
+    // Nearly all names are plain, and there may be thousands of them.
+    if let (true, Ok(text)) = (bytes.iter().all(is_plain), std::str::from_utf8(bytes)) {
+        return out.push_str(text);
+    }
+    for byte in bytes {
+        if is_plain(byte) {
+            out.push(*byte as char);
         } else {
-            out.push('%');
-            out.push(HEX[(byte >> 4) as usize] as char);
-            out.push(HEX[(byte & 15) as usize] as char);
+            // Writing to a string cannot fail.
+            let _ = write!(out, "%{byte:02X}");
         }
     }
 }
 
 /// Decodes `word`. `None` if a percent sign is not followed by two hexadecimal digits.
-pub(crate) fn unescape(word: &str) -> Option<Vec<u8>> {
+pub(crate) fn unescape(word: &str) -> Option<Cow<'_, [u8]>> {
+    if !word.contains('%') {
+        return Some(word.as_bytes().into());
+    }
     let mut bytes = Vec::with_capacity(word.len());
     let mut rest = word.bytes();
     while let Some(byte) = rest.next() {
@@ -27,5 +36,10 @@ pub(crate) fn unescape(word: &str) -> Option<Vec<u8>> {
             byte => byte,
         });
     }
-    Some(bytes)
+    Some(bytes.into())
+}
+
+/// Decodes `word`, which must be UTF-8.
+pub(crate) fn unescape_text(word: &str) -> Option<String> {
+    String::from_utf8(unescape(word)?.into_owned()).ok()
 }

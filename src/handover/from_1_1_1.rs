@@ -55,13 +55,15 @@ pub(crate) fn inherit() -> Result<Option<(Vec<Entry>, OwnedFd)>, Error> {
     let Some(mut adopter) = Adopter::take() else { return Ok(None) };
     let list = adopter.adopt_as_it_is(list, FileType::Fifo).map_err(failed)?;
     let ready = adopter.adopt_as_it_is(ready, FileType::Fifo).map_err(failed)?;
-    let list = read(list).map_err(failed)?;
-    let sockets = decode(&list).ok_or_else(|| failed(io::Error::new(io::ErrorKind::InvalidData, "malformed")))?;
+    let list = File::from(list);
+    let sockets = decode(&read(&list).map_err(failed)?)
+        .ok_or_else(|| failed(io::Error::new(io::ErrorKind::InvalidData, "malformed")))?;
     let entry = |(fd, key): (RawFd, Key)| {
         let adopted = adopter.adopt_as_it_is(fd, FileType::Socket).and_then(|fd| Entry::new(key.clone(), fd));
         adopted.map_err(|source| Error::Socket { key, source })
     };
     let entries = sockets.into_iter().map(entry).collect::<Result<_, _>>()?;
+    adopter.close_on_exec().map_err(failed)?;
     Ok(Some((entries, ready)))
 }
 
@@ -72,9 +74,9 @@ pub(crate) fn ready(pipe: &OwnedFd) -> io::Result<()> {
 }
 
 /// Everything up to the end of the pipe.
-fn read(pipe: OwnedFd) -> io::Result<Vec<u8>> {
-    let (deadline, mut pipe, mut list) = (Deadline::after(LIST), File::from(pipe), Vec::new());
-    while wait_readable(&pipe, deadline) {
+fn read(mut pipe: &File) -> io::Result<Vec<u8>> {
+    let (deadline, mut list) = (Deadline::after(LIST), Vec::new());
+    while wait_readable(pipe, deadline) {
         let mut chunk = [0; 4096];
         match pipe.read(&mut chunk)? {
             0 => return Ok(list),
@@ -96,7 +98,7 @@ pub(crate) fn decode(mut list: &[u8]) -> Option<Vec<(RawFd, Key)>> {
             0 => Key::unix(OsStr::from_bytes(path(list)?)),
             1 => Key::tcp(address(list)?),
             2 => Key::udp(address(list)?),
-            3 => Key::from_parts(Kind::DatagramPair, bytes(list)?.to_vec()),
+            3 => Key::from_parts(Kind::DatagramPair, bytes(list)?),
             4 => Key::unix_seqpacket(OsStr::from_bytes(path(list)?)),
             _ => return None,
         };

@@ -8,7 +8,7 @@ use std::time::Duration;
 use rustix::io::{retry_on_intr, Errno};
 use rustix::net::{send, RecvFlags, SendFlags};
 
-use super::escape::{escape, unescape};
+use super::escape::{escape, unescape_text};
 use crate::error::Error;
 use crate::listen::connect_unix;
 use crate::sys::net::NOSIGNAL;
@@ -81,7 +81,7 @@ impl Greeting {
         let mut greeting = Self::default();
         for word in words {
             match word.split_once('=')? {
-                ("app", name) => greeting.app = Some(String::from_utf8(unescape(name)?).ok()?),
+                ("app", name) => greeting.app = Some(unescape_text(name)?),
                 _ => continue,
             }
         }

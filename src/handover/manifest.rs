@@ -15,11 +15,13 @@
 //! name, percent-escaped, and attributes. A reader skips lines, kinds and attributes that it does not know, and closes
 //! the descriptors of unknown kinds. Later versions may add to all three, and never change what is here.
 
-use std::fmt::{self, Write};
+use std::fmt;
 use std::os::fd::RawFd;
 
+use rustix::path::DecInt;
+
 use super::entry::{Entry, FdRef};
-use super::escape::{escape, unescape};
+use super::escape::{escape, unescape, unescape_text};
 use crate::key::{Key, Kind};
 
 /// What a process says of itself when it hands over.
@@ -54,7 +56,15 @@ const LAST_LINE: &str = "end";
 
 /// The text for these entries, each with the number that names its descriptor.
 pub(crate) fn encode<'a, F: 'a>(origin: &Origin, entries: impl Iterator<Item = (RawFd, &'a Entry<F>)>) -> String {
-    let mut text = format!("{FIRST_LINE}\ngeneration {}\n", origin.generation);
+    // A service may have thousands of listeners, so nothing is formatted or allocated for each.
+    let mut text = String::with_capacity(64 * (entries.size_hint().0 + 4));
+    let number = |word: &str, number: u64, text: &mut String| {
+        text.push_str(word);
+        text.push_str(DecInt::new(number).as_str());
+    };
+    text.push_str(FIRST_LINE);
+    number("\ngeneration ", origin.generation, &mut text);
+    text.push('\n');
     for (word, value) in [("app", &origin.app), ("mounts", &origin.mounts)] {
         if let Some(value) = value {
             text.push_str(word);
@@ -63,16 +73,20 @@ pub(crate) fn encode<'a, F: 'a>(origin: &Origin, entries: impl Iterator<Item = (
             text.push('\n');
         }
     }
-    for (number, Entry { key, inode, file, unit, .. }) in entries {
-        // Writing to a string cannot fail.
-        let _ = write!(text, "fd {number} {inode} {} ", key.kind().word());
+    for (fd, Entry { key, inode, file, unit, .. }) in entries {
+        number("fd ", fd as u64, &mut text);
+        number(" ", *inode, &mut text);
+        text.push(' ');
+        text.push_str(key.kind().word());
+        text.push(' ');
         escape(key.raw_name(), &mut text);
         if let Some(name) = key.label() {
             text.push_str(" name=");
             escape(name.as_bytes(), &mut text);
         }
         if let Some((device, inode)) = file {
-            let _ = write!(text, " file={device}:{inode}");
+            number(" file=", *device, &mut text);
+            number(":", *inode, &mut text);
         }
         if let Some(unit) = unit {
             text.push_str(" unit=");
@@ -104,7 +118,7 @@ impl Manifest {
         let text = std::str::from_utf8(text).map_err(|_| Malformed::new(0, "not UTF-8"))?;
         let mut lines = text.split('\n').enumerate().map(|(at, line)| (at + 1, line));
         let mut manifest = Self::default();
-        let mut numbers = Vec::new();
+        manifest.entries.reserve(text.bytes().filter(|byte| *byte == b'\n').count());
         if lines.next() != Some((1, FIRST_LINE)) {
             return Err(Malformed::new(1, "not a manifest of a version known here"));
         }
@@ -117,21 +131,22 @@ impl Manifest {
                 "generation" => {
                     manifest.origin.generation = number(rest).ok_or(Malformed::new(at, "generation"))?;
                 }
-                "app" => manifest.origin.app = Some(text_of(rest).ok_or(Malformed::new(at, "application"))?),
-                "mounts" => manifest.origin.mounts = Some(text_of(rest).ok_or(Malformed::new(at, "mounts"))?),
+                "app" => manifest.origin.app = Some(unescape_text(rest).ok_or(Malformed::new(at, "application"))?),
+                "mounts" => manifest.origin.mounts = Some(unescape_text(rest).ok_or(Malformed::new(at, "mounts"))?),
                 "nonce" => manifest.nonce = Some(number(rest).ok_or(Malformed::new(at, "nonce"))?),
                 "fd" => {
                     let (fd, entry) = fd_line(rest).ok_or(Malformed::new(at, "descriptor"))?;
-                    numbers.push(fd.fd);
-                    if numbers.len() > MAX_ENTRIES {
-                        return Err(Malformed::new(at, "too many descriptors"));
-                    }
                     match entry {
                         Some(entry) => manifest.entries.push(entry),
                         None => manifest.unknown.push(fd),
                     }
+                    if manifest.entries.len() + manifest.unknown.len() > MAX_ENTRIES {
+                        return Err(Malformed::new(at, "too many descriptors"));
+                    }
                 }
                 LAST_LINE if rest.is_empty() => {
+                    let known = manifest.entries.iter().map(|entry| entry.fd);
+                    let mut numbers: Vec<_> = known.chain(manifest.unknown.iter().map(|fd| fd.fd)).collect();
                     numbers.sort_unstable();
                     if numbers.windows(2).any(|pair| pair[0] == pair[1]) {
                         return Err(Malformed::new(0, "descriptor named twice"));
@@ -151,16 +166,6 @@ impl Manifest {
     pub(crate) fn is_meant(text: &[u8]) -> bool {
         text.starts_with(b"ecdysis ")
     }
-
-    /// The length of the manifest at the start of `text`; `None` if more is to come.
-    pub(crate) fn length(text: &[u8]) -> Result<Option<usize>, Malformed> {
-        const END: &[u8] = b"\nend\n";
-        match text.windows(END.len()).position(|window| window == END) {
-            Some(at) => Ok(Some(at + END.len())),
-            None if text.len() > MAX_SIZE => Err(Malformed::new(0, "too large")),
-            None => Ok(None),
-        }
-    }
 }
 
 /// The descriptor, and the entry if its kind is known; `None` if the line is malformed.
@@ -176,17 +181,13 @@ fn fd_line(line: &str) -> Option<(FdRef, Option<Entry<RawFd>>)> {
             entry.file = Some((number(device)?, number(inode)?));
         }
         if let Some(name) = attribute.strip_prefix("name=") {
-            entry.key = entry.key.named(text_of(name)?);
+            entry.key = entry.key.named(unescape_text(name)?);
         }
         if let Some(name) = attribute.strip_prefix("unit=") {
-            entry.unit = Some(text_of(name)?);
+            entry.unit = Some(unescape_text(name)?);
         }
     }
     Some((entry.fd_ref(), Some(entry)))
-}
-
-fn text_of(word: &str) -> Option<String> {
-    String::from_utf8(unescape(word)?).ok()
 }
 
 /// Parses digits only; `parse` alone also accepts a plus sign.
@@ -203,7 +204,7 @@ pub(crate) struct Malformed {
 }
 
 impl Malformed {
-    fn new(line: usize, what: &'static str) -> Self {
+    pub(crate) fn new(line: usize, what: &'static str) -> Self {
         Self { line, what }
     }
 }

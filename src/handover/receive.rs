@@ -1,7 +1,7 @@
 //! The child's half of a handover: reads the manifest, and owns the descriptors that it names.
 
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{OwnedFd, RawFd};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -12,8 +12,8 @@ use super::ancestors::{Ancestors, DrainLink, ParentLink};
 use super::blob;
 use super::entry::{Entry, FdRef};
 use super::lines::{Lines, COMMIT};
-use super::manifest::{Manifest, Origin, MAX_ENTRIES, MAX_SIZE};
-use super::scm::{Limits, Receiver};
+use super::manifest::{Malformed, Manifest, Origin, MAX_ENTRIES, MAX_SIZE};
+use super::scm::{self, Limits, Receiver};
 use crate::error::Error;
 use crate::logging;
 use crate::sys::adopt::{is_identical, nonce, Adopter};
@@ -75,15 +75,17 @@ impl Arrived {
     /// Owns the descriptors that the manifest names.
     pub(crate) fn into_entries(self) -> Result<Vec<Entry>, Error> {
         let Self { manifest: Manifest { entries: named, unknown, .. }, mut descriptors, .. } = self;
-        let mut entries = Vec::with_capacity(named.len());
-        for entry in named {
-            let fd = descriptors.take(entry.fd_ref());
-            let fd = fd.map_err(|source| Error::Socket { key: entry.key.clone(), source })?;
-            entries.push(entry.with_fd(Arc::new(fd)));
+        let own = |entry: Entry<RawFd>| match descriptors.take(entry.fd_ref()) {
+            Ok(fd) => Ok(entry.with_fd(Arc::new(fd))),
+            Err(source) => Err(Error::Socket { key: entry.key, source }),
+        };
+        let entries = named.into_iter().map(own).collect::<Result<_, _>>()?;
+        // Owned in order to be closed: this version has no use for them.
+        let unused: Vec<_> = unknown.into_iter().map(|fd| descriptors.take(fd)).collect();
+        if let Descriptors::Inherited(adopter) = descriptors {
+            adopter.close_on_exec().map_err(|source| Error::Handover { what: "descriptors", source })?;
         }
-        for fd in unknown {
-            // Owned in order to be closed: this version has no use for it.
-            drop(descriptors.take(fd));
+        for _closed in unused {
             logging::info!("closed a descriptor of an unknown kind");
         }
         Ok(entries)
@@ -99,7 +101,7 @@ enum Descriptors {
 }
 
 impl Descriptors {
-    /// Owns the one that the manifest means, close-on-exec. Each can be owned once.
+    /// Owns the one that the manifest means. Each can be owned once.
     fn take(&mut self, fd: FdRef) -> io::Result<OwnedFd> {
         match self {
             Self::Inherited(adopter) => adopter.adopt(fd.fd, None, fd.inode),
@@ -121,10 +123,16 @@ impl Descriptors {
 pub(crate) fn read(pipe: &OwnedFd, adopter: Adopter, time: Duration) -> io::Result<Arrived> {
     let mut text = Vec::new();
     let deadline = Deadline::after(time);
+    // The end of what was searched for the last line, which may come in two pieces.
+    let mut searched: usize = 0;
     let length = loop {
-        if let Some(length) = Manifest::length(&text)? {
+        if let Some(length) = scm::length(&text, searched.saturating_sub(scm::END.len())) {
             break length;
         }
+        if text.len() > MAX_SIZE {
+            return Err(Malformed::new(0, "too large").into());
+        }
+        searched = text.len();
         text.reserve(1 << 16);
         match rustix::io::read(pipe, spare_capacity(&mut text)) {
             Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),

@@ -27,7 +27,7 @@ use crate::sys::poll::{wait_writable, Deadline};
 pub(crate) const DESCRIPTORS_PER_MESSAGE: usize = 253;
 
 /// The end of the line before the last, and the last line.
-const END: &[u8] = b"\nend\n";
+pub(super) const END: &[u8] = b"\nend\n";
 
 /// The length of the last line. It is sent when the socket has room again after all the rest, so that every message that
 /// follows fits: above all the one that gives the receiver up.
@@ -193,7 +193,7 @@ impl Receiver {
 }
 
 /// The length of the text at the start of `bytes`; its end is looked for from `from` on.
-fn length(bytes: &[u8], from: usize) -> Option<usize> {
+pub(crate) fn length(bytes: &[u8], from: usize) -> Option<usize> {
     bytes[from..].windows(END.len()).position(|window| window == END).map(|at| from + at + END.len())
 }
 

@@ -203,7 +203,7 @@ impl Sockets {
     /// The second is [`Error::Socket`] if no descriptor is free for a pair, or the name is longer than 255 bytes. The
     /// first is valid all the same.
     pub fn unix_datagram_pair(&self, name: impl AsRef<OsStr>) -> (Option<UnixDatagram>, Result<UnixDatagram, Error>) {
-        let key = Key::from_parts(Kind::DatagramPair, name.as_ref().as_encoded_bytes().to_vec());
+        let key = Key::from_parts(Kind::DatagramPair, name.as_ref().as_encoded_bytes());
         let to_parent = self.take(&key).and_then(|fd| match check_kind(Kind::DatagramPair, fd.as_fd(), false) {
             Ok(()) => Some(UnixDatagram::from(fd)),
             Err(e) => {

@@ -66,7 +66,10 @@ impl Registry {
     }
 
     pub(crate) fn inherit(&mut self, entries: Vec<Entry>) {
-        let mut inodes: HashSet<u64> = self.inherited.iter().map(|entry| entry.inode).collect();
+        let mut inodes = HashSet::with_capacity(self.inherited.len() + entries.len());
+        inodes.extend(self.inherited.iter().map(|entry| entry.inode));
+        self.inherited.reserve(entries.len());
+        self.ours.reserve(entries.len());
         for entry in entries {
             if entry.key.kind() == Kind::Late {
                 self.late = Some(entry.fd);

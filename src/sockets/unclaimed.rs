@@ -11,7 +11,7 @@ use crate::key::Key;
 #[derive(Debug, Default)]
 pub(super) struct Unclaimed {
     /// The inodes of the parent's listeners that this version does not have.
-    pub(super) dropped: Vec<u64>,
+    pub(super) dropped: HashSet<u64>,
     pub(super) infos: Vec<String>,
     pub(super) warnings: Vec<String>,
 }
@@ -66,8 +66,10 @@ impl Registry {
         }
         unclaimed.warnings.dedup();
         // The same socket may have been inherited twice, and claimed once.
-        let ours: HashSet<u64> = self.ours.iter().map(|entry| entry.inode).collect();
-        unclaimed.dropped = closed.iter().map(|entry| entry.inode).filter(|inode| !ours.contains(inode)).collect();
+        unclaimed.dropped = closed.iter().map(|entry| entry.inode).collect();
+        for ours in &self.ours {
+            unclaimed.dropped.remove(&ours.inode);
+        }
         self.closed.extend(closed.into_iter().map(|entry| (entry.key, entry.file)));
         Ok(unclaimed)
     }

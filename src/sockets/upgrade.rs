@@ -22,7 +22,7 @@ impl Sockets {
         for line in &unclaimed.warnings {
             logging::warn!("{line}");
         }
-        Ok(unclaimed.dropped)
+        Ok(unclaimed.dropped.into_iter().collect())
     }
 
     /// What an upgrade hands over when it begins, and what is to be sent at its commit. State is produced now, so that it

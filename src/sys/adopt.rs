@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use rustix::fs::{fstat, FileType};
 use rustix::io::{fcntl_setfd, ioctl_fionread, FdFlags};
 
-use super::system::identity;
+use super::system::{identity, sweep};
 
 /// What, besides the number, stands for a descriptor: the inode where it has one, otherwise a number made now.
 pub(crate) fn identity(fd: impl AsFd) -> io::Result<u64> {
@@ -38,14 +38,15 @@ impl Adopter {
         free.then(|| Self { adopted: Vec::new() })
     }
 
-    /// Owns descriptor `fd` if it is open, of that type and [`identity`], and not adopted before; marks it close-on-exec.
+    /// Owns descriptor `fd` if it is open, of that type and [`identity`], and not adopted before. It gets close-on-exec
+    /// by [`close_on_exec`](Self::close_on_exec).
     pub(crate) fn adopt(&mut self, fd: RawFd, file_type: Option<FileType>, wanted: u64) -> io::Result<OwnedFd> {
         let index = usize::try_from(fd).unwrap_or_default();
         if fd <= libc::STDERR_FILENO || self.adopted.get(index) == Some(&true) {
             return Err(io::ErrorKind::InvalidInput.into());
         }
         check(fd, file_type, wanted)?;
-        self.own(fd, index)
+        Ok(self.own(fd, index))
     }
 
     /// The same for a number that nothing proves, as version 1.1.1 hands descriptors over.
@@ -54,19 +55,33 @@ impl Adopter {
         if fd <= libc::STDERR_FILENO || self.adopted.get(index) == Some(&true) || !is_open(fd, file_type) {
             return Err(io::Error::new(io::ErrorKind::NotFound, "the descriptor is missing, or another file"));
         }
-        self.own(fd, index)
+        Ok(self.own(fd, index))
     }
 
     /// Owns an open descriptor that was not adopted before.
-    fn own(&mut self, fd: RawFd, index: usize) -> io::Result<OwnedFd> {
-        // SAFETY: it is open, and nobody owns it before this.
-        fcntl_setfd(unsafe { BorrowedFd::borrow_raw(fd) }, FdFlags::CLOEXEC)?;
+    fn own(&mut self, fd: RawFd, index: usize) -> OwnedFd {
         // No longer than the table of descriptors, because this one is open.
         self.adopted.resize(self.adopted.len().max(index + 1), false);
         self.adopted[index] = true;
         // SAFETY: the parent left this descriptor, known by its inode, open over the execve for us to own, so nobody
         // else in this process opened it; `adopted` and the single `Adopter` see to it that it is owned once.
-        Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+        unsafe { OwnedFd::from_raw_fd(fd) }
+    }
+
+    /// Sets close-on-exec on all that was adopted: thousands of listeners in one call, or one by one where the system does
+    /// not have it.
+    ///
+    /// Between their numbers may be others that this program has opened before its start. They get it as well, as they
+    /// would at its next upgrade.
+    pub(crate) fn close_on_exec(&self) -> io::Result<()> {
+        let mut adopted = (0..).zip(&self.adopted).filter(|(_, adopted)| **adopted).map(|(fd, _)| fd);
+        let Some(first) = adopted.clone().next() else { return Ok(()) };
+        // SAFETY: closes nothing before an execve.
+        if unsafe { sweep::close_on_exec(first as u32, self.adopted.len() as u32 - 1) }.is_ok() {
+            return Ok(());
+        }
+        // SAFETY: a closed one gives EBADF, and no caller has closed any yet.
+        Ok(adopted.try_for_each(|fd| fcntl_setfd(unsafe { BorrowedFd::borrow_raw(fd) }, FdFlags::CLOEXEC))?)
     }
 }
 

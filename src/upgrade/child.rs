@@ -86,11 +86,13 @@ fn from_environment() -> Result<Option<Inherited>, Error> {
     let (reader, writer, arrived) = match carrier {
         Carrier::Pipes { manifest, status } => {
             let (reader, writer) = (adopt(manifest)?, adopt(status)?);
+            adopter.close_on_exec().map_err(failed)?;
             let arrived = receive::read(&reader, adopter, MANIFEST).map_err(failed)?;
             (reader, writer, arrived)
         }
         Carrier::Socket(socket) => {
             let socket = adopt(socket)?;
+            adopter.close_on_exec().map_err(failed)?;
             let arrived = receive::receive(&socket, MANIFEST).map_err(failed)?;
             let arrived = arrived.map_err(|answer| failed(io::Error::new(io::ErrorKind::InvalidData, answer)))?;
             (socket.clone(), socket, arrived)

@@ -39,12 +39,7 @@ fn a_listener_is_nonblocking_in_every_generation() {
     let mut server = Server::whoami(["--listen", "127.0.0.1:0", "--listen", "unix:DIR/sock", "--probation", "20000"]);
     let nonblocking = |pid: u32| {
         let listeners = fds(pid).into_iter().filter(|(_, target)| target.starts_with("socket:"));
-        let flags = |(fd, _)| {
-            let info = fs::read_to_string(format!("/proc/{pid}/fdinfo/{fd}")).unwrap();
-            let flags = info.lines().find_map(|line| line.strip_prefix("flags:")).unwrap();
-            i32::from_str_radix(flags.trim(), 8).unwrap() & libc::O_NONBLOCK != 0
-        };
-        listeners.map(flags).collect::<Vec<_>>()
+        listeners.map(|(fd, _)| fd_flags(pid, fd).unwrap() & libc::O_NONBLOCK != 0).collect::<Vec<_>>()
     };
     assert_eq!(nonblocking(server.first_pid()), [true; 4], "two listeners, each held twice");
     server.signal(Signal::HUP);

@@ -13,6 +13,13 @@ pub fn fds(process: u32) -> BTreeMap<i32, String> {
     dir.flatten().filter_map(target).collect()
 }
 
+/// The flags of a descriptor, O_CLOEXEC included. `None` if it is no longer open.
+pub fn fd_flags(process: u32, fd: i32) -> Option<i32> {
+    let info = fs::read_to_string(format!("/proc/{process}/fdinfo/{fd}")).ok()?;
+    let flags = info.lines().find_map(|line| line.strip_prefix("flags:")).unwrap();
+    Some(i32::from_str_radix(flags.trim(), 8).unwrap())
+}
+
 /// Whether so many accept loops wait for connections. Each has an epoll of its own, except on other systems' side, where
 /// its thread sleeps.
 pub fn accept_loops_wait(process: u32, loops: usize) -> bool {

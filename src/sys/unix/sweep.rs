@@ -7,6 +7,15 @@ use super::calls::set_fd_flags;
 /// The highest number that is looked at: to try a million takes about a tenth of a second.
 const MOST: u64 = 1 << 20;
 
+/// Not in one call.
+///
+/// # Safety
+///
+/// None is needed; the other side has the same signature.
+pub(crate) unsafe fn close_on_exec(_first: u32, _last: u32) -> Result<(), i32> {
+    Err(libc::ENOSYS)
+}
+
 /// Sets close-on-exec on every descriptor from 3 up.
 ///
 /// # Safety

@@ -67,8 +67,15 @@ fn upgrades(server: &Server, times: usize) -> Result<(), String> {
         }
         let old = std::mem::replace(&mut pid, try_field(&verdict, "pid").ok_or("no pid")?);
         try_eventually("the old process ends", || gone(old))?;
-        if fds(pid).contains_key(&STRAY) {
+        let open = fds(pid);
+        if open.contains_key(&STRAY) {
             return Err("the stray descriptor went along".into());
+        }
+        let mut sockets = open.iter().filter(|(_, target)| target.starts_with("socket:"));
+        if let Some((fd, _)) =
+            sockets.find(|(fd, _)| fd_flags(pid, **fd).is_some_and(|flags| flags & libc::O_CLOEXEC == 0))
+        {
+            return Err(format!("descriptor {fd} is without close-on-exec"));
         }
     }
     let counts = load.stop();
