@@ -93,7 +93,7 @@ pub fn round_trip(data: &[u8]) {
         ..Manifest::default()
     };
     for (number, chunk) in data.chunks(24).enumerate() {
-        let kind = Kind::ALL[usize::from(chunk[0]) % Kind::ALL.len()];
+        let kind = Kind::ALL[usize::from(chunk[0]) % Kind::ALL.len()].0;
         let inode = chunk.iter().fold(0_u64, |all, byte| all.wrapping_mul(251).wrapping_add(u64::from(*byte)));
         manifest.entries.push(Entry {
             key: match chunk.len() % 5 {

@@ -45,34 +45,23 @@ pub(crate) enum Kind {
 }
 
 impl Kind {
-    pub(crate) const ALL: [Self; 11] = [
-        Self::Tcp,
-        Self::Udp,
-        Self::Unix,
-        Self::Seqpacket,
-        Self::UnixDatagram,
-        Self::DatagramPair,
-        Self::Stream,
-        Self::Bytes,
-        Self::Fd,
-        Self::Late,
-        Self::Drain,
+    /// In the order of the variants.
+    pub(crate) const ALL: [(Self, &'static str); 11] = [
+        (Self::Tcp, "tcp"),
+        (Self::Udp, "udp"),
+        (Self::Unix, "unix"),
+        (Self::Seqpacket, "unix-seqpacket"),
+        (Self::UnixDatagram, "unix-datagram"),
+        (Self::DatagramPair, "unix-datagram-pair"),
+        (Self::Stream, "stream"),
+        (Self::Bytes, "bytes"),
+        (Self::Fd, "fd"),
+        (Self::Late, "late"),
+        (Self::Drain, "drain"),
     ];
 
     pub(crate) fn word(self) -> &'static str {
-        match self {
-            Self::Tcp => "tcp",
-            Self::Udp => "udp",
-            Self::Unix => "unix",
-            Self::Seqpacket => "unix-seqpacket",
-            Self::UnixDatagram => "unix-datagram",
-            Self::DatagramPair => "unix-datagram-pair",
-            Self::Stream => "stream",
-            Self::Bytes => "bytes",
-            Self::Fd => "fd",
-            Self::Late => "late",
-            Self::Drain => "drain",
-        }
+        Self::ALL[self as usize].1
     }
 
     /// Returns whether it is a socket that peers reach by its address.
@@ -81,7 +70,7 @@ impl Kind {
     }
 
     pub(crate) fn from_word(word: &str) -> Option<Self> {
-        Self::ALL.into_iter().find(|kind| kind.word() == word)
+        Self::ALL.into_iter().find(|(_, known)| *known == word).map(|(kind, _)| kind)
     }
 }
 

@@ -102,22 +102,22 @@ pub(crate) enum FromParent {
 }
 
 impl FromParent {
+    const LINES: [(Self, &'static str); 7] = [
+        (Self::Commit, "commit\n"),
+        (Self::Stop, "stop\n"),
+        (Self::RequestStop, "request stop\n"),
+        (Self::RequestPartialStop, "request partial-stop\n"),
+        (Self::RequestUpgrade, "request upgrade\n"),
+        (Self::Main, "main\n"),
+        (Self::Verdict, "verdict\n"),
+    ];
+
     pub(crate) fn line(self) -> &'static str {
-        match self {
-            Self::Commit => "commit\n",
-            Self::Stop => "stop\n",
-            Self::RequestStop => "request stop\n",
-            Self::RequestPartialStop => "request partial-stop\n",
-            Self::RequestUpgrade => "request upgrade\n",
-            Self::Main => "main\n",
-            Self::Verdict => "verdict\n",
-        }
+        Self::LINES[self as usize].1
     }
 
     pub(crate) fn parse(line: &str) -> Option<Self> {
-        use FromParent::{Commit, Main, RequestPartialStop, RequestStop, RequestUpgrade, Stop, Verdict};
-        let all = [Commit, Stop, RequestStop, RequestPartialStop, RequestUpgrade, Main, Verdict];
-        all.into_iter().find(|message| message.line().trim_end() == line)
+        Self::LINES.into_iter().find(|(_, known)| known.trim_end() == line).map(|(message, _)| message)
     }
 }
 
@@ -239,6 +239,9 @@ mod tests {
             let line = status.line();
             assert!(line.len() <= MAX_LINE, "{}", line.len());
             assert_eq!(FromChild::parse(line.strip_suffix('\n').unwrap()), Some(status));
+        }
+        for (message, line) in FromParent::LINES {
+            assert_eq!((message.line(), FromParent::parse(line.trim_end())), (line, Some(message)));
         }
         for garbage in ["", "readyish", "ready now", "failed execve", "failed execve x", "refused %4", "dropped x"] {
             assert_eq!(FromChild::parse(garbage), None, "{garbage:?}");

@@ -44,7 +44,7 @@ impl Sockets {
         registry.claim(key).unwrap_or_else(|e| {
             logging::error!("cannot duplicate the descriptor of {key}: {e}");
             // A program that binds anew after this would lose the clients in the queue of the old socket.
-            registry.claim_failed(key, e);
+            registry.failed.get_or_insert((key.clone(), e));
             None
         })
     }
@@ -59,7 +59,7 @@ impl Sockets {
     /// Returns the keys of everything that the parent, or the service manager, handed over and that is not claimed or taken.
     /// For connections and state under names that this process cannot know.
     pub fn inherited(&self) -> Vec<Key> {
-        self.registry().inherited()
+        self.registry().inherited.iter().map(|entry| entry.key.clone()).collect()
     }
 
     /// Declares that this version drops every listener of its parent on purpose. Otherwise [`Starting::ready`] fails if none
@@ -68,7 +68,7 @@ impl Sockets {
     ///
     /// [`Starting::ready`]: crate::Starting::ready
     pub fn discard_inherited(&self) {
-        self.registry().discard_inherited();
+        self.registry().discards = true;
     }
 
     /// Hands any descriptor to the next generation, by name: a lock file, a timer, shared memory. The registry keeps a

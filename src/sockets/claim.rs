@@ -7,7 +7,6 @@ use std::sync::Arc;
 
 use super::in_use;
 use super::registry::Registry;
-use crate::error::Error;
 use crate::handover::entry::{duplicate, Entry};
 use crate::key::Key;
 use crate::listen;
@@ -46,31 +45,12 @@ impl Registry {
         self.claim_at(0, key.clone())
     }
 
-    /// Another socket was made in place of this one, which the parent serves until it is over.
-    pub(super) fn replaced(&mut self, entry: Entry) {
-        self.claimed = true;
-        self.retired.push(entry);
-    }
-
     fn claim_at(&mut self, at: usize, key: Key) -> io::Result<OwnedFd> {
         let fd = duplicate(&self.inherited[at].fd)?;
         self.claimed |= key.kind().has_address();
         let entry = self.inherited.remove(at);
         self.ours.extend(entry.map(|entry| Entry { key, ..entry }));
         Ok(fd)
-    }
-
-    /// Remembers a claim whose failure its caller could not return.
-    pub(super) fn claim_failed(&mut self, key: &Key, error: io::Error) {
-        self.failed.get_or_insert((key.clone(), error));
-    }
-
-    /// The error of such a claim. Then this generation must not serve.
-    pub(super) fn failed_claim(&mut self) -> Result<(), Error> {
-        match self.failed.take() {
-            Some((key, source)) => Err(Error::Socket { key, source }),
-            None => Ok(()),
-        }
     }
 
     /// Removes what the parent handed over under this key.

@@ -37,14 +37,14 @@ const BUFFER: usize = 8 << 20;
 #[derive(Debug)]
 pub(crate) struct Late {
     socket: OwnedFd,
-    producers: Vec<(Key, Producer)>,
+    producers: Vec<Producer>,
     /// The descriptors that are handed over anyway.
     known: HashSet<u64>,
 }
 
 impl Late {
     /// Adds the child's end to `entries`.
-    pub(super) fn new(producers: Vec<(Key, Producer)>, entries: &mut Vec<Entry>) -> io::Result<Self> {
+    pub(super) fn new(producers: Vec<Producer>, entries: &mut Vec<Entry>) -> io::Result<Self> {
         let (socket, child_end) = net::socketpair(SocketType::STREAM, Mode::Nonblocking)?;
         // As much as the system allows (net.core.wmem_max), because the child reads only after the commit.
         let _ = set_socket_send_buffer_size(&socket, BUFFER);
@@ -74,31 +74,19 @@ impl Late {
 }
 
 /// Calls the callbacks in a thread of their own, so that one that hangs cannot keep this process from serving.
-fn produce(producers: Vec<(Key, Producer)>, end: Instant) -> Result<Vec<Entry>, Error> {
-    let keys: Vec<Key> = producers.iter().map(|(key, _)| key.clone()).collect();
+fn produce(producers: Vec<Producer>, end: Instant) -> Result<Vec<Entry>, Error> {
     let (results, produced) = mpsc::channel();
-    let call = move || {
-        for (key, producer) in producers {
-            let entry = producer
-                .produce(&key)
-                .and_then(|fd| Entry::new(key.clone(), fd).map_err(|source| Error::Socket { key, source }));
-            if results.send(entry).is_err() {
-                return;
-            }
-        }
-    };
+    let called = producers.clone();
+    let call = move || called.iter().map(Producer::produce).try_for_each(|entry| results.send(entry).map_err(drop));
     thread::Builder::new()
         .name("ecdysis-state".into())
         .spawn(call)
         .map_err(|source| Error::Prepare { what: "thread for the state at the commit", source })?;
-    let wait = |key: &Key| {
-        let late = |_| Error::State {
-            name: String::from_utf8_lossy(key.raw_name()).into_owned(),
-            source: format!("the callbacks at the commit took longer than {TIME:?}").into(),
-        };
-        produced.recv_timeout(end.saturating_duration_since(Instant::now())).map_err(late)?
+    let wait = |producer: &Producer| {
+        let entry = produced.recv_timeout(end.saturating_duration_since(Instant::now()));
+        entry.map_err(|_| producer.failed(format!("the callbacks at the commit took longer than {TIME:?}")))?
     };
-    keys.iter().map(wait).collect()
+    producers.iter().map(wait).collect()
 }
 
 /// Sends descriptors, with as few bytes as they need: all must fit into the socket's buffer.

@@ -317,7 +317,10 @@ impl Sockets {
         match self.make(key, make) {
             Ok(fd) => {
                 logging::warn!("{key} no longer leads to the inherited socket: opened it anew");
-                self.registry().replaced(lost);
+                // The parent serves the old one until it is over.
+                let mut registry = self.registry();
+                registry.claimed = true;
+                registry.retired.push(lost);
                 Ok(fd)
             }
             Err(e) => {

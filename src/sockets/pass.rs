@@ -6,6 +6,7 @@ use std::io;
 use std::net::TcpStream;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::{UnixDatagram, UnixStream};
+use std::sync::Arc;
 
 use rustix::net::AddressFamily;
 
@@ -53,10 +54,7 @@ impl Sockets {
     where
         E: Into<Box<dyn StdError + Send + Sync>>,
     {
-        let produce = move || produce().map_err(Into::into);
-        let key = Key::bytes(name);
-        let passed = self.registry().produce(&key, Producer::new(produce));
-        passed.map_err(|source| Error::Socket { key, source })
+        self.produce(name.as_ref(), false, move || produce().map_err(Into::into))
     }
 
     /// Hands bytes to the next generation as [`pass_bytes`](Self::pass_bytes) does, but produced at the commit: after this
@@ -103,10 +101,18 @@ impl Sockets {
     where
         E: Into<Box<dyn StdError + Send + Sync>>,
     {
-        let produce = move || produce().map_err(Into::into);
+        self.produce(name.as_ref(), true, move || produce().map_err(Into::into))
+    }
+
+    fn produce(
+        &self,
+        name: &OsStr,
+        at_commit: bool,
+        callback: impl Fn() -> Result<Vec<u8>, Box<dyn StdError + Send + Sync>> + Send + Sync + 'static,
+    ) -> Result<(), Error> {
         let key = Key::bytes(name);
-        let passed = self.registry().produce_late(&key, Producer::new(produce));
-        passed.map_err(|source| Error::Socket { key, source })
+        let producer = Producer { key: key.clone(), at_commit, callback: Arc::new(callback) };
+        self.registry().produce(producer).map_err(|source| Error::Socket { key, source })
     }
 
     /// Returns the bytes that the parent passed by this name; `None` if there are none. The next generation gets only
@@ -121,7 +127,11 @@ impl Sockets {
         let key = Key::bytes(name);
         let bytes = match self.take(&key) {
             Some(fd) => blob::open(fd, blob::LIMIT).map(Some),
-            None => self.registry().check_late().map(|()| None),
+            None if self.registry().late_is_incomplete => {
+                let why = "the parent did not get as far as to pass its state at the commit";
+                Err(io::Error::new(io::ErrorKind::UnexpectedEof, why))
+            }
+            None => Ok(None),
         };
         bytes.map_err(|source| Error::Socket { key, source })
     }

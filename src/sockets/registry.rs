@@ -26,10 +26,8 @@ use crate::manager::Store;
 pub(crate) struct Registry {
     /// Handed to the next generation, in the order asked for.
     pub(super) ours: Vec<Entry>,
-    /// Made for the next generation when an upgrade begins.
-    pub(super) producers: Vec<(Key, Producer)>,
-    /// Made for the next generation at the commit.
-    pub(super) late_producers: Vec<(Key, Producer)>,
+    /// Make something for the next generation when an upgrade begins, or at its commit.
+    pub(super) producers: Vec<Producer>,
     /// Over this the parent sends what it hands over at the commit.
     pub(super) late: Option<Arc<OwnedFd>>,
     /// Not everything came over it.
@@ -145,38 +143,29 @@ impl Registry {
         Ok(())
     }
 
-    /// Has `producer` make a descriptor at every upgrade, replacing what had the same key.
-    pub(super) fn produce(&mut self, key: &Key, producer: Producer) -> io::Result<()> {
-        check_name(key)?;
-        self.producers.retain(|(held, _)| held != key);
-        self.producers.push((key.clone(), producer));
-        Ok(())
-    }
-
-    /// As [`produce`](Self::produce), at the commit.
-    pub(super) fn produce_late(&mut self, key: &Key, producer: Producer) -> io::Result<()> {
-        check_name(key)?;
-        self.late_producers.retain(|(held, _)| held != key);
-        self.late_producers.push((key.clone(), producer));
+    /// Has `producer` make a descriptor at every upgrade, replacing the one for the same key and moment.
+    pub(super) fn produce(&mut self, producer: Producer) -> io::Result<()> {
+        check_name(&producer.key)?;
+        self.producers.retain(|held| held.key != producer.key || held.at_commit != producer.at_commit);
+        self.producers.push(producer);
         Ok(())
     }
 
     /// Drops everything with this key, and returns how many of ours there were.
     pub(super) fn retire(&mut self, key: &Key) -> usize {
-        let Self { ours, producers, late_producers, inherited, retired, store, .. } = self;
-        let before = ours.len() + producers.len() + late_producers.len();
+        let Self { ours, producers, inherited, retired, store, .. } = self;
+        let before = ours.len() + producers.len();
         ours.retain(|entry| {
             if let (true, Some(store)) = (entry.key == *key, &store) {
                 store.forget(key, entry.file);
             }
             entry.key != *key
         });
-        producers.retain(|(held, _)| held != key);
-        late_producers.retain(|(held, _)| held != key);
+        producers.retain(|held| held.key != *key);
         let (gone, kept): (VecDeque<_>, _) = mem::take(inherited).into_iter().partition(|entry| entry.key == *key);
         *inherited = kept;
         retired.extend(gone);
-        before - ours.len() - producers.len() - late_producers.len()
+        before - ours.len() - producers.len()
     }
 
     /// Keeps the files of the Unix sockets with this key at a final stop, because the program still listens on them.
@@ -191,8 +180,7 @@ impl Registry {
 
     /// The keys of what an upgrade would hand over.
     pub(crate) fn keys(&self) -> impl Iterator<Item = &Key> {
-        let producers = self.producers.iter().chain(&self.late_producers).map(|(key, _)| key);
-        self.ours.iter().map(|entry| &entry.key).chain(producers)
+        self.ours.iter().map(|entry| &entry.key).chain(self.producers.iter().map(|producer| &producer.key))
     }
 
     /// What an upgrade hands over.
@@ -202,36 +190,10 @@ impl Registry {
         self.ours.iter().chain(unclaimed).cloned().collect()
     }
 
-    /// What is to be produced for an upgrade when it begins, and what at its commit.
-    pub(super) fn producers(&self) -> [Vec<(Key, Producer)>; 2] {
-        [self.producers.clone(), self.late_producers.clone()]
-    }
-
     /// The connections and other descriptors of ours that are not `known`.
     pub(super) fn passed_since(&self, known: &HashSet<u64>) -> Vec<Entry> {
         let ours = self.ours.iter().filter(|entry| matches!(entry.key.kind(), Kind::Stream | Kind::Fd));
         ours.filter(|entry| !known.contains(&entry.inode)).cloned().collect()
-    }
-
-    /// The keys of what was inherited and is not claimed.
-    pub(super) fn inherited(&self) -> Vec<Key> {
-        self.inherited.iter().map(|entry| entry.key.clone()).collect()
-    }
-
-    pub(super) fn take_late(&mut self) -> Option<Arc<OwnedFd>> {
-        self.late.take()
-    }
-
-    pub(super) fn late_is_incomplete(&mut self) {
-        self.late_is_incomplete = true;
-    }
-
-    pub(super) fn check_late(&self) -> io::Result<()> {
-        if self.late_is_incomplete {
-            let why = "the parent did not get as far as to pass its state at the commit";
-            return Err(io::Error::new(io::ErrorKind::UnexpectedEof, why));
-        }
-        Ok(())
     }
 
     // ---- close ------------------------------------------------------------------------------------------------------
@@ -239,11 +201,6 @@ impl Registry {
     /// From here on claims are the program's. Those before were made for the control sockets.
     pub(crate) fn begin_claims(&mut self) {
         self.claimed = false;
-    }
-
-    /// The program means to drop every listener of its parent.
-    pub(super) fn discard_inherited(&mut self) {
-        self.discards = true;
     }
 
     /// The next generation does not have these listeners, and this one is over.
@@ -257,7 +214,6 @@ impl Registry {
     pub(crate) fn close_all(&mut self) {
         self.ours.clear();
         self.producers.clear();
-        self.late_producers.clear();
         self.inherited.clear();
     }
 

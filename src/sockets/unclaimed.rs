@@ -25,7 +25,9 @@ impl Registry {
     /// [`Error::NoListener`] if the parent has listeners and none of them was asked for, unless the program has said that
     /// this is meant; and a claim that failed.
     pub(super) fn close_unclaimed(&mut self) -> Result<Unclaimed, Error> {
-        self.failed_claim()?;
+        if let Some((key, source)) = self.failed.take() {
+            return Err(Error::Socket { key, source });
+        }
         let is_child = self.pending.is_some();
         let mut unclaimed = Unclaimed::default();
         let passed = self.passed();

@@ -8,7 +8,6 @@ use super::Sockets;
 use crate::error::Error;
 use crate::handover::entry::Entry;
 use crate::handover::receive;
-use crate::key::Key;
 use crate::logging;
 
 impl Sockets {
@@ -28,12 +27,9 @@ impl Sockets {
     /// What an upgrade hands over when it begins, and what is to be sent at its commit. State is produced now, so that it
     /// is fresh.
     pub(crate) fn snapshot(&self) -> Result<(Vec<Entry>, Option<Late>), Error> {
-        let [producers, late] = self.registry().producers();
-        let produce = |(key, producer): (Key, Producer)| {
-            let fd = producer.produce(&key)?;
-            Entry::new(key.clone(), fd).map_err(|source| Error::Socket { key, source })
-        };
-        let produced = producers.into_iter().map(produce).collect::<Result<Vec<_>, _>>()?;
+        let producers = self.registry().producers.clone();
+        let (late, now): (Vec<_>, Vec<_>) = producers.into_iter().partition(|producer| producer.at_commit);
+        let produced = now.iter().map(Producer::produce).collect::<Result<Vec<_>, _>>()?;
         let mut entries = self.registry().snapshot();
         entries.extend(produced);
         if late.is_empty() {
@@ -51,13 +47,13 @@ impl Sockets {
     /// [`Error::Socket`] with the error of listen(2).
     pub(crate) fn begin_serving(&self) -> Result<(), Error> {
         self.registry().start_listening()?;
-        let Some(late) = self.registry().take_late() else { return Ok(()) };
+        let Some(late) = self.registry().late.take() else { return Ok(()) };
         let received =
             receive::receive_late(&late).and_then(|arrived| arrived.into_entries().map_err(io::Error::other));
         match received {
             Ok(entries) => self.registry().inherit(entries),
             Err(e) => {
-                self.registry().late_is_incomplete();
+                self.registry().late_is_incomplete = true;
                 logging::warn!("cannot receive what the parent hands over at the commit: {e}");
             }
         }
