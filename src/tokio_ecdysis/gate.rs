@@ -4,7 +4,7 @@ use std::io;
 use std::os::fd::BorrowedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Arc;
-use std::task::{ready, Context, Poll};
+use std::task::{Context, Poll};
 use std::thread;
 use std::time::Duration;
 
@@ -30,20 +30,16 @@ pub(super) struct Gate {
     /// During a pause: set when it is time to try again.
     again: Option<Arc<AtomicBool>>,
     tries: Tries,
-    ended: bool,
 }
 
 impl Gate {
     pub(super) fn new(shutdown: Shutdown, stop_on_shutdown: StopOnShutdown) -> Self {
-        Self { watch: Watch::new(shutdown), stop_on_shutdown, again: None, tries: Tries::default(), ended: false }
+        Self { watch: Watch::new(shutdown), stop_on_shutdown, again: None, tries: Tries::default() }
     }
 
-    /// From now on, a drain waits for the end of this: a task that was spawned may not have run yet at a stop, and must
-    /// accept what is queued first. A drain does not wait for those that continue after a stop.
-    pub(super) fn count(&mut self) {
-        if self.stop_on_shutdown == StopOnShutdown::Yes {
-            self.watch.count();
-        }
+    /// The place of another task at the same gate.
+    pub(super) fn another(&self) -> Self {
+        Self::new(self.watch.shutdown.clone(), self.stop_on_shutdown)
     }
 
     /// Counts an attempt in [`Phase::AcceptQueued`].
@@ -52,14 +48,14 @@ impl Gate {
     }
 
     /// What the task may do now. The task is woken when that changes.
-    ///
-    /// A listener that the next generation does not have is served until this one is over.
-    pub(super) fn phase(&mut self, cx: &Context<'_>, listener: Option<BorrowedFd<'_>>) -> Phase {
-        if self.ended {
-            return Phase::End;
-        }
+    pub(super) fn watch(&mut self, cx: &Context<'_>) -> Phase {
         // Before the state is read, so that no change is missed.
         self.watch.register(cx);
+        self.phase(None)
+    }
+
+    /// A listener that the next generation does not have is served until this one is over.
+    fn phase(&self, listener: Option<BorrowedFd<'_>>) -> Phase {
         let shutdown = &self.watch.shutdown;
         match shutdown.accept_gate().phase(listener) {
             Phase::AcceptQueued | Phase::End
@@ -71,48 +67,54 @@ impl Gate {
         }
     }
 
-    /// The next value of `source`, or `None` when it is over, as [`Shutdown::accept`] does it.
+    /// The next connection or datagram of `fd`, or `None` when accepting is over, as [`Shutdown::accept`] does it.
     ///
     /// `poll` asks the runtime. `now` asks the kernel: at a stop, the runtime's "nothing yet" may only mean that it has
     /// not looked, or that the task has used up its budget, and what is queued would be reset.
-    pub(super) fn poll_next<S: ?Sized, T>(
+    pub(super) fn poll_next<T>(
         &mut self,
         cx: &mut Context<'_>,
-        source: &mut S,
-        listener: impl Fn(&S) -> BorrowedFd<'_>,
-        poll: impl Fn(&mut S, &mut Context<'_>) -> Poll<io::Result<T>>,
-        now: impl Fn(&mut S) -> io::Result<T>,
+        fd: BorrowedFd<'_>,
+        mut poll: impl FnMut(&mut Context<'_>) -> Poll<io::Result<T>>,
+        now: impl Fn() -> io::Result<T>,
     ) -> Poll<Option<io::Result<T>>> {
+        let mut watched = false;
         loop {
-            let phase = self.phase(cx, Some(listener(source)));
-            if phase == Phase::End {
-                self.end();
-                return Poll::Ready(None);
-            }
-            if phase == Phase::Wait || self.again.as_ref().is_some_and(|again| !again.load(Ordering::SeqCst)) {
-                return Poll::Pending;
-            }
-            self.again = None;
-            let result = if phase == Phase::AcceptQueued {
-                self.count_queued();
-                now(source)
-            } else {
-                ready!(poll(source, cx))
+            let phase = self.phase(Some(fd));
+            let pauses = self.again.as_ref().is_some_and(|again| !again.load(Ordering::SeqCst));
+            let result = match phase {
+                Phase::End => {
+                    self.watch.end();
+                    return Poll::Ready(None);
+                }
+                Phase::Wait => Poll::Pending,
+                _ if pauses => Poll::Pending,
+                Phase::AcceptQueued => {
+                    self.count_queued();
+                    Poll::Ready(now())
+                }
+                Phase::Accept => poll(cx),
             };
+            let Poll::Ready(result) = result else {
+                if std::mem::replace(&mut watched, true) {
+                    return Poll::Pending;
+                }
+                // Before the state is read once more, so that no change is missed.
+                self.watch.register(cx);
+                continue;
+            };
+            self.again = None;
             let settled = self.watch.shutdown.accept_gate().settled();
-            match decide_and_log(phase, settled.has_passed(), &result, &mut self.tries) {
+            let step = decide_and_log(phase, settled.has_passed(), &result, &mut self.tries);
+            match step {
                 Step::Return => return Poll::Ready(Some(result)),
                 Step::Retry => {}
                 Step::Linger => self.pause(cx, settled.time_left()),
                 // Only `now` finds nothing: `poll` would be pending, so there is no wait.
                 Step::Wait | Step::Pause => self.pause(cx, SCARCE),
-                Step::End => {
-                    self.end();
-                    return Poll::Ready(None);
-                }
-                Step::Fail => {
-                    self.end();
-                    return Poll::Ready(Some(result));
+                Step::End | Step::Fail => {
+                    self.watch.end();
+                    return Poll::Ready((step == Step::Fail).then_some(result));
                 }
             }
         }
@@ -133,10 +135,5 @@ impl Gate {
             cx.waker().wake_by_ref();
         }
         self.again = Some(again);
-    }
-
-    fn end(&mut self) {
-        self.ended = true;
-        self.watch.end();
     }
 }

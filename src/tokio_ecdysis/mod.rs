@@ -9,6 +9,7 @@ mod gate;
 mod handle;
 mod seqpacket;
 mod socket;
+mod source;
 mod stoppable;
 mod stream;
 #[cfg(feature = "systemd_notify")]
@@ -26,8 +27,9 @@ pub use self::gate::StopOnShutdown;
 pub use self::handle::TokioEcdysis;
 pub use self::seqpacket::{UnixSeqpacketConn, UnixSeqpacketListener, UnixSeqpacketListenerStream};
 pub use self::socket::{SockAddr, Socket};
+pub use self::source::{Listener, Source, UdpStream};
 pub use self::stoppable::Stoppable;
-pub use self::stream::{Source, StoppableStream, UdpStream};
+pub use self::stream::StoppableStream;
 #[cfg(feature = "systemd_notify")]
 pub use self::systemd_notify::{SystemdNotifier, SystemdNotifierError};
 #[cfg(feature = "systemd_sockets")]

@@ -9,7 +9,7 @@ use std::task::{ready, Context, Poll};
 use futures_core::Stream;
 use tokio::io::unix::AsyncFd;
 
-use super::stream::{sealed::Sealed, Source};
+use super::source::{sealed::Sealed, Listener, Source};
 
 /// The replacement for this deprecated constructor is missing in older versions of Tokio that we support. It is deprecated
 /// because the type may not own its descriptor; our two types do.
@@ -126,7 +126,7 @@ impl Stream for UnixSeqpacketListenerStream {
     type Item = io::Result<UnixSeqpacketConn>;
 
     fn poll_next(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
-        self.get_mut().poll(cx).map(Some)
+        self.poll(cx).map(Some)
     }
 }
 
@@ -134,7 +134,7 @@ impl Sealed for UnixSeqpacketListenerStream {}
 
 impl Source for UnixSeqpacketListenerStream {
     type Plain = UnixSeqpacketListener;
-    type Got = UnixSeqpacketConn;
+    type Accepted = UnixSeqpacketConn;
 
     fn plain(&self) -> &UnixSeqpacketListener {
         &self.0
@@ -144,11 +144,11 @@ impl Source for UnixSeqpacketListenerStream {
         self.0
     }
 
-    fn item(got: io::Result<Self::Got>) -> Self::Item {
+    fn item(got: io::Result<Self::Accepted>) -> Self::Item {
         got
     }
 
-    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<Self::Got>> {
+    fn poll(&self, cx: &mut Context<'_>) -> Poll<io::Result<Self::Accepted>> {
         loop {
             let mut ready = ready!(self.0 .0.poll_read_ready(cx))?;
             if let Ok(accepted) = ready.try_io(|listener| listener.get_ref().accept()) {
@@ -157,7 +157,17 @@ impl Source for UnixSeqpacketListenerStream {
         }
     }
 
-    fn now(&mut self) -> io::Result<Self::Got> {
+    fn now(&self) -> io::Result<Self::Accepted> {
         self.0.get_ref().accept().and_then(UnixSeqpacketConn::from_std)
+    }
+}
+
+impl Listener for UnixSeqpacketListenerStream {
+    async fn accept(&self) -> io::Result<UnixSeqpacketConn> {
+        loop {
+            if let Ok(accepted) = self.0 .0.readable().await?.try_io(|listener| listener.get_ref().accept()) {
+                return accepted.and_then(UnixSeqpacketConn::from_std);
+            }
+        }
     }
 }

@@ -56,7 +56,7 @@ impl<S> Stoppable<S> {
 
     async fn open(&self) -> Option<Gate> {
         let mut gate = Gate::new(self.shutdown.clone(), self.stop_on_shutdown);
-        let opened = poll_fn(|cx| match gate.phase(cx, None) {
+        let opened = poll_fn(|cx| match gate.watch(cx) {
             Phase::Wait => Poll::Pending,
             Phase::End => Poll::Ready(false),
             Phase::Accept | Phase::AcceptQueued => Poll::Ready(true),
@@ -67,7 +67,7 @@ impl<S> Stoppable<S> {
 
 async fn until_stopped<O>(gate: &mut Gate, future: impl Future<Output = O>) -> Option<O> {
     let mut future = pin!(future);
-    poll_fn(|cx| match gate.phase(cx, None) {
+    poll_fn(|cx| match gate.watch(cx) {
         Phase::Wait => Poll::Pending,
         Phase::End => Poll::Ready(None),
         Phase::Accept => future.as_mut().poll(cx).map(Some),

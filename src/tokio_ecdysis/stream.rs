@@ -1,27 +1,26 @@
 //! Streams of connections and datagrams that obey the shutdown handle.
 
 use std::fmt;
-use std::future::{pending, poll_fn};
+use std::future::{pending, poll_fn, Future};
 use std::io;
 use std::net::SocketAddr;
-use std::os::fd::{AsFd, OwnedFd};
-use std::pin::Pin;
-use std::task::{Context, Poll};
+use std::ops::Deref;
+use std::os::fd::AsFd;
+use std::pin::{pin, Pin};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{ready, Context, Poll};
 
-use bytes::BytesMut;
 use futures_core::Stream;
-use tokio::io::ReadBuf;
-use tokio::net::{TcpListener, TcpStream, UdpSocket, UnixListener, UnixStream};
 use tokio_stream::wrappers::{TcpListenerStream, UnixListenerStream};
 
 use super::gate::{Gate, StopOnShutdown};
-use crate::shutdown::Shutdown;
-use crate::sys::{net, Mode};
+use super::source::{Listener, Source};
+use crate::shutdown::{LoopGuard, Shutdown};
 
 /// The connections of a listener, or the datagrams of a UDP socket, as a [`Stream`] of `io::Result`s.
 ///
 /// It is tokio-stream's `TcpListenerStream` or `UnixListenerStream`, or
-/// [`UnixSeqpacketListenerStream`](super::UnixSeqpacketListenerStream) or [`UdpStream`], with an end.
+/// [`UnixSeqpacketListenerStream`](super::UnixSeqpacketListenerStream) or [`UdpStream`](super::UdpStream), with an end.
 ///
 /// It yields nothing before [`ready`](super::TokioEcdysisBuilder::ready), so it may be polled earlier: connections that
 /// this generation may never serve are left to the parent. It yields nothing while a new generation is on probation.
@@ -32,70 +31,140 @@ use crate::sys::{net, Mode};
 /// Errors of one connection and a lack of descriptors are handled. Only an error of the listener itself is yielded, and
 /// then the stream ends.
 ///
+/// Several tasks may [`accept`](Self::accept) from one stream, in an [`Arc`] for example. It has ended when `accept` has
+/// returned `None` or an error to all of those that were waiting.
+///
 /// [`Shutdown::drain`] waits until the stream has ended or is dropped, so that a guard for what it yields is never missed.
 /// A stream that is kept but not polled makes `drain` wait for its full deadline.
 pub struct StoppableStream<S: Stream> {
     /// `None` once the stream has ended.
-    source: Option<S>,
+    open: Mutex<Option<Arc<Open<S>>>>,
     gate: Gate,
     /// [`item`] for this source, so that a program can be generic over any `S: Stream`.
     next: Next<S>,
 }
 
-type Next<S> = fn(&mut S, &mut Gate, &mut Context<'_>) -> Poll<Option<<S as Stream>::Item>>;
+type Next<S> = fn(&mut Option<Arc<Open<S>>>, &mut Gate, &mut Context<'_>) -> Poll<Option<<S as Stream>::Item>>;
+
+/// What the end of a stream closes. Each call of `accept` that waits is an owner, too.
+#[derive(Debug)]
+struct Open<S> {
+    source: S,
+    /// A drain waits for the end of this: a task that was spawned may not have run yet at a stop, and must accept what is
+    /// queued first. It does not wait for those that continue after a stop.
+    _counted: Option<LoopGuard>,
+}
+
+impl<S: Stream> StoppableStream<S> {
+    fn open(&self) -> MutexGuard<'_, Option<Arc<Open<S>>>> {
+        self.open.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
 
 impl<S: Source> StoppableStream<S> {
     pub(super) fn new(source: S, shutdown: Shutdown, stop_on_shutdown: StopOnShutdown) -> Self {
-        let mut gate = Gate::new(shutdown, stop_on_shutdown);
-        gate.count();
-        Self { source: Some(source), gate, next: item }
+        let counted = (stop_on_shutdown == StopOnShutdown::Yes).then(|| shutdown.count_loop());
+        let open = Mutex::new(Some(Arc::new(Open { source, _counted: counted })));
+        Self { open, gate: Gate::new(shutdown, stop_on_shutdown), next: item }
     }
 
-    /// Returns the underlying Tokio listener or socket, unless the stream has ended. It accepts in every state.
-    pub fn get_ref(&self) -> Option<&S::Plain> {
-        self.source.as_ref().map(S::plain)
+    /// Returns the underlying Tokio listener or socket, unless the stream has ended. It accepts in every state. While this
+    /// value lives, the end of the stream does not close the listener.
+    pub fn get_ref(&self) -> Option<impl Deref<Target = S::Plain> + '_> {
+        self.open().clone().map(Plain)
     }
 
     /// Returns the underlying Tokio listener or socket, unless the stream has ended. It ignores the states of the shutdown
     /// handle: accept from it only between `ready` and the end of [`over`](super::TokioEcdysis::over).
     pub fn into_inner(self) -> Option<S::Plain> {
-        self.source.map(S::into_plain)
+        let open = self.open.into_inner().unwrap_or_else(PoisonError::into_inner);
+        Some(Arc::into_inner(open?)?.source.into_plain())
     }
 }
 
-/// Polls, and drops the source at the end.
-fn until_end<S, T>(source: &mut Option<S>, poll: impl FnOnce(&mut S) -> Poll<Option<T>>) -> Poll<Option<T>> {
-    let next = source.as_mut().map_or(Poll::Ready(None), poll);
-    if let Poll::Ready(None) = next {
-        *source = None;
+struct Plain<S>(Arc<Open<S>>);
+
+impl<S: Source> Deref for Plain<S> {
+    type Target = S::Plain;
+
+    fn deref(&self) -> &S::Plain {
+        self.0.source.plain()
     }
-    next
 }
 
-fn got<S: Source>(source: &mut S, gate: &mut Gate, cx: &mut Context<'_>) -> Poll<Option<io::Result<S::Got>>> {
-    gate.poll_next(cx, source, |source| source.plain().as_fd(), S::poll, S::now)
+fn item<S: Source>(slot: &mut Option<Arc<Open<S>>>, gate: &mut Gate, cx: &mut Context<'_>) -> Poll<Option<S::Item>> {
+    let Some(open) = slot else { return Poll::Ready(None) };
+    let source = &open.source;
+    let next = ready!(gate.poll_next(cx, source.plain().as_fd(), |cx| source.poll(cx), || source.now()));
+    if !matches!(next, Some(Ok(_))) {
+        *slot = None;
+    }
+    Poll::Ready(next.map(S::item))
 }
 
-fn item<S: Source>(source: &mut S, gate: &mut Gate, cx: &mut Context<'_>) -> Poll<Option<S::Item>> {
-    got(source, gate, cx).map(|next| next.map(S::item))
-}
-
-impl StoppableStream<TcpListenerStream> {
+impl<S: Listener> StoppableStream<S> {
     /// Returns the next connection with its peer's address, or `None` when accepting is over. For the accept loops of
-    /// frameworks. Cancel-safe.
-    pub async fn accept(&mut self) -> Option<io::Result<(TcpStream, SocketAddr)>> {
-        poll_fn(|cx| until_end(&mut self.source, |source| got(source, &mut self.gate, cx))).await
+    /// frameworks, and for several tasks on one listener. Cancel-safe.
+    ///
+    /// ```
+    /// use ecdysis::tokio_ecdysis::StoppableStream;
+    /// use std::sync::Arc;
+    /// use tokio_stream::wrappers::TcpListenerStream;
+    ///
+    /// fn serve(connections: StoppableStream<TcpListenerStream>) {
+    ///     let connections = Arc::new(connections);
+    ///     for _ in 0..2 {
+    ///         let connections = connections.clone();
+    ///         tokio::spawn(async move {
+    ///             while let Some(Ok((stream, peer))) = connections.accept().await {
+    ///                 // Serve it.
+    ///                 drop((stream, peer));
+    ///             }
+    ///         });
+    ///     }
+    /// }
+    /// ```
+    pub async fn accept(&self) -> Option<io::Result<S::Accepted>> {
+        let open = self.open().clone()?;
+        let next = self.accept_from(&open.source).await;
+        let mut slot = self.open();
+        // Under the lock, so that the last one of several sees that it is the last.
+        drop(open);
+        let ended = !matches!(next, Some(Ok(_))) && slot.as_ref().is_some_and(|open| Arc::strong_count(open) == 1);
+        let closed = ended.then(|| slot.take());
+        drop(slot);
+        drop(closed);
+        next
+    }
+
+    async fn accept_from(&self, source: &S) -> Option<io::Result<S::Accepted>> {
+        let mut gate = self.gate.another();
+        // A future of its own for each call: `poll_accept` of Tokio wakes only the task that has called it last.
+        let mut attempt = pin!(None);
+        let mut poll = |cx: &mut Context<'_>| {
+            if attempt.is_none() {
+                attempt.set(Some(source.accept()));
+            }
+            let result = attempt.as_mut().as_pin_mut().map_or(Poll::Pending, |attempt| attempt.poll(cx));
+            if result.is_ready() {
+                attempt.set(None);
+            }
+            result
+        };
+        poll_fn(|cx| gate.poll_next(cx, source.plain().as_fd(), &mut poll, || source.now())).await
     }
 
     /// As [`accept`](Self::accept), but never resolves once the stream has ended, and logs its last error. For frameworks
     /// that accept in a loop without an end. Cancel-safe.
-    pub async fn accept_or_pend(&mut self) -> (TcpStream, SocketAddr) {
+    pub async fn accept_or_pend(&self) -> S::Accepted {
         match self.accept().await {
             Some(Ok(accepted)) => accepted,
             _ => pending().await,
         }
     }
+}
 
+impl StoppableStream<TcpListenerStream> {
     /// Returns the address that the listener is bound to.
     ///
     /// # Errors
@@ -107,20 +176,6 @@ impl StoppableStream<TcpListenerStream> {
 }
 
 impl StoppableStream<UnixListenerStream> {
-    /// Returns the next connection with its peer's address, or `None` when accepting is over. Cancel-safe.
-    pub async fn accept(&mut self) -> Option<io::Result<(UnixStream, tokio::net::unix::SocketAddr)>> {
-        poll_fn(|cx| until_end(&mut self.source, |source| got(source, &mut self.gate, cx))).await
-    }
-
-    /// As [`accept`](Self::accept), but never resolves once the stream has ended, and logs its last error. For frameworks
-    /// that accept in a loop without an end. Cancel-safe.
-    pub async fn accept_or_pend(&mut self) -> (UnixStream, tokio::net::unix::SocketAddr) {
-        match self.accept().await {
-            Some(Ok(accepted)) => accepted,
-            _ => pending().await,
-        }
-    }
-
     /// Returns the address that the listener is bound to.
     ///
     /// # Errors
@@ -135,165 +190,13 @@ impl<S: Stream + Unpin> Stream for StoppableStream<S> {
     type Item = S::Item;
 
     fn poll_next(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
-        let Self { source, gate, next } = self.get_mut();
-        until_end(source, |source| next(source, gate, cx))
+        let Self { open, gate, next } = self.get_mut();
+        next(open.get_mut().unwrap_or_else(PoisonError::into_inner), gate, cx)
     }
 }
 
 impl<S: Stream + fmt::Debug> fmt::Debug for StoppableStream<S> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("StoppableStream").field("source", &self.source).finish_non_exhaustive()
-    }
-}
-
-/// The source of a [`StoppableStream`] of this crate.
-pub trait Source: Stream + sealed::Sealed + Unpin {
-    /// Tokio's type for it.
-    type Plain: AsFd;
-
-    /// The underlying listener or socket.
-    #[doc(hidden)]
-    fn plain(&self) -> &Self::Plain;
-
-    #[doc(hidden)]
-    fn into_plain(self) -> Self::Plain;
-
-    #[doc(hidden)]
-    type Got;
-
-    #[doc(hidden)]
-    fn item(got: io::Result<Self::Got>) -> Self::Item;
-
-    #[doc(hidden)]
-    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<Self::Got>>;
-
-    /// Asks the kernel; `WouldBlock` if there is nothing.
-    #[doc(hidden)]
-    fn now(&mut self) -> io::Result<Self::Got>;
-}
-
-pub(super) mod sealed {
-    pub trait Sealed {}
-    impl Sealed for super::TcpListenerStream {}
-    impl Sealed for super::UnixListenerStream {}
-    impl Sealed for super::UdpStream {}
-}
-
-fn accept(listener: impl AsFd) -> io::Result<OwnedFd> {
-    Ok(net::accept(listener, Mode::Nonblocking)?)
-}
-
-/// The peer has closed meanwhile, which concerns one connection only.
-fn gone(_: io::Error) -> io::Error {
-    rustix::io::Errno::CONNABORTED.into()
-}
-
-impl Source for TcpListenerStream {
-    type Plain = TcpListener;
-    type Got = (TcpStream, SocketAddr);
-
-    fn plain(&self) -> &TcpListener {
-        self.as_ref()
-    }
-
-    fn into_plain(self) -> TcpListener {
-        self.into_inner()
-    }
-
-    fn item(got: io::Result<Self::Got>) -> Self::Item {
-        got.map(|(stream, _)| stream)
-    }
-
-    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<Self::Got>> {
-        self.plain().poll_accept(cx)
-    }
-
-    fn now(&mut self) -> io::Result<Self::Got> {
-        let stream = TcpStream::from_std(accept(self.plain())?.into())?;
-        let peer = stream.peer_addr().map_err(gone)?;
-        Ok((stream, peer))
-    }
-}
-
-impl Source for UnixListenerStream {
-    type Plain = UnixListener;
-    type Got = (UnixStream, tokio::net::unix::SocketAddr);
-
-    fn plain(&self) -> &UnixListener {
-        self.as_ref()
-    }
-
-    fn into_plain(self) -> UnixListener {
-        self.into_inner()
-    }
-
-    fn item(got: io::Result<Self::Got>) -> Self::Item {
-        got.map(|(stream, _)| stream)
-    }
-
-    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<Self::Got>> {
-        self.plain().poll_accept(cx)
-    }
-
-    fn now(&mut self) -> io::Result<Self::Got> {
-        let stream = UnixStream::from_std(accept(self.plain())?.into())?;
-        let peer = stream.peer_addr().map_err(gone)?;
-        Ok((stream, peer))
-    }
-}
-
-/// The largest datagram there is.
-const DATAGRAM: usize = 1 << 16;
-
-/// The datagrams of a UDP socket, each with its sender.
-#[derive(Debug)]
-pub struct UdpStream {
-    socket: UdpSocket,
-    buffer: Vec<u8>,
-}
-
-impl UdpStream {
-    pub(super) fn new(socket: UdpSocket) -> Self {
-        Self { socket, buffer: Vec::new() }
-    }
-}
-
-impl Stream for UdpStream {
-    type Item = io::Result<(BytesMut, SocketAddr)>;
-
-    fn poll_next(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
-        self.get_mut().poll(cx).map(Some)
-    }
-}
-
-impl Source for UdpStream {
-    type Plain = UdpSocket;
-    type Got = (BytesMut, SocketAddr);
-
-    fn plain(&self) -> &UdpSocket {
-        &self.socket
-    }
-
-    fn into_plain(self) -> UdpSocket {
-        self.socket
-    }
-
-    fn item(got: io::Result<Self::Got>) -> Self::Item {
-        got
-    }
-
-    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<Self::Got>> {
-        self.buffer.resize(DATAGRAM, 0);
-        let mut read = ReadBuf::new(&mut self.buffer);
-        self.socket.poll_recv_from(cx, &mut read).map_ok(|sender| (BytesMut::from(read.filled()), sender))
-    }
-
-    fn now(&mut self) -> io::Result<Self::Got> {
-        self.buffer.resize(DATAGRAM, 0);
-        let buffer = self.buffer.as_mut_slice();
-        let (_, length, sender) = rustix::net::recvfrom(&self.socket, buffer, rustix::net::RecvFlags::DONTWAIT)?;
-        let sender = sender.and_then(|sender| SocketAddr::try_from(sender).ok());
-        let sender = sender.ok_or(io::ErrorKind::InvalidData)?;
-        Ok((BytesMut::from(&self.buffer[..length]), sender))
+        f.debug_struct("StoppableStream").field("open", &self.open).finish_non_exhaustive()
     }
 }

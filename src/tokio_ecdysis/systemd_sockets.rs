@@ -12,7 +12,8 @@ use tokio_stream::wrappers::{TcpListenerStream, UnixListenerStream};
 use super::gate::StopOnShutdown;
 use super::handle::{on_runtime, seqpacket, tcp, unix, TokioEcdysis};
 use super::seqpacket::UnixSeqpacketListenerStream;
-use super::stream::{StoppableStream, UdpStream};
+use super::source::UdpStream;
+use super::stream::StoppableStream;
 use crate::{Error, Key};
 
 /// Why [`read_systemd_sockets`](super::TokioEcdysisBuilder::read_systemd_sockets) found nothing.

@@ -1,12 +1,16 @@
-//! The futures of the shutdown handle, and the wait between two requests.
+//! The futures of the shutdown handle, several tasks on one stream, and the wait between two requests.
 
 use std::future::Future;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tokio::io::{duplex, AsyncWriteExt, BufReader};
+use tokio::net::{TcpListener, TcpStream};
 use tokio::task;
 use tokio::time::timeout;
+use tokio_stream::wrappers::TcpListenerStream;
 
+use super::{StopOnShutdown, StoppableStream};
 use crate::shutdown::{Shutdown, State};
 
 /// Far more than anything here takes, also on a loaded machine.
@@ -77,4 +81,76 @@ async fn a_connection_ends_when_its_idle_time_is_over_or_its_peer_closes() {
     assert!(!soon(shutdown.next_request_async(&mut requests, SHORT, LONG)).await.unwrap());
     drop(client);
     assert!(!soon(shutdown.next_request_async(&mut requests, LONG, LONG)).await.unwrap());
+}
+
+type Stream = Arc<StoppableStream<TcpListenerStream>>;
+
+async fn stream() -> (Shutdown, Stream) {
+    let shutdown = Shutdown::new().unwrap();
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let stream = StoppableStream::new(TcpListenerStream::new(listener), shutdown.clone(), StopOnShutdown::Yes);
+    (shutdown, Arc::new(stream))
+}
+
+/// A task that accepts one connection, and then is done. Returns whether it got one.
+fn accepts(stream: &Stream) -> task::JoinHandle<bool> {
+    let stream = stream.clone();
+    task::spawn(async move { stream.accept().await.is_some_and(|accepted| accepted.is_ok()) })
+}
+
+#[tokio::test]
+async fn each_of_two_tasks_on_one_stream_is_woken() {
+    let (shutdown, stream) = stream().await;
+    let addr = stream.local_addr().unwrap();
+    // At the gate, before `ready` and in a pause.
+    for closed in [State::Starting, State::Paused] {
+        shutdown.set(closed);
+        let clients = [TcpStream::connect(addr).await.unwrap(), TcpStream::connect(addr).await.unwrap()];
+        let (mut one, mut other) = (accepts(&stream), accepts(&stream));
+        assert!(timeout(SHORT, async { tokio::select!(one = &mut one => one, other = &mut other => other) })
+            .await
+            .is_err());
+        shutdown.set(State::Accepting);
+        assert!(soon(one).await.unwrap() && soon(other).await.unwrap());
+        drop(clients);
+    }
+    // By connections that come one after the other.
+    let (mut one, mut other) = (accepts(&stream), accepts(&stream));
+    task::yield_now().await;
+    let _first = TcpStream::connect(addr).await.unwrap();
+    let first = soon(async { tokio::select!(_ = &mut one => 1, _ = &mut other => 2) }).await;
+    let _second = TcpStream::connect(addr).await.unwrap();
+    assert!(soon(if first == 1 { other } else { one }).await.unwrap());
+    // By the pause, out of the wait for a connection, and by the end.
+    let (one, other) = (accepts(&stream), accepts(&stream));
+    task::yield_now().await;
+    shutdown.set(State::Paused);
+    task::yield_now().await;
+    assert!(stream.get_ref().is_some());
+    shutdown.set(State::HandedOver);
+    assert!(!soon(one).await.unwrap() && !soon(other).await.unwrap());
+    assert!(stream.get_ref().is_none(), "the listener is closed");
+    assert!(soon(stream.accept()).await.is_none());
+    assert_eq!(shutdown.drain(LONG), 0);
+}
+
+#[tokio::test]
+async fn a_stop_waits_until_each_task_on_a_stream_has_ended() {
+    let (shutdown, stream) = stream().await;
+    shutdown.set(State::Accepting);
+    let waits = accepts(&stream);
+    task::yield_now().await;
+    // One that ends does not end the stream of another one, nor does it count it out.
+    let lost = task::spawn({
+        let stream = stream.clone();
+        async move { stream.accept().await.is_none() }
+    });
+    task::yield_now().await;
+    lost.abort();
+    let _client = TcpStream::connect(stream.local_addr().unwrap()).await.unwrap();
+    shutdown.set(State::Stopped);
+    assert!(soon(waits).await.unwrap(), "what is queued is accepted");
+    assert_eq!(shutdown.drain(Duration::ZERO), 1, "it may accept more");
+    assert!(soon(stream.accept()).await.is_none());
+    assert_eq!(shutdown.drain(Duration::ZERO), 0);
 }

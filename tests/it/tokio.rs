@@ -53,6 +53,32 @@ fn upgrades_under_load() {
     }
 }
 
+/// Each follows the upgrade, and the stop: a task that slept through one would keep the drain waiting.
+#[test]
+fn several_tasks_accept_from_one_stream() {
+    let dir = tempdir();
+    let socket = format!("unix:{}", path(&dir.path().join("socket")));
+    for workers in ["0", "2"] {
+        let args = ["--listen", LOCAL, "--listen", &socket, "--workers", workers, "--tasks", "3", "--drain", "600"];
+        let mut server = server(args.into_iter().chain(["--probation", "20"]));
+        let loads = [Load::on(&server.addr(), 2), Load::on(&socket, 2)];
+        for gen in 1..4 {
+            upgrade(&mut server);
+            let ended = server.wait(&format!("ended gen={gen}"));
+            assert!(ended.contains("left=0"), "{ended}");
+        }
+        for load in loads {
+            load.stop().assert_none_failed();
+        }
+        let load = Load::paced(&[server.addr(), socket.clone()], Duration::from_millis(10));
+        eventually("there is load", || load.answered() > 20);
+        server.signal(Signal::TERM);
+        let ended = server.wait("ended gen=4");
+        assert!(ended.contains("left=0"), "{ended}");
+        drop(load);
+    }
+}
+
 #[test]
 fn yields_nothing_before_ready() {
     let dir = tempdir();

@@ -8,6 +8,7 @@
 //!     tokio_whoami --listen ADDR...       ip:port, unix:PATH, unix:@name, seqpacket:PATH, udp:ip:port,
 //!                                         stoppable-udp:ip:port
 //!       --workers N                       threads of the runtime; 0, the default, is a current-thread runtime
+//!       --tasks N                         tasks that accept from each stream; 0, the default, is one that iterates
 //!       --systemd                         notifies the service manager, and takes its sockets: --listen unit:NAME=PATH;
 //!                                         needs feature systemd
 //!       --gate PATH                       before ready, waits for a connection to this socket and tells it how many
@@ -21,7 +22,8 @@
 mod support;
 
 use ecdysis::tokio_ecdysis::{
-    SignalKind, StopOnShutdown, Stoppable, StoppableStream, TokioEcdysisBuilder, UdpStream, UnixSeqpacketListenerStream,
+    Listener, SignalKind, StopOnShutdown, Stoppable, StoppableStream, TokioEcdysisBuilder, UdpStream,
+    UnixSeqpacketListenerStream,
 };
 use ecdysis::{Event, Shutdown};
 use futures::{Stream, StreamExt};
@@ -30,6 +32,7 @@ use std::io::{self, Write};
 use std::path::PathBuf;
 use std::process::{self, ExitCode};
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::Arc;
 use std::time::Duration;
 use tokio::io::{AsyncBufReadExt, AsyncRead, AsyncWrite, AsyncWriteExt, BufReader};
 use tokio::net::{UdpSocket, UnixListener};
@@ -154,17 +157,17 @@ async fn serve(options: Options, mut choices: ecdysis::Builder) -> Result<()> {
 /// Serves one address. The tasks run before `ready`, and accept nothing until then.
 async fn listen(builder: &TokioEcdysisBuilder, address: &str, options: &Options) -> Result<String> {
     let stop = if options.keep { StopOnShutdown::No } else { StopOnShutdown::Yes };
-    let (shutdown, hold) = (builder.shutdown(), options.hold);
+    let shutdown = builder.shutdown();
     let answer = format!("gen={} pid={}", builder.generation(), process::id());
     if let Some(path) = address.strip_prefix("unix:") {
         let stream = builder.listen_unix(stop, path)?;
-        tokio::spawn(each(stream, shutdown, hold, answer));
+        serve_each(stream, shutdown, options, answer);
         Ok(address.into())
     } else if let Some(unit) = address.strip_prefix("unit:") {
         #[cfg(feature = "systemd")]
         if let Some((name, path)) = unit.split_once('=') {
             let stream = builder.systemd_listen_unix(stop, name.into(), path).await?;
-            tokio::spawn(each(stream, shutdown, hold, answer));
+            serve_each(stream, shutdown, options, answer);
             return Ok(format!("unix:{path}"));
         }
         Err(format!("cannot listen on unit {unit}").into())
@@ -191,23 +194,42 @@ async fn listen(builder: &TokioEcdysisBuilder, address: &str, options: &Options)
     } else {
         let stream = builder.listen_tcp(stop, address.parse()?)?;
         let real = stream.get_ref().ok_or("over")?.local_addr()?;
-        tokio::spawn(each(stream, shutdown, hold, answer));
+        serve_each(stream, shutdown, options, answer);
         Ok(real.to_string())
     }
 }
 
 /// A task per connection, with a guard in each, so that the drain counts it.
-async fn each<S, C>(mut connections: S, shutdown: Shutdown, hold: bool, answer: String)
+fn serve_each<S, C, A>(mut connections: StoppableStream<S>, shutdown: Shutdown, options: &Options, answer: String)
 where
-    S: Stream<Item = io::Result<C>> + Unpin,
+    S: Listener<Accepted = (C, A)> + Stream<Item = io::Result<C>> + Send + Sync + 'static,
     C: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    A: Send + 'static,
 {
-    while let Some(Ok(connection)) = connections.next().await {
+    let (hold, answer) = (options.hold, Arc::<str>::from(answer));
+    let serve = move |connection: C| {
         ACCEPTED.fetch_add(1, Ordering::SeqCst);
         let (guard, answer) = (shutdown.guard(), answer.clone());
         tokio::spawn(async move {
             let _ = reply(connection, hold, &answer).await;
             drop(guard);
+        });
+    };
+    if options.tasks == 0 {
+        tokio::spawn(async move {
+            while let Some(Ok(connection)) = connections.next().await {
+                serve(connection);
+            }
+        });
+        return;
+    }
+    let connections = Arc::new(connections);
+    for _ in 0..options.tasks {
+        let (connections, serve) = (connections.clone(), serve.clone());
+        tokio::spawn(async move {
+            while let Some(Ok((connection, _peer))) = connections.accept().await {
+                serve(connection);
+            }
         });
     }
 }
@@ -258,6 +280,7 @@ async fn stoppable(socket: Stoppable<UdpSocket>, shutdown: Shutdown, answer: Str
 struct Options {
     listen: Vec<String>,
     workers: usize,
+    tasks: usize,
     gate: Option<PathBuf>,
     forget_exit: bool,
     keep: bool,
@@ -279,6 +302,7 @@ impl Options {
         while let Some(arg) = args.next()? {
             match arg {
                 Long("listen") => options.listen.push(args.value()?.string()?),
+                Long("tasks") => options.tasks = args.value()?.parse()?,
                 Long("workers") => options.workers = args.value()?.parse()?,
                 Long("gate") => options.gate = Some(args.value()?.into()),
                 Long("forget-exit") => options.forget_exit = true,

@@ -1,0 +1,193 @@
+//! What a [`StoppableStream`](super::StoppableStream) yields from: Tokio's listeners, and a UDP socket.
+
+use std::future::Future;
+use std::io;
+use std::net::SocketAddr;
+use std::os::fd::{AsFd, OwnedFd};
+use std::pin::Pin;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll};
+
+use bytes::BytesMut;
+use futures_core::Stream;
+use tokio::io::ReadBuf;
+use tokio::net::{TcpListener, TcpStream, UdpSocket, UnixListener, UnixStream};
+use tokio_stream::wrappers::{TcpListenerStream, UnixListenerStream};
+
+use crate::sys::{net, Mode};
+
+/// The source of a [`StoppableStream`](super::StoppableStream) of this crate.
+pub trait Source: Stream + sealed::Sealed + Unpin {
+    /// Tokio's type for it.
+    type Plain: AsFd;
+
+    /// The underlying listener or socket.
+    #[doc(hidden)]
+    fn plain(&self) -> &Self::Plain;
+
+    #[doc(hidden)]
+    fn into_plain(self) -> Self::Plain;
+
+    /// A connection, with its peer's address unless it is a seqpacket one; or a datagram with its sender's.
+    type Accepted;
+
+    #[doc(hidden)]
+    fn item(got: io::Result<Self::Accepted>) -> Self::Item;
+
+    #[doc(hidden)]
+    fn poll(&self, cx: &mut Context<'_>) -> Poll<io::Result<Self::Accepted>>;
+
+    /// Asks the kernel; `WouldBlock` if there is nothing.
+    #[doc(hidden)]
+    fn now(&self) -> io::Result<Self::Accepted>;
+}
+
+/// The source of a [`StoppableStream`](super::StoppableStream) of connections.
+pub trait Listener: Source {
+    /// Accepts one connection, in every state. Several may wait at once.
+    #[doc(hidden)]
+    fn accept(&self) -> impl Future<Output = io::Result<Self::Accepted>> + Send;
+}
+
+impl Listener for TcpListenerStream {
+    fn accept(&self) -> impl Future<Output = io::Result<Self::Accepted>> + Send {
+        self.plain().accept()
+    }
+}
+
+impl Listener for UnixListenerStream {
+    fn accept(&self) -> impl Future<Output = io::Result<Self::Accepted>> + Send {
+        self.plain().accept()
+    }
+}
+
+pub(super) mod sealed {
+    pub trait Sealed {}
+    impl Sealed for super::TcpListenerStream {}
+    impl Sealed for super::UnixListenerStream {}
+    impl Sealed for super::UdpStream {}
+}
+
+fn accept(listener: impl AsFd) -> io::Result<OwnedFd> {
+    Ok(net::accept(listener, Mode::Nonblocking)?)
+}
+
+/// The peer has closed meanwhile, which concerns one connection only.
+fn gone(_: io::Error) -> io::Error {
+    rustix::io::Errno::CONNABORTED.into()
+}
+
+impl Source for TcpListenerStream {
+    type Plain = TcpListener;
+    type Accepted = (TcpStream, SocketAddr);
+
+    fn plain(&self) -> &TcpListener {
+        self.as_ref()
+    }
+
+    fn into_plain(self) -> TcpListener {
+        self.into_inner()
+    }
+
+    fn item(got: io::Result<Self::Accepted>) -> Self::Item {
+        got.map(|(stream, _)| stream)
+    }
+
+    fn poll(&self, cx: &mut Context<'_>) -> Poll<io::Result<Self::Accepted>> {
+        self.plain().poll_accept(cx)
+    }
+
+    fn now(&self) -> io::Result<Self::Accepted> {
+        let stream = TcpStream::from_std(accept(self.plain())?.into())?;
+        let peer = stream.peer_addr().map_err(gone)?;
+        Ok((stream, peer))
+    }
+}
+
+impl Source for UnixListenerStream {
+    type Plain = UnixListener;
+    type Accepted = (UnixStream, tokio::net::unix::SocketAddr);
+
+    fn plain(&self) -> &UnixListener {
+        self.as_ref()
+    }
+
+    fn into_plain(self) -> UnixListener {
+        self.into_inner()
+    }
+
+    fn item(got: io::Result<Self::Accepted>) -> Self::Item {
+        got.map(|(stream, _)| stream)
+    }
+
+    fn poll(&self, cx: &mut Context<'_>) -> Poll<io::Result<Self::Accepted>> {
+        self.plain().poll_accept(cx)
+    }
+
+    fn now(&self) -> io::Result<Self::Accepted> {
+        let stream = UnixStream::from_std(accept(self.plain())?.into())?;
+        let peer = stream.peer_addr().map_err(gone)?;
+        Ok((stream, peer))
+    }
+}
+
+/// The largest datagram there is.
+const DATAGRAM: usize = 1 << 16;
+
+/// The datagrams of a UDP socket, each with its sender.
+#[derive(Debug)]
+pub struct UdpStream {
+    socket: UdpSocket,
+    buffer: Mutex<Vec<u8>>,
+}
+
+impl UdpStream {
+    pub(super) fn new(socket: UdpSocket) -> Self {
+        Self { socket, buffer: Mutex::default() }
+    }
+
+    fn buffer(&self) -> MutexGuard<'_, Vec<u8>> {
+        let mut buffer = self.buffer.lock().unwrap_or_else(PoisonError::into_inner);
+        buffer.resize(DATAGRAM, 0);
+        buffer
+    }
+}
+
+impl Stream for UdpStream {
+    type Item = io::Result<(BytesMut, SocketAddr)>;
+
+    fn poll_next(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        self.poll(cx).map(Some)
+    }
+}
+
+impl Source for UdpStream {
+    type Plain = UdpSocket;
+    type Accepted = (BytesMut, SocketAddr);
+
+    fn plain(&self) -> &UdpSocket {
+        &self.socket
+    }
+
+    fn into_plain(self) -> UdpSocket {
+        self.socket
+    }
+
+    fn item(got: io::Result<Self::Accepted>) -> Self::Item {
+        got
+    }
+
+    fn poll(&self, cx: &mut Context<'_>) -> Poll<io::Result<Self::Accepted>> {
+        let mut buffer = self.buffer();
+        let mut read = ReadBuf::new(&mut buffer);
+        self.socket.poll_recv_from(cx, &mut read).map_ok(|sender| (BytesMut::from(read.filled()), sender))
+    }
+
+    fn now(&self) -> io::Result<Self::Accepted> {
+        let mut buffer = self.buffer();
+        let (_, length, sender) = rustix::net::recvfrom(&self.socket, &mut *buffer, rustix::net::RecvFlags::DONTWAIT)?;
+        let sender = sender.and_then(|sender| SocketAddr::try_from(sender).ok());
+        let sender = sender.ok_or(io::ErrorKind::InvalidData)?;
+        Ok((BytesMut::from(&buffer[..length]), sender))
+    }
+}
