@@ -1,20 +1,20 @@
-//! Gives a command to a server through its control socket (`Builder::control_on_socket`), and exits with the outcome:
-//! fit for `ExecReload=`.
+//! Sends a command to a server's control socket (`Builder::control_on_socket`). The exit code is the outcome, so `ctl`
+//! suits `ExecReload=`.
 //!
 //!     cargo run --example http -- 127.0.0.1:8000 /tmp/http.control     # and then in a second terminal:
 //!     cargo run --example ctl -- /tmp/http.control upgrade             # upgraded: generation 2 serves as pid 812, …
 //!     cargo run --example ctl -- /tmp/http.control status              # pid 812, generation 2, up 3.1 s, serving …
 //!     cargo run --example ctl -- /tmp/http.control stop                # stopped: the process has ended
 //!
-//! `cargo install ecdysis --example ctl` installs it. `ecdysis::control::request` does the same for a program.
+//! `cargo install ecdysis --example ctl` installs it. Programs can call `ecdysis::control::request`.
 //!
 //!     ctl SOCKET upgrade|stop|partial-stop|rollback|status
-//!       --json               the outcome as one line of JSON
-//!       --timeout SECONDS    how long to wait (120); what was asked for goes on
+//!       --json               print the outcome as one line of JSON
+//!       --timeout SECONDS    how long to wait (120); the command continues in the server after that
 //!
-//! Exit code 0: done. 1: it failed, and the server serves as before. 2: not now, because another upgrade or a stop is
-//! under way; or wrong usage. 3: nobody to be reached at the socket. 4: no answer in time, or the server ended
-//! without one. The outcome of 0 goes to stdout, any other to stderr; JSON always to stdout.
+//! Exit code 0: done. 1: the command failed, and the server serves as before. 2: refused, because another upgrade or a
+//! stop is in progress; or wrong usage. 3: no server at the socket. 4: no answer in time, or the server ended without an
+//! answer. The outcome goes to stdout if the exit code is 0, otherwise to stderr. JSON always goes to stdout.
 
 mod support;
 
@@ -41,7 +41,7 @@ fn main() -> ExitCode {
         Ok(answer) => Outcome::of(&options.command, &answer),
         Err(error) => error,
     };
-    // The exit code is the answer, even if nobody reads the text: `println!` would panic.
+    // Not `println!`, which would panic if stdout is closed: the exit code must still be the outcome.
     let _ = match (options.json, outcome.code) {
         (true, _) => writeln!(io::stdout(), "{}", outcome.json()),
         (false, 0) => writeln!(io::stdout(), "{}", outcome.words),
@@ -82,10 +82,10 @@ impl Options {
     }
 }
 
-/// What came of it, for people and for programs.
+/// The outcome of the command, as text for people and as fields for programs.
 struct Outcome {
     code: u8,
-    /// One word for programs.
+    /// A name for programs.
     name: &'static str,
     words: String,
     fields: Map<String, Value>,
@@ -96,7 +96,7 @@ impl Outcome {
         Self { code, name, words: words.into(), fields: Map::new() }
     }
 
-    /// What the server's line means after this command.
+    /// Interprets the server's answer to this command.
     fn of(command: &str, answer: &str) -> Self {
         let (word, rest) = answer.split_once([' ', ':']).unwrap_or((answer, ""));
         match (command, word) {
@@ -136,7 +136,7 @@ impl Outcome {
     }
 }
 
-/// `key=value` words; a value is percent-escaped. Of `socket` and `draining` there may be any number.
+/// Parses `key=value` words with percent-escaped values. `socket` may occur any number of times, and `draining` is a list.
 fn fields(line: &str) -> Map<String, Value> {
     let mut fields = Map::new();
     for (key, value) in line.split_whitespace().filter_map(|word| word.split_once('=')) {
@@ -157,7 +157,7 @@ fn fields(line: &str) -> Map<String, Value> {
     fields
 }
 
-/// A field in words: a server of another version may leave it out.
+/// A field as text; `?` if it is missing, because a server of another version may omit it.
 fn text(fields: &Map<String, Value>, key: &str) -> String {
     match fields.get(key) {
         None => "?".into(),
@@ -166,7 +166,7 @@ fn text(fields: &Map<String, Value>, key: &str) -> String {
     }
 }
 
-/// `%20` is a space. What is not of this form stays as it is.
+/// Decodes percent escapes such as `%20`. Anything else stays as it is.
 fn unescape(text: &str) -> String {
     let mut bytes = Vec::new();
     let mut rest = text.as_bytes();
@@ -200,7 +200,8 @@ fn status(fields: &Map<String, Value>) -> String {
     words
 }
 
-/// One command, one line back; and then the end of the connection, which after a stop is the end of the server.
+/// Sends the command and returns the one line of answer. The server then closes the connection; after a stop, it does so
+/// when it ends.
 fn ask(options: &Options) -> Result<String, Outcome> {
     let _spinner = Spinner::start(&options.command);
     ecdysis::control::request(&options.socket, &options.command, options.timeout).map_err(|error| match error.kind() {
@@ -215,7 +216,7 @@ fn ask(options: &Options) -> Result<String, Outcome> {
     })
 }
 
-/// Shows on a terminal that something is waited for, and for how long it has been.
+/// Shows on a terminal what `ctl` waits for, and for how long it has waited.
 struct Spinner(Option<(Sender<()>, JoinHandle<()>)>);
 
 impl Spinner {

@@ -4,7 +4,7 @@
 //!     nc 127.0.0.1 7000                       # in a second terminal: the server sends back what you type
 //!     kill -HUP $(cat echo.pid)               # in a third: the upgrade
 //!
-//! The open `nc` stays with the old process, which exits when `nc` does. A new `nc` reaches the new process.
+//! The open `nc` stays connected to the old process, which exits when `nc` does. A new `nc` reaches the new process.
 
 use std::io::{self, Write};
 use std::{thread, time::Duration};

@@ -1,15 +1,15 @@
-//! A key-value server in memory. An upgrade keeps every connection and every value.
+//! An in-memory key-value server. An upgrade keeps every connection and every value.
 //!
 //!     cargo run --example kv                          # or: kv 127.0.0.1:7071 /tmp/kv.control
 //!     nc 127.0.0.1 7070                               # in a second terminal: set a 1 → ok; get a → 1; version → 1
 //!     kill -HUP $(pgrep -n -x kv)                     # in a third: the upgrade
 //!
-//! Type `get a` and `version` into the `nc` that is still open: 1, and 2. With a second argument the server also listens
-//! to `--example ctl` there.
+//! Type `get a` and `version` into the `nc` that is still open: it answers 1 and 2. The second argument is a control socket
+//! for `--example ctl`.
 //!
-//! What makes it exact: no request is carried out between the snapshot and the end of this process. Every request, and
-//! every accept, holds `turn` for reading, after which it looks whether the server is paused. The snapshot holds it for
-//! writing. If the new process fails, the pause ends, and the threads here go on as if nothing had happened.
+//! The handed-over state is exact because no request runs between the snapshot and the end of this process. Every request,
+//! and every accept, locks `turn` for reading and then checks whether the server is paused. The snapshot locks it for
+//! writing. If the new process fails, the pause ends, and the threads here continue.
 
 mod support;
 
@@ -28,7 +28,7 @@ use support::{help, say};
 /// The longest request.
 const LONGEST: usize = 64 << 10;
 
-/// How long a client may refuse to read an answer: less than a commit may take, which has to wait for that.
+/// How long a client may leave an answer unread. The commit waits for this, so it must be shorter than a commit may take.
 const PATIENCE: Duration = Duration::from_secs(1);
 
 fn main() -> Result<(), Box<dyn Error>> {
@@ -78,7 +78,7 @@ struct Server {
     kept: Mutex<Kept>,
 }
 
-/// Everything that outlives an upgrade.
+/// The state that survives an upgrade.
 #[derive(Default)]
 struct Kept {
     values: HashMap<String, String>,
@@ -88,13 +88,13 @@ struct Kept {
 
 struct Connection {
     stream: TcpStream,
-    /// The beginning of a request.
+    /// The start of an incomplete request.
     received: Mutex<Vec<u8>>,
 }
 
 impl Server {
-    /// Accepts until this process is over. `Shutdown::accept` would return a connection at a moment at which the snapshot has
-    /// perhaps been taken; here, no pause begins between the accept and its entry in the list.
+    /// Accepts until this process is over. `Shutdown::accept` could return a connection after the snapshot was taken. Here no
+    /// pause can begin between the accept and the connection's entry in the list.
     fn accept(self: &Arc<Self>, listener: &TcpListener) {
         while self.readable_in_turn(listener) {
             let _turn = self.turn.read().unwrap();
@@ -104,13 +104,13 @@ impl Server {
             match listener.accept() {
                 Ok((stream, _)) => self.keep(stream, Vec::new()),
                 Err(e) if e.kind() == ErrorKind::WouldBlock => {}
-                // For want of descriptors or memory: the connection waits in the queue.
+                // Out of descriptors or memory: the connection waits in the queue.
                 Err(_) => thread::sleep(Duration::from_millis(50)),
             }
         }
     }
 
-    /// Enters a connection, accepted or inherited, and starts its thread.
+    /// Adds an accepted or inherited connection to the list, and starts its thread.
     fn keep(self: &Arc<Self>, stream: TcpStream, received: Vec<u8>) {
         let connection = Arc::new(Connection { stream, received: Mutex::new(received) });
         let mut kept = self.kept.lock().unwrap();
@@ -119,7 +119,8 @@ impl Server {
         kept.connections.insert(id, connection.clone());
         drop(kept);
         thread::spawn(move || {
-            // An error is the end of a connection, by its client. The end of this process is no error, and no end.
+            // An error means that the client ended the connection. When this process ends, `serve` returns Ok, and the
+            // connection continues in the next generation.
             if server.serve(&connection).is_err() {
                 server.kept.lock().unwrap().connections.remove(&id);
                 server.sockets.retire(&Key::stream(id.to_string()));
@@ -153,7 +154,7 @@ impl Server {
         Ok(())
     }
 
-    /// Blocks until `fd` is readable and this process serves. False when it serves no more.
+    /// Blocks until `fd` is readable and this process serves. Returns false once it no longer serves.
     fn readable_in_turn(&self, fd: impl AsFd) -> bool {
         while self.shutdown.wait_accepting() {
             let mut fds =
@@ -179,12 +180,12 @@ impl Server {
         }
     }
 
-    /// Hands over every connection, and returns what they had begun to ask and every value. Runs between the pause and the
+    /// Hands over every connection, and returns every value and every incomplete request. Runs between the pause and the
     /// commit.
     fn snapshot(&self) -> Result<Vec<u8>, Box<dyn Error + Send + Sync>> {
         let _all_turns = self.turn.write().unwrap();
         let (kept, mut state) = (self.kept.lock().unwrap(), Vec::new());
-        // The values first: a connection that is taken out is served at once.
+        // The values come first, because the next generation serves each connection as soon as it has read it.
         for (key, value) in &kept.values {
             writeln!(state, "set {key} {value}")?;
         }
@@ -197,7 +198,7 @@ impl Server {
         Ok(state)
     }
 
-    /// Goes on where the snapshot was taken.
+    /// Restores the snapshot in the next generation.
     fn inherit(self: &Arc<Self>) -> Result<(), Box<dyn Error>> {
         let state = self.sockets.take_bytes("state")?.unwrap_or_default();
         let (mut state, mut line) = (&state[..], String::new());
@@ -206,7 +207,7 @@ impl Server {
                 ["connection", id, length] => {
                     let mut received = vec![0; length.parse()?];
                     state.read_exact(&mut received)?;
-                    // None if it ended at that moment.
+                    // None if the connection ended just then.
                     if let Some(stream) = self.sockets.take_stream(id)? {
                         self.keep(stream, received);
                     }

@@ -1,22 +1,22 @@
-//! One version of a server takes over from another that it is not a child of. In one terminal:
+//! A server whose next version takes over from it without being its child. In one terminal:
 //!
 //!     mkdir -m 700 /tmp/takeover
 //!     cargo run --example takeover -- --listen 127.0.0.1:7000 --socket /tmp/takeover/socket
 //!
-//! It says `serving: generation 1, pid 4711, 0 answers so far`. Ask it a few times with `nc 127.0.0.1 7000`, and leave
-//! one of those open. Then, in another terminal, the same command again:
+//! It prints `serving: generation 1, pid 4711, 0 answers so far`. Send it a few lines with `nc 127.0.0.1 7000`, and leave
+//! one connection open. Then run the same command in another terminal:
 //!
 //!     cargo run --example takeover -- --listen 127.0.0.1:7000 --socket /tmp/takeover/socket
 //!
-//! It says `serving: generation 2, pid 4720, 3 answers so far`: it has the listener and the count. The first one says
-//! `handed over to pid 4720`, and ends when its last connection has ended. Ctrl-C ends the second one.
+//! It prints `serving: generation 2, pid 4720, 3 answers so far`: it has the listener and the count. The first process prints
+//! `handed over to pid 4720`, and ends when its last connection has ended. Ctrl-C ends the second process.
 //!
-//!     --listen ADDR       what to serve on
-//!     --socket PATH       where the running one is found, and the next one will find this
+//!     --listen ADDR       the address to serve on
+//!     --socket PATH       the takeover socket, the same for every version
 //!     --drain SECONDS     how long connections may take to end (30)
-//!     --pid-file PATH     written when this one serves
-//!     --linger            once replaced, do not end before SIGTERM: for supervisors that start again whatever ends, see
-//!                         takeover.yaml beside this file
+//!     --pid-file PATH     a file that is written when this process serves
+//!     --linger            after being replaced, wait for SIGTERM before exiting; for supervisors that restart every
+//!                         process that exits, see takeover.yaml beside this file
 
 mod support;
 
@@ -33,7 +33,7 @@ use support::{help, say};
 
 use ecdysis::{Ecdysis, ExitMode, Shutdown};
 
-/// How long a connection may be idle, and how long after the handover.
+/// How long a connection may be idle, before and after the handover.
 const IDLE: Duration = Duration::from_secs(3600);
 const GRACE: Duration = Duration::from_secs(1);
 
@@ -48,7 +48,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     }
     let starting = builder.start()?;
 
-    // The same line in every generation: it binds in the first, and takes what was handed over in the others.
+    // The same line in every generation: the first binds, and later ones inherit the listener.
     let listener = starting.listen_tcp(options.listen)?;
     let answers = Arc::new(AtomicU64::new(match starting.take_bytes("answers")? {
         Some(bytes) => String::from_utf8(bytes)?.parse()?,
@@ -73,7 +73,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         }
     });
 
-    // Until here the other version serves; from here on this one does, or the other one if something goes wrong.
+    // From here on this version serves. If an error occurs before, the other version keeps serving.
     let server = starting.ready()?;
     let so_far = answers.load(Ordering::Relaxed);
     say(format_args!("serving: generation {generation}, pid {}, {so_far} answers so far", process::id()));
@@ -90,8 +90,8 @@ fn main() -> Result<(), Box<dyn Error>> {
     Ok(())
 }
 
-/// A line for a line, until the other end closes or this generation is over. The last answer says so, and an idle
-/// connection is closed after a grace, so that no line gets lost.
+/// Answers each line with a line, until the client closes or this generation is over. The last answer announces the end, and
+/// an idle connection is closed only after a grace period, so that no line is lost.
 fn serve(stream: TcpStream, generation: u64, shutdown: &Shutdown, answers: &AtomicU64) -> std::io::Result<()> {
     let mut stream = BufReader::new(stream);
     while shutdown.next_request(&mut stream, IDLE, GRACE)? {

@@ -1,10 +1,10 @@
-//! An echo server on Tokio that is replaced by its next version without losing a connection.
+//! An echo server on Tokio that is upgraded without losing a connection.
 //!
 //!     cargo run --features tokio --example tokio_echo
-//!     nc 127.0.0.1 8080                               # in a second terminal: what you type comes back
-//!     kill -HUP $(pgrep -n tokio_echo)                # in a third: the upgrade; -USR1 stops
+//!     nc 127.0.0.1 8080                               # in a second terminal: the server sends back what you type
+//!     kill -HUP $(pgrep -n tokio_echo)                # in a third: the upgrade; -USR1 stops the server
 //!
-//! The `nc` that was open stays with the old process, which ends when `nc` does. A new `nc` talks to the new one.
+//! The open `nc` stays connected to the old process, which exits when `nc` does. A new `nc` reaches the new process.
 
 mod support;
 
@@ -43,6 +43,6 @@ async fn main() {
 
 async fn handle_connection(mut socket: TcpStream) {
     let (mut from, mut to) = socket.split();
-    // A client that goes away is no concern of the others.
+    // An error here means that this client has gone away.
     let _ = tokio::io::copy(&mut from, &mut to).await;
 }

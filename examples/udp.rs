@@ -1,12 +1,12 @@
-//! A UDP server that is replaced without losing a datagram: old and new process share one socket and its queue.
+//! A UDP server that is upgraded without losing a datagram: the old and the new process share one socket and its queue.
 //!
 //!     cargo run --example udp                         # or: udp 127.0.0.1:7001 /tmp/udp.control
 //!     echo hello | nc -u -w1 127.0.0.1 7000           # in a second terminal: gen=1 hello
 //!     kill -HUP $(pgrep -n -x udp)                    # the upgrade
 //!     echo hello | nc -u -w1 127.0.0.1 7000           # gen=2 hello
 //!
-//! With a second argument it also listens to `--example ctl` there. What has no state between two datagrams, as DNS,
-//! needs no more than this. QUIC does: a datagram that belongs to a connection of the old process has to find it.
+//! The second argument is a control socket for `--example ctl`. A protocol without state between datagrams, such as DNS,
+//! needs no more than this. QUIC does: a datagram for a connection of the old process must reach that process.
 
 mod support;
 
@@ -39,10 +39,10 @@ fn main() -> Result<(), Box<dyn Error>> {
     let receiver = thread::spawn(move || -> io::Result<()> {
         let _guard = guard;
         let mut datagram = [0; 65536];
-        // A datagram that this process has received it also answers: `None` comes only between two of them.
+        // Every received datagram is answered, because `None` is returned only between two datagrams.
         while let Some(received) = receiving.recv_from(&socket, &mut datagram) {
             let (length, peer) = received?;
-            // As on any network, an answer may get lost: a full queue is not worth ending for.
+            // An answer may get lost, as on any network, so a full queue does not end the server.
             let _ = socket.send_to(&[prefix.as_bytes(), &datagram[..length]].concat(), peer);
         }
         Ok(())

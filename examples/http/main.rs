@@ -5,14 +5,14 @@
 //!     kill -HUP $(pgrep -n -x http)                   # the upgrade
 //!     curl -s http://127.0.0.1:8000/metrics           # …, ecdysis_upgrades_total{outcome="ok"} 1, ecdysis_generation 2, …
 //!
-//! With a second argument it also listens to `--example ctl` there. What an upgrade means for a connection:
+//! The second argument is a control socket for `--example ctl`. At an upgrade:
 //!
-//! - a request that has begun is answered, with `Connection: close`, so the client's next one goes to the new process;
-//! - one that is idle gets `GRACE` for a request on its way, and is closed if none comes;
-//! - the old process ends with its last connection, or after `DRAIN`.
+//! - A request that has begun is answered with `Connection: close`, so the client sends its next request to the new process.
+//! - An idle connection is closed if no request arrives within `GRACE`.
+//! - The old process ends with its last connection, or after `DRAIN`.
 //!
-//! `httparse` reads the heads. A server crate with an accept loop of its own would not do: accepting has to go through
-//! `Shutdown`.
+//! `httparse` parses the heads. A server crate with its own accept loop would not work, because connections must be accepted
+//! through `Shutdown`.
 
 mod metrics;
 #[path = "../support/mod.rs"]
@@ -28,11 +28,11 @@ use std::time::{Duration, Instant};
 use std::{env, process, thread};
 use support::{help, say};
 
-/// How long a connection may be idle, and how long a whole request, or each write of an answer, may take. (A limit for each
-/// read would let a client that sends a byte at a time hold every old process until the drain's deadline.)
+/// How long a connection may be idle, and how long a whole request, or each write of a response, may take. (With a limit per
+/// read, a client that sends one byte at a time could keep every old process until the drain's deadline.)
 const IDLE: Duration = Duration::from_secs(60);
 const PATIENCE: Duration = Duration::from_secs(10);
-/// After the upgrade, how long an idle connection may yet send a request.
+/// How long an idle connection stays open after the upgrade.
 const GRACE: Duration = Duration::from_secs(2);
 const DRAIN: Duration = Duration::from_secs(30);
 
@@ -68,7 +68,7 @@ fn main() -> Result<(), Box<dyn Error>> {
             for stream in app.shutdown.incoming(&listener).flatten() {
                 let (app, guard) = (app.clone(), app.shutdown.guard());
                 thread::spawn(move || {
-                    // An error here is a client that went away.
+                    // An error here means that the client has gone away.
                     let _ = app.connection(&stream);
                     drop(guard);
                 });
@@ -89,7 +89,7 @@ struct App {
 }
 
 impl App {
-    /// Requests and answers, until one of the two sides wants no more.
+    /// Answers requests until one side ends the connection.
     fn connection(&self, stream: &TcpStream) -> io::Result<()> {
         stream.set_nodelay(true)?;
         stream.set_write_timeout(Some(PATIENCE))?;
@@ -115,7 +115,7 @@ impl App {
         close(&mut requests)
     }
 
-    /// The status and the text.
+    /// Returns the status and the body.
     fn answer(&self, request: &Request) -> (&'static str, String) {
         self.metrics.count_request();
         match (&*request.method, &*request.path) {
@@ -136,8 +136,8 @@ struct Request {
 }
 
 impl Request {
-    /// Takes one request out of what has been received, reading on until it is complete. Its body is thrown away.
-    /// A request that is answered by a status alone is the last of its connection.
+    /// Removes one request from `received`, and reads until it is complete. Its body is discarded. If this returns a status,
+    /// that is the answer, and the connection ends after it.
     fn read(requests: &mut BufReader<&TcpStream>, received: &mut Vec<u8>) -> io::Result<Result<Self, &'static str>> {
         let deadline = Instant::now() + PATIENCE;
         loop {
@@ -159,7 +159,7 @@ impl Request {
         }
     }
 
-    /// `None` if the head is not complete, the status to answer with if it is not one to serve.
+    /// Returns `None` if the head is not complete, and the status to answer with if the request cannot be served.
     fn parse(received: &[u8]) -> Result<Option<Self>, &'static str> {
         const BAD: &str = "400 Bad Request";
         let mut headers = [httparse::EMPTY_HEADER; 64];
@@ -170,7 +170,7 @@ impl Request {
             let named = request.headers.iter().filter(move |header| header.name.eq_ignore_ascii_case(name));
             named.map(|header| std::str::from_utf8(header.value).unwrap_or("").trim())
         };
-        // Two opinions about where a request ends are how requests are smuggled past a proxy.
+        // Reject anything ambiguous about where the request ends: it could smuggle a request past a proxy.
         let mut lengths = values("content-length");
         let body = match (lengths.next(), lengths.next(), values("transfer-encoding").next()) {
             (_, _, Some(_)) => return Err("501 Not Implemented"),
@@ -196,7 +196,8 @@ impl Request {
     }
 }
 
-/// Closing with something unread resets the connection, and the reset overtakes the last answer. So read on for a moment.
+/// Reads until the client closes, or for a short time. Closing a socket with unread data resets the connection, and the
+/// client could lose the last response.
 fn close(requests: &mut BufReader<&TcpStream>) -> io::Result<()> {
     requests.get_ref().shutdown(std::net::Shutdown::Write)?;
     let deadline = Instant::now() + GRACE;

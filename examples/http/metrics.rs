@@ -1,9 +1,9 @@
-//! What happens to a server, as Prometheus text: an observer for `Builder::on_event`, and counts that live through
-//! upgrades. Nothing in here is about HTTP, so copy it whole.
+//! Metrics of upgrades in Prometheus' text format: an observer for `Builder::on_event`, and counts that survive upgrades.
+//! This file does not depend on HTTP, so you can copy it whole.
 //!
-//! The process that sees an upgrade succeed is the one that ends, and no scrape reaches it again. So the counts of
-//! upgrades are in a memory file that every generation hands to the next. The other values are this process's own:
-//! that a counter starts again at 0 is what Prometheus expects of a new process.
+//! The process that sees an upgrade succeed is about to end, so Prometheus would never scrape its count. Therefore the
+//! counts of upgrades are in a memory file that every generation hands to the next. The other values belong to this
+//! process. Prometheus expects the counters of a new process to start at 0.
 
 use ecdysis::{Event, Starting};
 use std::fs::File;
@@ -12,7 +12,7 @@ use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
-/// The memory file is a row of numbers. A later version may add some at the end: missing ones read as 0.
+/// Positions in the memory file, which is an array of numbers. A later version may append some; missing ones read as 0.
 #[derive(Clone, Copy)]
 enum Shared {
     Ok,
@@ -28,12 +28,12 @@ pub struct Metrics {
 }
 
 impl Metrics {
-    /// For `Builder::on_event`.
+    /// Returns the observer for `Builder::on_event`.
     pub fn observer(self: &Arc<Self>) -> impl Fn(&Event<'_>) + Send + Sync + 'static {
         let metrics = self.clone();
         move |event| match event {
             Event::Serving { generation } => metrics.generation.store(*generation, Ordering::Relaxed),
-            // A child that dies in its probation was committed, but it is no success.
+            // Not `Committed`: a child that dies during its probation was committed, but the upgrade failed.
             Event::Upgraded(new) => {
                 metrics.set(Shared::CommitMicros, new.commit.as_micros() as u64);
                 metrics.set(Shared::Ok, metrics.get(Shared::Ok) + 1);
@@ -43,7 +43,7 @@ impl Metrics {
         }
     }
 
-    /// Takes the counts over from the parent, if there is one that has them, and leaves them to the next generation.
+    /// Takes the counts from the parent, if it passed them, and passes them to the next generation.
     pub fn inherit(&self, starting: &Starting) -> Result<(), Box<dyn std::error::Error>> {
         let file = match starting.take_fd("metrics") {
             Some(file) => file,
@@ -95,7 +95,7 @@ http_requests_total {}
         }
     }
 
-    /// Only the generation that serves sets anything, in the one thread that upgrades.
+    /// No lock is needed, because only the generation that serves calls this, in its one thread that upgrades.
     fn set(&self, number: Shared, value: u64) {
         if let Some(file) = self.shared.get() {
             let _ = file.write_all_at(&value.to_ne_bytes(), number as u64 * 8);

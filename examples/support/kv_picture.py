@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Draws connections that live through ten versions: kv_picture.py PATH/TO/kv FILE.svg
+"""Draws connections that survive ten versions: kv_picture.py PATH/TO/kv FILE.svg
 
-Starts the example kv, keeps 8 connections busy, upgrades nine times, and draws which version answered on which connection.
+Starts the example kv, keeps 8 connections busy, upgrades it nine times, and draws which version answered on which connection.
 Exit status 1 if a connection ended or a value was lost.
 """
 
@@ -12,7 +12,7 @@ LEFT, TOP, WIDTH, ROW = 100, 40, 740, 20
 
 
 def client(number, port, stop, seen):
-    """Sets and gets one value, and notes when which version answered."""
+    """Sets and gets one value, and records which version answered at which time."""
     with socket.create_connection(("127.0.0.1", port)) as connection:
         lines = connection.makefile("rw", newline="\n")
         for count in range(1, sys.maxsize):
@@ -70,7 +70,7 @@ def main():
         stop.set()
         [thread.join() for thread in clients]
         if any(answers[-1][1] != VERSIONS for answers in seen):
-            sys.exit("a connection did not live to the last version")
+            sys.exit("a connection did not survive until the last version")
         draw(file, seen, start, time.monotonic())
     finally:
         os.killpg(server.pid, signal.SIGKILL)
