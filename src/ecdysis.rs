@@ -60,6 +60,7 @@ impl Starting {
         if generation.number == 1 {
             generation.reporter.warn_of_the_end();
         }
+        self.0.watch_probation();
         // From here `Starting` has nothing left to give up.
         Ok(Ecdysis(self.0.clone()))
     }

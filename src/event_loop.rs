@@ -1,16 +1,16 @@
 //! The one poll of a generation: triggers, the watchdog, and whatever the caller waits for.
 
 use std::os::fd::{AsFd, BorrowedFd};
+use std::time::Duration;
 
 use rustix::event::PollFlags;
 
 use crate::error::Error;
 use crate::generation::Generation;
 use crate::handover::held_open::held_open;
-use crate::logging;
 use crate::sys::child::reap_late;
 use crate::sys::poll::Deadline;
-use crate::triggers::request::{Action, Reply, Request};
+use crate::triggers::request::Action;
 use crate::triggers::Triggers;
 
 /// A thread's turn at the triggers.
@@ -42,8 +42,8 @@ pub(crate) enum Wake {
 }
 
 impl EventLoop<'_> {
-    /// Waits until one of `fds` is ready, the deadline has passed or there is a request to act on. Answers `status`,
-    /// refuses an upgrade during another one, and keeps one that must wait.
+    /// Waits until one of `fds` is ready, the deadline has passed or there is a request to act on. Answers `status`, and
+    /// keeps or refuses an upgrade that must wait for the end of another one.
     ///
     /// # Errors
     ///
@@ -56,13 +56,15 @@ impl EventLoop<'_> {
     ) -> Result<Wake, Error> {
         let (mut polled, mut ready) = (false, false);
         loop {
-            let again = self.answer(phase);
-            let kept = self.keeps_upgrades(phase);
+            let on_probation = phase == Phase::Serving && self.generation.ancestors.on_probation();
+            let again = self.answer(phase, on_probation);
             if self.triggers.stop_requested() {
                 return Ok(Wake::Stop);
             }
+            // One that was requested while the child starts is passed on after the commit.
+            let keeps = on_probation || phase == Phase::Upgrading;
             let news = phase == Phase::Serving && self.generation.ancestors.has_news();
-            if ready || news || self.triggers.has_request(|action| action == Action::Rollback || !kept) {
+            if ready || news || self.triggers.has_request(|action| action == Action::Rollback || !keeps) {
                 return Ok(Wake::Ready);
             }
             if polled && deadline.has_passed() {
@@ -78,16 +80,10 @@ impl EventLoop<'_> {
         }
     }
 
-    /// While this process is on probation itself it keeps requests for an upgrade.
-    fn keeps_upgrades(&self, phase: Phase) -> bool {
-        phase == Phase::Serving && self.generation.ancestors.on_probation()
-    }
-
     /// Answers what can be answered at once. Returns when to call this again.
-    fn answer(&mut self, phase: Phase) -> Deadline {
-        let kept = self.keeps_upgrades(phase);
+    fn answer(&mut self, phase: Phase, on_probation: bool) -> Deadline {
         let name = match phase {
-            Phase::Serving if !kept => "serving",
+            Phase::Serving if !on_probation => "serving",
             Phase::Upgrading => "upgrading",
             Phase::Serving | Phase::Probation => "probation",
             Phase::Over => {
@@ -98,29 +94,15 @@ impl EventLoop<'_> {
         while let Some(request) = self.triggers.take_request(|action| action == Action::Status) {
             request.reply.status(&self.generation.status(name));
         }
-        if matches!(phase, Phase::Upgrading | Phase::Probation) {
-            while let Some(request) = self.triggers.take_request(|action| action == Action::Rollback) {
-                request.reply.status("failed: not on probation\n");
-            }
-        }
         match phase {
-            Phase::Serving if kept => return self.triggers.keep_upgrades(self.generation.limits.ready_timeout),
-            Phase::Upgrading | Phase::Probation => self.refuse_upgrades(phase),
-            Phase::Serving | Phase::Over => {}
-        }
-        Deadline::NEVER
-    }
-
-    /// Refuses an upgrade during another one. A signal during the probation stays in the queue: it is for the child.
-    fn refuse_upgrades(&mut self, phase: Phase) {
-        let refused = |request: &Request| {
-            let answered = !matches!(request.reply, Reply::Nobody);
-            request.action == Action::Upgrade && (answered || phase == Phase::Upgrading)
-        };
-        while let Some(request) = self.triggers.take(refused) {
-            logging::info!("refused an upgrade requested by {}: busy", request.reason);
-            self.generation.reporter.asked_again();
-            request.reply.upgrade(Err(Error::Busy));
+            Phase::Serving if on_probation => self.triggers.keep_upgrades(self.generation.limits.ready_timeout),
+            Phase::Serving => Deadline::NEVER,
+            _ => {
+                while let Some(request) = self.triggers.take_request(|action| action == Action::Rollback) {
+                    request.reply.status("failed: not on probation\n");
+                }
+                self.triggers.keep_upgrades(Duration::ZERO)
+            }
         }
     }
 }

@@ -41,10 +41,6 @@ pub(crate) trait ServiceManager: fmt::Debug + Send + Sync {
     /// service ends.
     fn announce(&self, upgraded: &Upgraded, is_child: bool);
 
-    /// An upgrade was requested during another one. If the manager requested it, it waits for the end of an upgrade that
-    /// began after its request, so this reports a new one.
-    fn asked_again(&self);
-
     /// Sends a sign of life if one is due and `is_main` agrees; returns when the next one is due.
     fn watchdog_tick(&self, is_main: &dyn Fn() -> bool) -> Option<Instant>;
 

@@ -118,7 +118,7 @@ impl Reporter {
         let Some(manager) = self.manager.get() else { return };
         // This process may be a child whose own parent is about to announce it.
         if let Some(parent) = self.ancestors.parent.as_ref().filter(|_| !manager.is_main()) {
-            parent.wait_announced(ANNOUNCE);
+            parent.wait_for(ANNOUNCE, |state| state.announced || state.ended);
         }
         if let Some(manager) = self.main() {
             manager.announce(upgraded, is_child);
@@ -129,13 +129,6 @@ impl Reporter {
     pub(crate) fn announce_self(&self) {
         if let Some(manager) = self.main() {
             manager.become_main(false);
-        }
-    }
-
-    /// Reports that an upgrade was requested during another one.
-    pub(crate) fn asked_again(&self) {
-        if let Some(manager) = self.manager.get() {
-            manager.asked_again();
         }
     }
 

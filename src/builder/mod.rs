@@ -86,8 +86,9 @@ impl Builder {
         }
     }
 
-    /// Upgrades when this signal comes (signal(7)); SIGHUP is customary. May be called for several. A signal during an
-    /// upgrade asks for nothing more.
+    /// Upgrades when this signal comes (signal(7)); SIGHUP is customary. May be called for several. Signals during
+    /// an upgrade are followed by one more upgrade: by the new version after its probation, or by this one if that upgrade
+    /// fails.
     pub fn upgrade_on_signal(&mut self, signal: i32) -> &mut Self {
         self.on_signal(signal, Action::Upgrade)
     }

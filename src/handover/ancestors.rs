@@ -4,7 +4,7 @@ use std::io;
 use std::mem;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags};
 
@@ -42,7 +42,7 @@ impl Ancestors {
 
     /// Whether the parent can still take back what it has handed over.
     pub(crate) fn on_probation(&self) -> bool {
-        self.parent.as_ref().is_some_and(|parent| parent.state().free.is_none())
+        self.parent.as_ref().is_some_and(|parent| !parent.state().free)
     }
 
     /// Whether the parent has sent something, or ended, that [`ParentLink::take_requests`] has not been called for since.
@@ -80,13 +80,14 @@ struct Received {
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct ParentState {
     pub(crate) committed: bool,
-    /// The parent has given this process up. This process must not accept (again).
+    /// The parent has given this process up. This process must not accept (again), also if the parent has ended since: it
+    /// may have stopped the service.
     pub(crate) given_up: bool,
     /// The parent has announced this process to the service manager.
     pub(crate) announced: bool,
     pub(crate) ended: bool,
-    /// Since when this process is free to upgrade: the verdict, or the end of the parent.
-    pub(crate) free: Option<Instant>,
+    /// This process is free to upgrade: the verdict has come, or the end of the parent.
+    pub(crate) free: bool,
 }
 
 impl ParentLink {
@@ -123,7 +124,7 @@ impl ParentLink {
                     Some(FromParent::Commit) => state.committed = true,
                     Some(FromParent::Stop) => state.given_up = true,
                     Some(FromParent::Main) => state.announced = true,
-                    Some(FromParent::Verdict) => state.free = Some(Instant::now()),
+                    Some(FromParent::Verdict) => state.free = true,
                     Some(request) => requests.push(request),
                     // A message that only later versions know.
                     None => logging::debug!("the parent sent an unknown message {line:?}"),
@@ -131,11 +132,11 @@ impl ParentLink {
                 Ok(Read::Wait) => break,
                 Ok(Read::End) => {
                     state.ended = true;
-                    state.free.get_or_insert_with(Instant::now);
+                    state.free |= !state.given_up;
                 }
                 // A parent that breaks the protocol is not dead, but of no more use.
                 Ok(Read::Garbage(_)) | Err(_) => {
-                    state.given_up |= state.free.is_none();
+                    state.given_up |= !state.free;
                     state.ended = true;
                 }
             }
@@ -143,10 +144,15 @@ impl ParentLink {
         guard
     }
 
-    /// Waits for the parent's announcement, or its end, at most `time`.
-    pub(crate) fn wait_announced(&self, time: Duration) {
+    /// Waits until this is known of the parent, at most `time`. Returns what is known then.
+    pub(crate) fn wait_for(&self, time: Duration, known: impl Fn(&ParentState) -> bool) -> ParentState {
         let deadline = Deadline::after(time);
-        while !(self.state().announced || self.state().ended) && wait_readable(&self.reader, deadline) {}
+        loop {
+            let state = self.state();
+            if known(&state) || !wait_readable(&self.reader, deadline) {
+                return state;
+            }
+        }
     }
 
     /// Whether the parent has closed the end on which it receives: it is dead, or has given this process up.
@@ -156,15 +162,8 @@ impl ParentLink {
 
     /// Tells the two apart: a parent that gives up sends that first and stays, one that is dead closes the link.
     pub(crate) fn is_dead(&self, time: Duration) -> bool {
-        let deadline = Deadline::after(time);
-        loop {
-            match self.state() {
-                ParentState { given_up: true, .. } => return false,
-                ParentState { ended: true, .. } => return true,
-                _ if wait_readable(&self.reader, deadline) => {}
-                _ => return false,
-            }
-        }
+        let state = self.wait_for(time, |state| state.given_up || state.ended);
+        state.ended && !state.given_up
     }
 
     /// Sends a message, without waiting.

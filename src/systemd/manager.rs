@@ -168,12 +168,6 @@ impl ServiceManager for Systemd {
         }
     }
 
-    fn asked_again(&self) {
-        if self.is_main() {
-            log_failure(self.begin_reload());
-        }
-    }
-
     fn watchdog_tick(&self, is_main: &dyn Fn() -> bool) -> Option<Instant> {
         let every = self.watchdog? / 2;
         let mut next = self.next_tick.lock().unwrap_or_else(PoisonError::into_inner);

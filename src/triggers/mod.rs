@@ -17,6 +17,7 @@ use crate::error::Error;
 use crate::exit::ExitReason;
 use crate::handover::held_open::hold_open;
 use crate::key::Key;
+use crate::logging;
 use crate::sys::poll::{poll, Deadline};
 use crate::sys::signal::{self, Handlers};
 
@@ -70,8 +71,11 @@ impl Triggers {
         self.control.listens_on(key)
     }
 
+    /// Queues a request. An upgrade that nobody waits for is queued once, however often it is requested.
     pub(crate) fn push(&mut self, request: Request) {
-        self.requests.push_back(request);
+        if !(request.is_signal() && self.requests.iter().any(Request::is_signal)) {
+            self.requests.push_back(request);
+        }
     }
 
     pub(crate) fn has_request(&self, wanted: impl Fn(Action) -> bool) -> bool {
@@ -80,32 +84,25 @@ impl Triggers {
 
     /// The first request for such an action.
     pub(crate) fn take_request(&mut self, wanted: impl Fn(Action) -> bool) -> Option<Request> {
-        self.take(|request| wanted(request.action))
-    }
-
-    /// The first such request.
-    pub(crate) fn take(&mut self, wanted: impl Fn(&Request) -> bool) -> Option<Request> {
-        let at = self.requests.iter().position(wanted)?;
+        let at = self.requests.iter().position(|request| wanted(request.action))?;
         self.requests.remove(at)
     }
 
-    /// Keeps upgrades for later: one without a reply, and those whose callers wait, for at most `time`. Returns when to
-    /// call this again.
+    /// Keeps upgrades for later: one that nobody waits for, and those whose callers have waited for less than `time`.
+    /// Answers the others that this process is busy. Returns when to call this again.
     pub(crate) fn keep_upgrades(&mut self, time: Duration) -> Deadline {
-        let (mut again, mut signalled) = (Deadline::NEVER, false);
+        let mut again = Deadline::NEVER;
         for request in std::mem::take(&mut self.requests) {
             let deadline = Deadline::since(request.since, time);
-            match (request.action, &request.reply) {
-                (Action::Upgrade, Reply::Nobody) if std::mem::replace(&mut signalled, true) => continue,
-                (Action::Upgrade, Reply::Nobody) => {}
-                (Action::Upgrade, _) if deadline.has_passed() => {
-                    request.reply.upgrade(Err(Error::Busy));
-                    continue;
-                }
-                (Action::Upgrade, _) => again = again.min(deadline),
-                _ => {}
+            if request.action != Action::Upgrade || request.is_signal() {
+                self.requests.push_back(request);
+            } else if deadline.has_passed() {
+                logging::info!("refused an upgrade requested by {}: busy", request.reason);
+                request.reply.upgrade(Err(Error::Busy));
+            } else {
+                again = again.min(deadline);
+                self.requests.push_back(request);
             }
-            self.requests.push_back(request);
         }
         again
     }
@@ -145,7 +142,7 @@ impl Triggers {
 
     /// The requests that were posted by calls.
     pub(crate) fn take_calls(&mut self) {
-        self.requests.extend(self.calls.take());
+        self.calls.take().into_iter().for_each(|request| self.push(request));
     }
 
     /// The one poll: waits for triggers, for one of `fds`, or for the deadline, and queues what was requested. Returns
@@ -181,9 +178,9 @@ impl Triggers {
         }
         for signal in signal::take_pending() {
             // A signal may have several actions. Each is requested, and stops win.
-            let actions = self.signals.iter().filter(|(chosen, _)| *chosen == signal);
-            let request = |action| Request::new(action, ExitReason::Signal(signal), Reply::Nobody);
-            self.requests.extend(actions.map(|(_, action)| request(*action)));
+            for (_, action) in self.signals.clone().into_iter().filter(|(chosen, _)| *chosen == signal) {
+                self.push(Request::new(action, ExitReason::Signal(signal), Reply::Nobody));
+            }
         }
     }
 }

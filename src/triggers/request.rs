@@ -45,6 +45,11 @@ impl Request {
     pub(crate) fn new(action: Action, reason: ExitReason, reply: Reply) -> Self {
         Self { action, reason, since: Instant::now(), reply }
     }
+
+    /// Whether it asks for an upgrade without waiting for the outcome, as a signal does.
+    pub(super) fn is_signal(&self) -> bool {
+        self.action == Action::Upgrade && matches!(self.reply, Reply::Nobody)
+    }
 }
 
 /// Who receives the outcome.

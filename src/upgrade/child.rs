@@ -19,7 +19,7 @@ use crate::handover::{from_1_1_1, greeting};
 use crate::logging;
 use crate::program::SECURE;
 use crate::sys::adopt::{check, may_bring_a_manifest, Adopter};
-use crate::sys::poll::{wait_readable, Deadline};
+use crate::sys::poll::Deadline;
 use crate::sys::program;
 use crate::triggers::control::Trust;
 
@@ -168,22 +168,15 @@ pub(crate) fn ready(generation: &Generation) -> Result<(), Error> {
     if sent.is_err() && !parent.is_dead(COMMIT) {
         return Err(Error::GivenUp);
     }
-    let deadline = Deadline::after(COMMIT);
-    loop {
-        match parent.state() {
-            ParentState { given_up: true, .. } => return Err(Error::GivenUp),
-            ParentState { committed: true, .. } => break,
-            ParentState { ended: true, .. } => {
-                logging::warn!("the parent ended before it could commit: serving without it");
-                break;
-            }
-            _ if wait_readable(&parent.reader, deadline) => {}
-            // It is stopped or hangs, and so accepts nothing. When it continues it reads `serving` first.
-            _ => {
-                logging::warn!("the parent did not answer within {COMMIT:?}: serving without it");
-                break;
-            }
+    let state = parent.wait_for(COMMIT, |state| state.given_up || state.committed || state.ended);
+    match state {
+        ParentState { given_up: true, .. } => return Err(Error::GivenUp),
+        ParentState { committed: true, .. } => {}
+        ParentState { ended: true, .. } => {
+            logging::warn!("the parent ended before it could commit: serving without it")
         }
+        // It is stopped or hangs, and so accepts nothing. When it continues it reads `serving` first.
+        _ => logging::warn!("the parent did not answer within {COMMIT:?}: serving without it"),
     }
     // If this process does not serve in the end, the file names the parent again.
     let pid_file = generation.pid_file.replace()?;
@@ -192,7 +185,7 @@ pub(crate) fn ready(generation: &Generation) -> Result<(), Error> {
     let sent = parent.send(&FromChild::Serving).is_ok();
     // The parent may have given this process up just before that arrived. Or it has given the verdict, and may end.
     let state = parent.state();
-    if state.given_up || (state.free.is_none() && (!sent || parent.is_deaf()) && !parent.is_dead(COMMIT)) {
+    if state.given_up || (!state.free && (!sent || parent.is_deaf()) && !parent.is_dead(COMMIT)) {
         return Err(Error::GivenUp);
     }
     parent.hold_open();

@@ -234,7 +234,7 @@ fn commit<'a>(
         let _ = successor.link.send(FromParent::Main);
     }
     // What arrived during the announcement: after the verdict it would ask the wrong process.
-    let _ = event_loop.triggers.poll(&[], Deadline::after(Duration::ZERO), false);
+    let _ = event_loop.wait(Phase::Probation, &[], Deadline::after(Duration::ZERO));
     passed_on.pass(event_loop, &successor);
     // The link of a dead child is broken. A child that lives is kept, whatever the error was: it serves, and is free at the
     // latest when this process ends.
@@ -242,7 +242,7 @@ fn commit<'a>(
         generation.reporter.announce_self();
         return Err(died(successor.link_ended()));
     }
-    paused.then = State::HandedOver;
+    paused.end();
     generation.sockets.registry().unlink_orphans(&successor.dropped);
     successor.keep();
     passed_on.done(event_loop);
@@ -265,17 +265,16 @@ impl PassedOn<'_> {
                 let message = match request.action {
                     Action::Stop => FromParent::RequestStop,
                     Action::PartialStop => FromParent::RequestPartialStop,
-                    Action::Upgrade | Action::Rollback | Action::Status => FromParent::RequestUpgrade,
+                    _ => FromParent::RequestUpgrade,
                 };
-                logging::info!(
-                    "passed on to pid {}: {:?} requested by {}",
-                    successor.pid(),
-                    request.action,
-                    request.reason
-                );
+                let Request { action, reason, .. } = &request;
+                logging::info!("passed on to pid {}: {action:?} requested by {reason}", successor.pid());
                 let _ = successor.link.send(message);
             }
-            self.requests.push(request);
+            // One upgrade is enough. Each stop may have somebody who waits for the answer.
+            if is_first || request.action.stops() {
+                self.requests.push(request);
+            }
         }
     }
 
@@ -300,9 +299,14 @@ pub(crate) struct Paused<'a> {
 }
 
 impl<'a> Paused<'a> {
-    fn begin(shutdown: &'a Shutdown) -> Self {
+    pub(crate) fn begin(shutdown: &'a Shutdown) -> Self {
         shutdown.set(State::Paused);
         Self { shutdown, then: State::Accepting }
+    }
+
+    /// This process never accepts again.
+    pub(crate) fn end(&mut self) {
+        self.then = State::HandedOver;
     }
 }
 

@@ -86,6 +86,98 @@ fn a_version_on_probation_upgrades_after_its_verdict() {
     assert!(!server.said().iter().any(|line| line.contains("gen=3")), "{:?}", server.said());
 }
 
+/// It reads `stop` although nobody leads its event loop: its own end, and that of a parent that may have stopped since.
+#[test]
+fn a_program_that_never_calls_run_can_be_given_up() {
+    let dir = tempdir();
+    let verify = dir.path().join("verify");
+    let more = ["--probation", "20", "--verify", verify.to_str().unwrap()];
+    for carrier in ["pipes", "socket"] {
+        let (mut server, misbehave) = server(&dir, &[&more[..], &["--transport", carrier]].concat());
+        let _ = fs::remove_file(&verify);
+        misbehave("no-run");
+        server.signal(Signal::HUP);
+        server.wait("serving gen=2");
+        fs::write(&verify, "not good").unwrap();
+        // It has ended by itself, and was not killed.
+        server.wait_any("ended gen=2 ");
+        server.wait("not verified: not good");
+        assert_eq!(generation(&server.addr()), 1);
+    }
+    // The server behind a shell is not killed with it.
+    let (mut server, misbehave) = server(&dir, &["--probation", "20000", "--exec", &wrapper(&dir)]);
+    misbehave("no-run");
+    server.signal(Signal::HUP);
+    server.wait("serving gen=2");
+    let (second, first) = (server.pid(), server.first_pid());
+    let shell = server.processes().into_iter().find(|pid| ![first, second].contains(pid)).unwrap();
+    send_signal(shell, Signal::KILL);
+    server.wait_any("ended gen=2 ");
+    assert_eq!(generation(&server.addr()), 1);
+}
+
+/// A request that the parent passes on is done, too.
+#[test]
+fn a_program_that_never_calls_run_stops_with_its_parent() {
+    let dir = tempdir();
+    let (mut server, misbehave) = server(&dir, &["--probation", "20000"]);
+    misbehave("no-run");
+    server.signal(Signal::HUP);
+    server.wait("serving gen=2");
+    server.signal_first(Signal::TERM);
+    server.wait_any("ended gen=2 ");
+    server.wait_all_ended();
+    refused(&server.addr());
+}
+
+/// The parent gives the child up, is stopped, and has ended when the child continues: the child finds both at once.
+#[test]
+fn a_stopped_service_does_not_come_back_with_a_frozen_child() {
+    for carrier in ["pipes", "socket"] {
+        let dir = tempdir();
+        let more = ["--probation", "20000", "--exec", &wrapper(&dir), "--transport", carrier];
+        let (mut server, _) = server(&dir, &more);
+        server.signal(Signal::HUP);
+        server.wait("serving gen=2");
+        let (second, first) = (server.pid(), server.first_pid());
+        let shell = server.processes().into_iter().find(|pid| ![first, second].contains(pid)).unwrap();
+        send_signal(second, Signal::STOP);
+        send_signal(shell, Signal::KILL);
+        server.wait("upgrade failed");
+        server.signal_first(Signal::TERM);
+        server.wait("ended gen=1");
+        wait_exit(first);
+        send_signal(second, Signal::CONT);
+        server.wait_any("ended gen=2");
+        server.wait_all_ended();
+        refused(&server.addr());
+    }
+}
+
+/// A child that gives the service back waits until its parent has it.
+#[test]
+fn a_rolled_back_child_goes_on_if_its_parent_has_died() {
+    for carrier in ["pipes", "socket"] {
+        let dir = tempdir();
+        let socket = dir.path().join("control");
+        let more =
+            ["--probation", "20000", "--transport", carrier, "--control-socket", socket.to_str().unwrap(), "--log"];
+        let (mut server, _) = server(&dir, &more);
+        let (addr, first) = (server.addr(), server.first_pid());
+        server.signal(Signal::HUP);
+        let second = field::<u32>(&server.wait("serving gen=2"), "pid");
+        send_signal(first, Signal::STOP);
+        let load = Load::on(&addr, 2);
+        eventually("it is under load", || load.answered() > 10);
+        let rollback = thread::spawn(move || control(&socket, "rollback\n").unwrap());
+        server.wait("rollback requested by socket");
+        send_signal(first, Signal::KILL);
+        assert_eq!(rollback.join().unwrap().trim(), "failed: the parent has ended");
+        assert_eq!(field::<u32>(&ask(&addr).unwrap(), "pid"), second);
+        load.stop().assert_none_failed();
+    }
+}
+
 /// What the parent is asked for during the probation, the child does.
 #[test]
 fn the_parent_passes_on_what_it_is_asked_for() {

@@ -127,6 +127,49 @@ fn an_upgrade_is_rolled_back_by_a_check_or_by_an_operator() {
     load.stop().assert_none_failed();
 }
 
+/// However many signals come during an upgrade, one more follows: what was installed after the first one started is not
+/// left for good. By the new version if the upgrade succeeds, by the old one if it fails.
+#[test]
+fn a_burst_of_reloads_is_followed_by_one_more() {
+    for (child, probation) in [("sleep=1000", "20"), ("", "2000"), ("exit=3", "20"), ("die-after-ready=1000", "20000")]
+    {
+        let dir = tempdir();
+        let (how, socket) = (dir.path().join("how"), dir.path().join("control"));
+        let during_start = probation == "20";
+        // It waits until the signals have arrived, so that it fails after them.
+        fs::write(&how, if child == "exit=3" { "sleep=1000 exit=3" } else { child }).unwrap();
+        let arguments = ["--listen", "127.0.0.1:0", "--probation", probation, "--misbehave", how.to_str().unwrap()];
+        let more = ["--control-socket", socket.to_str().unwrap(), "--log"];
+        let mut server = Server::whoami(arguments.iter().chain(&more));
+        server.signal(Signal::HUP);
+        server.wait(if during_start { " gen=2 pid=" } else { "serving gen=2" });
+        let load = Load::on(&server.addr(), 1);
+        for _ in 0..5 {
+            server.signal_first(Signal::HUP);
+        }
+        if during_start {
+            // Later than the signals, and so it is answered after they were read.
+            assert_eq!(control(&socket, "upgrade\n").unwrap(), "busy\n");
+        } else {
+            server.wait("passed on");
+        }
+        fs::write(&how, "").unwrap();
+        let fails = child.starts_with("exit") || child.starts_with("die");
+        server.wait(if fails { "upgrade failed" } else { "upgrade ok" });
+        server.wait("upgrade ok");
+        let last = if fails { 2 } else { 3 };
+        assert_eq!(generation(&server.addr()), last);
+        eventually("it is free to upgrade", || control(&socket, "status\n").unwrap().contains("phase=serving"));
+        let upgrades = server.said().iter().filter(|line| line.starts_with("log info upgrading")).count();
+        assert_eq!(upgrades, 2, "{child}");
+        if child.starts_with("die") {
+            drop(load);
+        } else {
+            load.stop().assert_none_failed();
+        }
+    }
+}
+
 /// A balancer learns late of a stop: readiness fails at once, and connections are accepted for the delay.
 #[test]
 fn a_stop_is_delayed_until_the_second() {

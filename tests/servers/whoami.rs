@@ -108,6 +108,12 @@ fn serve() -> Result<()> {
         });
     }
 
+    if misbehaviour.get("no-run").is_some() {
+        shutdown.wait();
+        let left = shutdown.drain(options.drain);
+        say(format!("ended gen={gen} pid={pid} left={left} without run"));
+        return Ok(());
+    }
     let exit = ecdysis.run()?;
     if options.drop_early {
         drop(ecdysis);
@@ -419,6 +425,7 @@ fn connection(stream: impl Stream, shutdown: &Shutdown, hold: bool, answer: &str
 ///     sleep=MS              waits before ready; the words below come after it
 ///     exit=CODE signal=N panic hang stop-self refuse=REASON (to the end of the line)
 ///     close-status          closes its pipes and lives (it executes `sleep`, and the pipes are close-on-exec)
+///     no-run                never calls `run`
 ///     helper                makes a process that holds copies of its pipes for some seconds
 ///     garbage               writes nonsense into the status pipe, then waits
 ///     die-after-ready=MS    SIGKILLs itself so long after ready
@@ -464,7 +471,7 @@ impl Misbehaviour {
         for (name, value) in &self.0 {
             match name.as_str() {
                 "helper" => helper(),
-                "slow-listen" | "sleep" | "die-after-ready" | "stop-after-ready" | "freeze-after-ready" => {}
+                "slow-listen" | "sleep" | "no-run" | "die-after-ready" | "stop-after-ready" | "freeze-after-ready" => {}
                 "exit" => process::exit(value.parse()?),
                 "signal" => kill_self(value.parse()?)?,
                 "stop-self" => kill_self(libc::SIGSTOP)?,

@@ -1,7 +1,10 @@
 //! A service: which thread leads the event loop, and what each request does.
 
+mod probation;
+
 use std::os::fd::AsFd;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
 
 use rustix::event::PollFlags;
 
@@ -10,13 +13,11 @@ use crate::event::Event;
 use crate::event_loop::{EventLoop, Phase};
 use crate::exit::{Exit, ExitMode, ExitReason, Upgraded};
 use crate::generation::Generation;
-use crate::handover::ancestors::{ParentLink, ParentState};
-use crate::handover::lines::{FromChild, FromParent, COMMIT};
 use crate::logging;
 use crate::second_stop::SecondStop;
 use crate::shutdown::State;
 use crate::started::Started;
-use crate::sys::poll::{wait_readable, Deadline};
+use crate::sys::poll::Deadline;
 use crate::triggers::control::{TakeoverSocket, Trust};
 use crate::triggers::request::{take_outcome, Action, Outcome, Reply, Request};
 use crate::triggers::Triggers;
@@ -163,7 +164,7 @@ impl Service {
         let next = event_loop.triggers.take_request(Action::stops);
         let next =
             next.or_else(|| event_loop.triggers.take_request(|action| action == Action::Rollback || !on_probation));
-        let Some(Request { action, reason, since, reply }) = self.after_delay(next) else {
+        let Some(Request { action, reason, reply, .. }) = self.after_delay(next) else {
             return self.wait(event_loop);
         };
         // Accepting ends when this is dropped, which is after everyone has been notified.
@@ -187,9 +188,8 @@ impl Service {
                 ExitMode::PartiallyStopped
             }
             Action::Upgrade => {
-                // A request that had to wait for the verdict has its whole time after that.
-                let free = generation.ancestors.parent.as_ref().and_then(|parent| parent.state().free);
-                let since = free.map_or(since, |free| since.max(free));
+                // A request that had to wait has its whole time after that.
+                let since = Instant::now();
                 let succeeded = if generation.may_overlap() {
                     upgrade(event_loop, reply.takeover(), since)
                 } else {
@@ -231,16 +231,7 @@ impl Service {
         event_loop.wait(Phase::Serving, &fds, until)?;
         // The parent may have sent its announcement.
         generation.reporter.main();
-        for request in generation.ancestors.parent.iter().flat_map(ParentLink::take_requests) {
-            let action = match request {
-                FromParent::RequestStop => Action::Stop,
-                FromParent::RequestPartialStop => Action::PartialStop,
-                FromParent::RequestUpgrade => Action::Upgrade,
-                _ => continue,
-            };
-            event_loop.triggers.push(Request::new(action, ExitReason::Parent, Reply::Nobody));
-        }
-        self.check_given_up(event_loop);
+        self.take_from_parent(event_loop);
         Ok(())
     }
 
@@ -273,52 +264,6 @@ impl Service {
                 }
             }
         }
-    }
-
-    /// Gives the service back to the parent, which keeps its sockets during the probation.
-    fn roll_back(&self, event_loop: &mut EventLoop<'_>, reason: ExitReason, reply: Reply) {
-        let (generation, refused) = (&self.generation, FromChild::Refused(format!("rolled back by {reason}")));
-        let parent = generation.ancestors.parent.as_ref().filter(|_| generation.ancestors.on_probation());
-        let Some(parent) = parent else {
-            return reply.status("failed: not on probation; upgrade to the earlier version instead\n");
-        };
-        // First this process stops accepting, then the parent accepts again, and confirms it by `stop`. A parent that has died
-        // instead accepts nothing, so this process must go on.
-        generation.shutdown.set(State::Paused);
-        let (sent, deadline) = (parent.send(&refused), Deadline::after(COMMIT));
-        while sent.is_ok()
-            && !parent.state().given_up
-            && !parent.state().ended
-            && wait_readable(&parent.reader, deadline)
-        {}
-        if !parent.state().given_up && (sent.is_err() || parent.state().ended) {
-            generation.shutdown.set(State::Accepting);
-            return reply.status("failed: the parent has ended\n");
-        }
-        logging::warn!("rolled back by {reason}: the parent serves again");
-        // At the end this process may exit at once.
-        reply.status("rolled back\n");
-        self.end(event_loop.triggers, Exit { mode: ExitMode::PartiallyStopped, reason }, true);
-    }
-
-    /// Tells the parent that the service stops. Returns true if the parent has given this process up just before: then
-    /// the stop is the parent's to do, and the socket files and the PID file are the parent's.
-    fn stop_was_taken_back(&self, event_loop: &mut EventLoop<'_>) -> bool {
-        self.generation.ancestors.send_to_parent(&FromChild::Stopping);
-        self.check_given_up(event_loop)
-    }
-
-    /// Ends the service of this process if the parent has given it up, and returns whether it has.
-    fn check_given_up(&self, event_loop: &mut EventLoop<'_>) -> bool {
-        let ancestors = &self.generation.ancestors;
-        let state = ancestors.parent.as_ref().map(|parent| parent.state());
-        let given_up = matches!(state, Some(ParentState { given_up: true, free: None, .. }));
-        if given_up {
-            logging::error!("the parent has given this process up and serves again");
-            self.end(event_loop.triggers, Exit { mode: ExitMode::PartiallyStopped, reason: ExitReason::Parent }, true);
-            ancestors.send_to_parent(&FromChild::Refused("taken back".into()));
-        }
-        given_up
     }
 
     /// The service is over; or only this process is, and what waits in the accept queue is another's.

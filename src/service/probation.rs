@@ -1,0 +1,104 @@
+//! A generation on probation: what its parent passes on, and how the service goes back to the parent.
+
+use std::sync::Arc;
+use std::thread;
+
+use super::{Lead, Service};
+use crate::event_loop::EventLoop;
+use crate::exit::{Exit, ExitMode, ExitReason};
+use crate::handover::ancestors::{ParentLink, ParentState};
+use crate::handover::lines::{FromChild, FromParent, COMMIT};
+use crate::logging;
+use crate::sys::poll::{wait_readable, Deadline};
+use crate::triggers::request::{Action, Reply, Request};
+use crate::upgrade::parent::Paused;
+
+impl Service {
+    /// Does what the parent asks for during the probation, and ends the service if the parent takes it back, in a program
+    /// that does not call `run`. Otherwise two processes could serve.
+    pub(crate) fn watch_probation(self: &Arc<Self>) {
+        if !self.generation.ancestors.on_probation() {
+            return;
+        }
+        let service = self.clone();
+        let watch = move || {
+            let ancestors = &service.generation.ancestors;
+            let Some(parent) = &ancestors.parent else { return };
+            while service.lead().exit.is_none() && !parent.state().ended && ancestors.on_probation() {
+                wait_readable(&parent.reader, Deadline::NEVER);
+                let nothing_to_do =
+                    |lead: &Lead| lead.exit.is_some() || !ancestors.has_news() || !ancestors.on_probation();
+                let done = |lead: &Lead| nothing_to_do(lead).then_some(());
+                if let Err(e) = service.lead_until(|event_loop| service.serve(event_loop), done) {
+                    return logging::error!("cannot watch the parent: {e}");
+                }
+            }
+        };
+        if let Err(e) = thread::Builder::new().name("ecdysis-probation".into()).spawn(watch) {
+            logging::warn!("only `run` reads what the parent sends: cannot create a thread: {e}");
+        }
+    }
+
+    /// Queues what the parent passes on, and ends the service if the parent has taken it back.
+    pub(super) fn take_from_parent(&self, event_loop: &mut EventLoop<'_>) {
+        for request in self.generation.ancestors.parent.iter().flat_map(ParentLink::take_requests) {
+            let action = match request {
+                FromParent::RequestStop => Action::Stop,
+                FromParent::RequestPartialStop => Action::PartialStop,
+                FromParent::RequestUpgrade => Action::Upgrade,
+                _ => continue,
+            };
+            event_loop.triggers.push(Request::new(action, ExitReason::Parent, Reply::Nobody));
+        }
+        self.check_given_up(event_loop);
+    }
+
+    /// Gives the service back to the parent, which keeps its sockets during the probation.
+    pub(super) fn roll_back(&self, event_loop: &mut EventLoop<'_>, reason: ExitReason, reply: Reply) {
+        let (generation, refused) = (&self.generation, FromChild::Refused(format!("rolled back by {reason}")));
+        let parent = generation.ancestors.parent.as_ref().filter(|_| generation.ancestors.on_probation());
+        let Some(parent) = parent else {
+            return reply.status("failed: not on probation; upgrade to the earlier version instead\n");
+        };
+        // First this process stops accepting, then the parent accepts again, and confirms it by `stop`. One that has ended
+        // instead, or has just sent the verdict, accepts nothing, so this process must go on. One that does not answer takes
+        // the service back when it continues, and `stop` arrives then.
+        let mut paused = Paused::begin(&generation.shutdown);
+        let _ = parent.send(&refused);
+        logging::info!("rollback requested by {reason}, waiting for the parent");
+        let state = parent.wait_for(COMMIT, |state| state.given_up || state.free);
+        if !state.given_up {
+            let why = match state {
+                ParentState { ended: true, .. } => "the parent has ended",
+                ParentState { free: true, .. } => "the probation is over",
+                _ => "the parent does not answer",
+            };
+            drop(paused);
+            return reply.status(&format!("failed: {why}\n"));
+        }
+        paused.end();
+        logging::warn!("rolled back by {reason}: the parent serves again");
+        // At the end this process may exit at once.
+        reply.status("rolled back\n");
+        self.end(event_loop.triggers, Exit { mode: ExitMode::PartiallyStopped, reason }, true);
+    }
+
+    /// Tells the parent that the service stops. Returns true if the parent has given this process up just before: then
+    /// the stop is the parent's to do, and the socket files and the PID file are the parent's.
+    pub(super) fn stop_was_taken_back(&self, event_loop: &mut EventLoop<'_>) -> bool {
+        self.generation.ancestors.send_to_parent(&FromChild::Stopping);
+        self.check_given_up(event_loop)
+    }
+
+    /// Ends the service of this process if the parent has given it up, and returns whether it has.
+    fn check_given_up(&self, event_loop: &mut EventLoop<'_>) -> bool {
+        let ancestors = &self.generation.ancestors;
+        let given_up = ancestors.parent.as_ref().is_some_and(|parent| parent.state().given_up);
+        if given_up {
+            logging::error!("the parent has given this process up and serves again");
+            self.end(event_loop.triggers, Exit { mode: ExitMode::PartiallyStopped, reason: ExitReason::Parent }, true);
+            ancestors.send_to_parent(&FromChild::Refused("taken back".into()));
+        }
+        given_up
+    }
+}
