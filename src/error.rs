@@ -223,9 +223,7 @@ pub enum Error {
 /// otherwise programs that print every source would print the causes twice. The direct cause is a field.
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let mut line = String::new();
-        self.write_without_cause(&mut line)?;
-        let mut next = self.cause();
+        let (mut line, mut next) = self.parts();
         while let Some(cause) = next {
             write!(line, ": {cause}")?;
             next = cause.source();
@@ -234,115 +232,90 @@ impl fmt::Display for Error {
     }
 }
 
+impl StdError for Error {}
+
 impl Error {
-    fn write_without_cause(&self, f: &mut String) -> fmt::Result {
-        match self {
-            Self::AlreadyStarted => write!(f, "this process has started ecdysis already"),
-            Self::Signal { signal, .. } => write!(f, "cannot handle {}", signal_name(*signal)),
-            Self::Handover { what, .. } => write!(f, "cannot read the handover from the parent: {what}"),
-            Self::Untrusted { path, uid } => write!(f, "user {uid} listens at {} and is not trusted", path.display()),
-            Self::Connect { path, .. } => write!(f, "cannot connect to takeover socket {}", path.display()),
-            Self::NotHandedOver { path, answer } => {
-                write!(f, "the process at {} does not hand over: {answer}", path.display())
+    /// The message without its causes, and the direct cause.
+    fn parts(&self) -> (String, Option<&(dyn StdError + 'static)>) {
+        let child = |pid: &u32| match pid {
+            0 => "child of another PID namespace".to_owned(),
+            pid => format!("child {pid}"),
+        };
+        let how = |status: &Option<ExitStatus>| status.map(|status| format!(": {status}")).unwrap_or_default();
+        let text = match self {
+            Self::Signal { signal, source } => {
+                return (format!("cannot handle {}", signal_name(*signal)), Some(source))
             }
-            Self::GivenUp => write!(f, "the parent gave up this upgrade"),
-            Self::Socket { key, .. } => write!(f, "cannot open socket {key}"),
-            Self::ServiceManager { what, .. } => write!(f, "cannot use what the service manager passed: {what}"),
+            Self::Handover { what, source } => {
+                return (format!("cannot read the handover from the parent: {what}"), Some(source));
+            }
+            Self::Connect { path, source } => {
+                return (format!("cannot connect to takeover socket {}", path.display()), Some(source));
+            }
+            Self::Socket { key, source } => return (format!("cannot open socket {key}"), Some(source)),
+            Self::ServiceManager { what, source } => {
+                return (format!("cannot use what the service manager passed: {what}"), Some(source));
+            }
+            Self::State { name, source } => {
+                return (format!("cannot produce state {name:?} for the next generation"), Some(&**source));
+            }
+            Self::PidFile { path, source } => {
+                return (format!("cannot write PID file {}", path.display()), Some(source));
+            }
+            Self::Ready { source } => return ("cannot send `ready` to the parent".into(), Some(source)),
+            Self::Prepare { what, source } => return (format!("cannot prepare the upgrade: {what}"), Some(source)),
+            Self::Spawn { program, source } => {
+                return (format!("cannot create a process for {}", program.display()), Some(source));
+            }
+            Self::Exec { program, pid, step, source } => {
+                return (format!("{} cannot run {}: {step}", child(pid), program.display()), Some(source));
+            }
+            Self::Send { pid, source } => return (format!("cannot send the manifest to {}", child(pid)), Some(source)),
+            Self::Wait { source } => return ("cannot wait for triggers".into(), Some(source)),
+            Self::AlreadyStarted => "this process has started ecdysis already".into(),
+            Self::Untrusted { path, uid } => format!("user {uid} listens at {} and is not trusted", path.display()),
+            Self::NotHandedOver { path, answer } => {
+                format!("the process at {} does not hand over: {answer}", path.display())
+            }
+            Self::GivenUp => "the parent gave up this upgrade".into(),
             Self::NotPassed { key, name, passed } => {
                 let passed = if passed.is_empty() { "nothing that is unclaimed" } else { passed };
                 let why =
                     "it passes sockets only when it starts the service, never to a generation that an upgrade started";
-                write!(f, "the service manager did not pass {key} as {name:?}, but {passed} ({why})")
+                format!("the service manager did not pass {key} as {name:?}, but {passed} ({why})")
             }
-            Self::State { name, .. } => write!(f, "cannot produce state {name:?} for the next generation"),
-            Self::PidFile { path, .. } => write!(f, "cannot write PID file {}", path.display()),
-            Self::Ready { .. } => write!(f, "cannot send `ready` to the parent"),
-            Self::Busy => write!(f, "busy: an upgrade is under way"),
+            Self::Busy => "busy: an upgrade is under way".into(),
             Self::NoListener { inherited } => {
-                write!(f, "this version asks for none of the listeners of the old one: {inherited}")
+                format!("this version asks for none of the listeners of the old one: {inherited}")
             }
-            Self::NotReady => write!(f, "this process is not ready yet"),
-            Self::Over => write!(f, "this process has stopped or was replaced"),
-            Self::StopAsked { pid } => write!(f, "a stop was requested during the upgrade; {} was ended", Child(*pid)),
-            Self::ParentDrains => write!(f, "an older generation still drains"),
-            Self::Prepare { what, .. } => write!(f, "cannot prepare the upgrade: {what}"),
-            Self::Spawn { program, .. } => write!(f, "cannot create a process for {}", program.display()),
-            Self::Exec { program, pid, step, .. } => {
-                write!(f, "{} cannot run {}: {step}", Child(*pid), program.display())
-            }
-            Self::ChildEnded { pid, status: Some(status) } => {
-                write!(f, "{} ended before it was ready: {status}", Child(*pid))
-            }
-            Self::ChildEnded { pid, status: None } => write!(f, "{} ended before it was ready", Child(*pid)),
+            Self::NotReady => "this process is not ready yet".into(),
+            Self::Over => "this process has stopped or was replaced".into(),
+            Self::StopAsked { pid } => format!("a stop was requested during the upgrade; {} was ended", child(pid)),
+            Self::ParentDrains => "an older generation still drains".into(),
+            Self::ChildEnded { pid, status } => format!("{} ended before it was ready{}", child(pid), how(status)),
             Self::ChildSilent { pid } => {
-                write!(f, "{} closed its status pipe without reporting and was killed", Child(*pid))
+                format!("{} closed its status pipe without reporting and was killed", child(pid))
             }
             Self::ChildLivesOn { pid } => {
-                write!(f, "{} closed its link but did not end; it may still accept", Child(*pid))
+                format!("{} closed its link but did not end; it may still accept", child(pid))
             }
-            Self::Refused { pid, reason } => write!(f, "{} refused: {reason}", Child(*pid)),
-            Self::Timeout { pid, after } => {
-                write!(f, "{} was not ready within {after:?}", Child(*pid))
+            Self::Refused { pid, reason } => format!("{} refused: {reason}", child(pid)),
+            Self::Timeout { pid, after } => format!("{} was not ready within {after:?}", child(pid)),
+            Self::Garbage { pid, received } => format!("{} sent an invalid message: {received:?}", child(pid)),
+            Self::DiedAfterReady { pid, status, after } => {
+                format!("{} died {after:?} after it was ready{}", child(pid), how(status))
             }
-            Self::Garbage { pid, received } => {
-                write!(f, "{} sent an invalid message: {received:?}", Child(*pid))
-            }
-            Self::DiedAfterReady { pid, status: Some(status), after } => {
-                write!(f, "{} died {after:?} after it was ready: {status}", Child(*pid))
-            }
-            Self::DiedAfterReady { pid, status: None, after } => {
-                write!(f, "{} died {after:?} after it was ready", Child(*pid))
-            }
-            Self::Send { pid, .. } => write!(f, "cannot send the manifest to {}", Child(*pid)),
-            Self::ParentLives { after } => write!(f, "the parent has not ended after {after:?}"),
-            Self::Wait { .. } => write!(f, "cannot wait for triggers"),
-            Self::RefusedHere { reason } => write!(f, "refused to serve: {reason}"),
-        }
-    }
-}
-
-/// The new process of an upgrade, in a message.
-struct Child(u32);
-
-impl fmt::Display for Child {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.0 {
-            0 => f.write_str("child of another PID namespace"),
-            pid => write!(f, "child {pid}"),
-        }
-    }
-}
-
-impl StdError for Error {}
-
-impl Error {
-    fn cause(&self) -> Option<&(dyn StdError + 'static)> {
-        match self {
-            Self::Signal { source, .. }
-            | Self::Handover { source, .. }
-            | Self::Connect { source, .. }
-            | Self::Socket { source, .. }
-            | Self::ServiceManager { source, .. }
-            | Self::PidFile { source, .. }
-            | Self::Ready { source }
-            | Self::Prepare { source, .. }
-            | Self::Spawn { source, .. }
-            | Self::Exec { source, .. }
-            | Self::Send { source, .. }
-            | Self::Wait { source } => Some(source),
-            Self::State { source, .. } => Some(&**source),
-            _ => None,
-        }
+            Self::ParentLives { after } => format!("the parent has not ended after {after:?}"),
+            Self::RefusedHere { reason } => format!("refused to serve: {reason}"),
+        };
+        (text, None)
     }
 }
 
 /// Keeps the kind of the cause, so that programs that expect an `io::Error` can match `AddrInUse`.
 impl From<Error> for io::Error {
     fn from(error: Error) -> Self {
-        let kind = error
-            .cause()
-            .and_then(|source| source.downcast_ref::<io::Error>())
-            .map_or(io::ErrorKind::Other, io::Error::kind);
-        io::Error::new(kind, error)
+        let source = error.parts().1.and_then(|source| source.downcast_ref::<io::Error>());
+        io::Error::new(source.map_or(io::ErrorKind::Other, io::Error::kind), error)
     }
 }

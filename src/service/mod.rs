@@ -21,7 +21,7 @@ use crate::sys::poll::Deadline;
 use crate::triggers::control::{TakeoverSocket, Trust};
 use crate::triggers::request::{take_outcome, Action, Outcome, Reply, Request};
 use crate::triggers::Triggers;
-use crate::upgrade::parent::{upgrade, Succeeded};
+use crate::upgrade::parent::upgrade;
 
 /// What all handles of a generation share.
 pub(crate) struct Service {
@@ -175,7 +175,7 @@ impl Service {
                 generation.sockets.registry().unlink(|_| true);
                 generation.pid_file.remove();
                 generation.shutdown.end_older(generation.ancestors.clone());
-                Triggers::answer_stop(reply);
+                reply.stopping();
                 ExitMode::Stopped
             }
             Action::Rollback => {
@@ -184,7 +184,7 @@ impl Service {
             }
             Action::PartialStop => {
                 generation.sockets.registry().unlink(|key| event_loop.triggers.listens_on(key));
-                Triggers::answer_stop(reply);
+                reply.stopping();
                 ExitMode::PartiallyStopped
             }
             Action::Upgrade => {
@@ -195,7 +195,7 @@ impl Service {
                 } else {
                     Err(Error::ParentDrains)
                 };
-                let outcome = succeeded.map(|Succeeded { upgraded, paused }| {
+                let outcome = succeeded.map(|(upgraded, paused)| {
                     _paused = Some(paused);
                     generation.bound_overlap();
                     upgraded
@@ -250,18 +250,17 @@ impl Service {
             (None, next) => next,
             (Some((stop, until)), None) if until.has_passed() => Some(stop),
             (Some((stop, _)), Some(again)) if again.action.stops() => {
-                Triggers::answer_stop(again.reply);
+                again.reply.stopping();
                 Some(stop)
             }
             (delayed, next) => {
                 lead.delayed = delayed;
                 match next {
-                    Some(status) if status.action == Action::Status => Some(status),
-                    other => {
-                        other.map(|request| request.reply.upgrade(Err(Error::Over)));
-                        None
-                    }
+                    Some(status) if status.action == Action::Status => return Some(status),
+                    Some(other) => other.reply.upgrade(Err(Error::Over)),
+                    None => {}
                 }
+                None
             }
         }
     }

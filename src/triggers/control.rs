@@ -126,21 +126,15 @@ impl ControlSockets {
             }
         };
         let peer = match purpose {
-            Purpose::Takeover => trusted_for_takeover(&stream, path, &*self.trust)?,
-            _ => trusted(&stream, path, PeerCred::is_same_user_or_root)?,
+            Purpose::Takeover => trusted(&stream, path, &*self.trust, true)?,
+            _ => trusted(&stream, path, PeerCred::is_same_user_or_root, false)?,
         };
         if let Purpose::Connect(action) = *purpose {
             return Some(Request::new(action, ExitReason::Socket(path.clone()), Reply::Socket(stream)));
         }
-        let (path, purpose, line) = (path.clone(), *purpose, FirstLine::default());
-        self.pending.push(PendingCommand {
-            stream,
-            peer,
-            path,
-            purpose,
-            line,
-            deadline: Deadline::after(GREETING_TIME),
-        });
+        let (path, purpose, line, deadline) =
+            (path.clone(), *purpose, FirstLine::default(), Deadline::after(GREETING_TIME));
+        self.pending.push(PendingCommand { stream, peer, path, purpose, line, deadline });
         if self.pending.len() > MAX_PENDING {
             // Drop the connection that has been idle longest, so that idle peers cannot lock others out.
             match self.pending.remove(0) {
@@ -161,19 +155,13 @@ impl ControlSockets {
         let PendingCommand { stream, peer, path, purpose, line, .. } = self.pending.remove(at);
         complete.ok()?;
         let (action, reply) = if purpose == Purpose::Takeover {
-            (
-                Action::Upgrade,
-                Reply::Takeover(TakeoverRequest::new(stream.into(), peer, line.bytes(), self.app.as_deref())?, None),
-            )
-        } else {
-            let Some(action) = command(line.bytes()) else {
-                send_line(
-                    &stream,
-                    "failed: unknown command; known are upgrade, stop, partial-stop, rollback, status\n",
-                );
-                return None;
-            };
+            let request = TakeoverRequest::new(stream.into(), peer, line.bytes(), self.app.as_deref())?;
+            (Action::Upgrade, Reply::Takeover(request, None))
+        } else if let Some(action) = command(line.bytes()) {
             (action, Reply::Socket(stream))
+        } else {
+            send_line(&stream, "failed: unknown command; known are upgrade, stop, partial-stop, rollback, status\n");
+            return None;
         };
         Some(Request::new(action, ExitReason::Socket(path), reply))
     }
@@ -188,31 +176,18 @@ fn accept(listener: &UnixListener) -> io::Result<Option<UnixStream>> {
     }
 }
 
-/// The peer, if it may be there. Otherwise it is logged.
-fn trusted(socket: impl AsFd, path: &Path, trust: impl Fn(&PeerCred) -> bool) -> Option<PeerCred> {
-    match peer(socket) {
-        Ok(peer) if trust(&peer) => Some(peer),
-        Ok(peer) => {
-            logging::warn!("refused user {} on socket {}", peer.uid, path.display());
-            None
-        }
-        Err(e) => {
-            logging::warn!("refused a peer without credentials on socket {}: {e}", path.display());
-            None
-        }
+/// The peer, if it may be there. Otherwise that is logged, and answered if it wants to take over.
+fn trusted(stream: &UnixStream, path: &Path, trust: impl Fn(&PeerCred) -> bool, is_takeover: bool) -> Option<PeerCred> {
+    let who = match peer(stream) {
+        Ok(peer) if trust(&peer) => return Some(peer),
+        Ok(peer) => format!("user {}", peer.uid),
+        Err(e) => format!("a peer without credentials ({e})"),
+    };
+    logging::warn!("refused {who} on socket {}", path.display());
+    if is_takeover {
+        greeting::refuse(stream, "denied");
     }
-}
-
-fn trusted_for_takeover(
-    socket: &UnixStream,
-    path: &Path,
-    trust: &(dyn Fn(&PeerCred) -> bool + Send + Sync),
-) -> Option<PeerCred> {
-    let trusted = trusted(socket, path, trust);
-    if trusted.is_none() {
-        greeting::refuse(socket, "denied");
-    }
-    trusted
+    None
 }
 
 /// The command in the first line of `received`.
@@ -247,7 +222,7 @@ impl TakeoverSocket {
     pub(crate) fn accept(&self, trust: &Trust, app: Option<&str>) -> Result<Option<TakeoverRequest>, Error> {
         let accepted = accept(&self.listener).map_err(|source| Error::Connect { path: self.path.clone(), source })?;
         let Some(stream) = accepted else { return Ok(None) };
-        let Some(peer) = trusted_for_takeover(&stream, &self.path, &**trust) else { return Ok(None) };
+        let Some(peer) = trusted(&stream, &self.path, &**trust, true) else { return Ok(None) };
         let line = FirstLine::default().wait(&stream, Deadline::after(GREETING_TIME));
         Ok(TakeoverRequest::new(stream.into(), peer, &line, app))
     }

@@ -5,7 +5,7 @@ pub(crate) mod request;
 pub(crate) mod takeover;
 
 use std::collections::VecDeque;
-use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -15,7 +15,6 @@ use self::control::{ControlSocket, ControlSockets, Trust};
 use self::request::{Action, Calls, Reply, Request};
 use crate::error::Error;
 use crate::exit::ExitReason;
-use crate::handover::held_open::hold_open;
 use crate::key::Key;
 use crate::logging;
 use crate::sys::poll::{poll, Deadline};
@@ -124,18 +123,11 @@ impl Triggers {
         }
     }
 
-    /// Answers a request for a stop. Its connection closes when this process ends.
-    pub(crate) fn answer_stop(reply: Reply) {
-        if let Some(stream) = reply.stopping() {
-            hold_open(OwnedFd::from(stream));
-        }
-    }
-
     /// Closes the control sockets when the service is over. A successor has its own copies.
     pub(crate) fn close(&mut self) {
         self.take_calls();
         while let Some(request) = self.requests.pop_front() {
-            Self::answer_stop(request.reply);
+            request.reply.stopping();
         }
         self.control.close();
     }

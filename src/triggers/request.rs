@@ -1,7 +1,7 @@
 //! A request for an upgrade, a stop or the status, and where its answer goes.
 
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
@@ -11,6 +11,7 @@ use rustix::net::{send, SendFlags};
 use super::takeover::TakeoverRequest;
 use crate::error::Error;
 use crate::exit::{ExitReason, Upgraded};
+use crate::handover::held_open::hold_open;
 use crate::sys::flag::Flag;
 use crate::sys::net::NOSIGNAL;
 use crate::sys::signal;
@@ -70,8 +71,8 @@ pub(crate) fn take_outcome(outcome: &Outcome) -> Option<Result<Upgraded, Error>>
 }
 
 impl Reply {
-    /// Delivers the outcome. Returns the connection, for those that must stay open until this process ends.
-    pub(crate) fn upgrade(self, outcome: Result<Upgraded, Error>) -> Option<UnixStream> {
+    /// Delivers the outcome.
+    pub(crate) fn upgrade(self, outcome: Result<Upgraded, Error>) {
         let line = in_words(&outcome);
         let call = match self {
             Self::Nobody => None,
@@ -80,15 +81,11 @@ impl Reply {
                 request.refuse(&line);
                 call
             }
-            Self::Socket(stream) => {
-                send_line(&stream, &line);
-                return Some(stream);
-            }
+            Self::Socket(stream) => return send_line(&stream, &line),
         };
         if let Some(call) = call {
             *call.lock().unwrap_or_else(PoisonError::into_inner) = Some(outcome);
         }
-        None
     }
 
     /// The process to hand over to, if it runs already.
@@ -105,9 +102,14 @@ impl Reply {
         }
     }
 
-    /// Answers that the service is over.
-    pub(crate) fn stopping(self) -> Option<UnixStream> {
-        self.upgrade(Err(Error::Over))
+    /// Answers that the service is over. The connection closes when this process ends.
+    pub(crate) fn stopping(self) {
+        if let Self::Socket(stream) = self {
+            send_line(&stream, "stopping\n");
+            hold_open(OwnedFd::from(stream));
+        } else {
+            self.upgrade(Err(Error::Over));
+        }
     }
 }
 

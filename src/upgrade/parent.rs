@@ -4,7 +4,7 @@ use std::io;
 use std::time::{Duration, Instant};
 
 use super::successor::{Process, Successor};
-use super::verification::{Verification, Verified};
+use super::verification::Verification;
 use crate::error::Error;
 use crate::event::Event;
 use crate::event_loop::{EventLoop, Phase, Wake};
@@ -24,20 +24,13 @@ use crate::sys::spawn::{explain, spawn};
 use crate::triggers::request::{Action, Request};
 use crate::triggers::takeover::TakeoverRequest;
 
-/// A successful upgrade.
-pub(crate) struct Succeeded<'a> {
-    pub(crate) upgraded: Upgraded,
-    /// Accepting ends for good when this is dropped.
-    pub(crate) paused: Paused<'a>,
-}
-
 /// Replaces this process, by a child or by the process that requests to take over. On an error this process serves as
-/// before, and the child is gone.
+/// before, and the child is gone. On success accepting ends for good when the [`Paused`] is dropped.
 pub(crate) fn upgrade<'a>(
     event_loop: &mut EventLoop<'a>,
     target: Option<&TakeoverRequest>,
     since: Instant,
-) -> Result<Succeeded<'a>, Error> {
+) -> Result<(Upgraded, Paused<'a>), Error> {
     let generation = event_loop.generation;
     generation.reporter.emit(&Event::Upgrading);
     let (handover, late) = pack(generation)?;
@@ -144,7 +137,7 @@ fn commit<'a>(
     late: Option<Late>,
     event_loop: &mut EventLoop<'a>,
     since: Instant,
-) -> Result<Succeeded<'a>, Error> {
+) -> Result<(Upgraded, Paused<'a>), Error> {
     let generation = event_loop.generation;
     generation.shutdown.set_orphans(successor.dropped.clone());
     let mut paused = Paused::begin(&generation.shutdown);
@@ -198,17 +191,14 @@ fn commit<'a>(
             Err(error) => return Err(died(error)),
         }
         match wake {
-            Wake::Deadline if until.has_passed() && serving => match verification.take() {
-                None => break,
-                Some(running) => match running.outcome(Deadline::since(committed, generation.limits.ready_timeout)) {
-                    Verified::Yes => break,
-                    Verified::No(why) => return Err(successor.roll_back(why)),
-                    Verified::NotYet(later) => {
-                        until = Deadline::after(LOOK);
-                        verification = Some(later);
-                    }
-                },
-            },
+            Wake::Deadline if until.has_passed() && serving => {
+                let limit = Deadline::since(committed, generation.limits.ready_timeout);
+                match verification.as_ref().map(|running: &Verification| running.outcome(limit)) {
+                    None | Some(Some(Ok(()))) => break,
+                    Some(Some(Err(why))) => return Err(successor.roll_back(why)),
+                    Some(None) => until = Deadline::after(LOOK),
+                }
+            }
             // The child sent `ready` but never `serving`, so no process is accepting.
             Wake::Deadline if until.has_passed() => return Err(Error::Timeout { pid, after: COMMIT }),
             Wake::Stop | Wake::Ready | Wake::Deadline => passed_on.pass(event_loop, &successor),
@@ -246,7 +236,7 @@ fn commit<'a>(
     generation.sockets.registry().unlink_orphans(&successor.dropped);
     successor.keep();
     passed_on.done(event_loop);
-    Ok(Succeeded { upgraded, paused })
+    Ok((upgraded, paused))
 }
 
 /// What was requested of this process during the probation and passed on to the child. If the child does not live to do

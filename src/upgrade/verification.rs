@@ -11,12 +11,6 @@ use crate::sys::poll::Deadline;
 /// A check that runs. It may hang, so nobody waits for its thread.
 pub(super) struct Verification(Receiver<Result<(), String>>);
 
-pub(super) enum Verified {
-    Yes,
-    No(String),
-    NotYet(Verification),
-}
-
 impl Verification {
     pub(super) fn begin(verify: &Verify, upgraded: &Upgraded) -> Self {
         let (result, results) = mpsc::sync_channel(1);
@@ -31,12 +25,12 @@ impl Verification {
         Self(results)
     }
 
-    pub(super) fn outcome(self, deadline: Deadline) -> Verified {
+    /// `None` while it runs, until `deadline`.
+    pub(super) fn outcome(&self, deadline: Deadline) -> Option<Result<(), String>> {
         match self.0.try_recv() {
-            Ok(Ok(())) => Verified::Yes,
-            Ok(Err(why)) => Verified::No(format!("not verified: {why}")),
-            Err(TryRecvError::Empty) if !deadline.has_passed() => Verified::NotYet(self),
-            Err(_) => Verified::No("not verified in time".into()),
+            Ok(checked) => Some(checked.map_err(|why| format!("not verified: {why}"))),
+            Err(TryRecvError::Empty) if !deadline.has_passed() => None,
+            Err(_) => Some(Err("not verified in time".into())),
         }
     }
 }
