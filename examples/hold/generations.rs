@@ -1,4 +1,4 @@
-//! The generations: the one that serves, which receives the signals and is believed, and those that it replaced.
+//! The generations: the one that serves, which receives the signals and may send messages, and those that it replaced.
 
 use std::fs;
 
@@ -8,15 +8,15 @@ use crate::signals::send;
 pub struct Generations {
     /// The generation that serves, or starts.
     main: Option<Process>,
-    /// It has sent READY. A server that never does is silent: its successors are known by their command line only.
+    /// It has sent READY. A server that never sends it is called silent: only the command line identifies its successors.
     pub ready: bool,
-    /// The program that it runs.
+    /// The program that the serving generation runs.
     program: Vec<u8>,
     /// The process that was started; all later generations are in its session.
     session: i32,
-    /// Generations that were replaced, and may drain.
+    /// Generations that were replaced, and may still drain.
     former: Vec<i32>,
-    /// The signals that were sent to the present one, as a mask.
+    /// The signals that were sent to the serving generation, as a mask.
     received: u64,
 }
 
@@ -38,13 +38,13 @@ impl Generations {
         self.former.contains(&pid)
     }
 
-    /// The server was started, for the first time or again.
+    /// Records that the server was started or restarted.
     pub fn started(&mut self, process: Process) {
         (self.session, self.ready, self.received) = (process.pid, false, 0);
         self.main = Some(process);
     }
 
-    /// Another generation serves from now on.
+    /// Records that another generation serves from now on.
     pub fn replace(&mut self, process: Process) {
         self.former.extend(self.main.take().map(|main| main.pid));
         self.former.retain(|pid| *pid != process.pid);
@@ -53,7 +53,7 @@ impl Generations {
         self.look();
     }
 
-    /// A process has ended. Returns the serving generation if it was that.
+    /// Records that a process has ended. Returns the serving generation if it was that process.
     pub fn ended(&mut self, pid: i32) -> Option<Process> {
         self.former.retain(|former| *former != pid);
         self.main.take_if(|main| main.pid == pid)
@@ -66,25 +66,25 @@ impl Generations {
         }
     }
 
-    /// The generations that live and were not replaced, the youngest last. A successor has executed the same program
-    /// itself. A worker was forked without that, and a helper runs another program.
+    /// Returns the generations that are alive and were not replaced, the youngest last. A successor has executed the same
+    /// program itself, whereas a worker was only forked and a helper runs another program.
     pub fn successors(&self) -> Vec<Descendant> {
         let mut all = descendants();
         all.retain(|process| !self.is_former(process.pid) && process.runs(&self.program));
         all
     }
 
-    /// Any generation lives, draining or not.
+    /// Whether any generation is alive, draining or not.
     pub fn any_lives(&self) -> bool {
         self.main.is_some() || descendants().iter().any(|process| process.runs(&self.program))
     }
 
     /// Sends a signal to the generation that serves.
     ///
-    /// Of a silent server this is the youngest that handles the signal: one that was just started has no handler yet and
-    /// would be killed, and one that has handed over ignores it. A stop goes to all that handle it. In the middle of an
-    /// upgrade the youngest may handle the signal already but not serve yet. If it alone stopped, the upgrade would fail
-    /// and the service would continue.
+    /// For a silent server this is the youngest generation that handles the signal: one that has just been started has no
+    /// handler yet and would be killed, and one that has handed over ignores it. A stop goes to all that handle it, because
+    /// in the middle of an upgrade the youngest may already handle the signal but not yet serve. If only that one stopped,
+    /// the upgrade would fail and the service would continue.
     pub fn send(&mut self, signal: i32, to_all: bool) -> Vec<i32> {
         if let Some(main) = self.main.as_ref().filter(|_| self.ready) {
             main.signal(signal);
@@ -103,14 +103,14 @@ impl Generations {
         pids
     }
 
-    /// Whether that signal was sent to the serving generation from here.
+    /// Whether `hold` has sent that signal to the serving generation.
     pub fn received(&self, signal: i32) -> bool {
         self.received >> (signal - 1) & 1 == 1
     }
 
     /// Sends a signal to every process of the service.
     pub fn send_to_all(&self, signal: i32) {
-        // Without /proc only the session that was started last is known.
+        // Without /proc, only the most recently started session is known.
         send(-self.session, signal);
         descendants().iter().for_each(|process| send(process.pid, signal));
     }

@@ -5,41 +5,41 @@
 //!     kill -HUP $(pgrep -x hold)            # in a second terminal: the server is upgraded, and hold stays
 //!     kill $(pgrep -x hold)                 # or Ctrl-C in the first: the server drains, and hold exits with its status
 //!
-//! `cargo install --path . --example hold` installs it. The guide's chapter on supervisors shows how each of them runs it.
+//! `cargo install --path . --example hold` installs it. The guide's chapter on supervisors shows how each supervisor runs it.
 //!
-//! An upgrade changes the PID of a service. Supervisors other than systemd know one PID, and take the end of that process
-//! for the end of the service. `hold` between the two never changes its PID:
+//! An upgrade changes the PID of a service. Supervisors other than systemd know only one PID, and treat the end of that
+//! process as the end of the service. `hold` runs between the two and never changes its PID:
 //!
-//! - it sends each signal on to the generation that serves, and reaps whatever ends (it is PID 1, or a subreaper);
-//! - it speaks sd_notify(3) with the server, so a server with `Builder::systemd_notify` and `systemd_sockets` reports
-//!   which generation serves, and stores its listeners; a server without them works too, and is known by its command line;
-//! - a generation that has served and then crashes is started again, and gets the stored listeners back by `LISTEN_FDS`:
-//!   connections wait in their queues meanwhile, and none is refused;
-//! - a stop (SIGTERM, SIGINT, the terminal's end, or the server's own) waits for every generation, with a deadline.
+//! - It forwards each signal to the generation that serves, and reaps every process that ends (as PID 1, or as a subreaper).
+//! - It is a service manager for sd_notify(3). A server with `Builder::systemd_notify` and `systemd_sockets` reports which
+//!   generation serves, and stores its listeners. A server without them works too; `hold` finds it by its command line.
+//! - If a generation has served and then crashes, `hold` restarts it and passes the stored listeners by `LISTEN_FDS`. New
+//!   connections wait in the queue until then, and none is refused.
+//! - At a stop (SIGTERM, SIGINT, a closed terminal, or by the server itself) it waits for every generation, with a deadline.
 //!
-//! The server and its generations are a session of their own, so Ctrl-C reaches `hold` alone, and the server once.
+//! The server runs in its own session, so Ctrl-C reaches only `hold`, which forwards it to the server once.
 //!
 //!     hold [options] -- program args…
-//!       --check "ARGS"         before an upgrade, run the program with these arguments instead; a failure is no upgrade
-//!       --upgrade-signal NAME  which signal asks for one (HUP); only --check needs to know
-//!       --stop-timeout SECS    how long a stop may take before what is left is killed (90); the server may extend it
-//!       --restarts N/SECS      how often a crashed server is started again (5/60); 0/1 is never
-//!       --store N              how many descriptors are stored at most (256)
-//!       --watchdog SECS        how long the server may be silent before it counts as hung (not watched)
-//!       --notify-fd N          write a line to this descriptor when the server is ready, as s6 asks for
+//!       --check "ARGS"         before each upgrade, run the program with these arguments; upgrade only if it succeeds
+//!       --upgrade-signal NAME  the signal that requests an upgrade (HUP); used only by --check
+//!       --stop-timeout SECS    how long a stop may take before all processes are killed (90); the server may extend it
+//!       --restarts N/SECS      how often a crashed server is restarted (5/60); 0/1 is never
+//!       --store N              the maximum number of stored descriptors (256)
+//!       --watchdog SECS        how long the server may be silent before it counts as hung (no watchdog)
+//!       --notify-fd N          write a line to this descriptor when the server is ready, as s6 requires
 //!
-//! The exit code tells what happened:
+//! The exit code says what happened:
 //!
-//!     0…122   the service is over: the status of the last generation
+//!     0…122   the service has ended: the status of the last generation
 //!     123     it crashed more often than --restarts allows
-//!     124     the stop took too long, and what was left was killed
+//!     124     the stop took too long, and the remaining processes were killed
 //!     125     hold itself failed, or wrong usage
-//!     126,127 the program cannot be executed, is not there
-//!     128+N   the last generation was ended by signal N
+//!     126,127 the program cannot be executed, or does not exist
+//!     128+N   signal N ended the last generation
 //!
-//! Only the serving generation is believed. One that was replaced may still report that its drain makes progress. Messages
-//! of any other process are refused, logged and counted. Configure the supervisor to wait longer than `--stop-timeout`: if it
-//! kills `hold` outside of a container, the server continues without it.
+//! `hold` accepts messages only from the serving generation. A generation that was replaced may still report progress of its
+//! drain. Messages of any other process are refused, logged and counted. Configure the supervisor to wait longer than
+//! `--stop-timeout`: if it kills `hold` outside of a container, the server continues without it.
 
 mod generations;
 mod message;

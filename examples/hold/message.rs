@@ -1,4 +1,4 @@
-//! The service manager's side of sd_notify(3): receiving messages, and passing them on to a manager above.
+//! The service manager's side of sd_notify(3): receiving messages, and forwarding them to a manager above `hold`.
 
 use std::env;
 use std::fs::File;
@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use crate::say;
 use rustix::net::{bind, getsockname, socket_with, sockopt, AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
-/// The longest message that systemd accepts (PIPE_BUF), and the most descriptors in one datagram (SCM_MAX_FD).
+/// The longest message that systemd accepts (PIPE_BUF), and the maximum number of descriptors in one datagram (SCM_MAX_FD).
 const MAX_MESSAGE: usize = 4096;
 const MAX_FDS: usize = 253;
 
@@ -24,18 +24,18 @@ pub struct Inbox {
     pub address: String,
 }
 
-/// One message with its sender, for which the kernel vouches (SCM_CREDENTIALS).
+/// One message with its sender, which the kernel reports (SCM_CREDENTIALS).
 pub struct Message {
     pub pid: i32,
     pub uid: u32,
     pub fds: Vec<OwnedFd>,
-    /// `NAME=value` lines; or why it cannot be read.
+    /// `NAME=value` lines, or the reason why the message is invalid.
     text: Result<String, &'static str>,
 }
 
 impl Inbox {
     /// A socket with an abstract name, which needs no directory: containers are often read-only. The kernel chooses the
-    /// name, so two of us never collide. Anybody on the machine can send to it, hence `Message::pid`.
+    /// name, so two instances of `hold` never collide. Any process on the machine can send to it, hence `Message::pid`.
     pub fn new() -> io::Result<Self> {
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
         let socket = socket_with(AddressFamily::UNIX, SocketType::DGRAM, flags, None)?;
@@ -46,25 +46,25 @@ impl Inbox {
         Ok(Self { address: format!("@{}", String::from_utf8_lossy(name)), socket })
     }
 
-    /// The next message, if one is there.
+    /// Returns the next message, if there is one.
     pub fn next(&self) -> Option<Message> {
         let mut text = [0_u8; MAX_MESSAGE];
-        // Words, because the kernel's headers in it must be aligned.
+        // An array of u64, because the headers of control messages must be aligned.
         let mut control = [0_u64; 160];
         debug_assert!(mem::size_of_val(&control) >= 2 * 32 + 4 * MAX_FDS);
         let mut iov = libc::iovec { iov_base: text.as_mut_ptr().cast(), iov_len: text.len() };
-        // SAFETY: a msghdr of zeroes is valid, and names no memory.
+        // SAFETY: a msghdr of zeros is valid, and refers to no memory.
         let mut header: libc::msghdr = unsafe { MaybeUninit::zeroed().assume_init() };
         header.msg_iov = &mut iov;
         header.msg_iovlen = 1;
         header.msg_control = control.as_mut_ptr().cast();
         header.msg_controllen = mem::size_of_val(&control) as _;
-        // SAFETY: every pointer in `header` leads to a buffer above, of the length beside it.
+        // SAFETY: every pointer in `header` refers to a buffer above that has the given length.
         let length = unsafe { libc::recvmsg(self.socket.as_raw_fd(), &mut header, libc::MSG_CMSG_CLOEXEC) };
         let length = usize::try_from(length).ok()?;
         let mut message = Message { pid: 0, uid: u32::MAX, fds: Vec::new(), text: Err("not text") };
-        // SAFETY: the kernel has written whole control messages into `control`; CMSG_NXTHDR stays within. The descriptors
-        // are new and ours. The numbers in them need not be aligned.
+        // SAFETY: the kernel has written complete control messages into `control`, and CMSG_NXTHDR stays within it. The
+        // descriptors are new, and nothing else owns them. The data may be unaligned, so it is read with `read_unaligned`.
         unsafe {
             let mut next = libc::CMSG_FIRSTHDR(&header);
             while let Some(part) = next.as_ref() {
@@ -103,15 +103,15 @@ impl AsFd for Inbox {
 }
 
 impl Message {
-    /// The lines.
+    /// Returns the lines.
     ///
     /// # Errors
-    /// Why it cannot be read.
+    /// The reason why the message is invalid.
     pub fn text(&self) -> Result<&str, &'static str> {
         self.text.as_deref().map_err(|why| *why)
     }
 
-    /// The value of a line; of the last one, where there are several.
+    /// Returns the value of the last line with this name.
     pub fn get(&self, name: &str) -> Option<&str> {
         value(self.text.as_deref().unwrap_or_default(), name)
     }
@@ -136,8 +136,8 @@ pub struct Above {
 }
 
 impl Above {
-    /// The variables that are passed on. Not the PIDs, because `hold` is the main process; not the descriptors, which `hold`
-    /// stores.
+    /// The variables that are forwarded. PIDs are not, because `hold` is the main process. Descriptors are not, because
+    /// `hold` stores them.
     const PASSED_ON: [&'static str; 8] =
         ["READY", "RELOADING", "MONOTONIC_USEC", "STOPPING", "STATUS", "ERRNO", "EXTEND_TIMEOUT_USEC", "WATCHDOG"];
 
@@ -149,14 +149,14 @@ impl Above {
                 _ => SocketAddr::from_pathname(&address),
             };
             let socket = UnixDatagram::unbound().ok()?;
-            // A manager that does not read must not block us.
+            // A manager that does not read must not block `hold`.
             socket.set_nonblocking(true).ok()?;
             Some((socket, address.ok()?))
         };
         Self { manager: connect(), ready_fd: ready_fd.map(File::from) }
     }
 
-    /// Passes on a message of the serving generation.
+    /// Forwards a message of the serving generation.
     pub fn send(&self, message: &Message) {
         let Some((socket, address)) = &self.manager else { return };
         let known = |line: &&str| line.split_once('=').is_some_and(|(name, _)| Self::PASSED_ON.contains(&name));
@@ -166,7 +166,7 @@ impl Above {
         }
     }
 
-    /// The server is ready for the first time.
+    /// Reports that the server is ready for the first time.
     pub fn is_ready(&mut self) {
         if let Some(mut fd) = self.ready_fd.take() {
             let _ = fd.write_all(b"\n");
@@ -174,7 +174,8 @@ impl Above {
     }
 }
 
-/// Logs refused messages: one line at once, then one line a second with their number, so that a flood does not fill the log.
+/// Logs refused messages: the first immediately, then at most one line per second with their number, so that a flood does not
+/// fill the log.
 #[derive(Default)]
 pub struct Refusals {
     quiet_until: Option<Instant>,
@@ -191,7 +192,7 @@ impl Refusals {
         self.quiet_until = Some(Instant::now() + Duration::from_secs(1));
     }
 
-    /// When `log_suppressed` is due.
+    /// Returns the time at which `log_suppressed` is due.
     pub fn due(&self) -> Option<Instant> {
         self.quiet_until
     }

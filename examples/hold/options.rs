@@ -1,4 +1,4 @@
-//! The command line.
+//! The command-line options of `hold`.
 
 use std::ffi::{CString, OsString};
 use std::os::fd::RawFd;
@@ -51,7 +51,7 @@ impl Options {
                 Long("store") => options.store = args.value()?.parse()?,
                 Long("watchdog") => options.watchdog = Some(args.value()?.parse_with(seconds)?),
                 Long("notify-fd") => options.notify_fd = Some(args.value()?.parse()?),
-                // The first word that is no option begins the command, with or without the `--` before it.
+                // The first word that is not an option starts the command, with or without a `--` before it.
                 Value(program) => {
                     let words = std::iter::once(program).chain(args.raw_args()?);
                     options.command = words.map(c_string).collect::<Result<_, _>>()?;
@@ -65,7 +65,7 @@ impl Options {
             let command = std::iter::once(Ok(program.clone())).chain(words);
             options.check = Some(command.collect::<Result<_, _>>()?);
         }
-        // In the child each stored descriptor has two numbers for a moment.
+        // In the child each stored descriptor briefly has two numbers.
         let numbers = rustix::process::getrlimit(rustix::process::Resource::Nofile).current;
         if numbers.is_some_and(|numbers| options.store as u64 * 2 + 32 > numbers) {
             return Err(format!("--store {}: the limit of open files (ulimit -n) is too low", options.store).into());

@@ -1,4 +1,4 @@
-//! Processes: their signals, their end, and the tree of them in /proc.
+//! Processes: sending signals to them, noticing their end, and finding descendants in /proc.
 
 use std::fs;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -12,7 +12,7 @@ use rustix::process::{pidfd_open, wait, waitid, Pid, PidfdFlags, WaitId, WaitIdO
 
 use crate::signals::send;
 
-/// A process that is watched. It need not be a child.
+/// A process that `hold` watches. It may be a child or not.
 pub struct Process {
     pub pid: i32,
     pidfd: Option<OwnedFd>,
@@ -24,7 +24,7 @@ impl Process {
         Self { pid, pidfd }
     }
 
-    /// Readable when the process has ended; `None` where the kernel has no such descriptors.
+    /// A descriptor that is readable once the process has ended. `None` if the kernel does not support pidfds.
     pub fn pidfd(&self) -> Option<BorrowedFd<'_>> {
         self.pidfd.as_ref().map(|pidfd| pidfd.as_fd())
     }
@@ -36,12 +36,12 @@ impl Process {
             Some(pidfd) => unsafe {
                 libc::syscall(libc::SYS_pidfd_send_signal, pidfd.as_raw_fd(), signal, null, 0);
             },
-            // Of a child the number is not used again before we reap it.
+            // The PID of a child cannot be reused before `hold` reaps it.
             None => send(self.pid, signal),
         }
     }
 
-    /// It has ended, and is not ours to reap.
+    /// Whether it has ended and another process must reap it.
     pub fn has_ended_elsewhere(&self) -> bool {
         let now = Timespec { tv_sec: 0, tv_nsec: 0 };
         let ended = |pidfd| poll(&mut [PollFd::from_borrowed_fd(pidfd, PollFlags::IN)], Some(&now)) == Ok(1);
@@ -53,7 +53,7 @@ impl Process {
         Pid::from_raw(self.pid).is_some_and(|pid| waitid(WaitId::Pid(pid), options).err() != Some(Errno::CHILD))
     }
 
-    /// Whether it is a child, or a child's child.
+    /// Whether it is a descendant of this process.
     pub fn is_ours(&self) -> bool {
         self.is_child() || descendants().iter().any(|process| process.pid == self.pid)
     }
@@ -62,7 +62,7 @@ impl Process {
 /// The outcome of `reap`.
 pub enum Reaped {
     Child(i32, ExitStatus),
-    /// The children that there are live.
+    /// All children are still alive.
     None,
     /// There are no children.
     NoChildren,
@@ -77,19 +77,19 @@ pub fn reap() -> Reaped {
     }
 }
 
-/// A living process below this one.
+/// A living descendant of this process.
 pub struct Descendant {
     pub pid: i32,
     parent: i32,
-    /// When it was made, in ticks.
+    /// When it was created, in ticks.
     start: u64,
-    /// It has called execve itself; a forked worker has not.
+    /// It has called execve itself, unlike a forked worker.
     executed: bool,
-    /// Its first thread has ended. Until the other threads have, its children are not reparented.
+    /// Its first thread has ended. Its children are reparented only after all of its threads have ended.
     ended: bool,
 }
 
-/// All of them, in the order of their start. None where /proc is missing or another PID namespace's.
+/// Returns all descendants in the order of their start. Empty if /proc is missing or belongs to another PID namespace.
 pub fn descendants() -> Vec<Descendant> {
     let me = std::process::id() as i32;
     let is_ours = fs::read_link("/proc/self").is_ok_and(|to| to.to_str() == Some(&me.to_string()));
@@ -98,7 +98,7 @@ pub fn descendants() -> Vec<Descendant> {
     }
     let mut all = read_all();
     for _ in 0..5 {
-        // A process whose parent is missing was read before that parent ended. Its new parent is known on the next try.
+        // If the parent of a process is missing, it ended after the process was read. The next try finds the new parent.
         let has_parent = |child: &Descendant| all.iter().any(|process| [process.pid, 0].contains(&child.parent));
         if all.iter().all(has_parent) {
             break;
@@ -125,19 +125,19 @@ impl Descendant {
     fn read(pid: i32) -> Option<Self> {
         const PF_FORKNOEXEC: u64 = 0x40;
         let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-        // The name before the parenthesis may hold anything.
+        // The name before the last parenthesis may contain any character.
         let fields: Vec<&str> = stat.rsplit_once(") ")?.1.split(' ').collect();
         let number = |field: usize| fields.get(field)?.parse::<u64>().ok();
         let executed = number(6)? & PF_FORKNOEXEC == 0;
         Some(Self { pid, parent: number(1)? as i32, start: number(19)?, executed, ended: fields[0] == "Z" })
     }
 
-    /// Whether it runs the program of this name, which it has executed itself.
+    /// Whether it has itself executed the program with this name.
     pub fn runs(&self, program: &[u8]) -> bool {
         self.executed && program_of(self.pid).is_some_and(|name| name == program)
     }
 
-    /// Whether it has a handler for the signal, which a process installs in the course of its start.
+    /// Whether it has a handler for the signal. A process installs its handlers during its start.
     pub fn handles(&self, signal: i32) -> bool {
         let status = fs::read_to_string(format!("/proc/{}/status", self.pid)).unwrap_or_default();
         let mask = status.lines().find_map(|line| line.strip_prefix("SigCgt:"));
@@ -146,7 +146,7 @@ impl Descendant {
     }
 }
 
-/// The name under which a process was executed: its first argument.
+/// Returns the name under which a process was executed, which is its first argument.
 pub fn program_of(pid: i32) -> Option<Vec<u8>> {
     let line = fs::read(format!("/proc/{pid}/cmdline")).ok()?;
     line.split(|byte| *byte == 0).next().filter(|name| !name.is_empty()).map(<[u8]>::to_vec)

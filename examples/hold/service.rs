@@ -20,13 +20,13 @@ use crate::start;
 use crate::store::Store;
 use crate::{say, CRASHED, KILLED};
 
-/// How long a successor may take to say that it serves when the generation before it has died.
+/// How long a successor may take to report that it serves when its predecessor has died.
 const ORPHANED: Duration = Duration::from_secs(10);
-/// How long a server that was started again may take to be ready.
+/// How long a restarted server may take to be ready.
 const STARTING: Duration = Duration::from_secs(90);
 /// How long a generation may take to end after SIGABRT.
 const ABORTING: Duration = Duration::from_secs(5);
-/// When a script that starts the server has executed it.
+/// The time by which a script that starts the server has executed it.
 const LOOKING: Duration = Duration::from_secs(1);
 const CHECKING: Duration = Duration::from_secs(30);
 /// The delay before the second restart in a row; each later one waits twice as long.
@@ -43,14 +43,14 @@ pub struct Service {
     has_terminal: bool,
     generations: Generations,
     phase: Phase,
-    /// Some generation has been ready, so a crash is one of a server that works.
+    /// Some generation has been ready, so the server works in principle, and a restart after a crash makes sense.
     was_ready: bool,
     upgrade: Upgrade,
     watchdog: Option<Duration>,
     watchdog_at: Option<Instant>,
-    /// When the serving generation is killed, because it does not get ready or does not end.
+    /// When to kill the serving generation, if it is not ready or has not ended by then.
     kill_at: Option<Instant>,
-    /// When to look which program the server runs, by which the generations of a silent one are known.
+    /// When to check which program the server runs. That identifies the generations of a silent server.
     look_at: Option<Instant>,
     restarts: Vec<Instant>,
     /// How the last generation ended.
@@ -62,22 +62,22 @@ pub struct Service {
 enum Phase {
     /// A generation serves, or starts.
     Running,
-    /// None does. It crashed, and the server is started again then.
+    /// No generation serves, because it crashed. The server is restarted at this time.
     Restarting(Instant),
-    /// The serving generation has ended in the middle of an upgrade. Its successor has until then to report that it serves.
+    /// The serving generation has ended in the middle of an upgrade. Its successor must report by this time that it serves.
     Orphaned(Instant, Ended),
-    /// All processes that are left then are killed. `asked`: helpers were sent SIGTERM.
+    /// All remaining processes are killed at `until`. `asked`: helpers were sent SIGTERM.
     Stopping { until: Instant, asked: bool },
 }
 
-/// How the service would have ended, had there been no successor.
+/// How the service has ended, if there turns out to be no successor.
 #[derive(Clone, Copy, PartialEq)]
 enum Ended {
     Well,
     Crashed,
 }
 
-/// The upgrade that somebody asked for.
+/// The upgrade that was requested.
 #[derive(Default)]
 struct Upgrade {
     check: Option<(Process, Instant)>,
@@ -129,7 +129,7 @@ impl Service {
         self.generations.started(server);
         self.phase = Phase::Running;
         (self.upgrade, self.watchdog, self.watchdog_at) = (Upgrade::default(), self.options.watchdog, None);
-        // At the first start it may be a server that never says that it is ready.
+        // At the first start there is no deadline, because the server may be one that never reports that it is ready.
         self.kill_at = self.was_ready.then(|| Instant::now() + STARTING);
         self.look_at = Some(Instant::now() + LOOKING);
         Ok(())
@@ -163,7 +163,7 @@ impl Service {
         let timeout = timeout.and_then(|time| Timespec::try_from(time).ok());
 
         let mut fds = vec![PollFd::new(&self.signals, PollFlags::IN), PollFd::new(&self.inbox, PollFlags::IN)];
-        // The end of a child raises SIGCHLD. Of a generation that is another's child, only the pidfd tells.
+        // The end of a child raises SIGCHLD. If a generation is the child of another process, only its pidfd shows its end.
         let end = self.generations.main().and_then(Process::pidfd);
         fds.extend(end.map(|end| PollFd::from_borrowed_fd(end, PollFlags::IN)));
         let first_stored = fds.len();
@@ -187,7 +187,7 @@ impl Service {
         let is_stop = matches!(signal, libc::SIGTERM | libc::SIGINT);
         match signal {
             libc::SIGCHLD => {}
-            // Ctrl-Z and `fg` in a terminal: the whole job is suspended, and continues.
+            // Ctrl-Z and `fg` in a terminal suspend and continue the whole job.
             libc::SIGTSTP => {
                 self.generations.send_to_all(libc::SIGSTOP);
                 signals::send(std::process::id() as i32, libc::SIGSTOP);
@@ -221,7 +221,7 @@ impl Service {
         }
         let Some(check) = &self.options.check else { return self.send_upgrade() };
         if self.upgrade.check.is_some() {
-            return; // One check, one upgrade.
+            return; // The running check leads to one upgrade, which is enough.
         }
         match start::start(check, &start::inherited(), &[], &self.signals) {
             Ok(process) => self.upgrade.check = Some((process, Instant::now() + CHECKING)),
@@ -239,7 +239,7 @@ impl Service {
 
     // ---- ends --------------------------------------------------------------------------------------------------------
 
-    /// Reaps all that has ended. Returns the exit code when the service is over.
+    /// Reaps every process that has ended. Returns the exit code when the service is over.
     fn reap(&mut self) -> Option<u8> {
         let mut children = true;
         loop {
@@ -267,7 +267,7 @@ impl Service {
         None
     }
 
-    /// A process has ended; `None` if its status is unknown.
+    /// Handles the end of a process. `status` is `None` if it is unknown.
     fn on_end(&mut self, pid: i32, status: Option<ExitStatus>) {
         if self.upgrade.check.take_if(|(check, _)| check.pid == pid).is_some() {
             return match status {
@@ -275,7 +275,7 @@ impl Service {
                 _ => say(&format!("no upgrade: the check failed: {}", shown(status))),
             };
         }
-        // A message that it sent before its end may announce the next generation.
+        // A message that the process sent before its end may announce the next generation.
         self.read_messages();
         let Some(ended) = self.generations.ended(pid) else { return };
         say(&format!("ended pid={} {}", ended.pid, shown(status)));
@@ -298,7 +298,7 @@ impl Service {
         }
     }
 
-    /// No generation serves, and no successor is left.
+    /// Restarts the server or stops, when no generation serves and no successor is left.
     fn on_service_ended(&mut self, how: Ended) {
         if how == Ended::Well || !self.was_ready {
             return self.stop("the server has ended");
@@ -312,7 +312,7 @@ impl Service {
             return self.stop("the server crashes too often");
         }
         let delay = if recent == 0 { Duration::ZERO } else { DELAY * (1 << (recent - 1).min(6)) };
-        say(&format!("crashed; starting it again in {delay:?}, time {} of {most} in {within:?}", recent + 1));
+        say(&format!("crashed; restart {} of {most} within {within:?} follows in {delay:?}", recent + 1));
         self.restarts.push(now + delay);
         self.phase = Phase::Restarting(now + delay);
     }
@@ -321,7 +321,7 @@ impl Service {
         say(&format!("stopping: {why}"));
         self.phase = Phase::Stopping { until: Instant::now() + self.options.stop_timeout, asked: false };
         self.watchdog_at = None;
-        // With a copy open here, clients would still connect, to a queue that is not served any more.
+        // If these copies stayed open, clients would still connect and wait in a queue that no process serves.
         self.store.clear();
         if let Some((check, _)) = &self.upgrade.check {
             check.signal(libc::SIGKILL);
@@ -335,7 +335,7 @@ impl Service {
         self.refusals.log_suppressed(now);
         let main = self.generations.main();
         if self.kill_at.take_if(|at| *at <= now).is_some() {
-            say("killing the generation: it is not ready, or has not ended, in time");
+            say("killing the generation: it was not ready, or has not ended, in time");
             main.into_iter().for_each(|main| main.signal(libc::SIGKILL));
         } else if self.watchdog_at.take_if(|at| *at <= now).is_some() {
             say("watchdog timeout: aborting the generation");
@@ -357,7 +357,7 @@ impl Service {
             Phase::Orphaned(until, how) => {
                 let successors = self.generations.successors();
                 if until <= now {
-                    say("killing the successor: it has not reported in time that it serves");
+                    say("killing the successor: it did not report in time that it serves");
                     successors.iter().for_each(|successor| signals::send(successor.pid, libc::SIGKILL));
                     self.on_service_ended(how);
                 } else if successors.is_empty() {
@@ -365,10 +365,10 @@ impl Service {
                 }
             }
             Phase::Stopping { until, .. } if until <= now => {
-                say("killing what is left: the stop has taken too long");
+                say("killing all remaining processes: the stop has taken too long");
                 self.code = self.code.or(Some(KILLED));
                 self.generations.send_to_all(libc::SIGKILL);
-                // Whatever was started meanwhile comes next.
+                // A process that was started in the meantime is killed in the next round.
                 self.phase = Phase::Stopping { until: now + DELAY, asked: true };
             }
             _ => {}
@@ -376,7 +376,7 @@ impl Service {
     }
 }
 
-/// The exit code that stands for this end, as in a shell.
+/// Returns the exit code for this status, as a shell would.
 fn code(status: ExitStatus) -> u8 {
     status.code().map_or_else(|| 128 + status.signal().unwrap_or(0) as u8, |code| code as u8)
 }

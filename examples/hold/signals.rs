@@ -23,12 +23,12 @@ pub fn by_name(name: &str) -> Option<i32> {
     NAMES.iter().find(|(known, _)| *known == name).map(|(_, signal)| *signal)
 }
 
-/// Every signal that is received or sent on, blocked and readable.
+/// Every signal that `hold` receives or forwards, blocked and readable.
 pub struct Signals {
     fd: OwnedFd,
-    /// The mask that `hold` was started with, which is the server's.
+    /// The mask that `hold` was started with. The server starts with it too.
     before: libc::sigset_t,
-    /// SIGHUP was not ignored at the start, as nohup(1) has it.
+    /// SIGHUP was not ignored at the start. Under nohup(1) it is ignored.
     pub hangup_counts: bool,
 }
 
@@ -44,8 +44,8 @@ impl Signals {
         let all = all.chain(libc::SIGRTMIN()..=libc::SIGRTMAX()).chain([libc::SIGCHLD]);
         let mut set = MaybeUninit::uninit();
         let mut before = MaybeUninit::uninit();
-        // SAFETY: sigemptyset initialises `set` before anything reads it, sigprocmask `before`; the descriptor is new and
-        // owned here alone.
+        // SAFETY: sigemptyset initializes `set` before it is read, and sigprocmask initializes `before`. The descriptor is
+        // new, and nothing else owns it.
         unsafe {
             libc::sigemptyset(set.as_mut_ptr());
             for signal in all {
@@ -58,19 +58,19 @@ impl Signals {
         }
     }
 
-    /// The next signal that has come.
+    /// Returns the next pending signal.
     pub fn next(&self) -> Option<i32> {
         let mut info = MaybeUninit::<libc::signalfd_siginfo>::uninit();
         let size = mem::size_of::<libc::signalfd_siginfo>();
-        // SAFETY: the buffer has that size; the kernel writes whole structures or nothing.
+        // SAFETY: the buffer has that size, and the kernel writes only complete structures.
         let read = unsafe { libc::read(self.fd.as_raw_fd(), info.as_mut_ptr().cast(), size) };
-        // SAFETY: written in full.
+        // SAFETY: the kernel has written the complete structure.
         (read == size as isize).then(|| unsafe { info.assume_init() }.ssi_signo as i32)
     }
 
-    /// Puts the mask back as it was before `take`: for the server, between fork and execve.
+    /// Restores the mask and SIGPIPE for the server, between fork and execve. (Rust's runtime ignores SIGPIPE.)
     pub fn restore(&self) {
-        // SAFETY: `before` was initialised by sigprocmask. The runtime of Rust ignores SIGPIPE; a server starts without that.
+        // SAFETY: sigprocmask initialized `before`.
         unsafe {
             libc::signal(libc::SIGPIPE, libc::SIG_DFL);
             libc::sigprocmask(libc::SIG_SETMASK, &self.before, ptr::null_mut());
@@ -84,7 +84,7 @@ impl AsFd for Signals {
     }
 }
 
-/// Sends a signal to a process, or with a negative number to a process group. It may have ended already.
+/// Sends a signal to a process, or with a negative number to a process group. It may already have ended.
 pub fn send(pid: i32, signal: i32) {
     // SAFETY: no memory is involved.
     unsafe { libc::kill(pid, signal) };
@@ -92,7 +92,7 @@ pub fn send(pid: i32, signal: i32) {
 
 fn is_ignored(signal: i32) -> bool {
     let mut action = MaybeUninit::<libc::sigaction>::zeroed();
-    // SAFETY: with no new action this only writes the present one; zeroes are a valid one should it fail.
+    // SAFETY: without a new action the call only writes the current one. If it fails, the zeros are a valid action.
     unsafe {
         libc::sigaction(signal, ptr::null(), action.as_mut_ptr());
         action.assume_init().sa_sigaction == libc::SIG_IGN

@@ -19,7 +19,7 @@ use crate::store::{Entry, Store};
 /// The first descriptor that is passed, SD_LISTEN_FDS_START.
 const FIRST: RawFd = 3;
 
-/// Variables that are for one process, and not for what it starts.
+/// Variables that are meant for this process and not for the programs it starts.
 const OURS: [&str; 8] = [
     "NOTIFY_SOCKET",
     "SYSTEMD_EXEC_PID",
@@ -31,15 +31,15 @@ const OURS: [&str; 8] = [
     "WATCHDOG_PID",
 ];
 
-/// Our environment without the variables that are meant for this process alone.
+/// Returns this process's environment without the variables that are meant only for this process.
 pub fn inherited() -> Vec<CString> {
     let for_others = env::vars_os().filter(|(name, _)| name.to_str().is_none_or(|name| !OURS.contains(&name)));
     let joined = for_others.map(|(name, value)| [name.into_vec(), value.into_vec()].join(&b'='));
-    // Neither can hold a NUL: both come from such strings.
+    // Neither can contain a NUL, because both come from C strings.
     joined.filter_map(|variable| CString::new(variable).ok()).collect()
 }
 
-/// The server's environment, which names `hold` as its service manager.
+/// Returns the server's environment, which names `hold` as its service manager.
 pub fn environment(options: &Options, notify_socket: &str) -> Vec<CString> {
     let mut environment = inherited();
     let mut set = |name: &str, value: String| {
@@ -75,16 +75,16 @@ pub fn adopt_passed(store: &mut Store) {
     }
 }
 
-/// Owns a descriptor that we were started with.
+/// Takes ownership of a descriptor that this process was started with.
 pub fn adopt(number: RawFd) -> io::Result<OwnedFd> {
-    // SAFETY: used for a call that is harmless on any number; a closed one is an error.
+    // SAFETY: the call is harmless for any number, and fails if it is not open.
     fcntl_setfd(unsafe { BorrowedFd::borrow_raw(number) }, FdFlags::CLOEXEC)?;
-    // SAFETY: it is open, and was passed to this process to own: nothing here has opened a descriptor yet.
+    // SAFETY: it is open, and was passed to this process to own, because `hold` has not opened a descriptor yet.
     Ok(unsafe { OwnedFd::from_raw_fd(number) })
 }
 
-/// Starts a program as the leader of a session of its own, so that the signals of a terminal reach `hold` alone. The
-/// descriptors go along as LISTEN_FDS.
+/// Starts a program as the leader of a new session, so that the signals of a terminal reach only `hold`. Passes the
+/// descriptors by LISTEN_FDS.
 pub fn start(argv: &[CString], environment: &[CString], passed: &[Entry], signals: &Signals) -> io::Result<Process> {
     // SAFETY: this process has one thread, so no lock is held in the child, which may allocate. It does not return.
     match unsafe { check(libc::fork())? } {
@@ -92,7 +92,7 @@ pub fn start(argv: &[CString], environment: &[CString], passed: &[Entry], signal
             let Err(error) = execute(argv, environment, passed, signals);
             say(&format!("cannot execute {}: {error}", argv[0].to_string_lossy()));
             let code = if error.kind() == io::ErrorKind::NotFound { 127 } else { 126 };
-            // SAFETY: ends the child without the handlers of its parent.
+            // SAFETY: ends the child without running the parent's exit handlers.
             unsafe { libc::_exit(code) }
         }
         pid => Ok(Process::of(pid)),
@@ -101,16 +101,16 @@ pub fn start(argv: &[CString], environment: &[CString], passed: &[Entry], signal
 
 fn execute(argv: &[CString], environment: &[CString], passed: &[Entry], signals: &Signals) -> io::Result<Infallible> {
     let mut environment = environment.to_vec();
-    // So the server knows that it is the main process, and not a helper that inherited NOTIFY_SOCKET.
+    // This tells the server that it is the main process, not a helper that inherited NOTIFY_SOCKET.
     environment.push(CString::new(format!("SYSTEMD_EXEC_PID={}", std::process::id()))?);
     if !passed.is_empty() {
-        // Copy them above the numbers that they need, so that no dup2 closes one. The copies are close-on-exec.
+        // Copy them above the numbers that they will have, so that no dup2 closes one. The copies are close-on-exec.
         let beyond = FIRST + passed.len() as RawFd;
-        // SAFETY: makes a new number for an open descriptor.
+        // SAFETY: duplicates an open descriptor.
         let copy = |entry: &Entry| check(unsafe { libc::fcntl(entry.fd.as_raw_fd(), libc::F_DUPFD_CLOEXEC, beyond) });
         let copies: Vec<RawFd> = passed.iter().map(copy).collect::<io::Result<_>>()?;
         for (number, copy) in (FIRST..).zip(copies) {
-            // SAFETY: replaces the descriptor of that number in this child only, which does not use it any more.
+            // SAFETY: replaces the descriptor of that number only in this child, which no longer uses it.
             check(unsafe { libc::dup2(copy, number) })?;
         }
         let names: Vec<&str> = passed.iter().map(|entry| entry.name.as_str()).collect();
@@ -124,7 +124,7 @@ fn execute(argv: &[CString], environment: &[CString], passed: &[Entry], signals:
     let (argv, environment) = (pointers(argv), pointers(&environment));
     rustix::process::setsid()?;
     signals.restore();
-    // SAFETY: both lists end with null, and lead to strings that live.
+    // SAFETY: both lists end with a null pointer, and the strings outlive the call.
     unsafe { libc::execvpe(argv[0], argv.as_ptr(), environment.as_ptr()) };
     Err(io::Error::last_os_error())
 }

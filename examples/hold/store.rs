@@ -1,4 +1,4 @@
-//! The descriptors that the server has stored, to be passed to it when it is started again.
+//! The descriptors that the server has stored, which a restart passes to it.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
@@ -12,7 +12,7 @@ pub struct Store {
 pub struct Entry {
     pub name: String,
     pub fd: OwnedFd,
-    /// Removed when the other end hangs up (`FDPOLL=1`).
+    /// Remove it when the other end hangs up (`FDPOLL=1`).
     polled: bool,
 }
 
@@ -25,13 +25,12 @@ impl Store {
         &self.entries
     }
 
-    /// Keeps a descriptor. One that is stored already by that name is not stored twice: each generation stores its
-    /// listeners anew.
+    /// Stores a descriptor, unless it is already stored under that name: every generation stores all of its listeners.
     ///
     /// # Errors
-    /// Why not: the name, the limit.
+    /// The name cannot be used, or the store is full.
     pub fn put(&mut self, name: &str, fd: OwnedFd, polled: bool) -> Result<(), &'static str> {
-        // Names are passed in a list with colons between.
+        // Names are passed in a list that is separated by colons.
         if !(1..=255).contains(&name.len()) || !name.bytes().all(|b| (b' '..127).contains(&b) && b != b':') {
             return Err("descriptor without a usable name");
         }
@@ -54,19 +53,19 @@ impl Store {
         self.entries.retain(|entry| entry.name != name);
     }
 
-    /// Those whose hangup is waited for, in the order of `remove_hung`.
+    /// Returns the descriptors to poll for a hangup, in the order that `remove_hung` expects.
     pub fn polled(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
         self.entries.iter().filter(|entry| entry.polled).map(|entry| entry.fd.as_fd())
     }
 
-    /// Closes those for which `hung` says so, of the ones that `polled` has named.
+    /// Closes the polled descriptors for which `hung` is true, in the order of `polled`.
     pub fn remove_hung(&mut self, hung: Vec<bool>) {
         let mut hung = hung.into_iter();
         self.entries.retain(|entry| !(entry.polled && hung.next().unwrap_or(false)));
     }
 }
 
-/// The same socket, pipe or file, open for the same.
+/// Whether both are the same socket, pipe or file, opened with the same access mode.
 fn is_same(a: BorrowedFd<'_>, b: BorrowedFd<'_>) -> bool {
     let what = |fd| {
         let (stat, flags) = (fstat(fd).ok()?, fcntl_getfl(fd).ok()?);

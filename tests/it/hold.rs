@@ -299,7 +299,7 @@ fn a_stop_has_a_deadline() {
     let _new = connect(&addr).unwrap();
     ask(&addr).unwrap();
     assert_eq!(stop(&mut server), Some(124));
-    assert!(server.said().iter().any(|line| line.contains("killing what is left")));
+    assert!(server.said().iter().any(|line| line.contains("killing all remaining processes")));
 }
 
 // ---- messages --------------------------------------------------------------------------------------------------------

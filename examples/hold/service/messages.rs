@@ -1,4 +1,4 @@
-//! Messages of the server: who may send which, and their effect.
+//! Messages of the server: which process may send which message, and their effect.
 
 use std::time::{Duration, Instant};
 
@@ -7,7 +7,7 @@ use crate::message::Message;
 use crate::process::Process;
 use crate::say;
 
-/// More messages than the kernel queues, so that every message sent before now is read, and a flood does not block us.
+/// More messages than the kernel queues: every message sent before now is read, but a flood cannot block `hold`.
 const QUEUE: usize = 4096;
 
 impl Service {
@@ -89,14 +89,14 @@ impl Service {
         self.rearm_watchdog();
     }
 
-    /// A generation serves in place of the one that did.
+    /// Records that another generation serves now.
     pub(super) fn replace_main(&mut self, next: Process) {
         say(&format!("serves pid={}", next.pid));
         self.generations.replace(next);
         if let Phase::Orphaned(..) = self.phase {
             self.phase = Phase::Running;
         }
-        // The signal arrived after the previous generation had announced this one, and was ignored.
+        // The upgrade signal reached the previous generation after it had announced this one, so it was ignored. Send it again.
         if self.upgrade.asked && self.upgrade.is_told {
             self.generations.send(self.options.upgrade_signal, false);
         }
