@@ -236,7 +236,7 @@ impl StdError for Error {}
 
 impl Error {
     /// The message without its causes, and the direct cause.
-    fn parts(&self) -> (String, Option<&(dyn StdError + 'static)>) {
+    pub(crate) fn parts(&self) -> (String, Option<&(dyn StdError + 'static)>) {
         let child = |pid: &u32| match pid {
             0 => "child of another PID namespace".to_owned(),
             pid => format!("child {pid}"),

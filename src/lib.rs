@@ -101,13 +101,13 @@ mod options;
 mod pid_file;
 mod program;
 mod reporter;
-mod second_stop;
 mod seqpacket;
 mod service;
 mod shutdown;
 mod sockets;
 mod start;
 mod started;
+mod stop_signal;
 mod sys;
 #[cfg(any(feature = "systemd_notify", feature = "systemd_sockets"))]
 pub mod systemd;

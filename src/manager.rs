@@ -13,6 +13,14 @@ use crate::listen::FileId;
 /// How long the manager may take to make a child the main process. It does that at once, unless it hangs.
 pub(crate) const ANNOUNCE: Duration = Duration::from_secs(5);
 
+/// The process that an upgrade has started.
+#[derive(Clone, Copy)]
+pub(crate) struct Child {
+    /// Tells it from any other process, see [`pidfd_id`](crate::sys::program::pidfd_id).
+    #[cfg_attr(not(feature = "systemd_notify"), allow(dead_code))]
+    pub(crate) id: Option<u64>,
+}
+
 /// A service manager that was found in the environment.
 ///
 /// # Contract
@@ -38,8 +46,8 @@ pub(crate) trait ServiceManager: fmt::Debug + Send + Sync {
 
     /// Announces the process that serves now. A child becomes the main process, and this returns when the manager knows:
     /// a main process that ended earlier would take the service along. If a process of another unit took over, this
-    /// service ends.
-    fn announce(&self, upgraded: &Upgraded, is_child: bool);
+    /// service ends, and `child` is `None`.
+    fn announce(&self, upgraded: &Upgraded, child: Option<Child>);
 
     /// Sends a sign of life if one is due and `is_main` agrees; returns when the next one is due.
     fn watchdog_tick(&self, is_main: &dyn Fn() -> bool) -> Option<Instant>;

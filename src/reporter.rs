@@ -11,7 +11,7 @@ use crate::event::Event;
 use crate::exit::Upgraded;
 use crate::handover::ancestors::Ancestors;
 use crate::logging;
-use crate::manager::{ServiceManager, ANNOUNCE};
+use crate::manager::{Child, ServiceManager, ANNOUNCE};
 use crate::sockets::Sockets;
 
 pub(crate) type Observer = Arc<dyn Fn(&Event<'_>) + Send + Sync>;
@@ -85,16 +85,22 @@ impl Reporter {
     /// Whether the service would outlive this process.
     ///
     /// # Errors
-    /// systemd started this process as the main process of a unit, and is not told of its successors.
+    /// systemd started this process as the main process of a unit, and is not told of its successors. Or this is the first
+    /// process of a PID namespace.
     pub(crate) fn check_unit(&self) -> io::Result<()> {
+        let dead = |why| Err(io::Error::new(io::ErrorKind::Unsupported, why));
+        if std::process::id() == 1 {
+            return dead(
+                "this is process 1: when it ends, the kernel kills the new version; start it below hold (examples/hold)",
+            );
+        }
         let executed = env::var("SYSTEMD_EXEC_PID").ok().and_then(|pid| pid.parse::<u32>().ok());
         let is_told = self.manager.get().is_some() || env::var_os("NOTIFY_SOCKET").is_some();
         match executed {
-            Some(executed) if executed == std::process::id() && !is_told => Err(io::Error::new(
-                io::ErrorKind::Unsupported,
+            Some(executed) if executed == std::process::id() && !is_told => dead(
                 "systemd would end this unit with the old process: use Type=notify-reload with Builder::systemd_notify; \
                  or UnsetEnvironment=SYSTEMD_EXEC_PID, if the old process stays until it is stopped",
-            )),
+            ),
             _ => Ok(()),
         }
     }
@@ -104,24 +110,18 @@ impl Reporter {
         if let Err(e) = self.check_unit() {
             logging::warn!("upgrades by a child will fail: {e}");
         }
-        if std::process::id() == 1 {
-            logging::warn!(
-                "this is process 1: when it ends after an upgrade, the kernel kills the new version; start it below hold \
-                 (examples/hold)"
-            );
-        }
     }
 
     /// Announces the process that serves now, before this one may end. Our child becomes the main process of the service.
     /// A process that took over belongs to another unit or to none, so for this one it is the end.
-    pub(crate) fn announce(&self, upgraded: &Upgraded, is_child: bool) {
+    pub(crate) fn announce(&self, upgraded: &Upgraded, child: Option<Child>) {
         let Some(manager) = self.manager.get() else { return };
         // This process may be a child whose own parent is about to announce it.
         if let Some(parent) = self.ancestors.parent.as_ref().filter(|_| !manager.is_main()) {
             parent.wait_for(ANNOUNCE, |state| state.announced || state.ended);
         }
         if let Some(manager) = self.main() {
-            manager.announce(upgraded, is_child);
+            manager.announce(upgraded, child);
         }
     }
 

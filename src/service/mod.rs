@@ -14,9 +14,9 @@ use crate::event_loop::{EventLoop, Phase};
 use crate::exit::{Exit, ExitMode, ExitReason, Upgraded};
 use crate::generation::Generation;
 use crate::logging;
-use crate::second_stop::SecondStop;
 use crate::shutdown::State;
 use crate::started::Started;
+use crate::stop_signal::StopSignal;
 use crate::sys::poll::Deadline;
 use crate::triggers::control::{TakeoverSocket, Trust};
 use crate::triggers::request::{take_outcome, Action, Outcome, Reply, Request};
@@ -271,10 +271,11 @@ impl Service {
         generation.sockets.registry().close_all();
         self.lead().stop = triggers.stop_reason();
         triggers.close();
-        if generation.limits.second_stop_ends_drain && !handed_over {
-            match SecondStop::new(triggers.stop_signals()) {
+        if generation.limits.second_stop_ends_drain || handed_over {
+            match StopSignal::new(triggers.stop_signals(), handed_over) {
+                Ok(signal) if handed_over => generation.shutdown.set_last_signal(Arc::new(signal)),
                 Ok(signal) => generation.shutdown.set_end_signal(Arc::new(signal)),
-                Err(e) => logging::warn!("a second stop signal will not end the drain: {e}"),
+                Err(e) => logging::warn!("a stop signal will not end the drain: {e}"),
             }
         }
         generation.reporter.emit(&Event::Ended(&exit));

@@ -52,6 +52,8 @@ pub(crate) struct Drain {
     /// The older generations, which are to end with this one. Set by a stop of the service.
     older: OnceLock<Arc<Ancestors>>,
     signal: Mutex<Option<Arc<dyn EndSignal>>>,
+    /// Counts when there is no `signal`, or no longer.
+    last_signal: OnceLock<Arc<dyn EndSignal>>,
     progress: OnceLock<Progress>,
 }
 
@@ -65,6 +67,7 @@ impl Drain {
             end: Mutex::new(Deadline::NEVER),
             older: OnceLock::new(),
             signal: Mutex::new(None),
+            last_signal: OnceLock::new(),
             progress: OnceLock::new(),
         })
     }
@@ -106,6 +109,12 @@ impl Drain {
     /// Lets `signal` end the drains, also one that has begun.
     pub(crate) fn set_end_signal(&self, signal: Arc<dyn EndSignal>) {
         *self.signal.lock().unwrap_or_else(PoisonError::into_inner) = Some(signal);
+        self.look_again();
+    }
+
+    /// Lets `signal` end the drains once every later generation has ended.
+    pub(crate) fn set_last_signal(&self, signal: Arc<dyn EndSignal>) {
+        let _ = self.last_signal.set(signal);
         self.look_again();
     }
 
@@ -176,7 +185,8 @@ impl Drain {
     }
 
     fn signal(&self) -> Option<Arc<dyn EndSignal>> {
-        self.signal.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        let signal = self.signal.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        signal.or_else(|| self.last_signal.get().cloned())
     }
 
     fn forget(&self, closed: &Arc<dyn EndSignal>) {

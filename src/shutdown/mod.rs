@@ -274,6 +274,11 @@ impl Shutdown {
         self.0.drain.set_end_signal(signal);
     }
 
+    /// Lets this end the drain once every later generation has ended.
+    pub(crate) fn set_last_signal(&self, signal: Arc<dyn EndSignal>) {
+        self.0.drain.set_last_signal(signal);
+    }
+
     /// Calls `progress` with the number of loops and guards left whenever it falls during a stop.
     pub(crate) fn on_progress(&self, progress: impl Fn(usize) + Send + Sync + 'static) {
         self.0.drain.on_progress(Box::new(progress));

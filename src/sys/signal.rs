@@ -79,9 +79,14 @@ pub(crate) fn take_pending() -> impl Iterator<Item = i32> {
     (1..=LAST as i32).filter(move |signal| pending & (1 << (signal - 1)) != 0)
 }
 
-extern "C" fn handler(signal: libc::c_int, info: *mut libc::siginfo_t, context: *mut libc::c_void) {
+/// Makes the signal pending again.
+pub(crate) fn put_back(signal: i32) {
     PENDING.fetch_or(1 << (signal - 1), Ordering::AcqRel);
     wake();
+}
+
+extern "C" fn handler(signal: libc::c_int, info: *mut libc::siginfo_t, context: *mut libc::c_void) {
+    put_back(signal);
     // SAFETY: the place is null or a sigaction that is never freed, and that sigaction(2) has returned for this signal.
     // Its handler was installed to be called with these arguments.
     unsafe {

@@ -1,18 +1,21 @@
 //! systemd as the service manager: which event becomes which message, and when.
 
 use std::env;
+use std::io;
+use std::iter;
 #[cfg(feature = "systemd_sockets")]
 use std::os::fd::BorrowedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use super::notify::{watchdog_interval, Notifier, NotifyError};
+use super::notify::{Notifier, NotifyError};
+use super::watchdog::watchdog_interval;
 use crate::error::Error;
 use crate::event::Event;
 use crate::exit::{Exit, ExitMode, Upgraded};
 use crate::logging;
-use crate::manager::{ServiceManager, Store, ANNOUNCE};
+use crate::manager::{Child, ServiceManager, Store, ANNOUNCE};
 use crate::sys::program;
 #[cfg(feature = "systemd_sockets")]
 use crate::{key::Key, listen::FileId};
@@ -58,6 +61,8 @@ fn number(name: &str) -> Option<u32> {
 /// manager would end the unit with it, or kill an unrelated process, because in another PID namespace its numbers mean others.
 pub(crate) fn is_nested(is_child: bool) -> bool {
     match number(EXEC_PID) {
+        // The first process of a PID namespace is this for nobody outside.
+        _ if std::process::id() == 1 => true,
         executed if is_child => executed == Some(0),
         Some(executed) => executed != std::process::id(),
         // Something else than systemd. It has our numbers if there is one namespace.
@@ -73,7 +78,7 @@ impl Systemd {
             NotifyError::Address { address, source } => {
                 Error::ServiceManager { what: format!("NOTIFY_SOCKET={}", address.to_string_lossy()), source }
             }
-            other => Error::ServiceManager { what: "its socket".into(), source: std::io::Error::other(other) },
+            other => Error::ServiceManager { what: "its socket".into(), source: io::Error::other(other) },
         })?;
         let started_by_it = !is_child || number(EXEC_PID) == Some(std::process::id());
         Ok(notifier.map(|notifier| Self {
@@ -99,12 +104,12 @@ impl Systemd {
     }
 
     /// `READY` ends a reload only after `RELOADING`, and an upgrade may be refused before it begins.
-    fn end_reload(&self, outcome: &str) -> Result<(), NotifyError> {
+    fn end_reload(&self, errno: i32, outcome: &str) -> Result<(), NotifyError> {
         if !self.reloading.load(Ordering::Relaxed) {
             self.begin_reload()?;
         }
         self.reloading.store(false, Ordering::Relaxed);
-        self.notifier.ready(&format!("generation {}, {outcome}", self.generation))
+        self.notifier.reloaded(errno, &format!("generation {}, {outcome}", self.generation))
     }
 }
 
@@ -122,7 +127,7 @@ impl ServiceManager for Systemd {
         self.handed_over.store(false, Ordering::Relaxed);
         if !announced && !self.nested {
             let status = format!("generation {}, serving without its parent", self.generation);
-            log_failure(self.notifier.new_main(std::process::id(), &status));
+            log_failure(self.notifier.announce(std::process::id(), program::own_pidfd_id(), &status));
         }
     }
 
@@ -141,7 +146,7 @@ impl ServiceManager for Systemd {
             Event::Committed(Upgraded { pid, generation: next, .. }) => {
                 notifier.status(&format!("generation {generation}; generation {next}, pid {pid}, is on probation"))
             }
-            Event::UpgradeFailed { error, .. } => self.end_reload(&format!("upgrade failed: {error}")),
+            Event::UpgradeFailed { error, .. } => self.end_reload(errno(error), &format!("upgrade failed: {error}")),
             Event::Ended(Exit { mode: ExitMode::Stopped, reason }) => {
                 notifier.stopping(&format!("generation {generation}, stopped by {reason}"))
             }
@@ -153,18 +158,20 @@ impl ServiceManager for Systemd {
         });
     }
 
-    fn announce(&self, Upgraded { pid, generation, .. }: &Upgraded, is_child: bool) {
+    fn announce(&self, Upgraded { pid, generation, .. }: &Upgraded, child: Option<Child>) {
         let Self { notifier, generation: ours, .. } = self;
-        if is_child && self.nested {
-            log_failure(notifier.ready(&format!("generation {generation}, upgraded")));
-        } else if is_child {
-            let status = format!("generation {generation}, upgraded from pid {}", std::process::id());
-            log_failure(notifier.new_main(*pid, &status).and_then(|()| notifier.barrier(ANNOUNCE)));
-            self.handed_over.store(true, Ordering::Relaxed);
-        } else {
-            log_failure(
+        match child {
+            None => log_failure(
                 notifier.stopping(&format!("generation {ours}, taken over by pid {pid}, generation {generation}")),
-            );
+            ),
+            Some(_) if self.nested => {
+                log_failure(notifier.reloaded(0, &format!("generation {generation}, upgraded")));
+            }
+            Some(Child { id }) => {
+                let status = format!("generation {generation}, upgraded from pid {}", std::process::id());
+                log_failure(notifier.announce(*pid, id, &status).and_then(|()| notifier.barrier(ANNOUNCE)));
+                self.handed_over.store(true, Ordering::Relaxed);
+            }
         }
     }
 
@@ -198,8 +205,8 @@ impl ServiceManager for Systemd {
     }
 
     #[cfg(feature = "tokio_ecdysis")]
-    fn extend_timeout(&self, time: Duration) -> std::io::Result<()> {
-        self.notifier.extend_timeout(time).map_err(std::io::Error::other)
+    fn extend_timeout(&self, time: Duration) -> io::Result<()> {
+        self.notifier.extend_timeout(time).map_err(io::Error::other)
     }
 
     fn store(self: Arc<Self>) -> Option<Arc<dyn Store>> {
@@ -229,6 +236,16 @@ impl Store for Systemd {
             log_failure(self.notifier.forget(&name));
         }
     }
+}
+
+/// The number of the OS error behind an error. Where there is none, ECANCELED says at least that something failed.
+fn errno(error: &Error) -> i32 {
+    let causes = iter::successors(error.parts().1, |&cause| cause.source());
+    let mut numbers = causes.filter_map(|cause| cause.downcast_ref::<io::Error>()?.raw_os_error());
+    numbers.next().unwrap_or(match error {
+        Error::Timeout { .. } => libc::ETIMEDOUT,
+        _ => libc::ECANCELED,
+    })
 }
 
 /// A message that is lost is no reason to serve any worse.

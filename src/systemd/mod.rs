@@ -11,6 +11,10 @@ mod notify;
 pub(crate) mod sockets;
 #[cfg(all(feature = "systemd_notify", feature = "systemd_sockets"))]
 pub(crate) mod stored;
+#[cfg(feature = "systemd_notify")]
+mod watchdog;
 
 #[cfg(feature = "systemd_notify")]
-pub use notify::{watchdog_interval, Notifier, NotifyError};
+pub use notify::{Notifier, NotifyError};
+#[cfg(feature = "systemd_notify")]
+pub use watchdog::watchdog_interval;

@@ -137,9 +137,24 @@ impl Notifier {
     /// `WATCHDOG=1` of the new process in one datagram. From then on the manager accepts messages of that process, and no
     /// longer of this one. It has taken effect when a [`barrier`](Self::barrier) has passed.
     pub fn new_main(&self, pid: u32, status: &str) -> Result<(), NotifyError> {
-        let message =
-            Message::new().with("MAINPID", &pid.to_string()).with("READY", "1").with("WATCHDOG", "1").status(status);
+        self.announce(pid, None, status)
+    }
+
+    /// As [`new_main`](Self::new_main), and takes back the error of an earlier upgrade. With the process's `id` (the inode
+    /// of its pidfd) systemd 257 and later refuse a number that means another process.
+    pub(crate) fn announce(&self, pid: u32, id: Option<u64>, status: &str) -> Result<(), NotifyError> {
+        let mut message = Message::new().with("MAINPID", &pid.to_string());
+        if let Some(id) = id {
+            message = message.with("MAINPIDFDID", &id.to_string());
+        }
+        let message = message.with("READY", "1").with("WATCHDOG", "1").with("ERRNO", "0").status(status);
         self.send("MAINPID", message, &[])
+    }
+
+    /// Sends `READY=1` at the end of a reload, with the number of the error that it ended with, or 0.
+    pub(crate) fn reloaded(&self, errno: i32, status: &str) -> Result<(), NotifyError> {
+        let message = Message::new().with("READY", "1").with("ERRNO", &errno.to_string()).status(status);
+        self.send("READY", message, &[])
     }
 
     /// Asks the service manager to extend the timeout of the current start, reload or stop to `time` from now. An
@@ -148,7 +163,7 @@ impl Notifier {
         self.send("EXTEND_TIMEOUT_USEC", Message::new().with("EXTEND_TIMEOUT_USEC", &usec(time)), &[])
     }
 
-    /// Sends `WATCHDOG=1`: this process is alive, see [`watchdog_interval`]. With
+    /// Sends `WATCHDOG=1`: this process is alive, see [`watchdog_interval`](super::watchdog_interval). With
     /// [`Builder::systemd_notify`](crate::Builder::systemd_notify) the library's `run` sends it.
     pub fn alive(&self) -> Result<(), NotifyError> {
         self.send("WATCHDOG", Message::new().with("WATCHDOG", "1"), &[])
@@ -269,23 +284,6 @@ fn fd_name(name: &str) -> Result<&str, NotifyError> {
     fits.then_some(name).ok_or_else(|| NotifyError::FdName { name: name.to_owned() })
 }
 
-/// Returns how long the manager waits for `WATCHDOG=1` before it considers this process hung (`WatchdogSec=`); `None`
-/// if it does not watch. Send it twice as often.
-///
-/// After an upgrade the time is still the one that the first generation was started with.
-pub fn watchdog_interval() -> Option<Duration> {
-    interval(env::var_os("WATCHDOG_USEC"), env::var_os("WATCHDOG_PID"), std::process::id())
-}
-
-/// WATCHDOG_PID names the process that the variables are for; without it they are for any reader.
-fn interval(usec: Option<OsString>, pid: Option<OsString>, me: u32) -> Option<Duration> {
-    if pid.is_some_and(|pid| pid.to_str().and_then(|pid| pid.parse().ok()) != Some(me)) {
-        return None;
-    }
-    let usec: u64 = usec?.to_str()?.parse().ok()?;
-    (usec > 0 && usec < u64::MAX).then(|| Duration::from_micros(usec))
-}
-
 /// Why a message did not reach the service manager.
 #[derive(Debug)]
 #[non_exhaustive]
@@ -384,7 +382,11 @@ mod tests {
         notifier.ready("generation 1").unwrap();
         assert_eq!(receive(&manager).0, "READY=1\nSTATUS=generation 1\n");
         notifier.new_main(812, "generation 2").unwrap();
-        assert_eq!(receive(&manager).0, "MAINPID=812\nREADY=1\nWATCHDOG=1\nSTATUS=generation 2\n");
+        assert_eq!(receive(&manager).0, "MAINPID=812\nREADY=1\nWATCHDOG=1\nERRNO=0\nSTATUS=generation 2\n");
+        notifier.announce(812, Some(7), "").unwrap();
+        assert_eq!(receive(&manager).0, "MAINPID=812\nMAINPIDFDID=7\nREADY=1\nWATCHDOG=1\nERRNO=0\nSTATUS=\n");
+        notifier.reloaded(110, "generation 2").unwrap();
+        assert_eq!(receive(&manager).0, "READY=1\nERRNO=110\nSTATUS=generation 2\n");
         notifier.stopping("").unwrap();
         assert_eq!(receive(&manager).0, "STOPPING=1\nSTATUS=\n");
         notifier.extend_timeout(Duration::from_millis(1500)).unwrap();
@@ -494,19 +496,5 @@ mod tests {
             assert!(matches!(error, NotifyError::Address { .. }), "{bad:?}: {error}");
             assert!(error.to_string().contains(bad), "{error}");
         }
-    }
-
-    #[test]
-    fn the_watchdog_is_for_the_process_it_names() {
-        let os = |text: &str| Some(OsString::from(text));
-        let second = Some(Duration::from_secs(1));
-        assert_eq!(interval(os("1000000"), os("7"), 7), second);
-        assert_eq!(interval(os("1000000"), None, 7), second);
-        assert_eq!(interval(os("1000000"), os("8"), 7), None);
-        assert_eq!(interval(os("1000000"), os("x"), 7), None);
-        for usec in ["0", "-1", "x", "", "18446744073709551615"] {
-            assert_eq!(interval(os(usec), None, 7), None, "{usec}");
-        }
-        assert_eq!(interval(None, os("7"), 7), None);
     }
 }

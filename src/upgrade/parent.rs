@@ -14,12 +14,14 @@ use crate::handover::ancestors::DrainLink;
 use crate::handover::lines::{FromChild, FromParent, COMMIT};
 use crate::handover::link::{ChildLink, Handover, Transport};
 use crate::logging;
+use crate::manager::Child;
 use crate::shutdown::{Shutdown, State};
 use crate::sockets::Late;
 use crate::sys::child::LOOK;
 use crate::sys::peer::peer_pidfd;
 use crate::sys::plan::{Parentage, Plan};
 use crate::sys::poll::Deadline;
+use crate::sys::program::pidfd_id;
 use crate::sys::spawn::{explain, spawn};
 use crate::triggers::request::{Action, Request};
 use crate::triggers::takeover::TakeoverRequest;
@@ -219,7 +221,8 @@ fn commit<'a>(
             Err(e) => return Err(e),
         };
     }
-    generation.reporter.announce(&upgraded, is_child);
+    let child = is_child.then(|| Child { id: successor.pidfd().and_then(pidfd_id) });
+    generation.reporter.announce(&upgraded, child);
     if is_child {
         let _ = successor.link.send(FromParent::Main);
     }

@@ -70,7 +70,7 @@ impl<'a> Successor<'a> {
         matches!(self.process, Process::Child(_))
     }
 
-    fn pidfd(&self) -> Option<&OwnedFd> {
+    pub(super) fn pidfd(&self) -> Option<&OwnedFd> {
         match &self.process {
             Process::Child(spawned) => spawned.pidfd.as_ref(),
             Process::Takeover { pidfd, .. } => pidfd.as_ref(),

@@ -5,9 +5,10 @@ use std::fs;
 use std::io::{IoSlice, Read, Write};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::os::linux::net::SocketAddrExt;
 use std::os::unix::fs::PermissionsExt;
-use std::os::unix::net::{SocketAddr, UnixDatagram};
+use std::os::unix::net::UnixDatagram;
+#[cfg(feature = "systemd")]
+use std::os::{linux::net::SocketAddrExt, unix::net::SocketAddr};
 use std::path::Path;
 use std::process::Command;
 use std::thread;

@@ -10,9 +10,11 @@ use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
-use crate::support::{ask, children, connect, example, field, generation, send_signal, tempdir, Server, DEADLINE};
+use crate::support::{
+    ask, can_unshare, children, connect, example, field, generation, send_signal, tempdir, Server, DEADLINE,
+};
 use rustix::net::{recvmsg, sockopt, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags};
-use rustix::process::Signal;
+use rustix::process::{pidfd_open, Pid, PidfdFlags, Signal};
 
 /// The manager's end.
 struct Manager {
@@ -96,6 +98,15 @@ impl Manager {
     }
 }
 
+/// The inode of a process's pidfd, where each process has its own.
+fn pidfd_id(pid: u32) -> Option<u64> {
+    let inode = |pid| {
+        let pidfd = pidfd_open(Pid::from_raw(pid as i32).unwrap(), PidfdFlags::empty()).unwrap();
+        rustix::fs::fstat(pidfd).unwrap().st_ino
+    };
+    (cfg!(target_pointer_width = "64") && inode(pid) != inode(std::process::id())).then(|| inode(pid))
+}
+
 #[test]
 fn the_parent_announces_and_the_child_is_silent_until_then() {
     let manager = Manager::new();
@@ -117,8 +128,12 @@ fn the_parent_announces_and_the_child_is_silent_until_then() {
     let status = manager.expect(parent, "STATUS=generation 1, upgrading to pid ").text;
     let child: u32 = status.trim_end().rsplit(' ').next().unwrap().parse().unwrap();
     manager.expect(parent, &format!("STATUS=generation 1; generation 2, pid {child}, is on probation"));
-    let announced = manager.expect(parent, &format!("MAINPID={child}\nREADY=1\nWATCHDOG=1\n")).text;
-    assert!(announced.ends_with(&format!("STATUS=generation 2, upgraded from pid {parent}\n")), "{announced}");
+    let announced = manager.expect(parent, &format!("MAINPID={child}\n")).text;
+    let rest = format!("READY=1\nWATCHDOG=1\nERRNO=0\nSTATUS=generation 2, upgraded from pid {parent}\n");
+    assert!(announced.ends_with(&rest), "{announced}");
+    // Tells the process from a later one with its number, where the kernel has such an id (Linux 6.9).
+    let id = pidfd_id(child).map_or(String::new(), |id| format!("MAINPIDFDID={id}\n"));
+    assert!(announced.contains(&id), "{announced} {id}");
     // The service manager must know before the parent may end.
     let barrier = manager.expect(parent, "BARRIER=1");
     assert_eq!(barrier.fds.len(), 1);
@@ -149,7 +164,7 @@ fn a_failed_upgrade_ends_in_ready_and_says_why() {
         server.fail_to_upgrade();
         manager.expect(pid, "RELOADING=1");
         manager.expect(pid, "STATUS=");
-        let ready = manager.expect(pid, "READY=1\nSTATUS=generation 1, upgrade failed: ").text;
+        let ready = manager.expect(pid, "READY=1\nERRNO=125\nSTATUS=generation 1, upgrade failed: ").text;
         assert!(ready.contains("config: line 3 is bad"), "{ready}");
     }
 }
@@ -174,7 +189,7 @@ fn whoever_asks_again_gets_an_answer() {
     std::fs::remove_file(&misbehave).unwrap();
     let open = connect(&server.addr()).unwrap();
     send_signal(child, Signal::KILL);
-    manager.expect(pid, "READY=1\nSTATUS=generation 1, upgrade failed");
+    manager.expect(pid, "READY=1\nERRNO=125\nSTATUS=generation 1, upgrade failed");
     server.wait("upgrade failed");
 
     // The second one is done now.
@@ -189,7 +204,7 @@ fn whoever_asks_again_gets_an_answer() {
     // The first generation drains, so the second one may not be replaced.
     send_signal(new, Signal::HUP);
     manager.expect(new, "RELOADING=1");
-    let ready = manager.expect(new, "READY=1\nSTATUS=generation 2, upgrade failed").text;
+    let ready = manager.expect(new, "READY=1\nERRNO=125\nSTATUS=generation 2, upgrade failed").text;
     assert!(ready.contains("drains"), "{ready}");
     drop(open);
 }
@@ -277,7 +292,10 @@ fn a_helper_of_the_main_process_stays_one_over_its_upgrades() {
         server.signal(Signal::HUP);
         let next: u32 = field(&server.wait("upgrade ok"), "pid");
         let message = manager.within(DEADLINE, |message| message.text.contains(", upgraded\n")).unwrap();
-        assert_eq!((message.from, message.text), (pid, format!("READY=1\nSTATUS=generation {generation}, upgraded\n")));
+        assert_eq!(
+            (message.from, message.text),
+            (pid, format!("READY=1\nERRNO=0\nSTATUS=generation {generation}, upgraded\n"))
+        );
         // It is the child of the generation before, and then nobody's: the main process never made it.
         server.wait(&format!("ended gen={}", generation - 1));
         server.wait_serving();
@@ -298,6 +316,29 @@ fn a_unit_that_would_end_is_not_upgraded() {
     let mut server = Server::serving(command);
     let failed = server.fail_to_upgrade();
     assert!(failed.contains("use Type=notify-reload"), "{failed}");
+    assert_eq!(generation(&server.addr()), 1);
+}
+
+/// The kernel kills every other process of a PID namespace when the first one ends.
+#[test]
+fn process_1_is_not_upgraded() {
+    let container = ["--user", "--map-root-user", "--pid", "--fork", "--kill-child", "--mount-proc"];
+    if !can_unshare(&container) {
+        return;
+    }
+    let manager = Manager::new();
+    let mut command = Command::new("unshare");
+    // As under PrivatePIDs=yes.
+    command.args(container).arg(example("whoami")).env("SYSTEMD_EXEC_PID", "1");
+    command.args(["--systemd", "--listen", "127.0.0.1:0"]).env("NOTIFY_SOCKET", &manager.address);
+    let mut server = Server::start(command);
+    server.wait("serving");
+    // For the manager process 1 is another.
+    assert_eq!(manager.next().text, "READY=1\nSTATUS=generation 1\n");
+    let inside = children(server.first_pid()).into_keys().next().unwrap();
+    send_signal(inside, Signal::HUP);
+    let failed = server.wait("upgrade failed");
+    assert!(failed.contains("this is process 1"), "{failed}");
     assert_eq!(generation(&server.addr()), 1);
 }
 
@@ -333,6 +374,30 @@ fn a_stop_ends_the_drains_of_older_generations_and_waits_for_them() {
     }
     server.wait("ended gen=3");
     server.wait_all_ended();
+}
+
+/// After a crash of the newest generation, systemd asks the others to stop and waits for them before it starts the service
+/// again. Nobody is served meanwhile.
+#[test]
+fn a_stop_ends_the_drain_of_a_generation_whose_successor_has_crashed() {
+    for crashes_first in [true, false] {
+        let mut server = Server::whoami(["--listen", "127.0.0.1:0", "--probation", "0", "--drain", "600"]);
+        let addr = server.addr();
+        let _open = connect(&addr).unwrap();
+        ask(&addr).unwrap();
+        server.upgrade();
+        server.wait_serving();
+        let [old, new] = [server.first_pid(), server.pid()];
+        let steps = [(new, Signal::KILL), (old, Signal::TERM)];
+        let [first, second] = if crashes_first { steps } else { [steps[1], steps[0]] };
+        send_signal(first.0, first.1);
+        std::thread::sleep(Duration::from_millis(100));
+        assert!(!server.said().iter().any(|line| line.starts_with("ended")), "either alone ends no drain");
+        send_signal(second.0, second.1);
+        let ended = server.wait_any("ended gen=1");
+        assert_eq!(field::<usize>(&ended, "left"), 1);
+        server.wait_all_ended();
+    }
 }
 
 /// The deadline of the stop is also that of the older drains, however long they were to be.

@@ -7,7 +7,7 @@ use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::Command;
 use std::thread;
 use std::time::Duration;
 
@@ -677,15 +677,6 @@ fn root_may_ask_a_user_but_does_not_believe_one() {
     theirs.wait("upgrade failed: ");
     let line = Server::start(meeting.command()).wait("whoami: ");
     assert!(line.contains("not trusted"), "{line}");
-}
-
-fn can_unshare(flags: &[&str]) -> bool {
-    let probe = Command::new("unshare").args(flags).arg("true").stderr(Stdio::null()).status();
-    let can = probe.is_ok_and(|status| status.success());
-    if !can {
-        eprintln!("not run: this machine does not allow unshare {flags:?}");
-    }
-    can
 }
 
 /// As containers on one host network are: PIDs of one mean nothing in the other, each has its own view of the files,

@@ -18,7 +18,7 @@ const LAYERS: &[&[&str]] = &[
     &["generation"],
     &["reporter"],
     &["systemd"],
-    &["options", "second_stop"],
+    &["options", "stop_signal"],
     &["program"],
     &["sockets", "shutdown"],
     &["triggers"],
@@ -47,7 +47,7 @@ const LONGEST_FILE: usize = 350;
 const LONGER: &[&str] = &[];
 
 /// Lines of the core that are code: no tests, comments or blank lines, nothing of Tokio, systemd, or systems but Linux.
-const CORE: usize = 8_114;
+const CORE: usize = 8_160;
 
 /// Never in the library: it neither panics nor prints. (An arithmetic overflow has its own lints.)
 const FORBIDDEN: &[&str] = &[

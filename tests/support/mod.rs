@@ -44,6 +44,15 @@ pub fn tempdir() -> TempDir {
     tempfile::tempdir().unwrap()
 }
 
+pub fn can_unshare(flags: &[&str]) -> bool {
+    let probe = Command::new("unshare").args(flags).arg("true").stderr(Stdio::null()).status();
+    let can = probe.is_ok_and(|status| status.success());
+    if !can {
+        eprintln!("not run: this machine does not allow unshare {flags:?}");
+    }
+    can
+}
+
 /// An example, which cargo has built beside this test. `cargo test` builds it, but `cargo test --test NAME` does not, and
 /// would go on testing an old one.
 pub fn example(name: &str) -> PathBuf {

@@ -1,6 +1,7 @@
 //! The running program and its rights.
 
 use std::fs;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
 use rustix::fs::getxattr;
@@ -43,15 +44,21 @@ pub(crate) fn mounts() -> Option<String> {
     Some(format!("{}:{}:{}", namespace.ino(), root.dev(), root.ino()))
 }
 
-/// The id that the kernel gave this process for good: the inode of its pidfd, where those have inodes of their own.
-#[cfg(feature = "systemd_sockets")]
+/// The id that the kernel gave this process for good, see [`pidfd_id`].
+#[cfg(any(feature = "systemd_notify", feature = "systemd_sockets"))]
 pub(crate) fn own_pidfd_id() -> Option<u64> {
-    use rustix::fs::{fstat, fstatfs};
     use rustix::process::{getpid, pidfd_open, PidfdFlags};
 
+    pidfd_id(&pidfd_open(getpid(), PidfdFlags::empty()).ok()?)
+}
+
+/// The id that the kernel gave a process for good: the inode of its pidfd, where those have inodes of their own (since
+/// Linux 6.9).
+pub(crate) fn pidfd_id(pidfd: &OwnedFd) -> Option<u64> {
+    use rustix::fs::{fstat, fstatfs};
+
     const PIDFS_MAGIC: u64 = 0x5049_4446;
-    let pidfd = pidfd_open(getpid(), PidfdFlags::empty()).ok()?;
-    let own_file_system = fstatfs(&pidfd).ok()?.f_type as u64 == PIDFS_MAGIC;
+    let own_file_system = fstatfs(pidfd).ok()?.f_type as u64 == PIDFS_MAGIC;
     // An inode number of 32 bits holds only a part of it.
-    (own_file_system && cfg!(target_pointer_width = "64")).then(|| fstat(&pidfd).ok().map(|stat| stat.st_ino))?
+    (own_file_system && cfg!(target_pointer_width = "64")).then(|| fstat(pidfd).ok().map(|stat| stat.st_ino))?
 }

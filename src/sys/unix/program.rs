@@ -1,6 +1,7 @@
 //! The running program and its rights.
 
 use std::env;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
 /// A path that leads to the file of the running program, as far as the system knows it.
@@ -36,8 +37,13 @@ pub(crate) fn has_capabilities(_path: &Path) -> bool {
 }
 
 /// An id that the kernel gives only to this process. There is none.
-#[cfg(feature = "systemd_sockets")]
+#[cfg(any(feature = "systemd_notify", feature = "systemd_sockets"))]
 pub(crate) fn own_pidfd_id() -> Option<u64> {
+    None
+}
+
+/// The same of another process.
+pub(crate) fn pidfd_id(_pidfd: &OwnedFd) -> Option<u64> {
     None
 }
 
