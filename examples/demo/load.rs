@@ -1,4 +1,4 @@
-//! The clients: threads that send requests at full speed, and what they saw.
+//! The clients: threads that send requests at full speed, and their results.
 
 use crate::request::{Client, Failure, Target};
 use crate::Options;
@@ -8,11 +8,11 @@ use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
-/// A request counts as "during an upgrade" if any part of it lies between the signal and this long after the commit: by
-/// then the old process has stopped accepting, and the new one has met its first requests.
+/// A request counts as "during an upgrade" if it overlaps the time from the signal until this long after the commit. By
+/// then the old process has stopped accepting, and the new one has answered its first requests.
 pub const MARGIN: Duration = Duration::from_millis(10);
 
-/// CLOCK_MONOTONIC in ns. Not `Instant`: the server's word of the commit is compared with it.
+/// CLOCK_MONOTONIC in ns. Not `Instant`, because it is compared with the time that the server reports for the commit.
 pub fn now() -> u64 {
     let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
     now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64
@@ -39,7 +39,7 @@ impl Window {
     }
 }
 
-/// What all clients together have so far, for the progress line.
+/// State that all clients share, also for the progress line.
 pub struct Shared {
     pub window: Window,
     pub answered: AtomicU64,
@@ -57,11 +57,11 @@ pub struct Load {
 pub struct Point {
     pub start: u64,
     pub latency: u64,
-    /// Who answered.
+    /// The generation that answered.
     pub generation: u64,
 }
 
-/// What the clients saw.
+/// The results of the clients.
 pub struct Seen {
     pub during: Histogram<u64>,
     pub between: Histogram<u64>,
@@ -70,7 +70,7 @@ pub struct Seen {
     pub eof: u64,
     pub timeout: u64,
     pub other: u64,
-    /// Requests that never left the client; not the server's failures.
+    /// Requests that never left the client, so they are not failures of the server.
     pub no_port: u64,
     pub first_error: Option<String>,
     /// Each answered request; only for the pictures.
@@ -137,7 +137,7 @@ impl Load {
         Load { shared, clients, started: now() }
     }
 
-    /// Ends the clients. Each of them waits for its last answer, which takes no longer than the timeout.
+    /// Ends the clients. Each waits for its last answer, for at most the timeout.
     pub fn stop(self) -> Seen {
         self.shared.stop.store(true, Relaxed);
         let mut seen = Seen::new();
@@ -182,7 +182,7 @@ fn ask_until_told(mut client: Client, shared: &Shared, keep_points: bool) -> See
             shared.failed.fetch_add(1, Relaxed);
         }
         seen.first_error.get_or_insert_with(|| format!("{kind:?}: {error}"));
-        // A dead server would refuse a million requests a second; the count means more if each client tries again calmly.
+        // A dead server would refuse a million requests per second. With a pause before the next try, the count means more.
         thread::sleep(Duration::from_millis(10));
     }
     seen

@@ -1,26 +1,25 @@
-//! Replaces a server under load, again and again, and counts what its clients noticed.
+//! Upgrades a server repeatedly under load, and counts the requests that fail.
 //!
 //!     cargo run --release --example demo
 //!
-//! You see a progress line, and after some 11 seconds a table, in which no request has failed. Options:
+//! It shows a progress line, and after about 11 seconds a table, in which no request should have failed. Options:
 //!
 //!     --upgrades N     how often the server is replaced (40)
 //!     --every MS       time from one SIGHUP to the next (250)
 //!     --clients N      threads that send requests at full speed (8)
-//!     --keep-alive     each client keeps its connection until the server says in an answer that it ends
-//!     --http           the same in HTTP/1.1
+//!     --keep-alive     each client keeps its connection until an answer announces that it ends
+//!     --http           the same with HTTP/1.1
 //!     --unix, --udp    over a Unix socket; over UDP, compared with a run without upgrades
 //!     --tokio          the server runs on Tokio; needs `--features tokio`
 //!     --json           print one line of JSON, and the table on stderr
 //!     --plot FILE.svg  draw latency over time, with each upgrade marked
-//!     --picture F.svg  draw one upgrade, in milliseconds: who answers when
-//!     --timeout MS     the longest wait for anything: an answer, a commit, an end (5000)
+//!     --picture F.svg  draw one upgrade, in milliseconds: which generation answers when
+//!     --timeout MS     the longest wait for an answer, a commit or the end of the server (5000)
 //!
-//! Exit status: 1 if one request or one upgrade failed, 2 if the options are wrong, 130 after Ctrl-C.
+//! Exit status: 1 if any request or upgrade failed, 2 if the options are wrong, 130 after Ctrl-C.
 //!
-//! `server.rs` is the server: this program again, in a process of its own. `load.rs` are the clients, `request.rs` is one
-//! request, `operator.rs` starts, upgrades and ends the server, `report.rs`, `plot.rs`
-//! and `picture.rs` show the result.
+//! `server.rs` is the server, which is this program in another process. `load.rs` contains the clients, and `request.rs` one
+//! request. `operator.rs` starts, upgrades and ends the server. `report.rs`, `plot.rs` and `picture.rs` show the result.
 
 mod load;
 mod operator;
@@ -54,9 +53,9 @@ pub struct Options {
     plot: Option<PathBuf>,
     picture: Option<PathBuf>,
     timeout: Duration,
-    /// Be the server.
+    /// Run as the server.
     serve: bool,
-    /// What the server listens on; made up from the transport if not given.
+    /// The server's address. By default it depends on the transport.
     listen: String,
 }
 
@@ -113,7 +112,7 @@ impl Options {
         if options.listen.is_empty() {
             options.listen = match options.transport {
                 Transport::Tcp => "127.0.0.1:0".into(),
-                // Abstract, so that no file is left behind.
+                // An abstract name, so that no file is left behind.
                 Transport::Unix => format!("unix:@ecdysis-demo-{}", process::id()),
                 Transport::Udp => "udp:127.0.0.1:0".into(),
             };
@@ -121,8 +120,8 @@ impl Options {
         Ok(options)
     }
 
-    /// The old process must have let go before its successor is asked to upgrade in turn, so the probation fits twice
-    /// between two signals. A real server leaves it at the second that is the default.
+    /// At most half the time between two signals, because a generation upgrades only after its probation. A real server should keep
+    /// the default of one second.
     pub fn probation(&self) -> Duration {
         (self.every / 2).min(Duration::from_secs(1))
     }
@@ -158,7 +157,7 @@ fn demo(options: &Options) -> Result<ExitCode, Box<dyn std::error::Error>> {
 
     let mut baseline = None;
     if options.transport == Transport::Udp {
-        // UDP may lose a datagram at any time, so measure first what is lost without an upgrade.
+        // UDP may lose a datagram at any time, so first measure the loss without an upgrade.
         let time = (options.every * options.upgrades as u32 / 3).max(Duration::from_millis(200));
         let load = Load::start(&target, options, false);
         let mut progress = Progress::new("without upgrades");
@@ -172,7 +171,7 @@ fn demo(options: &Options) -> Result<ExitCode, Box<dyn std::error::Error>> {
     let start = now();
     let problem = drive(options, &mut operator, &load).err();
     let seen = load.stop();
-    // The last answer was read, so nobody needs the server any more; it has to end by itself all the same.
+    // The clients have read their last answers. The server must now stop cleanly.
     let problem = match (problem, operator.end()) {
         (Some(problem), _) => Some(problem),
         (None, ended) => ended.err(),
@@ -198,7 +197,7 @@ fn demo(options: &Options) -> Result<ExitCode, Box<dyn std::error::Error>> {
     })
 }
 
-/// Waits, upgrades, waits, upgrades, …; gives up at the first thing that does not come in time.
+/// Waits and upgrades repeatedly. Returns at the first step that does not finish in time.
 fn drive(options: &Options, operator: &mut Operator, load: &Load) -> Result<(), operator::Problem> {
     let mut progress = Progress::new("");
     let (mut failed, mut last) = (0, String::new());
@@ -210,7 +209,7 @@ fn drive(options: &Options, operator: &mut Operator, load: &Load) -> Result<(), 
         if number == options.upgrades {
             break;
         }
-        operator.verdict()?; // the signal must go to the new process
+        operator.verdict()?; // the signal must go to the new process, so wait for the verdict
         load.shared.window.open(now());
         let upgrade = operator.upgrade()?;
         load.shared.window.close(upgrade.end);
@@ -225,7 +224,7 @@ fn drive(options: &Options, operator: &mut Operator, load: &Load) -> Result<(), 
     operator.verdict()
 }
 
-/// One line that is rewritten on a terminal, or a line a second elsewhere.
+/// A progress line: updated in place on a terminal, or one line per second elsewhere.
 struct Progress {
     label: &'static str,
     terminal: bool,
@@ -240,7 +239,7 @@ impl Progress {
         Progress { label, terminal, start, last: start, answered: 0 }
     }
 
-    /// Called every few milliseconds; writes less often.
+    /// May be called every few milliseconds; writes less often.
     fn show(&mut self, load: &Load, text: &str) {
         let since = self.last.elapsed();
         if since < Duration::from_millis(if self.terminal { 200 } else { 1000 }) {

@@ -1,4 +1,4 @@
-//! Starts the server, replaces it, ends it: what a person would do with a shell and `kill -HUP`. Every wait has a deadline.
+//! Starts, upgrades and ends the server, as a person would with a shell and `kill -HUP`. Every wait has a deadline.
 
 use crate::load::now;
 use crate::request::{field, Use};
@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 #[derive(Debug)]
 pub enum Problem {
     Interrupted,
-    /// In words for a person.
+    /// A description for people.
     Server(String),
 }
 
@@ -37,20 +37,21 @@ impl From<String> for Problem {
     }
 }
 
-/// One upgrade: when the signal was sent, and when it was committed or failed; CLOCK_MONOTONIC in ns.
+/// One upgrade: when the signal was sent, and when the upgrade was committed or failed, in ns of CLOCK_MONOTONIC.
 pub struct Upgrade {
     pub signal: u64,
     pub end: u64,
     pub error: Option<String>,
 }
 
-/// What a generation of the server said of itself, CLOCK_MONOTONIC in ns.
+/// The times that a generation of the server has reported, in ns of CLOCK_MONOTONIC.
 pub struct Life {
     pub generation: u64,
-    /// When its program began, and when it said that it was ready.
+    /// When its program started.
     pub began: u64,
+    /// When it was ready.
     pub ready: u64,
-    /// When its last connection had ended, and with it the drain.
+    /// When its drain ended.
     pub ended: Option<u64>,
 }
 
@@ -63,7 +64,7 @@ impl Upgrade {
 enum Event {
     /// A line from any generation of the server.
     Line(String),
-    /// All generations have closed their stderr: nothing of the server lives.
+    /// All generations have closed their stderr, so no process of the server is left.
     Ended,
     Interrupted,
 }
@@ -71,18 +72,19 @@ enum Event {
 pub struct Operator {
     /// Where the server listens.
     pub address: String,
-    /// Of the process that serves, as is its pid.
+    /// The generation that serves.
     pub generation: u64,
+    /// The PID of that generation.
     pid: Pid,
-    /// All generations are in one process group, named after the first, so that one signal ends whatever is left of them.
+    /// The process group of all generations, named after the first, so that one signal can end all of them.
     group: Pid,
-    /// The server ends when this is closed, so it ends with the demo even if that is killed.
+    /// The server ends when this is closed, so it ends even if the demo is killed.
     stdin: Option<ChildStdin>,
     events: Receiver<Event>,
     ended: bool,
     timeout: Duration,
     probation: Duration,
-    /// Who served before a commit whose verdict has not come yet.
+    /// The generation and PID that served before a commit whose verdict is still pending.
     before: Option<(u64, Pid)>,
     pub upgrades: Vec<Upgrade>,
     pub lives: Vec<Life>,
@@ -91,8 +93,8 @@ pub struct Operator {
 impl Operator {
     pub fn start(options: &Options) -> Result<Operator, Box<dyn std::error::Error>> {
         let (sender, events) = channel();
-        hear_interrupts(sender.clone())?;
-        // The second generation's parent ends soon; this makes us its parent, so that we can reap it.
+        on_interrupt(sender.clone())?;
+        // When a generation's parent ends, the demo becomes its parent and can reap it.
         set_child_subreaper(Some(rustix::process::getpid()))?;
         let mut command = Command::new(std::env::current_exe()?);
         command
@@ -137,18 +139,18 @@ impl Operator {
         operator.address = line.split(' ').nth(1).ok_or("no address")?.to_string();
         if !options.json {
             let kind = match (options.connections, options.transport) {
-                (Use::KeepAlive, _) => "each on a connection that it keeps",
-                (Use::Http, _) => "each in HTTP/1.1 on a connection that it keeps",
+                (Use::KeepAlive, _) => "each on a persistent connection",
+                (Use::Http, _) => "each with HTTP/1.1 on a persistent connection",
                 (Use::Once, Transport::Tcp) => "a new TCP connection per request",
                 (Use::Once, Transport::Unix) => "a new connection per request",
                 (Use::Once, Transport::Udp) => "a numbered datagram per request",
             };
-            println!("{} clients ask {}, {kind}", options.clients, operator.address);
+            println!("{} clients send requests to {}, {kind}", options.clients, operator.address);
         }
         Ok(operator)
     }
 
-    /// Handles what the server says until `pick` wants a line, or the deadline is there (`None`).
+    /// Handles lines of the server until `pick` accepts one. Returns `None` at the deadline.
     fn wait<T>(&mut self, deadline: Instant, mut pick: impl FnMut(&str) -> Option<T>) -> Result<Option<T>, Problem> {
         loop {
             match self.events.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
@@ -176,7 +178,7 @@ impl Operator {
         } else if line.starts_with("upgrade ok ") {
             self.before = None;
         } else if let Some(error) = line.strip_prefix("upgrade failed: ") {
-            // After a commit this means that the new process died, and the old one serves again.
+            // After a commit this means that the new process has died and the old one serves again.
             if let (Some(before), Some(last)) = (self.before.take(), self.upgrades.last_mut()) {
                 (self.generation, self.pid) = before;
                 last.error = Some(error.to_string());
@@ -197,9 +199,9 @@ impl Operator {
         }
     }
 
-    /// Looks after the server until then, and lets `tick` be called meanwhile.
+    /// Handles lines of the server until the given time, and calls `tick` regularly.
     pub fn watch(&mut self, until: Instant, mut tick: impl FnMut()) -> Result<(), Problem> {
-        // Once at least, because upgrades may take longer than the time from one to the next.
+        // At least once, because an upgrade may take longer than the time until the next one.
         tick();
         while Instant::now() < until {
             let next = until.min(Instant::now() + Duration::from_millis(100));
@@ -209,13 +211,13 @@ impl Operator {
         Ok(())
     }
 
-    /// One upgrade, from the signal to the commit or the failure.
+    /// Makes one upgrade, from the signal to the commit or the failure.
     pub fn upgrade(&mut self) -> Result<&Upgrade, Problem> {
-        // Generations that have ended are ours to reap. There is no other child.
+        // Reap generations that have ended. There are no other children.
         while let Ok(Some(_)) = wait(WaitOptions::NOHANG) {}
         let (pid, signal) = (self.pid, now());
         kill_process(pid, Signal::HUP).map_err(|e| format!("cannot signal the server, pid {pid:?}: {e}"))?;
-        // The server itself gives up after the timeout, and says why. A second more, and it hangs.
+        // The server itself gives up after the timeout and says why. If it is silent for another second, it hangs.
         let patience = self.timeout + Duration::from_secs(1);
         let outcome = self.wait(Instant::now() + patience, |line| {
             if line.starts_with("committed ") {
@@ -226,7 +228,7 @@ impl Operator {
             }
         })?;
         let hangs =
-            || format!("the server, pid {}, hangs: no word within {patience:?} of SIGHUP", pid.as_raw_nonzero());
+            || format!("the server, pid {}, hangs: no answer within {patience:?} of SIGHUP", pid.as_raw_nonzero());
         self.upgrades.push(outcome.ok_or_else(hangs)?);
         Ok(&self.upgrades[self.upgrades.len() - 1])
     }
@@ -242,24 +244,26 @@ impl Operator {
         Ok(())
     }
 
-    /// Stops the server; all generations must end, and soon.
+    /// Stops the server. All generations must end in time.
     pub fn end(&mut self) -> Result<(), Problem> {
         if self.ended {
             return Ok(());
         }
         kill_process(self.pid, Signal::TERM).map_err(|e| format!("cannot stop the server: {e}"))?;
-        // The server drains for as long as the timeout at most.
+        // The server drains for at most the timeout.
         let patience = self.timeout + Duration::from_secs(1);
         match self.wait(Instant::now() + patience, |_| None::<()>) {
             Err(Problem::Server(_)) if self.ended => Ok(()),
             Err(problem) => Err(problem),
-            Ok(_) => Err(format!("a process of the server lives {patience:?} after SIGTERM; killed it").into()),
+            Ok(_) => {
+                Err(format!("a process of the server was still alive {patience:?} after SIGTERM; killed it").into())
+            }
         }
     }
 }
 
 impl Drop for Operator {
-    /// Whatever happened, no process of the server outlives the demo.
+    /// Ensures that no process of the server outlives the demo.
     fn drop(&mut self) {
         self.stdin = None;
         let _ = kill_process_group(self.group, Signal::KILL);
@@ -267,8 +271,8 @@ impl Drop for Operator {
     }
 }
 
-/// The library, used by a program that is no server: Ctrl-C and SIGTERM as an event like any other.
-fn hear_interrupts(sender: Sender<Event>) -> Result<(), ecdysis::Error> {
+/// Turns Ctrl-C and SIGTERM into events, with the library in a program that is not a server.
+fn on_interrupt(sender: Sender<Event>) -> Result<(), ecdysis::Error> {
     let starting = Ecdysis::builder().stop_on_signal(libc::SIGINT).stop_on_signal(libc::SIGTERM).start()?;
     let ecdysis = starting.ready()?;
     thread::spawn(move || {

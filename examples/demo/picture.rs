@@ -1,4 +1,4 @@
-//! One upgrade as an SVG picture: a lane per generation, a tick per answer; above in its surroundings, below in milliseconds.
+//! Draws one upgrade as SVG, with a lane per generation and a tick per answer: the whole upgrade above, an enlarged view below.
 
 use crate::operator::Life;
 use crate::plot::text;
@@ -14,7 +14,7 @@ const DRAINS: &str = "#ddd";
 const ANSWER: &str = "#1f4e8c";
 const MARK: &str = "#b4540a";
 
-/// A stretch of time, and where it is drawn.
+/// A period of time, and its place in the picture.
 struct Panel {
     top: f64,
     from: u64,
@@ -27,12 +27,12 @@ impl Panel {
         LEFT + (RIGHT - LEFT) * share.clamp(0.0, 1.0)
     }
 
-    /// The lanes of all generations that live in it. Returns where the last one ends.
+    /// Draws the lanes of all generations that are alive in this period. Returns the lower edge of the last lane.
     fn lanes(&self, out: &mut String, report: &Report) -> Result<f64, Error> {
         let (operator, mut y) = (report.operator, self.top);
         let end = |life: &Life| life.ended.unwrap_or(u64::MAX);
         for life in operator.lives.iter().filter(|life| life.began < self.to && end(life) > self.from) {
-            // One commit lets it serve, and the next ends that. The first generation serves when it is ready.
+            // It serves from one commit to the next. The first generation serves as soon as it is ready.
             let ok = operator.upgrades.iter().filter(|u| u.error.is_none()).map(|u| u.end);
             let mut commits = [life.ready].into_iter().chain(ok).skip(life.generation as usize - 1);
             let serves = commits.next().unwrap_or(life.ready);
@@ -51,7 +51,7 @@ impl Panel {
             }
             let answers = report.seen.points.iter().filter(|point| point.generation == life.generation);
             let times = answers.map(|point| point.start + point.latency).filter(|at| (self.from..self.to).contains(at));
-            // One tick a place: a second has more answers than a picture has places.
+            // At most one tick per half pixel: there are more answers per second than places in the picture.
             let mut places: Vec<_> = times.map(|at| (self.x(at) * 2.0) as u32).collect();
             places.sort_unstable();
             places.dedup();
@@ -62,7 +62,7 @@ impl Panel {
         Ok(y)
     }
 
-    /// The time axis, in milliseconds from `zero`.
+    /// Draws the time axis, in milliseconds from `zero`.
     fn axis(&self, out: &mut String, y: f64, zero: u64) -> Result<(), Error> {
         let ms = |at: u64| (at as f64 - zero as f64) / 1e6;
         let (from, to) = (ms(self.from), ms(self.to));
@@ -79,7 +79,7 @@ impl Panel {
 
 pub fn draw(report: &Report) -> Result<String, Box<dyn std::error::Error>> {
     let operator = report.operator;
-    // The one of median length, so that it is neither the best nor the worst; but not the last, after which the load ends.
+    // The upgrade of median length is neither the best nor the worst. Skip the last one, because the load ends after it.
     let mut ok: Vec<_> = operator.upgrades.iter().filter(|u| u.error.is_none()).collect();
     ok.truncate(ok.len().saturating_sub(1).max(1));
     ok.sort_by_key(|u| u.end.saturating_sub(u.signal));
@@ -103,7 +103,7 @@ pub fn draw(report: &Report) -> Result<String, Box<dyn std::error::Error>> {
     mark(&mut body, upgrade.signal, "end", "SIGHUP")?;
     if let Some(new) = new {
         let y = close_end - 0.5 * LANE;
-        text(&mut body, close.x(new.began) - 6.0, y, "end", MARK, "the new program begins")?;
+        text(&mut body, close.x(new.began) - 6.0, y, "end", MARK, "the new program starts")?;
         mark(&mut body, new.ready, "end", "it is ready")?;
     }
     mark(&mut body, upgrade.end, "start", &format!("commit, {:.1} ms", upgrade.ms()))?;
@@ -114,7 +114,7 @@ pub fn draw(report: &Report) -> Result<String, Box<dyn std::error::Error>> {
         r##"<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 1200 {height}" font-family="sans-serif" font-size="13">
 <rect width="1200" height="{height}" fill="#fff"/>
 <text x="24" y="32" font-size="20">Who answers while the server is replaced</text>
-<text x="24" y="55" fill="#444">{} clients at full speed; of {} upgrades the one of median length; {} of {} requests failed</text>
+<text x="24" y="55" fill="#444">{} clients at full speed; the median of {} upgrades; {} of {} requests failed</text>
 <path d="M{:.1} {}V{wide_end}L{LEFT} {}V{close_end}H{RIGHT}V{}L{:.1} {wide_end}V{}Z" fill="#f4f4f4"/>"##,
         report.options.clients,
         ok.len(),

@@ -1,4 +1,4 @@
-//! Latency over time as an SVG picture, each upgrade marked. SVG is text, so this writes text.
+//! Draws latency over time as SVG, with each upgrade marked. SVG is text, so this needs no library.
 
 use crate::load::Point;
 use crate::report::{thousands, Report};
@@ -59,7 +59,7 @@ pub fn draw(report: &Report) -> Result<String, Box<dyn std::error::Error>> {
     )?;
 
     writeln!(out, r##"<path d="M{LEFT} {BOTTOM}H{RIGHT}" stroke="#bbb"/>"##)?;
-    // The grid: a line per decade, a faint one at 2 and 5; a label each second, or every so many seconds.
+    // The grid: a line per decade, and fainter lines at 2 and 5. The time labels are one or more seconds apart.
     for decade in low.floor() as i32..=high as i32 {
         for (digit, colour) in [(1.0, "#bbb"), (2.0, "#eee"), (5.0, "#eee")] {
             let ms = digit * 10f64.powi(decade);

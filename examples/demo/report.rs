@@ -1,4 +1,4 @@
-//! The result, as a table for a person and as one line of JSON for a program.
+//! The result, as a table for people and as one line of JSON for programs.
 
 use crate::load::{Seen, MARGIN};
 use crate::operator::{Operator, Problem};
@@ -9,7 +9,7 @@ use std::fmt::Write;
 
 pub struct Report<'a> {
     pub options: &'a Options,
-    /// UDP only: the same load without upgrades.
+    /// For UDP only: the results of the same load without upgrades.
     pub baseline: Option<Seen>,
     pub seen: Seen,
     pub operator: &'a Operator,
@@ -29,14 +29,14 @@ impl Report<'_> {
 
     pub fn good(&self) -> bool {
         let failed = match &self.baseline {
-            // As a share of the requests, since the baseline is shorter.
+            // Compare the shares of failed requests, because the baseline is shorter.
             Some(baseline) => self.seen.failed() * baseline.requests() > baseline.failed() * self.seen.requests(),
             None => self.seen.failed() > 0,
         };
         !failed && self.seen.requests() > 0 && self.upgrades_ok() == self.options.upgrades && self.problem.is_none()
     }
 
-    /// From the signal to the commit, of the upgrades that succeeded: median and worst, in ms.
+    /// Returns the median and the longest time from the signal to the commit, over the successful upgrades, in ms.
     fn commit_ms(&self) -> Option<(f64, f64)> {
         let ok = self.operator.upgrades.iter().filter(|u| u.error.is_none());
         let mut ms: Vec<f64> = ok.map(|u| u.ms()).collect();
@@ -59,7 +59,7 @@ impl Report<'_> {
             row("without upgrades", format!("{text}, failed {}", failures(baseline)));
         }
         if seen.no_port > 0 {
-            row("not sent", format!("{} requests, for want of a free local port (EADDRNOTAVAIL)", seen.no_port));
+            row("not sent", format!("{} requests, because no local port was free (EADDRNOTAVAIL)", seen.no_port));
         }
         if let Some(error) = &seen.first_error {
             row("first error", error.clone());
@@ -114,7 +114,7 @@ impl Report<'_> {
     }
 }
 
-/// 1234567 as 1,234,567.
+/// Formats 1234567 as 1,234,567.
 pub fn thousands(number: u64) -> String {
     let digits = number.to_string();
     let group = |(at, digit)| if at > 0 && (digits.len() - at) % 3 == 0 { vec![',', digit] } else { vec![digit] };

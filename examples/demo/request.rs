@@ -1,4 +1,4 @@
-//! One request to the demo's server or to `whoami`, and the kinds in which it can fail. The integration tests use it too.
+//! One request to the demo's server or to `whoami`, and the ways in which it can fail. The integration tests use it too.
 
 use rustix::net::sockopt::{set_socket_timeout, Timeout};
 use rustix::net::{connect, socket_with, SocketAddrAny, SocketAddrUnix, SocketFlags, SocketType};
@@ -31,14 +31,14 @@ impl FromStr for Target {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Failure {
-    /// Nobody listened.
+    /// No process listened.
     Refused,
     Reset,
-    /// The connection ended in order, but before the answer was whole.
+    /// The connection was closed normally, but before the answer was complete.
     Eof,
     Timeout,
     Other,
-    /// The client found no free local port, so the request never left it: no fault of the server.
+    /// The client found no free local port, so the request was never sent. This is not the server's fault.
     NoPort,
 }
 
@@ -48,7 +48,7 @@ impl Failure {
             ErrorKind::ConnectionRefused | ErrorKind::NotFound => Failure::Refused,
             ErrorKind::ConnectionReset | ErrorKind::BrokenPipe => Failure::Reset,
             ErrorKind::UnexpectedEof => Failure::Eof,
-            // A connect that runs into SO_SNDTIMEO says EINPROGRESS on TCP and EAGAIN on a Unix socket.
+            // When SO_SNDTIMEO ends a connect, the error is EINPROGRESS on TCP and EAGAIN on a Unix socket.
             ErrorKind::TimedOut | ErrorKind::WouldBlock => Failure::Timeout,
             ErrorKind::AddrNotAvailable => Failure::NoPort,
             _ if error.raw_os_error() == Some(rustix::io::Errno::INPROGRESS.raw_os_error()) => Failure::Timeout,
@@ -57,7 +57,7 @@ impl Failure {
     }
 }
 
-/// Who answered.
+/// The generation and process that answered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Answer {
     pub generation: u64,
@@ -67,23 +67,23 @@ pub struct Answer {
 impl Answer {
     fn parse(text: &str) -> io::Result<Answer> {
         let answer = || Some(Answer { generation: field(text, "gen")?, pid: field(text, "pid")? });
-        answer().ok_or_else(|| io::Error::new(ErrorKind::InvalidData, format!("strange answer: {text:?}")))
+        answer().ok_or_else(|| io::Error::new(ErrorKind::InvalidData, format!("unexpected answer: {text:?}")))
     }
 }
 
-/// The value of `name=value` in a line of words.
+/// Returns the value of `name=value` in a line of words.
 pub fn field<T: FromStr>(line: &str, name: &str) -> Option<T> {
     line.split_whitespace().find_map(|word| word.strip_prefix(name)?.strip_prefix('=')?.parse().ok())
 }
 
-/// What a client does with its connection.
+/// How a client uses its connections.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Use {
-    /// A new one for each request.
+    /// A new connection for each request.
     Once,
-    /// It is kept until the server says in an answer that it is the last one.
+    /// The connection is kept until an answer says that it is the last one.
     KeepAlive,
-    /// The same, in HTTP/1.1.
+    /// The same with HTTP/1.1.
     Http,
 }
 
@@ -105,7 +105,7 @@ impl Client {
         Client { connections, ..self }
     }
 
-    /// One request. No step waits longer than the timeout.
+    /// Sends one request. No step waits longer than the timeout.
     pub fn ask(&mut self) -> io::Result<Answer> {
         match self.target {
             Target::Udp(address) => self.datagram(address),
@@ -135,10 +135,10 @@ impl Client {
         Ok(File::from(socket))
     }
 
-    /// The client reads to the end, so the *server* closes first. That is what keeps a client at full speed honest: the side
-    /// that closes first holds the connection in TIME_WAIT for a minute. On the client's side that would use up the
-    /// local ports in a second or two; on the server's side it costs nothing, since a new connection from the same port
-    /// may take its place at once. So no SO_LINGER is needed here, which could hide a reset.
+    /// The client reads to the end, so the *server* closes first. The side that closes first keeps the connection in
+    /// TIME_WAIT for a minute. At full speed the client would use up its local ports in a second or two. On the server's side
+    /// TIME_WAIT is harmless, because a new connection from the same port may replace the old one. So the client does not
+    /// need SO_LINGER, which could hide a reset.
     fn exchange(&self) -> io::Result<Answer> {
         let mut stream = self.connect()?;
         stream.write_all(b"who?\n")?;
@@ -156,8 +156,8 @@ impl Client {
         Answer::parse(&String::from_utf8_lossy(&answer[..length]))
     }
 
-    /// A request on a connection that is kept; gives the connection back unless the answer says that it ends. Nothing is
-    /// sent a second time: a request that gets no answer has failed.
+    /// Sends a request on a persistent connection. Returns the connection too, unless the answer says that it ends. There is
+    /// no retry: a request without an answer has failed.
     fn exchange_on(&self, mut connection: BufReader<File>) -> io::Result<(Answer, Option<BufReader<File>>)> {
         let http = self.connections == Use::Http;
         connection.get_mut().write_all(if http { b"GET / HTTP/1.1\r\nHost: demo\r\n\r\n" } else { b"keep\n" })?;
@@ -173,7 +173,7 @@ impl Client {
         Ok((Answer::parse(&line)?, (!last).then_some(connection)))
     }
 
-    /// Numbered, so that a late answer to an earlier datagram is not taken for this one's.
+    /// Sends a numbered datagram, so that a late answer to an earlier one is not mistaken for this one's.
     fn datagram(&mut self, address: SocketAddr) -> io::Result<Answer> {
         let (socket, number) = match &mut self.udp {
             Some(udp) => udp,

@@ -1,4 +1,4 @@
-//! The server that is replaced, and the words in which it tells the demo what happens to it. `demo --serve` runs it.
+//! The server that is upgraded, and the lines with which it reports events to the demo. `demo --serve` runs it.
 
 use ecdysis::{Accept, Connection, Ecdysis, Event, Readable, Shutdown, Socket};
 use std::io::{self, BufRead, BufReader, Write};
@@ -10,13 +10,13 @@ use crate::load::now;
 use crate::request::Use;
 use crate::Options;
 
-/// Threads that accept (or receive), and answer what they accepted: enough for requests as short as these.
+/// The number of threads that accept (or receive) and answer. Enough, because the requests are short.
 const THREADS: usize = 4;
 
 /// How long a client may be silent.
 pub const PATIENCE: Duration = Duration::from_secs(5);
 
-/// How long a connection may be idle after the upgrade.
+/// How long an idle connection stays open after the upgrade.
 pub const GRACE: Duration = Duration::from_secs(2);
 
 pub fn serve(options: &Options) -> Result<(), Box<dyn Error>> {
@@ -53,7 +53,7 @@ pub fn serve(options: &Options) -> Result<(), Box<dyn Error>> {
     let ecdysis = starting.ready()?;
     say(format!("listening {address} gen={gen} pid={pid} began={began} ready={ready}"));
 
-    // The demo holds the other end of stdin, so every generation ends with it, however it ends.
+    // The demo holds the other end of stdin, so every generation ends when the demo ends for any reason.
     let stop = ecdysis.clone();
     thread::spawn(move || {
         let _ = io::copy(&mut io::stdin(), &mut io::sink());
@@ -99,8 +99,8 @@ fn reply(stream: impl Connection + Write, shutdown: &Shutdown, answer: &str) -> 
     stream.get_mut().write_all(format!("{answer}\n").as_bytes())
 }
 
-/// Answers requests until one of the two sides ends the connection. This side does so in an answer, or when the
-/// connection has been idle for a while after the upgrade.
+/// Answers requests until one side ends the connection. The server announces the end in an answer, or closes the connection
+/// if it is idle after the upgrade.
 fn replies(stream: impl Connection + Write, shutdown: &Shutdown, answer: &str, kept: Use) -> io::Result<()> {
     let mut requests = BufReader::with_capacity(256, stream);
     while shutdown.next_request(&mut requests, PATIENCE, GRACE)? {
@@ -117,7 +117,7 @@ fn replies(stream: impl Connection + Write, shutdown: &Shutdown, answer: &str, k
     Ok(())
 }
 
-/// An answer, which says whether it is the last one of its connection.
+/// Returns an answer, which says whether it is the last one on its connection.
 pub fn text(answer: &str, kept: Use, last: bool) -> String {
     match (kept, last) {
         (Use::Once, _) | (Use::KeepAlive, false) => format!("{answer}\n"),
@@ -130,7 +130,7 @@ pub fn text(answer: &str, kept: Use, last: bool) -> String {
 }
 
 fn datagrams(socket: &UdpSocket, shutdown: &Shutdown, answer: &str) {
-    let _guard = shutdown.guard(); // the drain waits for the answer to the last datagram, too
+    let _guard = shutdown.guard(); // so that the drain waits for the answer to the last datagram
     let mut datagram = [0; 2048];
     while let Some(received) = shutdown.recv_from(socket, &mut datagram) {
         let Ok((length, peer)) = received else {
@@ -156,7 +156,7 @@ pub fn tell(event: &Event) {
     }
 }
 
-/// One write a line, since several generations share stderr.
+/// Writes each line with one call, because several generations share stderr.
 pub fn say(line: String) {
     let _ = io::stderr().write_all((line + "\n").as_bytes());
 }

@@ -46,7 +46,7 @@ async fn run(options: &Options) -> Result<(), Box<dyn Error>> {
     let (ecdysis, exit) = builder.ready()?;
     say(format!("listening {address} gen={gen} pid={pid} began={began} ready={ready}"));
 
-    // The demo holds the other end of stdin, so every generation ends with it, however it ends.
+    // The demo holds the other end of stdin, so every generation ends when the demo ends for any reason.
     let stop = ecdysis.clone();
     thread::spawn(move || {
         let _ = io::copy(&mut io::stdin(), &mut io::sink());
@@ -73,7 +73,7 @@ where
     }
 }
 
-/// As `server::replies`.
+/// Like `server::replies`.
 async fn replies<C>(mut requests: BufReader<C>, shutdown: &Shutdown, answer: &str, kept: Use) -> io::Result<()>
 where
     C: AsyncRead + AsyncWrite + Unpin,

@@ -76,7 +76,7 @@ impl Options {
 
 fn seconds(text: &str) -> Result<Duration, String> {
     let seconds = text.parse::<f64>().map_err(|e| format!("{text}: {e}"))?;
-    // A year is longer than anybody waits, and small enough to be added to any time.
+    // At most a year, so that adding it to any time cannot overflow.
     Duration::try_from_secs_f64(seconds.min(31_536_000.0)).map_err(|e| format!("{text}: {e}"))
 }
 
