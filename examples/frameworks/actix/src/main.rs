@@ -1,4 +1,4 @@
-//! actix-web: its accept thread and workers on our listener, told when to pause, to go on and to stop.
+//! actix-web: its own accept thread and workers on an inherited listener, with calls to pause, resume and stop.
 //!
 //!     cargo run -p ecdysis-actix -- 127.0.0.1:8080    # in examples/frameworks
 //!     curl http://127.0.0.1:8080/                     # in a second terminal: gen=1 pid=4711
@@ -12,7 +12,7 @@ use std::io;
 use std::time::Duration;
 use tokio::time::sleep;
 
-/// How long a connection may be idle, and how many seconds requests may run, after the upgrade.
+/// How long an idle connection stays open, and how many seconds requests may run, after the upgrade.
 const GRACE: Duration = Duration::from_secs(2);
 const DRAIN: u64 = 30;
 
@@ -34,7 +34,7 @@ async fn main() -> io::Result<()> {
         let (shutdown, body) = (shutdown.clone(), body.clone());
         App::new()
             .wrap_fn(move |request, service| {
-                // Once this generation is over, every answer is the last one of its connection.
+                // Once this generation is over, every response is the last one on its connection.
                 let (shutdown, answer) = (shutdown.clone(), service.call(request));
                 async move {
                     let mut response = answer.await?;

@@ -1,16 +1,16 @@
-//! axum: HTTP/1.0, HTTP/1.1, HTTP/2 and WebSockets, over as many upgrades as you like without a failed request.
+//! axum: HTTP/1.0, HTTP/1.1, HTTP/2 and WebSockets, across any number of upgrades without a failed request.
 //!
 //!     cargo run --bin ecdysis-axum -- 127.0.0.1:3000      # in examples/frameworks
 //!     curl http://127.0.0.1:3000/                         # in a second terminal: gen=1 pid=4711
-//!     curl http://127.0.0.1:3000/slow/3000                # answers after 3 s, even if the server is upgraded meanwhile
+//!     curl http://127.0.0.1:3000/slow/3000                # answers after 3 s, even if an upgrade happens in between
 //!     kill -HUP 4711
 //!
-//! After an upgrade, a request that runs is answered, and so is the next one on every open connection; both answers say
-//! `Connection: close`. A connection that stays idle is closed after [`GRACE`]. Closing it at once would reset a request
-//! that is on its way. WebSockets are closed with code 1012, "service restart", which makes clients connect again.
+//! After an upgrade, the server answers running requests and the next request on every open connection. These responses say
+//! `Connection: close`. An idle connection is closed after [`GRACE`], because closing it immediately would reset a request
+//! that is already on its way. WebSockets are closed with code 1012, "service restart", which makes clients reconnect.
 //!
-//! The accept loop is hyper-util's and not `axum::serve`, which sets no limit for the head of a request: a client that
-//! sends half of one would hold the old process until [`DRAIN`] ends.
+//! The accept loop uses hyper-util and not `axum::serve`, which sets no time limit for the head of a request: a client that
+//! sends half of a head would keep the old process alive until [`DRAIN`] ends.
 
 use axum::extract::ws::{CloseFrame, Message, WebSocketUpgrade};
 use axum::extract::{ConnectInfo, Path, State};
@@ -30,10 +30,10 @@ use std::time::Duration;
 use tokio::time::{sleep, timeout};
 use tower::ServiceExt;
 
-/// How long a connection may be idle after the upgrade.
+/// How long an idle connection stays open after the upgrade.
 const GRACE: Duration = Duration::from_secs(2);
 
-/// How long the head of a request may take, and how long running requests may take after the upgrade.
+/// How long the head of a request may take to arrive, and how long running requests may take after the upgrade.
 const HEAD: Duration = Duration::from_secs(10);
 const DRAIN: Duration = Duration::from_secs(30);
 
@@ -74,13 +74,13 @@ async fn main() -> io::Result<()> {
     }
     sleep(GRACE).await;
     let cut = timeout(DRAIN, graceful.shutdown()).await.is_err();
-    // WebSockets are no longer hyper's; their guards make this wait for them.
+    // hyper no longer knows the WebSockets. Their guards make this wait for them.
     let left = ecdysis.drain(DRAIN).await?;
     say(format_args!("ended gen={gen} pid={pid} left={} {:?}", cut || left > 0, exit.await.map_err(io::Error::from)?));
     Ok(())
 }
 
-/// Once this generation is over, every answer is the last one of its connection.
+/// Once this generation is over, every response is the last one on its connection.
 async fn say_close(State(shutdown): State<Shutdown>, request: Request<Body>, next: Next) -> Response {
     let version = request.version();
     let mut response = next.run(request).await;
@@ -88,13 +88,13 @@ async fn say_close(State(shutdown): State<Shutdown>, request: Request<Body>, nex
         response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
     }
     if version == Version::HTTP_10 {
-        // Otherwise hyper adds a `keep-alive` to the `close`, and `ab -k` believes that.
+        // Otherwise hyper adds `keep-alive` to the `close`, and `ab -k` obeys that.
         *response.version_mut() = version;
     }
     response
 }
 
-/// A WebSocket that sends back what it receives, until this generation is over.
+/// An echo WebSocket, until this generation is over.
 async fn echo(upgrade: WebSocketUpgrade, State(shutdown): State<Shutdown>) -> Response {
     let (guard, mut over) = (shutdown.guard(), shutdown.over());
     upgrade.on_upgrade(move |mut socket| async move {
@@ -111,7 +111,7 @@ async fn echo(upgrade: WebSocketUpgrade, State(shutdown): State<Shutdown>) -> Re
         }
         let restart = CloseFrame { code: 1012, reason: "service restart".into() };
         let _ = socket.send(Message::Close(Some(restart))).await;
-        // The client's own close frame ends this. Closing before it arrives would reset the connection.
+        // Wait for the client's own close frame. Closing before it arrives would reset the connection.
         while let Some(Ok(_)) = socket.recv().await {}
     })
 }

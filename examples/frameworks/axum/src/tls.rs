@@ -1,12 +1,12 @@
-//! axum over TLS by rustls: HTTP/1.1 and HTTP/2 by ALPN, and session tickets that the next version accepts.
+//! axum over TLS with rustls: HTTP/1.1 and HTTP/2 by ALPN, and session tickets that the next version accepts.
 //!
 //!     openssl req -x509 -newkey rsa:2048 -nodes -days 1 -subj /CN=localhost -keyout key.pem -out cert.pem
 //!     cargo run -p ecdysis-axum --bin ecdysis-axum-tls -- 127.0.0.1:3443 cert.pem key.pem
 //!     curl -k https://127.0.0.1:3443/                 # in a second terminal: gen=1 pid=4711
 //!     kill -HUP 4711
 //!
-//! A renewed certificate is read at every upgrade. The key of the tickets is handed on in memory. `main.rs` beside this
-//! file says what an upgrade means for a connection.
+//! Every upgrade reads the certificate again. The key of the session tickets is handed over in memory. `main.rs` beside this
+//! file explains what an upgrade means for a connection.
 
 use axum::extract::State;
 use axum::http::{header::CONNECTION, HeaderValue, Request};
@@ -29,10 +29,10 @@ use tokio_rustls::rustls::pki_types::{pem::PemObject, CertificateDer, PrivateKey
 use tokio_rustls::rustls::{server::ProducesTickets, ServerConfig};
 use tokio_rustls::TlsAcceptor;
 
-/// How long a connection may be idle after the upgrade.
+/// How long an idle connection stays open after the upgrade.
 const GRACE: Duration = Duration::from_secs(2);
 
-/// How long a handshake or the head of a request may take, and how long running requests may take after the upgrade.
+/// How long a handshake or the head of a request may take to arrive, and how long running requests may take after the upgrade.
 const HEAD: Duration = Duration::from_secs(10);
 const DRAIN: Duration = Duration::from_secs(30);
 
@@ -70,7 +70,7 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
     http.http1().timer(TokioTimer::new()).header_read_timeout(HEAD);
     while let Some(Ok((tcp, _peer))) = connections.accept().await {
         let (tls, http, service) = (tls.clone(), http.clone(), TowerToHyperService::new(app.clone()));
-        // Taken before the handshake, so the shutdown waits for that too.
+        // Created before the handshake, so that the shutdown waits for the handshake too.
         let watcher = graceful.watcher();
         tokio::spawn(async move {
             let Ok(Ok(stream)) = timeout(HEAD, tls.accept(tcp)).await else { return };
@@ -83,8 +83,8 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
     Ok(())
 }
 
-/// Session tickets under a key that every generation has. (A ticket key that lives for months undoes forward secrecy: a
-/// service that is upgraded for months hands on a new one from time to time, and the former beside it.)
+/// Session tickets, encrypted with a key that every generation has. (A ticket key that is used for months undoes forward
+/// secrecy. A long-running service should replace it from time to time, and hand over the previous key as well.)
 #[derive(Debug)]
 struct Tickets(LessSafeKey);
 
@@ -121,7 +121,7 @@ impl ProducesTickets for Tickets {
     }
 }
 
-/// Once this generation is over, every answer is the last one of its connection.
+/// Once this generation is over, every response is the last one on its connection.
 async fn say_close(State(shutdown): State<Shutdown>, request: Request<Body>, next: Next) -> Response {
     let mut response = next.run(request).await;
     if shutdown.is_over() {

@@ -1,5 +1,5 @@
-//! HTTP with keep-alive while the server is replaced: no request fails. Needs the examples: `cargo build --examples` in
-//! the repository's root.
+//! HTTP with keep-alive while the server is upgraded: no request fails. Needs the examples: run `cargo build --examples` in
+//! the repository's root first.
 
 #[path = "../../../../tests/support/mod.rs"]
 mod support;
@@ -68,7 +68,7 @@ impl Client {
 
 fn upgrade(server: &mut Server) {
     server.signal(rustix::process::Signal::HUP);
-    // This server says nothing of the verdict; the old one ends.
+    // This server does not report the verdict, so wait for the end of the old process.
     server.wait("serving ");
 }
 
@@ -79,7 +79,7 @@ fn no_request_fails_over_upgrades() {
     let (addr, stop) = (server.addr(), AtomicBool::new(false));
     server.wait("serving gen=1");
     thread::scope(|scope| {
-        // Half of them without a break; the others pause, but not for as long as the server closes idle connections after.
+        // Half of the clients send without a break. The others pause, but for less than the server's grace period.
         let clients: Vec<_> = (0..16)
             .map(|number| {
                 let (addr, stop) = (&addr, &stop);
@@ -116,18 +116,18 @@ fn no_request_fails_over_upgrades() {
             requests += sent;
             closes += closed;
         }
-        // Every connection was told at every upgrade that it moves.
+        // At every upgrade, every connection got a response that announced its end.
         assert!(closes >= UPGRADES as u64, "{closes}");
         println!("{requests} requests over {UPGRADES} upgrades, {closes} connections closed, none failed");
     });
 }
 
-/// From this server to one with threads, whose ecdysis is built with other features, and back.
+/// Upgrades from this server to one with threads, whose ecdysis is built with other features, and back.
 #[test]
 fn hands_over_to_threads_with_other_features_and_back() {
     let dir = support::tempdir();
     let current = dir.path().join("current");
-    // Their arguments differ, and each generation hands on its own.
+    // Their arguments differ, but each generation passes its own arguments to the next, so a script sets them.
     let install = |command: &str| {
         let script = format!("#!/bin/bash\nexec -a \"$0\" {command}\n");
         let by = "printf %s \"$1\" >\"$0.new\" && chmod +x \"$0.new\" && mv \"$0.new\" \"$0\"";
@@ -167,7 +167,7 @@ fn idle_connections_end_and_running_requests_finish() {
     running.send("/slow/3000").unwrap();
     let old = server.pid();
     upgrade(&mut server);
-    // Still on probation, or just over: either way the one that has the connection answers.
+    // Whether the probation still runs or has just ended, the process that has the connection answers.
     assert_eq!(field::<u64>(&between.get("/").unwrap().body, "gen"), 1);
 
     let mut nothing = Vec::new();

@@ -1,4 +1,4 @@
-//! hyper with hyper-util: HTTP/1.0, HTTP/1.1 and HTTP/2 on an accept loop of your own.
+//! hyper with hyper-util: HTTP/1.0, HTTP/1.1 and HTTP/2 on your own accept loop.
 //!
 //!     cargo run -p ecdysis-hyper -- 127.0.0.1:3000    # in examples/frameworks
 //!     curl http://127.0.0.1:3000/                     # in a second terminal: gen=1 pid=4711
@@ -19,10 +19,10 @@ use std::io;
 use std::time::Duration;
 use tokio::time::{sleep, timeout};
 
-/// How long a connection may be idle after the upgrade.
+/// How long an idle connection stays open after the upgrade.
 const GRACE: Duration = Duration::from_secs(2);
 
-/// How long the head of a request may take, and how long running requests may take after the upgrade.
+/// How long the head of a request may take to arrive, and how long running requests may take after the upgrade.
 const HEAD: Duration = Duration::from_secs(10);
 const DRAIN: Duration = Duration::from_secs(30);
 
@@ -47,7 +47,7 @@ async fn main() -> io::Result<()> {
         let connection = http.serve_connection_with_upgrades(TokioIo::new(stream), service);
         tokio::spawn(graceful.watch(connection.into_owned()));
     }
-    // Accepting has ended. Answers say so; connections that stay idle are closed.
+    // Accepting has ended. Responses announce the end of their connection, and idle connections are closed.
     sleep(GRACE).await;
     let left = timeout(DRAIN, graceful.shutdown()).await.is_err();
     say(format!("ended gen={gen} pid={pid} left={left} {:?}", exit.await.map_err(io::Error::from)?));
@@ -60,7 +60,7 @@ async fn answer(request: Request<Incoming>, gen: u64, shutdown: Shutdown) -> Res
         response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
     }
     if request.version() == Version::HTTP_10 {
-        // Otherwise hyper adds a `keep-alive` to the `close`, and `ab -k` believes that.
+        // Otherwise hyper adds `keep-alive` to the `close`, and `ab -k` obeys that.
         *response.version_mut() = Version::HTTP_10;
     }
     Ok(response)

@@ -1,4 +1,4 @@
-//! poem: an acceptor on our stream, and an answer that says when its connection ends.
+//! poem: an acceptor on the library's stream, and responses that say when their connection ends.
 //!
 //!     cargo run -p ecdysis-poem -- 127.0.0.1:3000     # in examples/frameworks
 //!     curl http://127.0.0.1:3000/                     # in a second terminal: gen=1 pid=4711
@@ -15,7 +15,7 @@ use std::time::Duration;
 use tokio::net::TcpStream;
 use tokio_stream::wrappers::TcpListenerStream;
 
-/// How long a connection may be idle, and how long requests may run, after the upgrade.
+/// How long an idle connection stays open, and how long requests may run, after the upgrade.
 const GRACE: Duration = Duration::from_secs(2);
 const DRAIN: Duration = Duration::from_secs(30);
 
@@ -36,12 +36,12 @@ async fn main() -> io::Result<()> {
         let (version, shutdown) = (request.version(), shutdown.clone());
         async move {
             let mut response = endpoint.get_response(request).await;
-            // Once this generation is over, every answer is the last one of its connection.
+            // Once this generation is over, every response is the last one on its connection.
             if shutdown.is_over() {
                 response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
             }
             if version == Version::HTTP_10 {
-                // Otherwise hyper adds a `keep-alive` to the `close`, and `ab -k` believes that.
+                // Otherwise hyper adds `keep-alive` to the `close`, and `ab -k` obeys that.
                 response.set_version(version);
             }
             Ok(response)
@@ -63,7 +63,8 @@ fn index(who: poem::web::Data<&String>) -> Response {
     format!("{}\n", who.0).into_response()
 }
 
-/// What poem accepts from. Its loop knows no end, so after ours it stays pending until the graceful shutdown begins.
+/// The acceptor for poem. Poem's accept loop never ends, so once the stream has ended, this stays pending until the graceful
+/// shutdown begins.
 struct Connections(StoppableStream<TcpListenerStream>);
 
 impl Acceptor for Connections {

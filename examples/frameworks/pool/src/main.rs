@@ -4,7 +4,7 @@
 //!     curl http://127.0.0.1:8000/                     # in a second terminal: gen=1 pid=4711
 //!     kill -HUP 4711
 //!
-//! Each thread accepts, and serves what it has accepted until that ends; so there are as many connections as threads.
+//! Each thread accepts one connection and serves it to its end, so there are at most as many connections as threads.
 
 use ecdysis::{Ecdysis, Shutdown};
 use say::say;
@@ -16,7 +16,7 @@ use std::time::Duration;
 
 const THREADS: usize = 64;
 
-/// How long a connection may be idle, and how long it may be so after the upgrade.
+/// How long a connection may be idle, before and after the upgrade.
 const IDLE: Duration = Duration::from_secs(60);
 const GRACE: Duration = Duration::from_secs(2);
 
@@ -44,7 +44,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             }
         });
     }
-    drop(listener); // the threads have it, until they end
+    drop(listener); // only the threads keep it, until they end
     let server = starting.ready()?;
     say(format!("serving {who}"));
     let exit = server.run()?;
@@ -70,7 +70,7 @@ fn connection(stream: TcpStream, shutdown: &Shutdown, who: &str) -> io::Result<(
     Ok(())
 }
 
-/// Reads the head of a request without a body; whether the connection is to be kept, or `None` at its end.
+/// Reads the head of a request without a body. Returns whether to keep the connection, or `None` at its end.
 fn head(requests: &mut BufReader<TcpStream>) -> io::Result<Option<bool>> {
     let (mut line, mut keep) = (String::new(), false);
     let mut head = requests.take(16 << 10);

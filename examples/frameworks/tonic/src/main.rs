@@ -1,10 +1,10 @@
-//! tonic: gRPC with unary calls and streams. Clients are sent GOAWAY; calls that run are finished.
+//! tonic: gRPC with unary calls and streams. At an upgrade, clients receive GOAWAY, and running calls are finished.
 //!
 //!     cargo run -p ecdysis-tonic -- 127.0.0.1:50051   # in examples/frameworks
 //!     kill -HUP 4711
 //!
-//! GOAWAY loses no call with a client that follows the protocol, as grpcio does: it sends the next call on a new
-//! connection. A stream without an end of its own is ended by the server, with a status that says "try again".
+//! After GOAWAY, a client that follows the protocol, such as grpcio, sends its next call on a new connection, so no call is
+//! lost. The server ends endless streams with a status that tells the client to try again.
 
 use ecdysis::tokio_ecdysis::{SignalKind, StopOnShutdown, TokioEcdysisBuilder};
 use ecdysis::Shutdown;
@@ -46,8 +46,8 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
     let (ecdysis, exit) = builder.ready()?;
 
     let service = WhoamiServer::new(Service { who: who.clone(), shutdown: ecdysis.shutdown() });
-    // The end of `connections` begins the graceful shutdown, so no other signal is needed. `serve_with_incoming` would
-    // return at that end, and cut every connection.
+    // The end of `connections` starts the graceful shutdown, so no other signal is needed. `serve_with_incoming` would
+    // return at that point and cut every connection.
     let server = Server::builder().add_service(service).serve_with_incoming_shutdown(connections, pending());
     let server = tokio::spawn(server);
     say(format!("serving {who}"));
@@ -71,7 +71,7 @@ impl Whoami for Service {
 
     type WatchStream = BoxStream<'static, Result<Who, Status>>;
 
-    /// A message every 50 ms until this generation is over.
+    /// Streams a message every 50 ms until this generation is over.
     async fn watch(&self, _: Request<Nothing>) -> Result<Response<Self::WatchStream>, Status> {
         let who = self.who.clone();
         let messages = stream::unfold(who, |who| async {

@@ -1,5 +1,5 @@
-//! tokio-tungstenite: WebSockets that send back what they receive. At an upgrade each is closed with code 1012, "service
-//! restart", upon which clients connect again, and reach the new version.
+//! tokio-tungstenite: echo WebSockets. At an upgrade each is closed with code 1012, "service restart". Clients then reconnect
+//! and reach the new version.
 //!
 //!     cargo run -p ecdysis-tungstenite -- 127.0.0.1:9001      # in examples/frameworks
 //!     kill -HUP 4711
@@ -32,7 +32,7 @@ async fn main() -> io::Result<()> {
 
     let shutdown = ecdysis.shutdown();
     while let Some(Ok((stream, _peer))) = connections.accept().await {
-        // The guard is taken before the handshake, so `drain` waits for that too.
+        // The guard is created before the handshake, so that `drain` waits for the handshake too.
         let guard = shutdown.guard();
         tokio::spawn(echo(stream, shutdown.over()).map(|_| drop(guard)));
     }
@@ -57,7 +57,7 @@ async fn echo(stream: TcpStream, mut over: impl Future<Output = ()> + Unpin) -> 
         }
     }
     socket.close(Some(CloseFrame { code: CloseCode::Restart, reason: "service restart".into() })).await?;
-    // The client's own close frame ends this. Closing before it arrives would reset the connection.
+    // Wait for the client's own close frame. Closing before it arrives would reset the connection.
     while socket.next().await.is_some() {}
     Ok(())
 }

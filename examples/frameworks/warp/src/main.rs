@@ -1,4 +1,5 @@
-//! warp: its filters as a service on hyper-util. `warp::serve` accepts from Tokio's own listeners only, to the last moment.
+//! warp: its filters as a service on hyper-util. `warp::serve` is not used, because it accepts only from Tokio's own listeners
+//! and does not stop at an upgrade.
 //!
 //!     cargo run -p ecdysis-warp -- 127.0.0.1:3030     # in examples/frameworks
 //!     curl http://127.0.0.1:3030/                     # in a second terminal: gen=1 pid=4711
@@ -17,10 +18,10 @@ use tower_service::Service;
 use warp::http::{header::CONNECTION, HeaderValue, Request, Version};
 use warp::Filter;
 
-/// How long a connection may be idle after the upgrade.
+/// How long an idle connection stays open after the upgrade.
 const GRACE: Duration = Duration::from_secs(2);
 
-/// How long the head of a request may take, and how long running requests may take after the upgrade.
+/// How long the head of a request may take to arrive, and how long running requests may take after the upgrade.
 const HEAD: Duration = Duration::from_secs(10);
 const DRAIN: Duration = Duration::from_secs(30);
 
@@ -52,7 +53,7 @@ async fn main() -> io::Result<()> {
                 response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
             }
             if version == Version::HTTP_10 {
-                // Otherwise hyper adds a `keep-alive` to the `close`, and `ab -k` believes that.
+                // Otherwise hyper adds `keep-alive` to the `close`, and `ab -k` obeys that.
                 *response.version_mut() = version;
             }
             Ok::<_, Infallible>(response)
