@@ -59,6 +59,7 @@ impl Starting {
         generation.reporter.emit(&Event::Serving { generation: generation.number });
         if generation.number == 1 {
             generation.reporter.warn_of_the_end();
+            generation.warn_of_lost_rights();
         }
         self.0.watch_probation();
         // From here `Starting` has nothing left to give up.

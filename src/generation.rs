@@ -51,6 +51,19 @@ impl Generation {
         line
     }
 
+    /// Warns of the files that this process can no longer replace: it has dropped rights since it made them, and the next
+    /// version will start without those rights. The first generation looks, after its start and before it is replaced.
+    pub(crate) fn warn_of_lost_rights(&self) {
+        let mut files = self.sockets.registry().out_of_reach();
+        files.extend(self.pid_file.out_of_reach());
+        if self.number == 1 && !files.is_empty() {
+            logging::warn!(
+                "this process can no longer replace or remove {files:?}, nor can the next version: drop rights in a process \
+                 whose user may write to their directories"
+            );
+        }
+    }
+
     /// Whether the program allows an upgrade now.
     pub(crate) fn may_overlap(&self) -> bool {
         self.limits.overlap != Overlap::Refuse || self.ancestors.draining().next().is_none()

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicI32, Ordering};
 use std::sync::Arc;
 
-use rustix::fs::{flock, FlockOperation, Mode};
+use rustix::fs::{access, flock, Access, FlockOperation, Mode};
 use rustix::io::Errno;
 use rustix::net::{self, sockopt, AddressFamily, SocketAddrUnix, SocketType};
 use rustix::process::geteuid;
@@ -213,6 +213,13 @@ fn is_abstract(path: &Path) -> bool {
 pub(crate) fn file_id(path: &Path) -> io::Result<FileId> {
     let file = fs::symlink_metadata(path)?;
     Ok((file.dev(), file.ino()))
+}
+
+/// Whether this process may not make or remove a file at `path`. access(2) asks for the real user: a service that gives up
+/// its rights for good changes that one as well.
+pub(crate) fn is_out_of_reach(path: &Path) -> bool {
+    let directory = path.parent().filter(|parent| *parent != Path::new("")).unwrap_or(Path::new("."));
+    matches!(access(directory, Access::WRITE_OK | Access::EXEC_OK), Err(Errno::ACCESS | Errno::PERM))
 }
 
 /// The right to replace a stale socket file, until it is dropped.

@@ -8,6 +8,7 @@ use std::process;
 use std::sync::{Mutex, PoisonError};
 
 use crate::error::Error;
+use crate::listen::is_out_of_reach;
 use crate::logging;
 
 /// The PID file of a program, if it has one. The one place that knows the path.
@@ -40,6 +41,11 @@ impl PidFile {
             Ok(()) => Ok(Replaced(Some((path, before)))),
             Err(source) => Err(Error::PidFile { path, source }),
         }
+    }
+
+    /// The file, if this process can neither replace it nor write into it.
+    pub(crate) fn out_of_reach(&self) -> Option<PathBuf> {
+        self.path().filter(|path| is_out_of_reach(path) && open_in_place(path).is_err())
     }
 
     /// After a failed upgrade, whose child may have written its own PID.

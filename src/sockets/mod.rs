@@ -68,8 +68,8 @@ impl Sockets {
 
     /// Returns a handle whose listeners have this name, which tells several sockets on one address apart.
     ///
-    /// Without a name they are matched in the order in which they are asked for: if a new version asks in another order, or
-    /// for fewer, it gets one in place of another. A socket with a name is handed to the listener of the same name alone. If
+    /// Without a name they are matched in the order in which they are asked for: if a new version asks in another order,
+    /// which nothing can detect, or for fewer, it gets one in place of another. A socket with a name is handed to the listener of the same name alone. If
     /// the parent has none of that name, one on this address without a name is handed over.
     ///
     /// ```
@@ -92,12 +92,12 @@ impl Sockets {
     /// The listener is nonblocking. std's own [`accept`](TcpListener::accept) and [`incoming`](TcpListener::incoming) fail
     /// with `WouldBlock` whenever no connection waits, and a crate that accepts by them ends its loop at once, or spins: the
     /// process is ready, and serves nobody. Accept with [`Shutdown::incoming`](crate::Shutdown::incoming), and give the
-    /// *connections* to such a crate. Do not make the listener blocking: an old generation would then keep accepting after
-    /// an upgrade, because all generations share the mode.
+    /// *connections* to such a crate; [the guide](crate::guide::threaded) shows how. Do not make the listener blocking: an
+    /// old generation would then keep accepting after an upgrade, because all generations share the mode.
     ///
-    /// It is nonblocking, because both generations share its open file description. Accept through
-    /// [`Shutdown`](crate::Shutdown): std's own `accept` and `incoming` return `WouldBlock` while nobody waits, which ends the
-    /// loop of many server crates. [The guide](crate::guide::threaded) says what to do about those.
+    /// If a program asks for several listeners on one address, the next generation gets them in the order in which they were
+    /// asked for. It logs a warning if it asks for more or fewer. That it asks in another order cannot be detected: use
+    /// [`named`](Self::named) to tell them apart.
     ///
     /// ```
     /// # fn main() -> Result<(), Box<dyn std::error::Error>> {

@@ -7,7 +7,7 @@ use std::io;
 use std::mem;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use rustix::io::ioctl_fionbio;
@@ -194,6 +194,12 @@ impl Registry {
     pub(super) fn passed_since(&self, known: &HashSet<u64>) -> Vec<Entry> {
         let ours = self.ours.iter().filter(|entry| matches!(entry.key.kind(), Kind::Stream | Kind::Fd));
         ours.filter(|entry| !known.contains(&entry.inode)).cloned().collect()
+    }
+
+    /// The files of our Unix sockets that this process cannot replace or remove.
+    pub(crate) fn out_of_reach(&self) -> Vec<PathBuf> {
+        let files = self.ours.iter().filter(|entry| entry.file.is_some()).map(|entry| Path::new(entry.key.name()));
+        files.filter(|path| listen::is_out_of_reach(path)).map(Path::to_owned).collect()
     }
 
     // ---- close ------------------------------------------------------------------------------------------------------

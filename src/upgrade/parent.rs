@@ -54,6 +54,7 @@ fn pack(generation: &Generation) -> Result<(Handover, Option<Late>), Error> {
 /// Step 3 with a child. Everything that needs memory is built before the child exists.
 fn start(generation: &Generation, handover: Handover) -> Result<Successor<'_>, Error> {
     let launch = &generation.launch;
+    generation.warn_of_lost_rights();
     generation.reporter.check_unit().map_err(|source| Error::Prepare { what: "the next generation", source })?;
     let program = launch.program()?;
     let (link, child_end) = match launch.transport {

@@ -210,6 +210,40 @@ fn a_path_that_names_a_version_is_warned_of() {
     assert!(!warned(&dir.path().join("current/whoami")));
 }
 
+/// The files that root made in its own directory.
+#[test]
+fn files_that_are_out_of_reach_after_rights_were_dropped_are_warned_of() {
+    if !rustix::process::geteuid().is_root() {
+        return;
+    }
+    let start = |drop_rights: &[&str]| {
+        let args = ["--listen", "unix:DIR/sock", "--control-socket", "DIR/control", "--ready-timeout", "2000", "--log"];
+        Server::whoami([&args, drop_rights].concat())
+    };
+    let warnings = |server: &Server| -> Vec<String> {
+        let warns = |line: &String| line.starts_with("log warn this process can no longer replace or remove");
+        server.said().into_iter().filter(warns).collect()
+    };
+    let of_sockets = |server: &Server| {
+        let warnings = warnings(server);
+        assert_eq!(warnings.len(), 1, "{warnings:?}");
+        assert!(warnings[0].contains("/sock\"") && warnings[0].contains("/control\""), "{warnings:?}");
+    };
+    let mut keeps_them = start(&["--pid-file", "DIR/pid"]);
+    keeps_them.upgrade();
+    assert_eq!(warnings(&keeps_them), [""; 0]);
+
+    of_sockets(&start(&["--drop-rights", "before-ready"]));
+
+    let mut later = start(&["--drop-rights", "after-ready", "--pid-file", "DIR/pid"]);
+    assert_eq!(warnings(&later), [""; 0]);
+    // The directory and so the program are out of reach as well.
+    later.signal(Signal::HUP);
+    later.wait("upgrade failed");
+    of_sockets(&later);
+    assert!(warnings(&later)[0].contains("/pid\""));
+}
+
 #[test]
 fn each_line_of_the_log_names_its_process_and_generation() {
     let mut server = Server::whoami([&WHOAMI[..4], &["--log"]].concat());

@@ -96,7 +96,9 @@ fn serve() -> Result<()> {
         }
     }
     let starting = misbehaviour.before_ready(starting)?;
+    drop_rights(options.drop_rights.as_deref() == Some("before-ready"))?;
     let ecdysis = starting.ready()?;
+    drop_rights(options.drop_rights.as_deref() == Some("after-ready"))?;
     say(format!("serving gen={gen} pid={pid}"));
     misbehaviour.after_ready(&ecdysis);
     if options.wait_for_parent && ecdysis.is_child() {
@@ -122,6 +124,16 @@ fn serve() -> Result<()> {
     let at_stop = options.stop_drain.filter(|_| !matches!(exit.mode, ecdysis::ExitMode::Upgraded(_)));
     let left = shutdown.drain(at_stop.unwrap_or(options.drain));
     say(format!("ended gen={gen} pid={pid} left={left} {} ({})", exit.mode, exit.reason));
+    Ok(())
+}
+
+/// As a service does that root has started.
+fn drop_rights(now: bool) -> io::Result<()> {
+    const NOBODY: u32 = 65534;
+    // SAFETY: plain numbers.
+    if now && unsafe { libc::setgid(NOBODY) | libc::setuid(NOBODY) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
     Ok(())
 }
 
@@ -176,6 +188,7 @@ struct Options {
     threads: usize,
     kept: Kept,
     chdir: Option<PathBuf>,
+    drop_rights: Option<String>,
     wait_for_parent: bool,
     drop_early: bool,
     drain: Duration,
@@ -192,6 +205,7 @@ impl Options {
             threads: 1,
             kept: Kept::No,
             chdir: None,
+            drop_rights: None,
             wait_for_parent: false,
             drop_early: false,
             drain: Duration::from_secs(60),
@@ -210,6 +224,7 @@ impl Options {
                 Long("hold") => options.kept = Kept::Hold,
                 Long("keep-alive") => options.kept = Kept::Alive,
                 Long("chdir") => options.chdir = Some(args.value()?.into()),
+                Long("drop-rights") => options.drop_rights = Some(args.value()?.string()?),
                 Long("wait-for-parent") => options.wait_for_parent = true,
                 Long("stop-drain") => {
                     options.stop_drain = Some(args.value()?.parse_with(|s| s.parse().map(Duration::from_secs_f64))?)

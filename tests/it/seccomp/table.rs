@@ -44,7 +44,7 @@ const fn row(name: &'static str, number: i64, when: &'static [When], what_for: &
 
 pub const TABLE: &[Row] = &[
     row("accept4", SYS_accept4, &[Serving, HandsOver], "accepts connections, also on control sockets"),
-    row("access", SYS_access, &[Child, TakesOver, Program], "resolves `argv[0]`; the loader"),
+    row("access", SYS_access, &[Parent, Child, TakesOver, Program], "resolves `argv[0]`; lost rights; the loader"),
     row("arch_prctl", SYS_arch_prctl, &[Program], "thread-local storage"),
     row("bind", SYS_bind, &[Serving], "new sockets"),
     row("brk", SYS_brk, &[Program], "memory"),
