@@ -49,15 +49,18 @@ pub struct Machine {
     pub units: PathBuf,
     /// What systemd itself said.
     pub journal: PathBuf,
+    /// The first line of `systemctl --version`.
+    pub version: String,
 }
 
 impl Machine {
     fn new() -> Self {
         let variable = |name| PathBuf::from(std::env::var_os(name).unwrap());
-        let machine = Self { units: variable("SYSTEMD_UNITS"), journal: variable("SYSTEMD_LOG") };
+        let version = text(&run("systemctl", &["--version"])).lines().next().unwrap_or_default().to_owned();
+        println!("{version}");
+        let machine = Self { units: variable("SYSTEMD_UNITS"), journal: variable("SYSTEMD_LOG"), version };
         machine.install("whoami");
         machine.install("ctl");
-        println!("{}", text(&run("systemctl", &["--version"])).lines().next().unwrap_or_default());
         machine
     }
 
