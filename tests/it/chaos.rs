@@ -1,10 +1,11 @@
-//! Signals at random, in bursts, to every generation and to the shells before some of them: one version serves afterwards.
+//! Sends random bursts of signals to every generation and to the shells that start some of them. Afterward one version
+//! serves.
 //!
-//! A seed decides everything but the scheduling. `CHAOS_SEEDS=FIRST..END` chooses the seeds:
+//! A seed determines everything except the scheduling. `CHAOS_SEEDS=FIRST..END` chooses the seeds:
 //!
 //!     CHAOS_SEEDS=0..200 cargo test --test it chaos::
 //!
-//! SIGHUP and SIGTERM end a shell, so a shell often dies in place of the server that it has started.
+//! SIGHUP and SIGTERM end a shell, so a shell often dies instead of the server that it has started.
 
 use std::fmt::Write;
 use std::fs;
@@ -17,10 +18,10 @@ use std::time::{Duration, Instant};
 use crate::support::*;
 use rustix::process::Signal;
 
-/// In each run of the tests.
+/// The seeds of a normal test run.
 const SAMPLE: Range<u64> = 0..10;
 
-/// The servers of so many seeds run at once: they spend most of the time in waits.
+/// The number of seeds that run in parallel. Their servers spend most of the time waiting.
 const AT_ONCE: usize = 4;
 
 /// SplitMix64.
@@ -68,7 +69,7 @@ fn one_version_serves_whatever_the_signals() {
     assert!(upgrades > 0 && failures > 0, "nothing happened");
 }
 
-/// The numbers of upgrades, of failed ones, and of services that were stopped.
+/// The numbers of upgrades, of failed upgrades, and of services that were stopped.
 fn chaos(seed: u64) -> [usize; 3] {
     let mut random = Random(seed);
     let random = &mut random;
@@ -77,7 +78,7 @@ fn chaos(seed: u64) -> [usize; 3] {
     let fork = random.one_of(&[None, Some("--fork")]);
     let dir = tempdir();
     let path = |name: &str| dir.path().join(name).to_str().unwrap().to_owned();
-    // What runs is the shell, for as long as the server does; or the server itself.
+    // The program is a shell that waits for the server, or the server itself.
     let (wrap, shell, how) = (path("wrap"), path("shell"), path("how"));
     let script = "#!/bin/sh\n[ -e SHELL ] || exec WHOAMI \"$@\"\nWHOAMI \"$@\"\nexit $?\n";
     let script = script.replace("SHELL", &shell).replace("WHOAMI", example("whoami").to_str().unwrap());
@@ -88,7 +89,7 @@ fn chaos(seed: u64) -> [usize; 3] {
     let server =
         Server::whoami(args.iter().chain(&["--probation", probation, "--transport", transport]).chain(fork.as_ref()));
     let load = Load::paced(&[server.addr(), server.addr()], Duration::from_millis(2));
-    // Kept for the message of a failure only.
+    // Used only in the message of a failure.
     let mut done = Script { text: format!("seed {seed}: probation {probation}, {transport} {fork:?}"), failed: true };
 
     let stops = random.below(4) == 0;
@@ -123,7 +124,7 @@ fn chaos(seed: u64) -> [usize; 3] {
     [count("upgrade ok"), count("upgrade failed"), usize::from(one.is_none())]
 }
 
-/// What was done, for whoever must understand a failure.
+/// The actions so far, for the message of a failure.
 struct Script {
     text: String,
     failed: bool,
@@ -140,7 +141,7 @@ impl Drop for Script {
 /// True if a server was asked to stop.
 fn burst(server: &Server, random: &mut Random, stops: bool, script: &mut String) -> bool {
     let mut stop_sent = false;
-    // What is frozen for longer than the 5 seconds of the protocol costs a test time, so it is rare.
+    // A freeze beyond the 5 seconds of the protocol makes the test slow, so it is rare.
     let mut long = random.below(6) == 0;
     let first = server.pid();
     for step in 0..2 + random.below(8) {
@@ -171,7 +172,7 @@ fn burst(server: &Server, random: &mut Random, stops: bool, script: &mut String)
         };
         let what = if is_shell { "shell " } else { "" };
         write!(script, " {signal:?} {what}{to} {pause} ms,").unwrap();
-        // Not a wait for anything: a part of the pattern.
+        // This is part of the pattern, and does not wait for an event.
         let until = Instant::now() + Duration::from_millis(pause as u64);
         while let Some(left) = until.checked_duration_since(Instant::now()).filter(|left| !left.is_zero()) {
             thread::park_timeout(left);
@@ -180,7 +181,7 @@ fn burst(server: &Server, random: &mut Random, stops: bool, script: &mut String)
     stop_sent
 }
 
-/// Continues all, and waits until one process is left that answers every connection; or none, after a stop.
+/// Continues all processes, and waits until one process is left and answers every connection, or none after a stop.
 #[track_caller]
 fn settled(server: &Server, stop_sent: bool, script: &str) -> Option<u32> {
     server.signal_all(Signal::CONT);

@@ -1,4 +1,4 @@
-//! The demo itself, briefly: what it counts, what it says when something goes wrong, and that it leaves no process behind.
+//! Short runs of the demo: its counts, its messages when something goes wrong, and that it leaves no process behind.
 
 use std::io::{BufRead, BufReader, Read};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -17,7 +17,8 @@ impl Demo {
         Self(guard::mark(&mut command, 0).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap())
     }
 
-    /// The processes of its server, some upgrades after the start: the first progress line comes after a second.
+    /// Returns the processes of its server after the first progress line, which appears one second and some upgrades
+    /// after the start.
     fn server(&mut self) -> Vec<u32> {
         let mut stderr = BufReader::new(self.0.stderr.take().unwrap());
         stderr.read_line(&mut String::new()).unwrap();
@@ -27,7 +28,7 @@ impl Demo {
         server
     }
 
-    /// The exit status and the last line, as JSON.
+    /// Returns the exit status and the last line, as JSON.
     fn wait(mut self) -> (ExitStatus, Value) {
         wait_exit(self.0.id());
         let mut out = String::new();
@@ -38,7 +39,7 @@ impl Demo {
 }
 
 impl Drop for Demo {
-    /// Its server ends with it, as `killed` shows.
+    /// Its server ends with it, which the test `killed` checks.
     fn drop(&mut self) {
         let _ = self.0.kill();
         let _ = self.0.wait();
@@ -90,7 +91,7 @@ fn unix() {
 #[test]
 fn connections_that_are_kept() {
     for args in [&["--keep-alive"][..], &["--keep-alive", "--unix"], &["--http"]] {
-        // `--unix` listens at an abstract name.
+        // `--unix` listens on an abstract name.
         if !cfg!(ecdysis_unix) || !args.contains(&"--unix") {
             five_upgrades(args);
         }
@@ -103,10 +104,10 @@ fn udp() {
     assert!(json["without_upgrades"]["requests"].as_u64().unwrap() > 0, "{json}");
 }
 
-/// With five seconds from one upgrade to the next, there is only the first generation when the first progress line comes.
+/// With five seconds between upgrades, only the first generation exists when the first progress line appears.
 const FAILING: [&str; 4] = ["--every", "5000", "--timeout", "3000"];
 
-/// The demo must be able to fail, or its zero means nothing.
+/// The demo must be able to report failures. Otherwise its zero would mean nothing.
 #[test]
 fn server_killed() {
     let mut demo = Demo::start(&FAILING);

@@ -1,4 +1,5 @@
-//! The server that README shows: an open connection outlives an upgrade, and the old process ends with it.
+//! The server that README shows: an open connection survives an upgrade, and the old process ends when the connection
+//! does.
 
 use std::process::Command;
 

@@ -1,6 +1,6 @@
-//! Many upgrades, many listeners, and hardly a descriptor left.
+//! Many upgrades, many listeners, and very few free descriptors.
 //!
-//! `cargo test` makes 50 upgrades; `cargo test --release --test it endurance:: -- --ignored --nocapture` 2,000.
+//! `cargo test` makes 50 upgrades. `cargo test --release --test it endurance:: -- --ignored --nocapture` makes 2,000.
 
 use std::io;
 use std::os::unix::process::CommandExt;
@@ -21,7 +21,7 @@ const ARGS: [&str; 10] = [
     "1",
 ];
 
-/// What must not climb.
+/// The values that must not grow.
 #[derive(Debug)]
 struct Level {
     fds: usize,
@@ -30,7 +30,7 @@ struct Level {
     rss_kib: u64,
 }
 
-/// The level of a process once the last generation is gone and every accept loop has waited.
+/// Returns the values of a process once the previous generation is gone and every accept loop has waited.
 fn settled(server: &Server, pid: u32) -> Level {
     let addrs = server.stream_addrs();
     for addr in &addrs {
@@ -40,7 +40,7 @@ fn settled(server: &Server, pid: u32) -> Level {
     let accepting = addrs.len();
     try_eventually("a settled server", || {
         open = kinds(pid);
-        // A thread a listener, one for UDP, one that runs; no connection is open.
+        // One thread per listener, one for UDP and one in `run`; no connection is open.
         let sockets = open.values().filter(|to| *to == "socket").count();
         let epolls = open.values().filter(|to| *to == "anon_inode:[eventpoll]").count();
         sockets == 2 * (accepting + 1)
@@ -72,18 +72,18 @@ fn endure(upgrades: usize, args: &[&str]) {
     println!("{upgrades} upgrades {args:?} in {:?}, {} requests; last {last:?}", began.elapsed(), counts.requests);
     counts.assert_none_failed();
     assert!(children(pid).is_empty());
-    // The first generation differs: it bound what the later ones claim. From then on all are the same.
+    // The first generation differs, because it binds the sockets that later ones claim. All later ones are the same.
     let reference = Server::whoami([&ARGS, args].concat());
     let young = (0..3).fold(reference.first_pid(), |pid, _| upgrade(&reference, pid));
     let young = settled(&reference, young);
     println!("  after 3 upgrades {young:?}");
     assert_eq!((last.fds, last.threads), (young.fds, young.threads));
-    // Which free number an epoll gets depends on who is faster.
+    // The numbers of the epoll descriptors depend on which thread is faster.
     assert!(last.highest < 32 && young.highest < 32);
     assert!(last.rss_kib < young.rss_kib + 2048, "{last:?}, after 3 upgrades {young:?}");
 }
 
-/// Upgrades; returns the new process's PID when the old one has ended.
+/// Upgrades, and returns the new process's PID once the old one has ended.
 fn upgrade(server: &Server, pid: u32) -> u32 {
     let verdict = server.try_upgrade(pid).unwrap();
     assert!(verdict.starts_with("upgrade ok"), "{verdict}");
@@ -107,7 +107,7 @@ fn two_thousand_upgrades_leave_nothing_behind() {
     endure(2000, &[]);
 }
 
-/// A server with this many listeners and this limit on descriptors.
+/// Starts a server with this many listeners and this limit on descriptors.
 fn crowded(listeners: usize, limit: libc::rlim_t) -> Server {
     let mut args = vec!["--probation", "10", "--pid-file", "DIR/pid"];
     for _ in 0..listeners {
@@ -127,7 +127,7 @@ fn crowded(listeners: usize, limit: libc::rlim_t) -> Server {
     })
 }
 
-/// Their manifest is larger than a pipe is at first; and all have port 0, so that only their order tells them apart.
+/// Their manifest is larger than a new pipe. All have port 0, so only their order distinguishes them.
 #[test]
 fn a_thousand_listeners_are_handed_over_at_once() {
     let server = crowded(1000, 8192);
@@ -145,8 +145,8 @@ fn a_thousand_listeners_are_handed_over_at_once() {
     assert_eq!(generations, vec![4; 1000], "each port is served by the fourth generation");
 }
 
-/// With hardly a descriptor left an upgrade either works or fails with a word for it, and the server serves on. With
-/// room again the next one works.
+/// With very few free descriptors an upgrade either works, or fails with an error that says so and the server keeps
+/// serving. With more free descriptors the next upgrade works.
 #[test]
 fn with_hardly_a_descriptor_left_an_upgrade_fails_without_harm() {
     let server = crowded(4, 1024);
@@ -167,7 +167,7 @@ fn with_hardly_a_descriptor_left_an_upgrade_fails_without_harm() {
     });
     let mut failed = 0;
     let mut verdict = String::new();
-    // The limit holds for the child, too, which has a few more of its own while it starts.
+    // The limit also applies to the child, which needs a few more descriptors while it starts.
     for room in 0..64 {
         set_limit(open + room);
         verdict = server.try_upgrade(pid).unwrap();
@@ -176,7 +176,7 @@ fn with_hardly_a_descriptor_left_an_upgrade_fails_without_harm() {
         }
         failed += 1;
         assert!(verdict.contains("Too many open files") || verdict.contains("child"), "{verdict}");
-        assert!(children(pid).is_empty(), "a child is left: {verdict}");
+        assert!(children(pid).is_empty(), "a child was left behind: {verdict}");
     }
     assert!(failed > 0, "no limit was too low");
     assert!(verdict.starts_with("upgrade ok"), "with 64 descriptors of room: {verdict}");

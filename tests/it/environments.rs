@@ -1,4 +1,4 @@
-//! Upgrades in the environments in which servers run: what works, and what fails with an error that names the cause.
+//! Upgrades in unusual environments: each works, or fails with an error that names the cause.
 
 use std::fs::{self, OpenOptions, Permissions};
 use std::io;
@@ -15,7 +15,7 @@ use crate::support::{example, fds, install, status_field, tempdir, Load, Server}
 const ARGS: [&str; 4] = ["--listen", "127.0.0.1:0", "--probation", "20"];
 const WAYS: [&[&str]; 4] = [&[], &["--fork"], &["--transport", "socket"], &["--fork", "--transport", "socket"]];
 
-/// A server for which `prepare` runs in the new process, before execve.
+/// Starts a server. `prepare` runs in its process before execve.
 fn prepared(args: &[&str], prepare: impl Fn() -> io::Result<()> + Send + Sync + 'static) -> Server {
     Server::whoami_with([&ARGS, args].concat(), |command| {
         // SAFETY: each caller makes system calls only.
@@ -39,8 +39,8 @@ fn upgrades(server: &mut Server) {
     load.stop().assert_none_failed();
 }
 
-/// std opens /dev/null for what is closed when a program starts; a program that closes them itself, or has no std `main`,
-/// has them closed. Then the lowest free numbers are those of its standard streams.
+/// At the start of a program, std opens /dev/null for each closed standard stream. If the program closes them itself,
+/// or has no std `main`, their numbers are the lowest free ones.
 #[test]
 fn no_descriptor_is_a_standard_stream() {
     for way in WAYS {
@@ -63,10 +63,10 @@ fn the_next_version_has_the_cpus_and_the_nice_value_of_the_first() {
         let mut server = prepared(args, || ok(unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, 3) }));
         let first = server.pid();
         let (cpus, niceness) = (allowed(first), nice(first));
-        // Everything that the server does happens in threads that somebody pins and renices.
+        // Another process pins and renices all threads of the server.
         for thread in fs::read_dir(format!("/proc/{first}/task")).unwrap() {
             let thread: i32 = thread.unwrap().file_name().to_str().unwrap().parse().unwrap();
-            // SAFETY: a set of its own, and plain numbers.
+            // SAFETY: the call only reads a local set and plain numbers.
             unsafe {
                 let mut one: libc::cpu_set_t = std::mem::zeroed();
                 libc::CPU_SET((0..1024).find(|&cpu| is_allowed(cpu)).unwrap(), &mut one);
@@ -83,20 +83,20 @@ fn the_next_version_has_the_cpus_and_the_nice_value_of_the_first() {
 }
 
 fn is_allowed(cpu: usize) -> bool {
-    // SAFETY: a set of its own.
+    // SAFETY: the call only writes to a local set.
     unsafe {
         let mut all: libc::cpu_set_t = std::mem::zeroed();
         libc::sched_getaffinity(0, size_of_val(&all), &mut all) == 0 && libc::CPU_ISSET(cpu, &all)
     }
 }
 
-/// They are the process's own, which its program may have set for the service: kept, as execve keeps them.
+/// The program may have set them for the service, so they are kept, as execve keeps them.
 #[test]
 fn resource_limits_and_umask_are_inherited() {
     for way in WAYS {
         let mut server = prepared(way, || {
             let limit = libc::rlimit { rlim_cur: 500, rlim_max: 600 };
-            // SAFETY: a limit of its own, and a plain number.
+            // SAFETY: the call only reads a local limit and a plain number.
             unsafe {
                 libc::umask(0o027);
                 ok(libc::setrlimit(libc::RLIMIT_NOFILE, &limit))
@@ -161,7 +161,7 @@ fn an_environment_that_is_too_large_is_named() {
     let dir = tempdir();
     let mut command = Command::new(example("whoami"));
     command.args(ARGS);
-    // The kernel allows a quarter of the stack's limit, which shrinks after the start.
+    // The kernel allows a quarter of the stack limit, and this limit is lowered after the start.
     for n in 0..10 {
         command.env(format!("LARGE_{n}"), "x".repeat(100_000));
     }
@@ -175,7 +175,7 @@ fn an_environment_that_is_too_large_is_named() {
     drop(dir);
 }
 
-/// root is not limited, so the server must be another user's.
+/// The limit does not apply to root, so the server runs as another user.
 #[test]
 fn a_limit_on_processes_is_named() {
     if !rustix::process::geteuid().is_root() {
@@ -189,7 +189,7 @@ fn a_limit_on_processes_is_named() {
         install("whoami", &program);
         let mut command = Command::new(&program);
         command.args(ARGS).args((!way.is_empty()).then_some(way)).uid(60_017).gid(60_017);
-        // As many as it has threads.
+        // Exactly the number of its threads.
         let limit = libc::rlimit { rlim_cur: 2, rlim_max: 2 };
         // SAFETY: a system call only.
         unsafe { command.pre_exec(move || ok(libc::setrlimit(libc::RLIMIT_NPROC, &limit))) };
@@ -198,7 +198,7 @@ fn a_limit_on_processes_is_named() {
     }
 }
 
-/// Its lock holds for the process that called it, and is not inherited.
+/// mlockall applies only to the calling process, and is not inherited.
 #[test]
 fn a_server_that_locks_its_memory_is_upgraded() {
     for way in [&["--mlockall"][..], &["--mlockall", "--fork"]] {
@@ -206,7 +206,8 @@ fn a_server_that_locks_its_memory_is_upgraded() {
     }
 }
 
-/// The signal that the first generation asked for at the death of its parent is not inherited by a child (prctl(2)).
+/// A child does not inherit PR_SET_PDEATHSIG, the signal that the first generation gets when its parent dies
+/// (prctl(2)).
 #[test]
 fn a_signal_at_the_death_of_the_parent_does_not_end_the_next_version() {
     for way in WAYS {
@@ -218,13 +219,13 @@ fn a_signal_at_the_death_of_the_parent_does_not_end_the_next_version() {
     }
 }
 
-/// Without /proc the sweep and the reset of signals have other ways, and the program is found by its `argv[0]`.
+/// Without /proc the sweep uses a fallback, and the program is found by its `argv[0]`.
 #[test]
 fn a_server_without_proc_is_upgraded() {
     for hide in ["mount -t tmpfs none /proc", "mount -t proc -o hidepid=2 proc /proc"] {
         let can = Command::new("unshare").args(["--mount", "sh", "-c", hide]).status().is_ok_and(|s| s.success());
         if !can {
-            eprintln!("not run: this machine does not allow it: {hide}");
+            eprintln!("not run: this machine does not allow {hide}");
             continue;
         }
         for way in WAYS {

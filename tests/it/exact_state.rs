@@ -1,7 +1,7 @@
-//! State and connections that are handed over at the commit, by every carrier.
+//! State and connections that are handed over at the commit: over pipes, over a socket and in a takeover.
 //!
-//! The server is this test program itself, which runs the test `server` when its environment says so. It numbers the
-//! lines that it is sent, over all generations, and keeps its connections over an upgrade.
+//! The server is this test program itself: it runs the test `server` when its environment says so. It numbers the lines
+//! that it receives across all generations, and keeps its connections across an upgrade.
 
 use std::collections::BTreeMap;
 use std::env;
@@ -19,7 +19,7 @@ use rustix::process::Signal;
 
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
 
-/// How many descriptors a batch is beside the connections: more than fit into one message.
+/// The number of descriptors beside the connections: more than fit into one message.
 const BATCH: usize = 300;
 
 // ---- the server -------------------------------------------------------------------------------------------------
@@ -144,7 +144,7 @@ fn keep(
                 _ => return,
             }
             let mut state = state.lock().unwrap();
-            // In the pause, and after an upgrade, the connection is the child's.
+            // During the pause and after an upgrade, the connection belongs to the child.
             if shutdown.is_paused() || shutdown.is_over() {
                 drop(state);
                 thread::sleep(Duration::from_millis(1));
@@ -191,7 +191,7 @@ impl Exact {
     }
 }
 
-/// A client that keeps its connection.
+/// A client with a persistent connection.
 struct Client(BufReader<TcpStream>);
 
 impl Client {
@@ -201,7 +201,7 @@ impl Client {
         Self(BufReader::new(stream))
     }
 
-    /// Generation and number of the answer.
+    /// Returns the generation and the number in the answer.
     fn ask(&mut self) -> (u64, u64) {
         self.0.get_mut().write_all(b"line\n").unwrap();
         let mut answer = String::new();
@@ -215,7 +215,7 @@ fn passes_everything(carrier: &str) {
     let addr = exact.server.addr();
     let mut early = Client::new(&addr);
     assert_eq!(early.ask(), (1, 1));
-    // The next version is started, and what was handed over to it at its start is old when it is ready.
+    // Start the next version. State that was produced at its start is outdated when it becomes ready.
     exact.touch("wait");
     let mut second = None;
     if exact.carrier == "takeover" {
@@ -268,7 +268,8 @@ fn a_callback_that_fails_or_hangs_is_a_failed_upgrade() {
     assert_eq!(client.ask(), (2, 4));
 }
 
-/// A parent that is stopped before the commit passes nothing; then the child says so, and does not start from nothing.
+/// If the parent is stopped before the commit, it passes nothing. The child reports that and does not start with empty
+/// state.
 #[test]
 fn what_a_parent_did_not_pass_is_an_error() {
     let mut exact = Exact::start("pipes");

@@ -1,4 +1,4 @@
-//! Runs the examples as a stranger would: starts them, follows their first lines, and upgrades them under load.
+//! Runs the examples as a new user would: starts them, follows the comments at their top, and upgrades them under load.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -29,7 +29,7 @@ fn each_answers_help() {
 
 // ---- ctl ----
 
-/// The exit code, stdout and stderr of `ctl SOCKET WORDS...`.
+/// Returns the exit code, stdout and stderr of `ctl SOCKET WORDS...`.
 fn ctl(socket: &Path, words: &[&str]) -> (i32, String, String) {
     ended(start_ctl(socket, words))
 }
@@ -98,7 +98,7 @@ fn ctl_tells_the_outcome_in_words_in_json_and_by_its_exit_code() {
     assert_eq!(ctl_json(&socket, "status")["phase"], "upgrading");
 
     assert_eq!(ctl_json(&socket, "stop")["outcome"], "stopped");
-    // The kernel closes the connection a moment before the process is gone.
+    // The kernel closes the connection shortly before the process is gone.
     wait_exit(pid);
     let (code, _, err) = ended(hanging);
     assert_eq!((code, err.as_str()), (2, "ctl: the server is stopping\n"));
@@ -122,7 +122,7 @@ fn ctl_gives_up_on_a_server_that_does_not_answer_and_on_wrong_usage() {
     let (code, _, err) = ended(closing);
     assert!(code == 4 && err.starts_with("ctl: no answer"), "{code} {err}");
 
-    // Nor on one that does not even accept: with this queue the second connect waits.
+    // It also gives up if the server does not accept. With this queue length the second connect waits.
     rustix::net::listen(&listener, 0).unwrap();
     let _queued = UnixStream::connect(&socket).unwrap();
     let full = Command::new(example("ctl")).arg(&socket).args(["status", "--timeout", "0.05"]).output().unwrap();
@@ -136,7 +136,7 @@ fn ctl_gives_up_on_a_server_that_does_not_answer_and_on_wrong_usage() {
 
 // ---- http ----
 
-/// `http` with a control socket, of a copy of the program, which can be replaced.
+/// `http` with a control socket, run from a copy of the program, which the test can replace.
 struct Http {
     server: Server,
     addr: String,
@@ -160,7 +160,7 @@ impl Http {
         Client::new(&self.addr).unwrap().get(path).unwrap()
     }
 
-    /// The value of a metric.
+    /// Returns the value of a metric.
     fn metric(&self, name: &str) -> f64 {
         let text = self.get("/metrics").body;
         let line = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
@@ -168,7 +168,7 @@ impl Http {
     }
 }
 
-/// One keep-alive connection.
+/// A keep-alive connection.
 struct Client(BufReader<TcpStream>);
 
 #[derive(Debug)]
@@ -218,7 +218,7 @@ impl Client {
         self.hear()
     }
 
-    /// Whether the server has closed, after nothing more.
+    /// Whether the server has closed the connection without sending more.
     fn closed(&mut self) -> bool {
         matches!(self.0.read(&mut [0]), Ok(0))
     }
@@ -251,7 +251,7 @@ fn http_keeps_every_request_of_keep_alive_clients_through_upgrades_and_counts_th
         .collect();
     for generation in 2..=4 {
         ctl_upgrades(&http.control);
-        // A new connection and the metrics are the new generation's at once.
+        // From here on the new generation answers new connections and requests for metrics.
         assert_eq!(http.metric("ecdysis_generation"), generation as f64);
         assert_eq!(http.metric("ecdysis_upgrades_total{outcome=\"ok\"}"), (generation - 1) as f64);
     }
@@ -261,7 +261,7 @@ fn http_keeps_every_request_of_keep_alive_clients_through_upgrades_and_counts_th
         assert!(generations.len() >= 3 && requests > connections, "{generations:?} {requests} {connections}");
     }
 
-    // What is not a program cannot be executed, and that is counted.
+    // A file that is not a program cannot be executed, and the metrics count the failed upgrade.
     fs::remove_file(&http.program).unwrap();
     fs::write(&http.program, "not a program").unwrap();
     let (code, _, err) = ctl(&http.control, &["upgrade"]);
@@ -293,7 +293,7 @@ fn http_answers_what_has_begun_and_closes_what_is_idle_at_the_upgrade() {
     begun.say("POST / HTTP/1.1\r\nContent-Length: 5\r\n\r\nhe").unwrap();
     ctl_upgrades(&http.control);
 
-    // When these end, generation 1 has noticed that its service is over.
+    // When these connections end, generation 1 has noticed that it is over.
     assert!(idle.closed() && unused.closed());
     begun.say("llo").unwrap();
     let answer = begun.hear().unwrap();
@@ -305,7 +305,7 @@ fn http_answers_what_has_begun_and_closes_what_is_idle_at_the_upgrade() {
 }
 
 #[test]
-fn http_is_no_fool() {
+fn http_rejects_malformed_requests() {
     let http = Http::start();
     let mut client = Client::new(&http.addr).unwrap();
     client.say("GET / HTTP/1.1\r\n\r\nHEAD /metrics HTTP/1.1\r\nConnection: x, close\r\n\r\n").unwrap();
@@ -366,7 +366,7 @@ fn udp_answers_every_datagram_through_upgrades() {
     }
     stop.store(true, Ordering::Relaxed);
     let generations = client.join().unwrap();
-    // The last answer may be the fourth's or, on its way, the third's.
+    // The last answer may come from generation 4 or, if it was already on its way, from generation 3.
     assert!(generations.len() >= 3, "{generations:?}");
     assert_eq!(ctl(&control, &["stop"]).0, 0);
     server.wait_all_ended();

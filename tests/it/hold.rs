@@ -1,5 +1,5 @@
-//! `hold` with real servers: one PID whatever happens to them, and an exit code that says what happened. What supervisors
-//! make of it is in `supervisors`.
+//! `hold` with real servers: it keeps one PID whatever happens to them, and its exit code says what happened. The tests
+//! in `supervisors` run it under real supervisors.
 
 use std::fs;
 use std::io::{IoSlice, Read, Write};
@@ -23,13 +23,13 @@ use crate::support::{
 
 const SPEAKS: bool = cfg!(feature = "systemd");
 
-/// A server below `hold`, which speaks with it where this build can.
+/// Starts a server under `hold`. The server sends notifications if this build supports them.
 fn held(options: &[&str], arguments: &[&str]) -> Server {
     let speaks: &[&str] = if SPEAKS { &["--systemd"] } else { &[] };
     silently_held(options, &[arguments, speaks].concat())
 }
 
-/// One that does not speak.
+/// Starts a server that sends no notifications.
 fn silently_held(options: &[&str], arguments: &[&str]) -> Server {
     let mut command = Command::new(example("hold"));
     command.args(options).arg("--").arg(example("whoami")).args(["--listen", "127.0.0.1:0", "--probation", "50"]);
@@ -65,9 +65,9 @@ fn ten_upgrades_and_a_stop(mut server: Server) {
     println!("hold: {memory} KiB resident");
     assert!(memory <= 3 << 10, "{memory} KiB");
 
-    // A stop drains.
+    // A stop drains connections.
     let mut open = connect(&addr).unwrap();
-    ask(&addr).unwrap(); // So the one before it is accepted.
+    ask(&addr).unwrap(); // An answer here means that the connection before it was accepted too.
     send_signal(hold, Signal::TERM);
     server.wait("hold: sent signal=15");
     open.write_all(b"who\n").unwrap();
@@ -88,7 +88,7 @@ fn a_server_that_never_says_ready_is_upgraded_and_stopped_too() {
     ten_upgrades_and_a_stop(silently_held(&[], &[]));
 }
 
-/// The program may be a script that executes the server, and then the name of the server is another.
+/// The program may be a script that executes the server, so the server has another name.
 #[test]
 fn a_silent_server_behind_a_script_is_followed() {
     let script = format!("sleep 0.3; exec {} --listen 127.0.0.1:0 --probation 50", example("whoami").display());
@@ -100,7 +100,7 @@ fn a_silent_server_behind_a_script_is_followed() {
     assert_eq!(stop(&mut server), Some(0));
 }
 
-/// A silent server's later generations are children of the ones before, which drain.
+/// Later generations of a silent server are children of the earlier ones, which still drain.
 #[test]
 fn a_signal_goes_to_the_one_that_serves_while_others_drain() {
     let mut server = silently_held(&[], &["--hold", "--drain", "60"]);
@@ -112,7 +112,7 @@ fn a_signal_goes_to_the_one_that_serves_while_others_drain() {
         let mut answer = [0; 6];
         stream.read_exact(&mut answer).unwrap();
         assert_eq!(&answer[..], format!("gen={generation} ").as_bytes());
-        // It is in use: a line has begun.
+        // The connection is in use, because a line has begun.
         stream.write_all(b"w").unwrap();
         open.push(stream);
         if generation < 4 {
@@ -162,7 +162,7 @@ fn a_crash_refuses_no_connection_and_too_many_end_the_service() {
         let load = Load::on(&addr, 2);
         let answered = load.answered();
         eventually("load", || load.answered() > answered + 100);
-        // What waits in the queue is served by the next.
+        // The next process serves the connection that waits in the queue.
         let pid = server.pid();
         send_signal(pid, Signal::STOP);
         eventually("stopped", || threads(pid).values().all(|state| *state == 'T'));
@@ -185,7 +185,7 @@ fn a_crash_refuses_no_connection_and_too_many_end_the_service() {
     assert_eq!(server.exit_code(), Some(123));
 }
 
-/// By the protocol the successor serves then, and nothing may be started beside it.
+/// By the protocol the successor then serves, and `hold` must not start another server.
 #[cfg(feature = "systemd")]
 #[test]
 fn a_crash_in_the_middle_of_an_upgrade_leaves_one_server() {
@@ -287,7 +287,7 @@ fn the_exit_code_tells_what_happened() {
         let (code, all) = code(options, command);
         assert!(code == Some(expected) && all.contains(said), "{code:?} {all}");
     }
-    // A helper that stays is no generation.
+    // A helper that keeps running is not a generation.
     assert_eq!(code(&[], &["sh", "-c", "sleep 600 & exit 3"]).0, Some(3));
 }
 
@@ -317,7 +317,8 @@ fn send(text: &[u8], fds: &[BorrowedFd<'_>]) {
     sendmsg_addr(&socket, &address, &[IoSlice::new(text)], &mut control, SendFlags::empty()).unwrap();
 }
 
-/// Not a test: a server that sends what no server should, says READY and crashes. Started again, it says what it got.
+/// Not a test: a server that sends invalid messages, then READY, and crashes. After the restart it prints the
+/// descriptors that it got.
 #[test]
 fn a_server_that_sends_nonsense() {
     if std::env::var_os(SENDS_NONSENSE).is_none() {
@@ -326,7 +327,7 @@ fn a_server_that_sends_nonsense() {
     let pid = std::process::id();
     if let Ok(names) = std::env::var("LISTEN_FDNAMES") {
         assert_eq!(std::env::var("LISTEN_PID").unwrap(), pid.to_string());
-        // One write, because hold writes there, too.
+        // One write, because hold writes to the same stderr.
         std::io::stderr().write_all(format!("got {names}\n").as_bytes()).unwrap();
         loop {
             thread::park();
@@ -350,7 +351,7 @@ fn a_server_that_sends_nonsense() {
         send(text, fds);
     }
     send(b"FDSTORE=1\nFDNAME=second", &[second]);
-    // The store has two places.
+    // The store has room for two.
     send(b"FDSTORE=1\nFDNAME=third", &[third]);
     send(b"FDSTOREREMOVE=1\nFDNAME=fourth", &[]);
     send(b"READY=1\n", &[]);
@@ -365,7 +366,7 @@ fn nonsense_is_refused_and_counted_and_nothing_is_lost() {
     command.env(SENDS_NONSENSE, "").stdout(std::process::Stdio::null());
     let mut server = Server::start(command);
     assert_eq!(server.wait("got "), "got first:second");
-    // One line at once, and one for all that follow within a second.
+    // One line immediately, and one for all that follow within a second.
     let refused = |lines: &[String]| -> u64 {
         let one = lines.iter().filter(|line| line.starts_with("hold: refused a message from")).count() as u64;
         let more = lines.iter().filter_map(|line| line.strip_prefix("hold: refused ")?.strip_suffix(" more messages"));
@@ -375,7 +376,7 @@ fn nonsense_is_refused_and_counted_and_nothing_is_lost() {
     assert_eq!(stop(&mut server), Some(128 + 15));
 }
 
-/// The kernel says who has sent a message. Anybody can send, and so can anybody fill the queue.
+/// The kernel reports the sender of each message. Any process can send, so any process can fill the queue.
 #[cfg(feature = "systemd")]
 #[test]
 fn a_flood_of_another_user_changes_nothing() {
@@ -389,7 +390,7 @@ fn a_flood_of_another_user_changes_nothing() {
     let name = variable.unwrap().to_vec();
     let (done, stop_flood) = std::sync::mpsc::channel::<()>();
     let flood = thread::spawn(move || {
-        // SAFETY: no memory is involved. The system call itself changes the user of this thread alone.
+        // SAFETY: no memory is involved. The bare system call changes the user of only this thread.
         assert_eq!(unsafe { libc::syscall(libc::SYS_setresuid, 65534, 65534, 65534) }, 0);
         let address = SocketAddr::from_abstract_name(name).unwrap();
         let socket = UnixDatagram::unbound().unwrap();

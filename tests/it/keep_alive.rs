@@ -1,5 +1,5 @@
-//! The first promise: no client notices. New connections, busy ones and idle ones; over TCP and Unix sockets; by upgrade,
-//! takeover and stop; with a probation and without.
+//! The first promise: no client notices. Tests new, busy and idle connections; over TCP and Unix sockets; in an
+//! upgrade, a takeover and a stop; with and without a probation.
 
 use std::io::{self, BufRead, BufReader, ErrorKind, Read, Write};
 use std::process::Command;
@@ -17,7 +17,7 @@ enum How {
     Stop,
 }
 
-/// A client that keeps its connection.
+/// A client with a persistent connection.
 struct Client(BufReader<Box<dyn Conn>>);
 
 impl Client {
@@ -25,7 +25,7 @@ impl Client {
         Ok(Self(BufReader::new(connect(addr)?)))
     }
 
-    /// Returns whether the server ends the connection after this answer.
+    /// Returns whether the answer announces the end of the connection.
     fn ask(&mut self) -> io::Result<bool> {
         self.0.get_mut().write_all(b"keep\n")?;
         let mut answer = String::new();
@@ -36,7 +36,7 @@ impl Client {
         }
     }
 
-    /// Waits for the end that the server makes; anything but a regular one is an error.
+    /// Waits until the server closes the connection. Any end but a regular one is an error.
     fn ends(mut self) -> io::Result<()> {
         match self.0.read(&mut [0])? {
             0 => Ok(()),
@@ -45,7 +45,7 @@ impl Client {
     }
 }
 
-/// The service has stopped, which a *new* connection may notice: it is refused, or reset if the kernel had completed its
+/// After the service has stopped, a *new* connection may fail: it is refused, or reset if the kernel completed its
 /// handshake just before the listener was closed.
 fn refused(error: &io::Error) -> bool {
     use ErrorKind::{BrokenPipe, ConnectionRefused, ConnectionReset, NotFound};
@@ -67,7 +67,7 @@ fn nobody_notices(listen: &str, how: How, probation: &str) {
     let (addr, stopped) = (server.addr(), AtomicBool::new(false));
     let requests = AtomicU64::new(0);
 
-    // A request, and then nothing; and not even a request.
+    // One client sends a request and then nothing; the other sends nothing at all.
     let mut idle = Client::connect(&addr).unwrap();
     assert!(!idle.ask().unwrap());
     let unused = Client::connect(&addr).unwrap();
@@ -130,8 +130,8 @@ fn nobody_notices(listen: &str, how: How, probation: &str) {
         for client in clients {
             client.join().unwrap().unwrap_or_else(|error| panic!("{case}: a client lost a request: {error}"));
         }
-        idle.ends().unwrap_or_else(|error| panic!("{case}: an idle connection was not closed in order: {error}"));
-        unused.ends().unwrap_or_else(|error| panic!("{case}: an unused connection was not closed in order: {error}"));
+        idle.ends().unwrap_or_else(|error| panic!("{case}: an idle connection was not closed normally: {error}"));
+        unused.ends().unwrap_or_else(|error| panic!("{case}: an unused connection was not closed normally: {error}"));
         drop(second);
     });
 }

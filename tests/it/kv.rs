@@ -1,4 +1,4 @@
-//! `examples/kv`: connections and values that outlive the process that served them.
+//! `examples/kv`: connections and values survive the processes that served them.
 
 use std::io::{BufRead, BufReader, Write};
 use std::net::TcpStream;
@@ -54,7 +54,7 @@ fn connections_and_values_live_through_ten_versions() {
     let mut server = kv();
     let stop = AtomicBool::new(false);
     let mut patient = Client::connect(&server);
-    // Half a request, and the second half ten versions later.
+    // Half a request now, and the second half ten versions later.
     patient.send("set pat");
     thread::scope(|scope| {
         let clients: Vec<_> = (0..8)
@@ -67,7 +67,7 @@ fn connections_and_values_live_through_ten_versions() {
                             return (count, versions);
                         }
                         assert_eq!(client.ask(&format!("set key-{number} {count}")), "ok");
-                        // Pipelined: two requests in one packet, which a snapshot may come between.
+                        // Two pipelined requests in one packet. A snapshot may happen between them.
                         client.send(&format!("get key-{number}\nversion\n"));
                         assert_eq!(client.receive(), count.to_string(), "a value was lost");
                         versions.push(client.receive().parse::<usize>().unwrap());
@@ -93,7 +93,7 @@ fn connections_and_values_live_through_ten_versions() {
     assert_eq!(patient.ask("count"), "9");
 }
 
-/// The new version dies in its probation: the old one has the connections again, and the values as they were.
+/// The new version dies during its probation. The old one then has the connections again, and the values as they were.
 #[test]
 fn a_version_that_dies_gives_everything_back() {
     let mut server = kv();

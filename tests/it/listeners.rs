@@ -1,7 +1,7 @@
-//! Listeners that change between two versions: dropped, added, moved, exchanged.
+//! Listeners that change between two versions: removed, added, moved or exchanged.
 //!
-//! The server is this test program itself, which runs the test `server` when its environment says so. Each generation
-//! listens at what the file `plan` says when it starts.
+//! The server is this test program itself: it runs the test `server` when its environment says so. At its start, each
+//! generation reads its addresses from the file `plan`.
 
 use std::collections::HashMap;
 use std::env;
@@ -34,7 +34,7 @@ impl log::Log for Logger {
 
     fn log(&self, record: &log::Record<'_>) {
         let text = record.args().to_string();
-        // The observer says that too.
+        // The observer reports that too.
         if self.enabled(record.metadata()) && !text.starts_with("upgrade failed") {
             say(format!("log {text}"));
         }
@@ -95,7 +95,7 @@ fn serve(dir: &str) -> Result<()> {
                     socket.listen(64)?;
                     Ok(socket.into())
                 });
-                // Before the parent hears of it, and ends this process.
+                // Print this first: once the parent knows, it ends this process.
                 let listener = listener.inspect_err(|e| say(format!("failed: {e}")))?;
                 say(format!("listening {} gen={generation} pid={}", listener.local_addr()?, process::id()));
                 accept(starting.shutdown(), listener, generation);
@@ -184,7 +184,7 @@ impl Planned {
     }
 }
 
-/// What became of connections to an address: answered by which generation, refused, or anything else.
+/// The outcomes of connections to an address: answered by a generation, refused, or anything else.
 fn probe(addr: &str, counts: &mut HashMap<String, u32>) {
     let outcome = match TcpStream::connect(addr) {
         Err(e) => format!("{:?}", e.kind()),
@@ -219,8 +219,8 @@ fn a_dropped_listener_is_served_until_the_verdict_and_then_closed() {
     let mut server = planned.server;
     server.upgrade();
     let counts = probing.join().unwrap();
-    // A client that connects in the instant of the close, after the queue was found empty, is reset: as at a stop, the kernel
-    // offers no way to refuse it instead. This one connects all the time, and can be that client once.
+    // A client that connects just as the socket is closed, after the queue was found empty, is reset. As at a stop, the
+    // kernel offers no way to refuse it instead. This client connects all the time, so it may happen once.
     let expected = ["gen=1", "ConnectionRefused"];
     let others: u32 = counts.iter().filter(|(key, _)| !expected.contains(&key.as_str())).map(|(_, count)| count).sum();
     assert!(others <= 1, "{counts:?}");
@@ -230,7 +230,7 @@ fn a_dropped_listener_is_served_until_the_verdict_and_then_closed() {
     server.wait_any("ended gen=1");
 }
 
-/// A client that connects in the probation is not kept waiting for its end.
+/// A client that connects during the probation does not have to wait for the end of the probation.
 #[test]
 fn a_dropped_listener_answers_during_the_probation() {
     let mut planned = Planned::start("tcp 127.0.0.1:0\nunix a.sock\nudp 127.0.0.1:0\n", |command| {
@@ -263,7 +263,7 @@ fn the_file_of_a_dropped_listener_is_removed() {
     planned.server.wait_any("a.sock: the old version serves it until it ends");
 }
 
-/// After a failed upgrade nothing has changed for the listener that the failed version had dropped.
+/// A failed upgrade changes nothing for a listener that the failed version did not ask for.
 #[test]
 fn a_version_that_drops_a_listener_and_fails_changes_nothing() {
     let mut planned = Planned::start("tcp 127.0.0.1:0\nunix a.sock\n", |_| {});
@@ -293,7 +293,7 @@ fn a_version_that_asks_for_no_listener_is_refused_unless_it_says_that_this_is_me
 
 // ---- added ------------------------------------------------------------------------------------------------------
 
-/// The kernel completes handshakes from listen(2) on, and spreads them over all SO_REUSEPORT sockets that listen.
+/// From listen(2) on, the kernel completes handshakes, and spreads them over all listening SO_REUSEPORT sockets.
 #[test]
 fn a_new_listener_listens_from_the_commit_on() {
     let mut planned = Planned::start("tcp 127.0.0.1:0 shared\n", |_| {});
@@ -317,7 +317,7 @@ fn a_new_listener_listens_from_the_commit_on() {
     assert_eq!(generation(&planned.unix("new.sock")), 2);
 }
 
-/// That an address is taken is known before `ready`.
+/// An address in use is reported before `ready`.
 #[test]
 fn an_address_that_is_taken_is_an_early_error() {
     let mut planned = Planned::start("tcp 127.0.0.1:0\n", |_| {});
@@ -327,7 +327,7 @@ fn an_address_that_is_taken_is_an_early_error() {
     planned.server.wait_any(&format!("failed: cannot open socket tcp {}", taken.local_addr().unwrap()));
 }
 
-/// What a program that is started through a wrapper, or by hand, meets.
+/// The situation of a program that is started through a wrapper or by hand.
 #[test]
 fn an_address_that_a_service_manager_holds_names_that() {
     let taken = TcpListener::bind("127.0.0.1:0").unwrap();
@@ -344,7 +344,7 @@ fn an_address_that_a_service_manager_holds_names_that() {
     assert!(failed(Some("1")).contains("to process 1, and this is "));
 }
 
-/// The kernel's "address in use" does not say by whom.
+/// The kernel's "address in use" does not name the other socket.
 #[test]
 fn an_address_that_overlaps_an_inherited_one_names_it() {
     let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
@@ -378,7 +378,7 @@ fn a_unix_socket_behind_a_link_that_was_moved_is_reachable_there() {
     let (current, next) = (dir.path().join("current"), dir.path().join("next"));
     symlink("r1", &current).unwrap();
     let link = current.join("a.sock").display().to_string();
-    // A path that is absolute stays as it is.
+    // `join` keeps an absolute path as it is.
     let mut planned = Planned::start(&format!("unix {link}\n"), |_| {});
     assert_eq!(generation(&format!("unix:{link}")), 1);
     symlink("r2", &next).unwrap();
@@ -387,7 +387,7 @@ fn a_unix_socket_behind_a_link_that_was_moved_is_reachable_there() {
     assert_eq!(generation(&format!("unix:{link}")), 2);
 }
 
-/// Another process has taken the path meanwhile: the inherited socket is kept, and the log says why no client finds it.
+/// If another process has taken the path, the inherited socket is kept, and the log says why clients cannot reach it.
 #[test]
 fn a_unix_socket_whose_path_is_taken_is_kept() {
     let mut planned = Planned::start("unix a.sock\n", |_| {});
@@ -412,13 +412,13 @@ fn listeners_with_names_are_not_exchanged() {
     let said = planned.server.said();
     let position = |line: &str| said.iter().position(|said| said.starts_with(line)).unwrap();
     assert!(position(&at(2, &admin)) < position(&at(2, &public)));
-    // Names may be dropped and given.
+    // Names may be removed and added.
     planned.plan("tcp 127.0.0.1:0 named=public\ntcp 127.0.0.1:0\n");
     planned.server.upgrade();
     let said = planned.server.said();
     let position = |line: &str| said.iter().position(|said| said.starts_with(line)).unwrap();
     assert!(position(&at(3, &public)) < position(&at(3, &admin)));
-    // But a name is no other name.
+    // But a named listener never gets a socket with another name.
     planned.plan("tcp 127.0.0.1:0 named=public\ntcp 127.0.0.1:0 named=other\n");
     planned.server.upgrade();
     planned.plan("tcp 127.0.0.1:0 named=another\ntcp 127.0.0.1:0 named=other\n");
@@ -452,14 +452,14 @@ fn an_application_hands_over_to_no_other() {
     blog.wait("application \"shop\", not \"blog\"");
     shop.wait("log refused to hand over to application \"blog\"");
     assert_eq!(generation(&addr), 1);
-    // Of one without a name nothing is known.
+    // An application without a name is not checked.
     let _unnamed = Server::serving(takeover(None));
     shop.wait("upgrade ok");
     assert_eq!(generation(&addr), 2);
     planned.server.upgrade();
 }
 
-/// In another container the path may lead nowhere, although the clients of the old one find the socket by it.
+/// In another container the path may not exist, although clients in the old container reach the socket by it.
 #[test]
 fn a_takeover_from_another_mount_namespace_keeps_the_sockets() {
     if !rustix::process::geteuid().is_root() {

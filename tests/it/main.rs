@@ -1,13 +1,14 @@
-//! The integration tests, one program: real processes, signals, sockets and files.
+//! All integration tests in one program. They use real processes, signals, sockets and files.
 //!
-//! To add one, write a module with `#[test]` functions and name it here; `support` is the test bed:
+//! To add a test, write a module with `#[test]` functions and declare it here. `support` is the test bed:
 //!
 //!     let mut server = Server::whoami(["--listen", "127.0.0.1:0", "--probation", "20"]);
 //!     let load = Load::on(&server.addr(), 2);
 //!     server.upgrade();
 //!     load.stop().assert_none_failed();
 //!
-//! Whatever changes the process itself (a signal handler, a limit, a started `Ecdysis`) runs in a child: `this_program`.
+//! A test that changes its own process (a signal handler, a limit, a started `Ecdysis`) runs in a child: see
+//! `this_program`.
 
 #[path = "../support/mod.rs"]
 mod support;
@@ -34,7 +35,7 @@ mod passing;
 mod post_fork;
 mod probation;
 mod process;
-// A sanitizer makes calls of its own.
+// A sanitizer makes additional calls.
 #[cfg(all(target_arch = "x86_64", target_env = "gnu", not(sanitized), not(ecdysis_unix)))]
 mod seccomp;
 mod sockets;

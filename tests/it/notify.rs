@@ -1,5 +1,5 @@
-//! What a service manager hears from a server and its later generations, and from whom. The manager is this test; what a
-//! real one makes of it is in `systemd`.
+//! The messages that a service manager receives from a server and its later generations, and their senders. Here the
+//! test is the manager. The tests in `systemd` use a real one.
 
 use std::io::{IoSliceMut, Read, Write};
 use std::mem::MaybeUninit;
@@ -16,13 +16,13 @@ use crate::support::{
 use rustix::net::{recvmsg, sockopt, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags};
 use rustix::process::{pidfd_open, Pid, PidfdFlags, Signal};
 
-/// The manager's end.
+/// The manager's end of the notification socket.
 struct Manager {
     socket: UnixDatagram,
     address: String,
 }
 
-/// A message, the process that it came from, and what came with it.
+/// A message, its sender, and the descriptors that came with it.
 #[derive(Debug)]
 struct Message {
     text: String,
@@ -44,7 +44,7 @@ impl Manager {
         self.start("SYSTEMD_EXEC_PID=$$ exec \"$@\"", arguments, environment)
     }
 
-    /// The server is started by a line of shell, in which `"$@"` is its command.
+    /// Starts the server with a line of shell, in which `"$@"` is its command.
     fn start(&self, shell: &str, arguments: &[&str], environment: &[(&str, &str)]) -> Server {
         let mut command = Command::new("sh");
         command.args(["-c", shell, "sh"]).arg(example("whoami"));
@@ -53,7 +53,7 @@ impl Manager {
         Server::serving(command)
     }
 
-    /// The next message that is no sign of life.
+    /// Returns the next message that is not a watchdog message.
     fn next(&self) -> Message {
         self.within(DEADLINE, |message| message.text != "WATCHDOG=1\n")
             .unwrap_or_else(|| panic!("no message within {DEADLINE:?}"))
@@ -86,7 +86,7 @@ impl Manager {
         }
     }
 
-    /// The next message, which has to come from this process and to begin so.
+    /// Returns the next message, which must come from this process and start with `beginning`.
     #[track_caller]
     fn expect(&self, from: u32, beginning: &str) -> Message {
         let message = self.next();
@@ -98,7 +98,7 @@ impl Manager {
     }
 }
 
-/// The inode of a process's pidfd, where each process has its own.
+/// Returns the inode of a process's pidfd, if the kernel gives each process its own.
 fn pidfd_id(pid: u32) -> Option<u64> {
     let inode = |pid| {
         let pidfd = pidfd_open(Pid::from_raw(pid as i32).unwrap(), PidfdFlags::empty()).unwrap();
@@ -112,7 +112,8 @@ fn the_parent_announces_and_the_child_is_silent_until_then() {
     let manager = Manager::new();
     let mut server = manager.server(&["--probation", "100"], &[("WATCHDOG_USEC", "100000")]);
     let parent = server.first_pid();
-    // Version 1.1.1 sends the PID with the first notification; in a PID namespace of its own it is no number of the manager's.
+    // Version 1.1.1 sends the PID with the first notification. In another PID namespace this number would mean nothing
+    // to the manager.
     let pid = match std::fs::read_link("/proc/self/ns/pid").unwrap().to_str() {
         Some("pid:[4026531836]") => format!("MAINPID={parent}\n"),
         _ => String::new(),
@@ -131,10 +132,10 @@ fn the_parent_announces_and_the_child_is_silent_until_then() {
     let announced = manager.expect(parent, &format!("MAINPID={child}\n")).text;
     let rest = format!("READY=1\nWATCHDOG=1\nERRNO=0\nSTATUS=generation 2, upgraded from pid {parent}\n");
     assert!(announced.ends_with(&rest), "{announced}");
-    // Tells the process from a later one with its number, where the kernel has such an id (Linux 6.9).
+    // Distinguishes the process from a later one with the same PID, if the kernel has such an id (Linux 6.9).
     let id = pidfd_id(child).map_or(String::new(), |id| format!("MAINPIDFDID={id}\n"));
     assert!(announced.contains(&id), "{announced} {id}");
-    // The service manager must know before the parent may end.
+    // The service manager must know this before the parent may end.
     let barrier = manager.expect(parent, "BARRIER=1");
     assert_eq!(barrier.fds.len(), 1);
     assert_eq!(manager.within(Duration::from_millis(300), |message| message.from == child).map(|m| m.text), None);
@@ -169,10 +170,10 @@ fn a_failed_upgrade_ends_in_ready_and_says_why() {
     }
 }
 
-/// A manager that asks while an upgrade runs waits for word of one that began after it asked. And an upgrade that was
-/// refused before it began has to be answered all the same.
+/// A manager that requests a reload during an upgrade waits for a reload that begins after its request. An upgrade that
+/// is refused before it begins must be answered as well.
 #[test]
-fn whoever_asks_again_gets_an_answer() {
+fn a_second_request_gets_an_answer() {
     let dir = tempdir();
     let misbehave = dir.path().join("misbehave");
     let manager = Manager::new();
@@ -192,7 +193,7 @@ fn whoever_asks_again_gets_an_answer() {
     manager.expect(pid, "READY=1\nERRNO=125\nSTATUS=generation 1, upgrade failed");
     server.wait("upgrade failed");
 
-    // The second one is done now.
+    // The second upgrade is done now.
     let second = manager.expect(pid, "RELOADING=1").text;
     let time = |text: &str| field::<u64>(&text.replace('\n', " "), "MONOTONIC_USEC");
     assert!(time(&second) > time(&first), "{first} {second}");
@@ -201,7 +202,7 @@ fn whoever_asks_again_gets_an_answer() {
     manager.expect(pid, "MAINPID=");
     drop(manager.expect(pid, "BARRIER=1"));
     let new = field(&server.wait("upgrade ok"), "pid");
-    // The first generation drains, so the second one may not be replaced.
+    // The first generation still drains, so the second one may not be replaced.
     send_signal(new, Signal::HUP);
     manager.expect(new, "RELOADING=1");
     let ready = manager.expect(new, "READY=1\nERRNO=125\nSTATUS=generation 2, upgrade failed").text;
@@ -222,7 +223,7 @@ fn what_is_for_one_process_does_not_reach_the_next() {
     ];
     let mut server = manager.server(&["--probation", "0"], &environment);
     manager.expect(server.first_pid(), "READY=1");
-    // The watchdog is for process 1 here.
+    // Here the watchdog is meant for process 1.
     assert!(manager.within(Duration::from_millis(300), |_| true).is_none());
     server.signal(Signal::HUP);
     server.wait("serving gen=2");
@@ -250,7 +251,7 @@ fn listeners_go_into_the_store_by_name() {
         assert!(unix.text.contains("/a%3Ab "), "{}", unix.text);
         assert_eq!((tcp.fds.len(), unix.fds.len()), (1, 1));
         if generation == 1 {
-            // Stored before the start is complete.
+            // The sockets must be stored before the start is complete.
             manager.expect(pid, "READY=1");
             server.signal(Signal::HUP);
             manager.expect(pid, "RELOADING=1");
@@ -260,7 +261,7 @@ fn listeners_go_into_the_store_by_name() {
             drop(manager.expect(pid, "BARRIER=1"));
             pid = field(&server.wait("upgrade ok"), "pid");
         } else {
-            // The sockets outlive a stop, so the file has to.
+            // The sockets survive a stop, so the file must too.
             send_signal(pid, Signal::TERM);
             server.wait_all_ended();
             assert!(path.exists());
@@ -280,7 +281,7 @@ fn without_a_manager_nothing_is_different() {
     server.wait("cannot use what the service manager passed: NOTIFY_SOCKET=vsock:2:1");
 }
 
-/// The main process of the unit is a shell here, and the server its helper.
+/// Here the main process of the unit is a shell, and the server is its helper.
 #[test]
 fn a_helper_of_the_main_process_stays_one_over_its_upgrades() {
     let manager = Manager::new();
@@ -296,7 +297,7 @@ fn a_helper_of_the_main_process_stays_one_over_its_upgrades() {
             (message.from, message.text),
             (pid, format!("READY=1\nERRNO=0\nSTATUS=generation {generation}, upgraded\n"))
         );
-        // It is the child of the generation before, and then nobody's: the main process never made it.
+        // It is the child of the previous generation, and is then reparented. The main process never created it.
         server.wait(&format!("ended gen={}", generation - 1));
         server.wait_serving();
         assert!(!children(server.first_pid()).contains_key(&next));
@@ -307,7 +308,7 @@ fn a_helper_of_the_main_process_stays_one_over_its_upgrades() {
     assert_eq!(manager.within(Duration::ZERO, |message| message.text.contains("MAINPID")).map(|m| m.text), None);
 }
 
-/// A unit of Type=simple ends with its main process, and systemd kills what is left of it.
+/// A unit of Type=simple ends with its main process, and systemd kills all other processes of the unit.
 #[test]
 fn a_unit_that_would_end_is_not_upgraded() {
     let mut command = Command::new("sh");
@@ -333,7 +334,7 @@ fn process_1_is_not_upgraded() {
     command.args(["--systemd", "--listen", "127.0.0.1:0"]).env("NOTIFY_SOCKET", &manager.address);
     let mut server = Server::start(command);
     server.wait("serving");
-    // For the manager process 1 is another.
+    // The manager has another process 1.
     assert_eq!(manager.next().text, "READY=1\nSTATUS=generation 1\n");
     let inside = children(server.first_pid()).into_keys().next().unwrap();
     send_signal(inside, Signal::HUP);
@@ -342,7 +343,7 @@ fn process_1_is_not_upgraded() {
     assert_eq!(generation(&server.addr()), 1);
 }
 
-/// The manager takes the service for stopped when the newest generation has ended, and would kill the older ones.
+/// The manager considers the service stopped when the newest generation has ended, and would kill the older ones.
 #[test]
 fn a_stop_ends_the_drains_of_older_generations_and_waits_for_them() {
     let manager = Manager::new();
@@ -376,8 +377,8 @@ fn a_stop_ends_the_drains_of_older_generations_and_waits_for_them() {
     server.wait_all_ended();
 }
 
-/// After a crash of the newest generation, systemd asks the others to stop and waits for them before it starts the service
-/// again. Nobody is served meanwhile.
+/// After a crash of the newest generation, systemd asks the others to stop, and waits for them before it restarts the
+/// service. No client is served during that time.
 #[test]
 fn a_stop_ends_the_drain_of_a_generation_whose_successor_has_crashed() {
     for crashes_first in [true, false] {
@@ -400,7 +401,7 @@ fn a_stop_ends_the_drain_of_a_generation_whose_successor_has_crashed() {
     }
 }
 
-/// The deadline of the stop is also that of the older drains, however long they were to be.
+/// The deadline of the stop also applies to the older drains, even if theirs was longer.
 #[test]
 fn older_generations_end_within_the_deadline_of_a_stop() {
     let mut server =
