@@ -1,4 +1,4 @@
-//! One version serves, whatever happens: wrappers, nested requests, helpers, debuggers, privileges, and values that a
+//! Exactly one version serves, despite wrappers, nested requests, helpers, debuggers, privileges, and values that a
 //! program drops early.
 
 use std::fs;
@@ -12,14 +12,14 @@ use crate::support::*;
 use ecdysis::Ecdysis;
 use rustix::process::Signal;
 
-/// A server whose next generations misbehave as the file says.
+/// Starts a server whose next generations misbehave as the file says.
 fn server(dir: &TempDir, more: &[&str]) -> (Server, impl Fn(&str)) {
     let how = dir.path().join("how");
     let args = ["--listen", "127.0.0.1:0", "--misbehave", how.to_str().unwrap()];
     (Server::whoami(args.iter().chain(more)), move |words: &str| fs::write(&how, words).unwrap())
 }
 
-/// A program that starts the server as its own child, and is killed in its place.
+/// A script that starts the server as its own child. A kill hits the script and not the server.
 fn wrapper(dir: &TempDir) -> String {
     let path = dir.path().join("wrapper");
     fs::write(&path, format!("#!/bin/sh\n\"{}\" \"$@\"\nexit $?\n", example("whoami").display())).unwrap();
@@ -42,7 +42,7 @@ fn the_server_behind_a_wrapper_is_given_up_with_it() {
         misbehave("sleep=1000");
         let line = server.fail_to_upgrade();
         assert!(line.contains("not ready within 300ms"), "{line}");
-        // Its link is still open, and it has received why.
+        // Its link is still open, and it has received the reason.
         server.wait("the parent gave up this upgrade");
         eventually("the old one is alone", || server.processes() == [pid]);
         assert_eq!(generation(&addr), 1);
@@ -77,7 +77,7 @@ fn a_version_on_probation_upgrades_after_its_verdict() {
     server.signal(Signal::HUP);
     let second = field::<u32>(&server.wait("serving gen=2"), "pid");
     send_signal(second, Signal::HUP);
-    // It has received the signal, because it answers this later request, and it waits.
+    // It answers this later request, so it has received the signal, and makes it wait.
     let status = control(&control_socket, "status\n").unwrap();
     assert!(status.contains(&format!("pid={second} ")) && status.contains("phase=probation"), "{status}");
     send_signal(second, Signal::KILL);
@@ -86,7 +86,7 @@ fn a_version_on_probation_upgrades_after_its_verdict() {
     assert!(!server.said().iter().any(|line| line.contains("gen=3")), "{:?}", server.said());
 }
 
-/// It reads `stop` although nobody leads its event loop: its own end, and that of a parent that may have stopped since.
+/// It reads `stop` although no thread leads its event loop.
 #[test]
 fn a_program_that_never_calls_run_can_be_given_up() {
     let dir = tempdir();
@@ -99,12 +99,12 @@ fn a_program_that_never_calls_run_can_be_given_up() {
         server.signal(Signal::HUP);
         server.wait("serving gen=2");
         fs::write(&verify, "not good").unwrap();
-        // It has ended by itself, and was not killed.
+        // It has exited, and was not killed.
         server.wait_any("ended gen=2 ");
         server.wait("not verified: not good");
         assert_eq!(generation(&server.addr()), 1);
     }
-    // The server behind a shell is not killed with it.
+    // Killing the shell does not kill the server behind it.
     let (mut server, misbehave) = server(&dir, &["--probation", "20000", "--exec", &wrapper(&dir)]);
     misbehave("no-run");
     server.signal(Signal::HUP);
@@ -116,7 +116,7 @@ fn a_program_that_never_calls_run_can_be_given_up() {
     assert_eq!(generation(&server.addr()), 1);
 }
 
-/// A request that the parent passes on is done, too.
+/// It also carries out a request that the parent forwards.
 #[test]
 fn a_program_that_never_calls_run_stops_with_its_parent() {
     let dir = tempdir();
@@ -130,7 +130,7 @@ fn a_program_that_never_calls_run_stops_with_its_parent() {
     refused(&server.addr());
 }
 
-/// The parent gives the child up, is stopped, and has ended when the child continues: the child finds both at once.
+/// The parent gives the child up, is stopped, and has ended before the child continues, so the child sees both at once.
 #[test]
 fn a_stopped_service_does_not_come_back_with_a_frozen_child() {
     for carrier in ["pipes", "socket"] {
@@ -154,7 +154,7 @@ fn a_stopped_service_does_not_come_back_with_a_frozen_child() {
     }
 }
 
-/// A child that gives the service back waits until its parent has it.
+/// A rolled back child waits until its parent serves again.
 #[test]
 fn a_rolled_back_child_goes_on_if_its_parent_has_died() {
     for carrier in ["pipes", "socket"] {
@@ -178,7 +178,7 @@ fn a_rolled_back_child_goes_on_if_its_parent_has_died() {
     }
 }
 
-/// What the parent is asked for during the probation, the child does.
+/// The child carries out requests that reach the parent during the probation.
 #[test]
 fn the_parent_passes_on_what_it_is_asked_for() {
     let dir = tempdir();
@@ -202,7 +202,7 @@ fn the_parent_passes_on_what_it_is_asked_for() {
     }
 }
 
-/// A stop that was passed on is done by the parent, if the child does not live to do it.
+/// If the child dies before it carries out a forwarded stop, the parent stops.
 #[test]
 fn a_stop_is_not_lost_with_the_child() {
     let dir = tempdir();
@@ -218,7 +218,7 @@ fn a_stop_is_not_lost_with_the_child() {
     refused(&addr);
 }
 
-/// The links of the dead child are held open by a process that it has made.
+/// A process that the dead child has started keeps its links open.
 #[test]
 fn a_death_is_seen_although_a_helper_holds_the_links() {
     for way in [&[][..], &["--fork"], &["--transport", "socket"], &["--fork", "--transport", "socket"]] {
@@ -234,7 +234,7 @@ fn a_death_is_seen_although_a_helper_holds_the_links() {
     }
 }
 
-/// A debugger is told of the end of its child first, and this one does not listen.
+/// The kernel reports the end of a traced child first to its debugger. This debugger does not react.
 #[test]
 fn a_debugger_on_the_child_holds_up_nobody() {
     let dir = tempdir();
@@ -261,7 +261,7 @@ fn a_debugger_on_the_child_holds_up_nobody() {
     server.wait_all_ended();
 }
 
-/// The debugger of the test above, in a process of its own.
+/// The debugger of the test above, in a separate process.
 #[test]
 fn debugger() {
     let Some(child) = std::env::var("TRACEE").ok().and_then(|child| child.parse::<i32>().ok()) else { return };
@@ -276,7 +276,7 @@ fn debugger() {
     }
 }
 
-/// argv[0], PATH and the directory are chosen by a caller with fewer rights.
+/// A caller with fewer privileges chooses argv[0], PATH and the directory.
 #[test]
 fn a_privileged_program_starts_nothing_that_its_caller_names() {
     let dir = tempdir();
@@ -300,14 +300,15 @@ fn a_privileged_program_starts_nothing_that_its_caller_names() {
     assert!(line.contains("AT_SECURE") || !is_privileged(server.first_pid()), "{line}");
 }
 
-/// False on a file system that ignores the set-group-ID bit.
+/// Returns false on a file system that ignores the set-group-ID bit.
 fn is_privileged(pid: u32) -> bool {
     let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
     let gids = status.lines().find(|line| line.starts_with("Gid:")).unwrap().split_whitespace();
     gids.clone().nth(1) != gids.clone().nth(2)
 }
 
-/// A handover that is meant for this process and cannot be used is an error, and another process's is ignored.
+/// A handover that is meant for this process but cannot be used is an error. One that is meant for another process is
+/// ignored.
 #[test]
 fn a_handover_that_cannot_be_used_is_an_error() {
     use std::os::fd::AsRawFd;
@@ -329,7 +330,7 @@ fn a_handover_that_cannot_be_used_is_an_error() {
     }
 }
 
-/// A request for a stop may be posted when `run` has just returned.
+/// A stop may be requested just after `run` has returned.
 #[test]
 fn stop_returns_beside_run() {
     if !is_alone("one_serves::stop_returns_beside_run") {
@@ -346,7 +347,7 @@ fn stop_returns_beside_run() {
                 } else {
                     server.run().unwrap();
                 }
-                // The receiver is gone only if the test has failed.
+                // The receiver is gone only after a failed test.
                 let _ = done.send(());
             });
         }
@@ -355,7 +356,7 @@ fn stop_returns_beside_run() {
         }
         assert!(server.shutdown().is_over());
         drop(server);
-        // The threads may hold their handles for a moment longer.
+        // The threads may briefly keep their handles.
         eventually("another start is possible", || match Ecdysis::builder().start() {
             Ok(starting) => {
                 drop(starting);
@@ -366,7 +367,7 @@ fn stop_returns_beside_run() {
     }
 }
 
-/// No time that a program may choose is too long.
+/// Programs may choose any duration, however long.
 #[test]
 fn every_time_may_be_the_longest() {
     for (setting, end) in [("--probation", "serving gen=2"), ("--ready-timeout", "upgrade ok")] {
@@ -380,7 +381,7 @@ fn every_time_may_be_the_longest() {
     }
 }
 
-/// What lasts until the process ends does not hang on a value that the program may drop.
+/// Behavior that lasts until the process ends does not depend on a value that the program may drop.
 #[test]
 fn dropping_ecdysis_early_changes_nothing() {
     let dir = tempdir();
@@ -392,12 +393,12 @@ fn dropping_ecdysis_early_changes_nothing() {
     server.wait("dropped gen=1");
     server.signal_first(Signal::HUP);
     drop(connection);
-    // The late signal did not end the drain, and the new one has waited for the end of the old one.
+    // The late signal did not end the drain, and the new process waited for the end of the old one.
     server.wait("ended gen=1");
     server.wait("parent ended gen=2");
 }
 
-/// A logger may block without limit, on a pipe that nobody reads for example.
+/// A logger may block forever, for example on a pipe that no process reads.
 #[test]
 fn a_log_that_blocks_holds_up_nobody() {
     struct Blocked;

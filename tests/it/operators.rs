@@ -1,4 +1,4 @@
-//! What operators rely on: PID files, the log, and what the next generation is.
+//! Features for operators: PID files, the log, rollback, and the choice of the next generation's program.
 
 use std::fs::{self, Permissions};
 use std::os::unix::fs::{symlink, PermissionsExt};
@@ -26,7 +26,7 @@ fn names_the_server_through_an_upgrade(mut server: Server, pid_file: &Path) {
     assert_eq!(named(), format!("{}\n", field::<u32>(&line, "pid")));
     server.signal(Signal::TERM);
     server.wait_all_ended();
-    assert_eq!(named(), "", "it cannot be removed, and names nobody");
+    assert_eq!(named(), "", "it cannot be removed, so it is emptied");
 }
 
 const WHOAMI: [&str; 5] = ["--listen", "127.0.0.1:0", "--probation", "20", "--pid-file"];
@@ -82,7 +82,7 @@ fn what_the_next_generation_runs_is_chosen_at_the_upgrade() {
     assert!(environment.split(|byte| *byte == 0).any(|variable| variable == b"CHOSEN=at the upgrade"));
 }
 
-/// The new version stops accepting and finishes what it has; the old one, which is warm, accepts again. Nothing is cut.
+/// The new version stops accepting and finishes its connections. The old one accepts again. No connection is cut.
 #[test]
 fn an_upgrade_is_rolled_back_by_a_check_or_by_an_operator() {
     let dir = tempdir();
@@ -99,7 +99,7 @@ fn an_upgrade_is_rolled_back_by_a_check_or_by_an_operator() {
     for by_operator in [false, true] {
         send_signal(first, Signal::HUP);
         server.wait("serving gen=2 ");
-        // Accepted by the new version, which waits for its line; or queued, if that was slow.
+        // The new version has accepted it and waits for its line. If it was slow, the connection is still queued.
         let mut open = connect(&addr).unwrap();
         assert_eq!(generation(&addr), 2);
         if by_operator {
@@ -110,7 +110,7 @@ fn an_upgrade_is_rolled_back_by_a_check_or_by_an_operator() {
         let line = server.wait("upgrade ");
         let why = if by_operator { "rolled back by socket" } else { "refused: not verified: it serves nonsense" };
         assert!(line.starts_with("upgrade failed") && line.contains(why), "{line}");
-        // The old version accepts, and the new one still answers what it has accepted.
+        // The old version accepts, and the new one still answers the connection that it has accepted.
         assert_eq!(generation(&addr), 1);
         open.write_all(b"who\n").unwrap();
         let mut answer = String::new();
@@ -127,8 +127,8 @@ fn an_upgrade_is_rolled_back_by_a_check_or_by_an_operator() {
     load.stop().assert_none_failed();
 }
 
-/// However many signals come during an upgrade, one more follows: what was installed after the first one started is not
-/// left for good. By the new version if the upgrade succeeds, by the old one if it fails.
+/// After any number of signals during an upgrade, exactly one more upgrade follows, so that a version installed in the
+/// meantime is started. The new version performs it if the upgrade succeeds, the old one if it fails.
 #[test]
 fn a_burst_of_reloads_is_followed_by_one_more() {
     for (child, probation) in [("sleep=1000", "20"), ("", "2000"), ("exit=3", "20"), ("die-after-ready=1000", "20000")]
@@ -136,7 +136,7 @@ fn a_burst_of_reloads_is_followed_by_one_more() {
         let dir = tempdir();
         let (how, socket) = (dir.path().join("how"), dir.path().join("control"));
         let during_start = probation == "20";
-        // It waits until the signals have arrived, so that it fails after them.
+        // It fails only after the signals have arrived.
         fs::write(&how, if child == "exit=3" { "sleep=1000 exit=3" } else { child }).unwrap();
         let arguments = ["--listen", "127.0.0.1:0", "--probation", probation, "--misbehave", how.to_str().unwrap()];
         let more = ["--control-socket", socket.to_str().unwrap(), "--log"];
@@ -148,7 +148,7 @@ fn a_burst_of_reloads_is_followed_by_one_more() {
             server.signal_first(Signal::HUP);
         }
         if during_start {
-            // Later than the signals, and so it is answered after they were read.
+            // This request is sent after the signals, so its answer means that they were read.
             assert_eq!(control(&socket, "upgrade\n").unwrap(), "busy\n");
         } else {
             server.wait("passed on");
@@ -170,7 +170,7 @@ fn a_burst_of_reloads_is_followed_by_one_more() {
     }
 }
 
-/// A balancer learns late of a stop: readiness fails at once, and connections are accepted for the delay.
+/// A load balancer notices a stop late: readiness fails immediately, but connections are accepted during the delay.
 #[test]
 fn a_stop_is_delayed_until_the_second() {
     let mut server = Server::whoami([&WHOAMI[..4], &["--stop-delay", "3600000", "--log"]].concat());
@@ -179,7 +179,7 @@ fn a_stop_is_delayed_until_the_second() {
     server.wait("accepting for 3600s more");
     assert_eq!(generation(&addr), 1);
     server.signal(Signal::HUP);
-    assert_eq!(generation(&addr), 1, "it does not upgrade any more, and still accepts");
+    assert_eq!(generation(&addr), 1, "it no longer upgrades, and still accepts");
     server.signal(Signal::TERM);
     server.wait("ended gen=1 ");
     server.wait_all_ended();
@@ -210,7 +210,7 @@ fn a_path_that_names_a_version_is_warned_of() {
     assert!(!warned(&dir.path().join("current/whoami")));
 }
 
-/// The files that root made in its own directory.
+/// Files that root created in its own directory.
 #[test]
 fn files_that_are_out_of_reach_after_rights_were_dropped_are_warned_of() {
     if !rustix::process::geteuid().is_root() {
@@ -237,7 +237,7 @@ fn files_that_are_out_of_reach_after_rights_were_dropped_are_warned_of() {
 
     let mut later = start(&["--drop-rights", "after-ready", "--pid-file", "DIR/pid"]);
     assert_eq!(warnings(&later), [""; 0]);
-    // The directory and so the program are out of reach as well.
+    // The directory, and so the program, is out of reach as well.
     later.signal(Signal::HUP);
     later.wait("upgrade failed");
     of_sockets(&later);

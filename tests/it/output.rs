@@ -1,4 +1,4 @@
-//! What the examples print: a reader that stops reading, or is gone, does not stop a server.
+//! Output of the examples: a reader that has stopped reading or is gone does not stop a server.
 
 use std::fs::File;
 use std::io::{BufRead, BufReader};
@@ -16,11 +16,11 @@ use crate::support::{example, field, guard, tempdir, wait_exit, DEADLINE};
 #[derive(Clone, Copy, Debug)]
 enum Reader {
     Gone,
-    /// It lives and reads no more, so the pipe is full.
+    /// The reader is alive but no longer reads, so the pipe is full.
     Stopped,
 }
 
-/// Upgrades an example whose stdout and stderr nobody reads any more, and stops it.
+/// Upgrades and then stops an example whose stdout and stderr are no longer read.
 fn upgraded_without(reader: Reader, name: &str) {
     let dir = tempdir();
     let control = dir.path().join("control");
@@ -48,7 +48,8 @@ fn upgraded_without(reader: Reader, name: &str) {
     wait_exit(new);
 }
 
-/// To the last byte. O_NONBLOCK belongs to the pipe, and the server's end is this one.
+/// Fills the pipe to the last byte. O_NONBLOCK belongs to the open file description, which the server shares, so it is
+/// restored.
 fn fill(pipe: &OwnedFd) {
     let flags = fcntl_getfl(pipe).unwrap();
     fcntl_setfl(pipe, flags | OFlags::NONBLOCK).unwrap();
@@ -68,7 +69,7 @@ fn no_server_minds_a_reader_that_is_gone_or_stopped() {
     }
 }
 
-/// The exit code of `ctl` is its answer, even if nobody can read the text.
+/// The exit code of `ctl` is the outcome, even if the text cannot be written.
 #[test]
 fn ctl_does_not_need_its_output() {
     let (read, write) = pipe_with(PipeFlags::CLOEXEC).unwrap();

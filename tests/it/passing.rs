@@ -1,7 +1,7 @@
-//! What goes over besides TCP and Unix listeners, by every carrier: to a child over pipes, to a child over a socket, to
-//! a process that takes over.
+//! Everything that is handed over besides TCP and Unix listeners: to a child over pipes, to a child over a socket, and
+//! to a process that takes over.
 //!
-//! The server is this test program itself, which runs the test `server` when its environment says so.
+//! The server is this test program itself: it runs the test `server` when its environment says so.
 
 use std::env;
 use std::fs;
@@ -124,7 +124,7 @@ fn serve_kinds() -> Result<()> {
         }
     });
 
-    // Two sockets on one address: the kernel spreads connections among them, so each must find its successor.
+    // Two sockets on one address: the kernel spreads connections over them, so both must be handed over.
     let addr: SocketAddr = env::var("GROUP")?.parse()?;
     let group = [(); 2].map(|()| {
         let listener = starting.build_listen_tcp(addr, |socket, addr| {
@@ -137,21 +137,21 @@ fn serve_kinds() -> Result<()> {
     });
     tell(format!("group {} {}", group[0], group[1]));
 
-    // One that the program bound itself.
+    // A socket that the program has bound itself.
     let key = Key::tcp("127.0.0.1:0".parse()?);
     let adopted: TcpListener = match starting.claim(&key) {
         Some(fd) => fd.into(),
         None => {
             let listener = TcpListener::bind("127.0.0.1:0")?;
             starting.adopt(key, listener.try_clone()?)?;
-            // Else whoever accepts through the shutdown handle would hang when it is over.
+            // Without this, an accept through the shutdown handle would block forever once accepting is over.
             assert_eq!(listener.accept().unwrap_err().kind(), io::ErrorKind::WouldBlock);
             listener
         }
     };
     tell(format!("adopted {}", inode(&adopted)));
 
-    // How often the state was produced, which is fresh only if the callback runs at each upgrade.
+    // The number of times that the state was produced. It is current only if the callback runs at each upgrade.
     let before = starting.take_bytes("count")?.map(|bytes| String::from_utf8(bytes).unwrap());
     tell(format!("count {}", before.as_deref().unwrap_or("none")));
     let count = AtomicU64::new(before.map_or(0, |count| count.parse().unwrap()));
@@ -166,14 +166,14 @@ fn serve_kinds() -> Result<()> {
     tell(format!("large {}", large.map_or(0, |bytes| bytes.iter().map(|&byte| u64::from(byte)).sum())));
     starting.pass_bytes("large", || Ok::<_, io::Error>(vec![1; 10 << 20]))?;
 
-    // A connection of the first generation's, which each of them writes to.
+    // A connection of the first generation, to which every generation writes.
     let mut stream = match starting.take_stream::<TcpStream>("upstream")? {
         Some(stream) => stream,
         None => TcpStream::connect(env::var("UPSTREAM")?)?,
     };
     starting.pass_stream("upstream", &stream)?;
 
-    // Each generation asks its parent who it is, and answers its child.
+    // Each generation asks its parent for its name, and answers its child.
     let (to_parent, to_child) = starting.unix_datagram_pair("chain");
     if let Some(parent) = to_parent {
         let mut answer = [0; 100];
@@ -204,7 +204,7 @@ fn raise_the_limit() {
     setrlimit(Resource::Nofile, limit).unwrap();
 }
 
-/// A thousand listeners.
+/// A server with a thousand listeners.
 fn serve_many() -> Result<()> {
     raise_the_limit();
     let takeover = dir().join("takeover");
@@ -232,7 +232,7 @@ fn serve_many() -> Result<()> {
     finish(starting)
 }
 
-/// A program with a loop of its own, which never calls `run`.
+/// A program with its own loop, which never calls `run`.
 fn serve_by_hand() -> Result<()> {
     let takeover = dir().join("takeover");
     let starting = builder().take_over(&takeover).start()?;
@@ -253,7 +253,7 @@ fn serve_by_hand() -> Result<()> {
     Ok(())
 }
 
-/// With the takeover socket in the poll of `run`.
+/// A server whose takeover socket is polled by `run`.
 fn serve_plainly() -> Result<()> {
     let takeover = dir().join("takeover");
     let starting = builder().take_over(&takeover).takeover_on_socket(&takeover).start()?;
@@ -274,7 +274,7 @@ fn answer_lines(listener: TcpListener, shutdown: &ecdysis::Shutdown, generation:
     });
 }
 
-/// Under a profile that is these columns of the guide's table.
+/// A server under a profile that contains these columns of the guide's table.
 #[cfg(all(target_arch = "x86_64", target_env = "gnu", not(sanitized), not(ecdysis_unix)))]
 fn serve_filtered() -> Result<()> {
     let takeover = dir().join("takeover");
@@ -311,7 +311,7 @@ fn command(scenario: &str, dir: &Path) -> Command {
     command
 }
 
-/// The next generation, by one of the three ways. A server of its own only if it took over.
+/// Starts the next generation in one of the three ways. Returns another server only for a takeover.
 fn next(carrier: &str, server: &mut Server, command: Command) -> Option<Server> {
     if carrier == "takeover" {
         return Some(Server::start(command));
@@ -332,7 +332,7 @@ fn everything_goes_over() {
     in_every_way(|carrier| {
         let dir = tempdir();
         let upstream = TcpListener::bind("127.0.0.1:0").unwrap();
-        // An address of this test's own, where the port can be chosen.
+        // An address that only this test uses, so the port can be chosen.
         let [.., high, low] = process::id().to_be_bytes();
         let way = carrier.len();
         let group = format!("127.{}.{}.{}:7001", 60 + way, high, low.max(1));
@@ -374,7 +374,7 @@ fn everything_goes_over() {
         assert_eq!(record(b"a record"), "gen=1 a record");
         assert_eq!(datagram(b"a datagram"), "gen=1 a datagram");
 
-        // The state cannot be produced: nothing is started, and the old one serves on.
+        // If the state cannot be produced, no child is started, and the old generation keeps serving.
         for (fault, reason) in [("no-state", "the database is locked"), ("panic", "the callback panicked")] {
             fs::write(dir.path().join(fault), "").unwrap();
             let refused = next(carrier, &mut servers[0], command());
@@ -387,12 +387,12 @@ fn everything_goes_over() {
         }
         assert_eq!(record(b"x"), "gen=1 x");
 
-        // The new one fails when it has taken everything: the next one gets it all again.
+        // The new generation fails after it has taken everything. The next one gets everything again.
         fs::write(dir.path().join("refuse"), "").unwrap();
         let _refused = next(carrier, &mut servers[0], command());
         let line = servers[0].wait("upgrade failed: ");
         assert!(line.ends_with("refused: as asked"), "{line}");
-        // It had asked for its end of the pair, and had been answered.
+        // It had taken its end of the pair, and had received an answer.
         told(&servers[0], "from the child: child 2", " gen=1");
         fs::remove_file(dir.path().join("refuse")).unwrap();
         assert_eq!(datagram(b"x"), "gen=1 x");
@@ -420,7 +420,7 @@ fn everything_goes_over() {
     });
 }
 
-/// What the server has told after `start`, in the line that ends with `among`; whenever it did.
+/// Returns the text after `start` in the line that ends with `among`, whenever it was printed.
 fn told(server: &Server, start: &str, among: &str) -> String {
     let mut found = None;
     eventually(&format!("{start}…{among}"), || {
@@ -469,7 +469,7 @@ fn a_program_with_its_own_loop_hands_over() {
     let mut first = Server::serving(command("loop", dir.path()));
     let addr = first.addr();
     let load = Load::on(&addr, 2);
-    // Somebody who asks for nothing, and somebody who fails.
+    // One peer sends nothing, and one fails.
     let mut stream = UnixStream::connect(dir.path().join("takeover")).unwrap();
     stream.write_all(b"hello?\n").unwrap();
     first.wait("nobody asked");
@@ -485,7 +485,7 @@ fn a_program_with_its_own_loop_hands_over() {
     assert_eq!(field::<u32>(&ask(&addr).unwrap(), "pid"), second.pid());
 }
 
-/// The program's own rule goes for either side, whatever the user is.
+/// The program's own rule applies on both sides, whatever the user is.
 #[test]
 fn a_rule_of_the_program_decides_who_may_take_over() {
     for scenario in ["plain", "loop"] {
@@ -508,7 +508,7 @@ fn a_rule_of_the_program_decides_who_may_take_over() {
     }
 }
 
-/// A takeover needs neither fork nor execve: what it needs is in two columns of the guide's table.
+/// A takeover needs neither fork nor execve. Two columns of the guide's table list the calls that it needs.
 #[test]
 #[cfg(all(target_arch = "x86_64", target_env = "gnu", not(sanitized), not(ecdysis_unix)))]
 fn under_a_filter_that_forbids_new_processes() {
@@ -528,13 +528,12 @@ fn under_a_filter_that_forbids_new_processes() {
         server = next;
     }
     load.stop().assert_none_failed();
-    // The filter is real: asked to start a child, the process is ended by it.
+    // The filter is in effect: it ends the process when it tries to start a child.
     server.signal(Signal::HUP);
     server.wait_all_ended();
     assert_eq!(server.exit_signal(), Some(libc::SIGSYS));
 
-    // Each process needs its own column, and one that fails to hand over needs no more. The second of these is silent
-    // after its `ready`.
+    // Each process needs only its own column, also if the handover fails. The second of these hangs after its `ready`.
     let dir = tempdir();
     let mut old = filtered(&dir, "hands over");
     for word in ["garbage\n", "ready\n"] {

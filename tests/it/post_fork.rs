@@ -1,7 +1,7 @@
-//! The traps that show only inside of a process: what the child does before its execve, what the program's own processes
-//! and its environment see of a handover, a default SIGPIPE, an observer that panics.
+//! Traps inside a process: the child's actions before its execve, effects of a handover on the program's own processes
+//! and environment, a default SIGPIPE, an observer that panics.
 //!
-//! The server is this test program itself, which runs the test `server` when its environment says so.
+//! The server is this test program itself: it runs the test `server` when its environment says so.
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::env;
@@ -19,17 +19,17 @@ use crate::support::*;
 use ecdysis::{Ecdysis, Error, Event, Shutdown, Spawn};
 use rustix::process::{getrlimit, setrlimit, Resource, Rlimit, Signal};
 
-/// Ends a process that uses the allocator between fork and execve: its locks, and with `CLONE_VM` its memory, are those of
-/// the server's other threads. Whoever takes std's environment or formats a string there uses it.
+/// Ends a process that uses the allocator between fork and execve. Its locks, and with `CLONE_VM` its memory, are
+/// shared with the server's other threads. Reading std's environment or formatting a string there would use it.
 struct Watched;
 
-/// The server's PID; 0 in the tests themselves.
+/// The server's PID, or 0 in the tests themselves.
 static SERVER: AtomicI32 = AtomicI32::new(0);
 
 impl Watched {
     fn watch() {
         let server = SERVER.load(Ordering::Relaxed);
-        // SAFETY: system calls without arguments in memory, but for the words, which are static.
+        // SAFETY: only system calls. Their only memory arguments are static strings.
         unsafe {
             if server != 0 && libc::getpid() != server {
                 let words = b"the allocator was used between fork and execve\n";
@@ -40,7 +40,7 @@ impl Watched {
     }
 }
 
-// SAFETY: it is the system's allocator.
+// SAFETY: this delegates to the system's allocator.
 unsafe impl GlobalAlloc for Watched {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         Self::watch();
@@ -87,7 +87,7 @@ fn serve(switches: &str) -> Result<(), Box<dyn std::error::Error>> {
     }
     if is("reap") {
         thread::spawn(|| loop {
-            // SAFETY: as a program does that starts processes and forgets them.
+            // SAFETY: a valid disposition. Programs that start processes and never wait for them do this.
             unsafe { libc::waitpid(-1, std::ptr::null_mut(), 0) };
             thread::yield_now();
         });
@@ -188,7 +188,7 @@ fn answer(listener: TcpListener, shutdown: &Shutdown, generation: u64) {
     });
 }
 
-// They end with the test's servers.
+// They are killed with the servers of the test.
 #[allow(clippy::zombie_processes)]
 fn start_a_process(when: &str) {
     let mut sleep = Command::new("sleep");
@@ -196,7 +196,7 @@ fn start_a_process(when: &str) {
     say(format!("started pid={} {when}", child.id()));
 }
 
-/// Memory in small pages, so that each that is copied shows.
+/// Memory in small pages, so that every copied page is counted.
 struct Pages(&'static mut [u8]);
 
 const PAGES: usize = 4096;
@@ -206,7 +206,7 @@ impl Pages {
     fn touched() -> Self {
         let (size, none) = (PAGES * PAGE, std::ptr::null_mut());
         let (rights, kind) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
-        // SAFETY: new memory, which is never given back.
+        // SAFETY: new memory, which is never freed.
         let mut pages = unsafe {
             let memory = libc::mmap(none, size, rights, kind, -1, 0);
             assert_ne!(memory, libc::MAP_FAILED);
@@ -217,7 +217,7 @@ impl Pages {
         pages
     }
 
-    /// Writes to every page; how many faults that made.
+    /// Writes to every page. Returns the number of page faults.
     fn touch(&mut self) -> i64 {
         let before = faults();
         self.0.iter_mut().step_by(PAGE).for_each(|byte| *black_box(byte) += 1);
@@ -228,7 +228,7 @@ impl Pages {
 fn faults() -> i64 {
     // SAFETY: plain numbers, all of which may be zero.
     let mut usage: libc::rusage = unsafe { std::mem::zeroed() };
-    // SAFETY: `usage` is ours to write.
+    // SAFETY: `usage` is a local variable.
     unsafe { libc::getrusage(libc::RUSAGE_THREAD, &mut usage) };
     usage.ru_minflt as i64
 }
@@ -264,7 +264,7 @@ fn nothing_uses_the_allocator_between_fork_and_execve() {
     }
 }
 
-/// Other threads may read it just then.
+/// Other threads may read the environment at any time.
 #[test]
 fn the_environment_stays_as_it_is() {
     let mut bed = Bed::new("");
@@ -276,7 +276,7 @@ fn the_environment_stays_as_it_is() {
     assert!(!bed.server.said().iter().any(|line| line.contains("environment")));
 }
 
-/// A fork copies the page tables, while every thread stands still, and each page that is written to afterwards.
+/// A fork copies the page tables while every thread is stalled, and later copies each page that is written to.
 #[test]
 fn a_spawn_leaves_the_pages_of_the_parent_alone() {
     let faults = |switches: &str| {
@@ -289,7 +289,7 @@ fn a_spawn_leaves_the_pages_of_the_parent_alone() {
     assert!(faults("pages") < PAGES / 10);
 }
 
-/// Neither listeners, which would stay open with it, nor the ends of pipes, whose end somebody waits for.
+/// It must inherit neither listeners, which it would keep open, nor pipe ends, whose closing another process waits for.
 #[test]
 fn a_process_that_the_program_starts_gets_nothing_of_the_handover() {
     let mut bed = Bed::new("start");
@@ -300,7 +300,7 @@ fn a_process_that_the_program_starts_gets_nothing_of_the_handover() {
         let of = lines.iter().filter(|line| line.starts_with("started ") && line.ends_with(when));
         of.map(|line| fds(field(line, "pid")).into_keys().collect()).collect::<Vec<Vec<i32>>>()
     };
-    // What the first generation was started with is not ours to close.
+    // The library does not close descriptors that the first generation was started with.
     let first = started("before the start");
     assert_eq!(started("before the claims"), [&first[0][..], &[0, 1, 2]]);
     assert_eq!(started("during an upgrade"), first);
@@ -318,7 +318,7 @@ fn a_program_that_reaps_every_child_upgrades_and_fails_to() {
     bed.server.upgrade();
 }
 
-/// std ignores SIGPIPE, but a program may not; and then to speak to a dead parent would be the end.
+/// std ignores SIGPIPE, but a program may restore the default. Then a write to a dead parent must not end the process.
 #[test]
 fn with_a_default_sigpipe_the_child_outlives_its_parent() {
     let mut bed = Bed::new("sigpipe");
@@ -340,14 +340,14 @@ fn the_wait_for_the_parent_has_a_deadline() {
     let mut bed = Bed::new("exclusive");
     let hold = bed.set("hold");
     bed.server.upgrade();
-    // The child may have said so before the verdict of the upgrade.
+    // The child may have reported this before the verdict of the upgrade.
     bed.server.wait_any("waits: ");
     assert!(!bed.server.said().iter().any(|line| line.starts_with("ended gen=1 ")));
     fs::remove_file(hold).unwrap();
     bed.server.wait("alone gen=2");
 }
 
-/// The loop tries again every 50 ms; a line each time would fill a disk.
+/// The loop retries every 50 ms. A log line for each try would fill a disk.
 #[test]
 fn a_want_of_descriptors_is_logged_once() {
     let mut bed = Bed::new("few");
@@ -355,7 +355,8 @@ fn a_want_of_descriptors_is_logged_once() {
     bed.server.wait("few descriptors");
     let mut stream = connect(&addr).unwrap();
     bed.server.wait("log: out of descriptors or memory; retrying accept");
-    // How often a thread has gone to sleep: the accept loop every 50 ms, and one that looks for a file every ms.
+    // Counts how often a thread has gone to sleep: the accept loop every 50 ms, and one that checks for a file every
+    // ms.
     let sleeps = || {
         let count = |tid: u32| status_field(tid, "voluntary_ctxt_switches").parse::<u64>().unwrap();
         threads(pid).into_keys().map(count).sum::<u64>()
@@ -388,7 +389,7 @@ fn an_observer_that_panics_changes_nothing() {
     }
 }
 
-/// What is queued would be reset.
+/// Otherwise the queued connections would be reset.
 #[test]
 fn a_drain_waits_for_a_loop_that_has_not_begun() {
     if !is_alone("post_fork::a_drain_waits_for_a_loop_that_has_not_begun") {
@@ -430,7 +431,7 @@ fn a_second_stop_signal_ends_the_drain_of_a_program_that_chose_so() {
             let shutdown = shutdown.clone();
             move || tell.send(shutdown.drain(long * 2)).unwrap()
         });
-        // Asks for something else, and changes nothing.
+        // This signal requests something else, and changes nothing.
         raise(Signal::HUP);
         assert!(told.recv_timeout(Duration::from_millis(50)).is_err());
         raise(Signal::INT);

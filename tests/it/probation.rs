@@ -1,4 +1,4 @@
-//! The probation: the time after the commit in which the parent can still take back. And the overlap of generations.
+//! The probation, during which the parent can take the commit back; and the overlap of generations.
 
 use std::fs;
 use std::io::{Read, Write};
@@ -13,7 +13,7 @@ fn server(dir: &TempDir, more: &[&str]) -> (Server, impl Fn(&str)) {
     (Server::whoami(args.iter().chain(more)), move |words: &str| fs::write(&how, words).unwrap())
 }
 
-/// In every peer nobody serves then.
+/// With the libraries compared in the guide, no process serves then.
 #[test]
 fn a_child_that_dies_after_ready_gives_the_service_back() {
     for way in [&["--probation", "20000"][..], &["--probation", "20000", "--fork"]] {
@@ -38,7 +38,7 @@ fn a_child_that_dies_after_ready_gives_the_service_back() {
     }
 }
 
-/// Connections of that time wait in the queue: none is refused, none reset but those that the dead child had taken.
+/// New connections wait in the queue. None is refused, and only those that the dead child had accepted are reset.
 #[test]
 fn nobody_is_refused_when_a_child_dies() {
     let dir = tempdir();
@@ -49,7 +49,7 @@ fn nobody_is_refused_when_a_child_dies() {
     server.wait("committed ");
     let mut refused = 0;
     let deadline = std::time::Instant::now() + DEADLINE;
-    // Connections only, without a request: the kernel has somebody's queue for each of them.
+    // Connections without a request: the kernel has a queue for each of them.
     while !server.said().iter().any(|line| line.starts_with("upgrade failed")) {
         refused += usize::from(connect(&addr).is_err());
         assert!(std::time::Instant::now() < deadline);
@@ -117,7 +117,7 @@ fn nobody_accepts_for_the_paused_parent() {
     server.wait("upgrade ok");
 }
 
-/// The default.
+/// `Overlap::Allow` is the default.
 #[test]
 fn overlap_allowed_each_generation_finishes_its_own() {
     let dir = tempdir();
@@ -166,7 +166,7 @@ fn overlap_bounded_the_oldest_ends_its_drain() {
         upgrade(&ctl);
         server.wait_serving();
     }
-    // Generations 1 and 2 were told to end, 3 and 4 may drain.
+    // Generations 1 and 2 were asked to end their drain; 3 and 4 may drain.
     for generation in [1, 2] {
         let line = server.wait_any(&format!("ended gen={generation} "));
         assert_eq!(field::<u64>(&line, "left"), 1);
@@ -182,14 +182,14 @@ fn upgrade(ctl: &Path) {
     assert!(line.starts_with("upgraded "), "{line}");
 }
 
-/// A connection that the serving generation has accepted, and whose request is still to come.
+/// Opens a connection that the serving generation has accepted, but which has not sent its request yet.
 fn hold(addr: &str, ctl: &Path) -> Box<dyn Conn> {
     let stream = connect(addr).unwrap();
     eventually("it is accepted", || field::<u64>(&control(ctl, "status\n").unwrap(), "connections") == 1);
     stream
 }
 
-/// The generation that answers the request of a held connection.
+/// Returns the generation that answers the request of a held connection.
 fn answer(stream: &mut Box<dyn Conn>) -> u64 {
     stream.write_all(b"who\n").unwrap();
     let mut answer = String::new();

@@ -1,4 +1,4 @@
-//! The traps about processes, with real processes.
+//! Traps about processes, tested with real processes.
 
 use std::ffi::OsString;
 use std::fs;
@@ -16,7 +16,7 @@ use rustix::process::Signal;
 
 const LISTEN: [&str; 2] = ["--listen", "127.0.0.1:0"];
 
-/// A server whose next generations misbehave as a file says.
+/// Starts a server whose next generations misbehave as a file says.
 fn misbehaving(dir: &TempDir, more: &[&str]) -> (Server, impl Fn(&str)) {
     let how = dir.path().join("how");
     let server = Server::whoami(LISTEN.iter().chain(more).copied().chain(["--misbehave", how.to_str().unwrap()]));
@@ -34,7 +34,7 @@ fn every_failure_is_told_apart_leaves_nothing_behind_and_the_next_upgrade_works(
         ("garbage", "sent an invalid message"),
         ("close-status", "without reporting"),
     ];
-    // A server of their own: what fails at once may take longer than this on a busy machine.
+    // These use a separate server: on a busy machine, even an immediate failure may take longer than this timeout.
     const TOO_LATE: &[(&str, &str)] = &[("hang", "not ready within 3s"), ("stop-self", "not ready within 3s")];
     for (way, limit, failures) in [
         (&[][..], "60000", QUICK),
@@ -57,7 +57,7 @@ fn every_failure_is_told_apart_leaves_nothing_behind_and_the_next_upgrade_works(
             assert_eq!(children(pid), Default::default(), "{words}");
         }
         load.stop().assert_none_failed();
-        eventually("the descriptors are as before", || fds(pid).keys().eq(before.keys()));
+        eventually("the descriptors are unchanged", || fds(pid).keys().eq(before.keys()));
         misbehave("");
         server.upgrade();
         assert_eq!(generation(&addr), 2);
@@ -95,7 +95,8 @@ fn a_missing_program_a_text_and_a_deleted_directory_fail_and_the_next_upgrade_wo
     server.upgrade();
 }
 
-/// Exactly stdin, stdout, stderr, and what was handed over; every signal at its default; the mask of the first start.
+/// The new version gets exactly stdin, stdout, stderr and the handed-over descriptors, default signal dispositions, and
+/// the mask of the first start.
 #[test]
 fn nothing_leaks_into_the_new_version() {
     let dir = tempdir();
@@ -129,8 +130,8 @@ fn nothing_leaks_into_the_new_version() {
         assert_ne!(first, second);
         assert!(!fds(second).values().any(is_stray), "{:?}", fds(second));
         assert_eq!(status_field(second, "SigBlk"), mask);
-        // Only what std itself ignores.
-        // (The C library does not let a program touch the two signals that it uses itself.)
+        // It ignores only the signals that std itself ignores. (The C library does not let a program touch the two
+        // signals that it uses itself.)
         let ignored = u64::from_str_radix(&status_field(second, "SigIgn"), 16).unwrap();
         let ignored = if cfg!(ecdysis_unix) { ignored & !(0b11 << 31) } else { ignored };
         assert_eq!(ignored, 1 << (libc::SIGPIPE - 1));
@@ -139,7 +140,8 @@ fn nothing_leaks_into_the_new_version() {
     }
 }
 
-/// F_DUPFD with the old number as minimum would climb: dead after some 20 generations.
+/// With F_DUPFD and the old number as the minimum, numbers would climb, and the service would die after some 20
+/// generations.
 #[test]
 fn descriptor_numbers_do_not_climb() {
     let mut command = Command::new("sh");
@@ -152,7 +154,7 @@ fn descriptor_numbers_do_not_climb() {
         let old = server.pid();
         server.upgrade();
         server.wait_serving();
-        // While it lives, its successors keep the way to tell it something.
+        // While it lives, its successors keep a descriptor for sending to it.
         wait_exit(old);
         let pid = server.pid();
         let sockets = || fds(pid).values().filter(|target| target.starts_with("socket:")).count();
@@ -162,8 +164,8 @@ fn descriptor_numbers_do_not_climb() {
         numbers.push((open.len(), *open.keys().last().unwrap()));
     }
     assert_eq!(generation(&addr), 41);
-    // Every second generation has the same numbers, because each fills the gaps that its parent left; the third is the
-    // first whose parent had claimed and not bound.
+    // Every second generation has the same numbers, because each fills the gaps that its parent left. The third is the
+    // first whose parent claimed its sockets and did not bind them.
     for (at, now) in numbers.iter().enumerate().skip(3) {
         assert_eq!(*now, numbers[at - 2], "{numbers:?}");
     }
@@ -180,7 +182,7 @@ fn a_replaced_file_and_a_flipped_link_start_the_new_version() {
     }
     let link = dir.path().join("current");
     symlink("1", &link).unwrap();
-    // As a shell does it: the directory's name goes through the link, and argv[0] is relative.
+    // As started by a shell: the directory's name contains the link, and argv[0] is relative.
     let mut command = Command::new("sh");
     let script = format!("cd {} && exec ./server --listen 127.0.0.1:0 --probation 20", link.display());
     command.args(["-c", &script]);
@@ -215,7 +217,7 @@ fn a_relative_program_is_found_after_a_chdir_and_arguments_need_not_be_utf8() {
     assert_eq!(fs::read(dir.path().join(&pid_file)).unwrap(), format!("{pid}\n").as_bytes());
     let environment = fs::read(format!("/proc/{pid}/environ")).unwrap();
     assert!(environment.split(|b| *b == 0).any(|variable| variable == b"ODD=\xff"));
-    // It began where the first one began, and went where that went.
+    // It started in the directory of the first generation, and then changed to the same directory.
     assert_eq!(fs::read_link(format!("/proc/{pid}/cwd")).unwrap(), Path::new("/"));
 }
 
@@ -227,7 +229,7 @@ fn a_wrapper_script_does_no_harm_and_a_stale_variable_means_nothing() {
     fs::set_permissions(&wrapper, fs::Permissions::from_mode(0o755)).unwrap();
     let mut command = Command::new(example("whoami"));
     command.args(LISTEN).args(["--probation", "20", "--exec"]).arg(&wrapper);
-    // As in what a server started long ago: the variable is there, and its numbers are pipes that are somebody's.
+    // As in a process that a server started long ago: the variable is set, and its numbers are pipes of other code.
     command.env("ECDYSIS_HANDOVER", "v1:manifest=100@1,status=101@2");
     let (reader, writer) = rustix::pipe::pipe().unwrap();
     // SAFETY: only calls that are async-signal-safe.
@@ -244,17 +246,17 @@ fn a_wrapper_script_does_no_harm_and_a_stale_variable_means_nothing() {
     let mut server = Server::serving(command);
     let addr = server.addr();
     assert_eq!(generation(&addr), 1);
-    assert!(fds(server.pid()).contains_key(&100), "it has what the variable named");
+    assert!(fds(server.pid()).contains_key(&100), "it has the descriptors that the variable named");
     server.upgrade();
     assert_eq!(generation(&addr), 2);
 }
 
-/// A process with more rights than its caller takes no descriptors of the caller's choice.
+/// A process with more privileges than its caller does not adopt descriptors that the caller chooses.
 #[test]
 #[cfg_attr(ecdysis_unix, ignore = "file capabilities")]
 fn a_program_with_more_rights_than_its_caller_gets_no_handover() {
     let dir = tempdir();
-    // A group that is not ours now: root may choose, others have those that they are members of.
+    // A group other than the current one: root may choose any, other users one of their groups.
     let ours = rustix::process::getegid();
     let groups = rustix::process::getgroups().unwrap();
     let other = groups.iter().find(|group| **group != ours).map(|group| group.as_raw());
@@ -279,12 +281,12 @@ fn a_program_with_more_rights_than_its_caller_gets_no_handover() {
         Server::whoami(LISTEN.iter().copied().chain(["--ready-timeout", "2000", "--exec", program.to_str().unwrap()]));
     server.wait("serving gen=1 ");
     server.signal(Signal::HUP);
-    // It would not trust its environment, and must not become a first generation on a port of its own.
+    // It cannot trust its environment, and must not become a first generation on another port.
     let line = server.wait("upgrade ");
     assert!(line.contains("AT_SECURE") && line.contains("ambient capabilities"), "{line}");
     assert_eq!(generation(&server.addr()), 1);
 
-    // Where the parent cannot know, the child finds out: this handover is meant for it.
+    // If the parent cannot know this in advance, the child detects it, because the handover is meant for it.
     let (manifest, status) = rustix::pipe::pipe().unwrap();
     let named = |fd: &std::os::fd::OwnedFd| format!("{}@{}", fd.as_raw_fd(), rustix::fs::fstat(fd).unwrap().st_ino);
     let handover = format!("v1:manifest={},status={}", named(&manifest), named(&status));
@@ -294,7 +296,7 @@ fn a_program_with_more_rights_than_its_caller_gets_no_handover() {
     assert!(!output.status.success());
 }
 
-/// Then nobody can reap the child, and waiting for it gives ECHILD.
+/// With SIGCHLD ignored the child cannot be reaped, and waiting for it returns ECHILD.
 #[test]
 fn an_ignored_sigchld_is_not_a_crash() {
     for way in ["--probation=20", "--fork"] {
@@ -302,8 +304,8 @@ fn an_ignored_sigchld_is_not_a_crash() {
         let how = dir.path().join("how");
         let mut command = Command::new(example("whoami"));
         command.args(LISTEN).args([way, "--probation", "20", "--misbehave"]).arg(&how);
-        // Not by a shell: some have a default SIGCHLD again at their exec.
-        // SAFETY: only a call that is async-signal-safe.
+        // Not set by a shell, because some shells restore the default SIGCHLD before exec. SAFETY: only a call that is
+        // async-signal-safe.
         unsafe {
             command.pre_exec(|| {
                 libc::signal(libc::SIGCHLD, libc::SIG_IGN);
@@ -363,7 +365,7 @@ fn a_burst_of_signals_upgrades_and_harms_nothing() {
     assert!(generation(&addr) >= 2);
 }
 
-/// In a peer, a second of SIGHUPs to everyone leaves 202 generations that linger.
+/// With another library, a second of SIGHUPs to every generation left 202 generations running.
 #[test]
 fn signals_to_every_generation_leave_one() {
     let server = Server::whoami(LISTEN.iter().chain(&["--probation", "50"]));
@@ -375,7 +377,7 @@ fn signals_to_every_generation_leave_one() {
         std::thread::yield_now();
     }
     load.stop().assert_none_failed();
-    // A last signal may still be on its way to one more upgrade.
+    // A last signal may still lead to one more upgrade.
     eventually("one process is left, and serves", || {
         let left = server.processes();
         left.len() == 1 && field::<u32>(&ask(&addr).unwrap(), "pid") == left[0]
@@ -395,7 +397,7 @@ fn a_late_signal_does_not_end_the_drain() {
     });
     begun.write_all(b"w").unwrap();
     server.upgrade();
-    // The old process ends it when its service is over.
+    // The old process closes it when accepting is over.
     assert_eq!(idle.read(&mut [0]).unwrap(), 0);
     send_signal(old, Signal::HUP);
     begun.write_all(b"ho\n").unwrap();
@@ -404,7 +406,7 @@ fn a_late_signal_does_not_end_the_drain() {
     assert_eq!(rest, answer);
 }
 
-/// In every peer `ready` then fails with EPIPE, and the service is gone.
+/// With the libraries compared in the guide, `ready` then fails with EPIPE, and the service is gone.
 #[test]
 fn when_the_parent_is_killed_the_child_serves() {
     let dir = tempdir();
@@ -414,7 +416,7 @@ fn when_the_parent_is_killed_the_child_serves() {
     server.signal(Signal::HUP);
     eventually("there is a child", || !children(server.first_pid()).is_empty());
     send_signal(server.first_pid(), Signal::KILL);
-    // Its connections wait in the queue meanwhile.
+    // Until then its connections wait in the queue.
     assert_eq!(generation(&addr), 2);
     server.wait("serving gen=2");
 }
@@ -430,7 +432,7 @@ fn when_the_parent_is_stopped_the_child_serves_and_the_parent_then_believes_it()
     send_signal(server.first_pid(), Signal::STOP);
     eventually("every thread is stopped", || threads(server.first_pid()).values().all(|state| *state == 'T'));
     assert_eq!(generation(&addr), 2);
-    // Past its deadline, and still the child's word counts.
+    // The deadline has passed, but the child's message still counts.
     send_signal(server.first_pid(), Signal::CONT);
     server.wait("upgrade ok");
     server.wait("ended gen=1");
@@ -457,7 +459,7 @@ fn the_pid_file_names_who_serves() {
     assert!(!path.exists());
 }
 
-/// A file that cannot be written is the child's to report, and no reason for the parent to end.
+/// The child reports that the file cannot be written. The parent keeps serving.
 #[test]
 fn a_pid_file_that_cannot_be_written_fails_the_upgrade() {
     let dir = tempdir();
@@ -512,7 +514,7 @@ fn control_sockets_answer_with_the_outcome() {
     }
 }
 
-/// Between bind and a chmod anybody could connect.
+/// Between bind and a later chmod, any user could connect.
 #[test]
 fn a_control_socket_is_private_from_the_first_moment() {
     if !has_strace() {
@@ -545,10 +547,10 @@ fn a_foreign_user_triggers_nothing() {
     let dir = tempdir();
     let stop = dir.path().join("stop");
     let server = Server::whoami(LISTEN.iter().copied().chain(["--stop-socket", stop.to_str().unwrap()]));
-    // As if an administrator had opened it to everybody.
+    // As if an administrator had opened it to all users.
     fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o777)).unwrap();
     fs::set_permissions(&stop, fs::Permissions::from_mode(0o777)).unwrap();
-    // The kernel has a user for each thread; only libc's call changes all of them.
+    // In the kernel each thread has its own user; only libc's function changes all threads.
     let somebody_else = std::thread::spawn(move || {
         // SAFETY: plain numbers (setresuid(2)).
         assert_eq!(unsafe { libc::syscall(libc::SYS_setresuid, 65534, 65534, 65534) }, 0);
@@ -558,7 +560,7 @@ fn a_foreign_user_triggers_nothing() {
     assert_eq!(generation(&server.addr()), 1);
 }
 
-/// Mute and chatty peers of the control socket block nobody.
+/// Peers of the control socket that send nothing, or too much, block no other peer.
 #[test]
 fn a_peer_that_says_nothing_blocks_nobody() {
     let dir = tempdir();
@@ -583,7 +585,8 @@ fn exclusive_state_waits_for_the_end_of_the_parent() {
     let mut held = connect(&addr).unwrap();
     held.write_all(b"who\n").unwrap();
     held.read_exact(&mut [0; 6]).unwrap();
-    // A line begun is waited for; an idle connection would end with the shutdown, and the parent with it.
+    // The drain waits for a connection with a partial line. An idle connection would end at the shutdown, and the
+    // parent with it.
     held.write_all(b"w").unwrap();
     server.upgrade();
     assert!(!server.said().iter().any(|line| line.starts_with("parent ended")), "it drains");

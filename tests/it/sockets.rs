@@ -1,4 +1,4 @@
-//! The traps about sockets, with real processes.
+//! Traps about sockets, tested with real processes.
 
 use std::fs;
 use std::io::{Read, Write};
@@ -10,14 +10,14 @@ use std::process::Command;
 use crate::support::*;
 use rustix::process::Signal;
 
-/// With blocking listeners, every thread that polled readable and lost the race would sit in `accept` for ever, and
-/// take one connection each after the upgrade.
+/// With a blocking listener, each thread that polled it readable and lost the race would block in `accept` forever, and
+/// accept one connection after the upgrade.
 #[test]
 fn no_old_code_accepts_after_an_upgrade() {
     let mut server = Server::whoami(["--listen", "127.0.0.1:0", "--threads", "16", "--hold", "--probation", "50"]);
     let addr = server.addr();
     let load = Load::on(&addr, 4);
-    // Keeps the old generation alive, in its drain.
+    // This connection keeps the old generation alive in its drain.
     let mut held = connect(&addr).unwrap();
     held.write_all(b"who\n").unwrap();
     let mut line = [0; 6];
@@ -33,7 +33,7 @@ fn no_old_code_accepts_after_an_upgrade() {
     }
 }
 
-/// The flag is in what parent and child share: who changed it would change the accept loop of the other.
+/// Parent and child share the flag, so changing it would change the accept loop of the other process.
 #[test]
 fn a_listener_is_nonblocking_in_every_generation() {
     let mut server = Server::whoami(["--listen", "127.0.0.1:0", "--listen", "unix:DIR/sock", "--probation", "20000"]);
@@ -50,7 +50,7 @@ fn a_listener_is_nonblocking_in_every_generation() {
     }
 }
 
-/// A child that accepted before its ready would take connections along when it then fails.
+/// If a child accepted before it is ready and then failed, its connections would be lost.
 #[test]
 fn a_child_takes_nothing_before_it_is_ready() {
     let dir = tempdir();
@@ -75,7 +75,7 @@ fn a_child_takes_nothing_before_it_is_ready() {
     load.stop().assert_none_failed();
 }
 
-/// There is no gap between the two, and no time in which clients wait for a new version to warm up.
+/// There is no gap between the two, and clients never wait for a new version to warm up.
 #[test]
 fn the_parent_accepts_until_the_child_is_ready() {
     let dir = tempdir();
@@ -91,7 +91,7 @@ fn the_parent_accepts_until_the_child_is_ready() {
     server.wait("upgrade failed");
 }
 
-/// With a plain poll a connection wakes every thread that waits for one.
+/// With a plain poll, a connection would wake every waiting thread.
 #[test]
 #[cfg_attr(ecdysis_unix, ignore = "poll(2) wakes all")]
 fn one_connection_wakes_one_thread() {
@@ -100,7 +100,7 @@ fn one_connection_wakes_one_thread() {
     let (addr, pid) = (server.addr(), server.first_pid());
     eventually("all wait", || threads(pid).values().filter(|state| **state == 'S').count() == THREADS + 1);
     let waiting = threads(pid);
-    // How often they have gone to sleep.
+    // The number of times that the threads have gone to sleep.
     let sleeps = || {
         let count = |tid: &u32| status_field(*tid, "voluntary_ctxt_switches").parse::<usize>().unwrap();
         waiting.keys().map(count).sum::<usize>()
@@ -113,7 +113,7 @@ fn one_connection_wakes_one_thread() {
     assert!(woken < 100 * THREADS / 2, "100 connections woke {woken} threads");
 }
 
-/// What the network did to one connection is no reason to leave the others alone.
+/// An error of one connection must not affect the others.
 #[test]
 fn a_connection_that_is_lost_ends_no_loop() {
     if !has_strace() {
@@ -133,7 +133,7 @@ fn a_connection_that_is_lost_ends_no_loop() {
 
 #[test]
 fn port_0_and_two_kinds_on_one_port() {
-    // An address of this process's own, on which no port is taken.
+    // An address that only this process uses, so no port is taken.
     let [high, low] = (std::process::id() as u16).to_be_bytes();
     let own = format!("127.{}.{}.1:7000", high.max(1), low);
     let mut args = [own.clone(), format!("udp:{own}"), "127.0.0.1:0".into(), "[::1]:0".into()];
@@ -141,7 +141,7 @@ fn port_0_and_two_kinds_on_one_port() {
     let next = dir.path().join("next");
     let listen = args.iter().flat_map(|addr| ["--listen", addr]);
     let mut server = Server::whoami(listen.chain(["--exec", next.to_str().unwrap()]));
-    // The order matters only among sockets with the same address and of the same kind.
+    // The order matters only among sockets of the same kind with the same address.
     args.reverse();
     script(&next, &format!("exec {} --listen {}", example("whoami").display(), args.join(" --listen ")));
     let before = server.addrs();
@@ -162,7 +162,7 @@ fn script(path: &Path, line: &str) {
     fs::set_permissions(path, fs::Permissions::from_mode(0o755)).unwrap();
 }
 
-/// The kernel would complete handshakes for it, and nobody would ever answer.
+/// Otherwise the kernel would complete handshakes, and no process would ever answer.
 #[test]
 fn what_nobody_claims_is_closed() {
     let dir = tempdir();
@@ -178,13 +178,13 @@ fn what_nobody_claims_is_closed() {
     assert_eq!(connect(&addrs[1]).map(drop).unwrap_err().kind(), std::io::ErrorKind::ConnectionRefused);
 }
 
-/// Closing a listener resets what waits in its queue: at a stop that is accepted first.
+/// Closing a listener resets the connections in its queue, so a stop accepts these first.
 #[test]
 fn a_stop_serves_what_waits_in_the_queue() {
     for kind in ["127.0.0.1:0", "unix:DIR/stop"] {
         let server = Server::whoami(["--listen", kind]);
         let addr = server.addr();
-        // The accept loop runs: a drain cannot wait for a thread that has not come so far.
+        // Make sure that the accept loop runs. A drain cannot wait for a thread that has not started it yet.
         assert_eq!(generation(&addr), 1);
         server.signal(Signal::STOP);
         eventually("stopped", || threads(server.first_pid()).values().all(|state| *state == 'T'));
@@ -220,8 +220,8 @@ fn a_stale_unix_socket_is_replaced_and_a_live_one_is_not() {
     drop(server);
 }
 
-/// Whoever binds the path of a live control socket by mistake looks whether it is stale, and must not ask for anything
-/// by looking: a connection to one of these stops the server.
+/// Binding the path of a live control socket by mistake checks whether the socket is stale. That check must not trigger
+/// anything, although a connection to one of these sockets stops the server.
 #[test]
 fn looking_whether_a_socket_is_stale_triggers_nothing() {
     let dir = tempdir();
@@ -255,7 +255,7 @@ fn a_file_that_is_no_socket_is_left_alone() {
     assert_eq!(fs::read_to_string(&path).unwrap(), "data");
 }
 
-/// Many that start at a time find the same stale file: one gets it, and is not robbed of it.
+/// Many processes that start at the same time find the same stale file. One binds it, and no other takes it away.
 #[test]
 fn of_many_that_find_a_stale_socket_one_wins() {
     let dir = tempdir();
@@ -266,7 +266,7 @@ fn of_many_that_find_a_stale_socket_one_wins() {
     let start = |number: usize| {
         let mut command = Command::new(if traced { "strace".into() } else { example("whoami") });
         if traced {
-            // Each removes the file, if it may, when those before it have bound theirs.
+            // The delays let each process remove the file, if it may, after the earlier ones have bound theirs.
             let inject = format!("inject=?unlink,unlinkat:delay_enter={}", number * 100_000);
             command
                 .args(["-f", "-o", "/dev/null", "-e", "trace=?unlink,unlinkat", "-e", &inject])
@@ -318,7 +318,7 @@ fn a_stop_leaves_a_socket_file_that_is_not_ours() {
     assert!(path.exists());
 }
 
-/// A level-triggered poll would spin; and the loop must not end.
+/// A level-triggered poll would spin. The loop must not end either.
 #[test]
 fn a_want_of_descriptors_neither_spins_nor_ends_the_loop() {
     let mut command = Command::new("sh");
@@ -338,7 +338,7 @@ fn a_want_of_descriptors_neither_spins_nor_ends_the_loop() {
         threads(pid).into_keys().map(count).sum::<u64>()
     };
     let (before, slept) = (busy(), sleeps());
-    // A busy loop does not sleep, however little of a processor it gets.
+    // A busy loop never sleeps, even if it gets little processor time.
     eventually("the accept loop waits", || sleeps() >= slept + 10);
     assert!(busy() - before <= 10, "{} ticks for 10 attempts", busy() - before);
     held.truncate(2);

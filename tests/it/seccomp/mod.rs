@@ -1,5 +1,5 @@
-//! Upgrades under a seccomp profile that is exactly the table of the guide, and under filters that refuse what the
-//! library can do without.
+//! Upgrades under a seccomp profile that is exactly the guide's table, and under filters that refuse the optional
+//! calls.
 
 pub mod table;
 
@@ -35,15 +35,15 @@ fn refusing(rules: Rules, errno: i32) -> Vec<BpfProgram> {
     vec![filter(rules, SeccompAction::Errno(errno as u32), SeccompAction::Allow)]
 }
 
-/// What an upgrade that succeeds needs.
+/// The columns that a successful upgrade needs.
 const UPGRADE: [When; 5] = [When::Serving, When::Parent, When::Before, When::Child, When::Program];
 
-/// A descriptor that the first generation got without close-on-exec, and no later one may have.
+/// A descriptor that the first generation inherits without close-on-exec. No later generation may have it.
 const STRAY: i32 = 77;
 
 fn start(args: &[&str], filters: Vec<BpfProgram>) -> Server {
     Server::whoami_with([&ARGS, args].concat(), |command: &mut Command| {
-        // SAFETY: system calls only, on memory that was made before the fork.
+        // SAFETY: only system calls, on memory that was allocated before the fork.
         unsafe {
             command.pre_exec(move || {
                 if libc::dup2(0, STRAY) != STRAY {
@@ -55,7 +55,7 @@ fn start(args: &[&str], filters: Vec<BpfProgram>) -> Server {
     })
 }
 
-/// Upgrades several times under load; nothing fails, and nothing stray goes along.
+/// Upgrades several times under load. Checks that nothing fails and that the stray descriptor is not inherited.
 fn upgrades(server: &Server, times: usize) -> Result<(), String> {
     let load = Load::paced(&server.stream_addrs(), Duration::from_millis(1));
     assert!(fds(server.first_pid()).contains_key(&STRAY));
@@ -69,7 +69,7 @@ fn upgrades(server: &Server, times: usize) -> Result<(), String> {
         try_eventually("the old process ends", || gone(old))?;
         let open = fds(pid);
         if open.contains_key(&STRAY) {
-            return Err("the stray descriptor went along".into());
+            return Err("the stray descriptor was inherited".into());
         }
         let mut sockets = open.iter().filter(|(_, target)| target.starts_with("socket:"));
         if let Some((fd, _)) =
@@ -117,7 +117,7 @@ fn the_whole_table_is_enough_for_a_failed_upgrade() {
     }
 }
 
-/// The table says when, and not only that: what the tracer sees in each phase is in its column.
+/// The table is also right about the phases: every call that the tracer sees in a phase is in the column of that phase.
 #[test]
 fn every_call_is_in_its_column() {
     let server = start(&["--fork"], vec![]);
@@ -134,7 +134,7 @@ fn every_call_is_in_its_column() {
         let columns = match call.role {
             Role::Parent => &[When::Parent, When::Serving, When::Program][..],
             Role::Forked => &[When::Before],
-            // clone3 makes the program's threads; its fallback is in the table.
+            // clone3 creates the program's threads. Its fallback is in the table.
             Role::Child if call.number == libc::SYS_clone3 => continue,
             Role::Child => &[When::Child, When::Program],
         };
@@ -166,7 +166,7 @@ fn what_is_optional_may_be_refused() {
     for errno in [libc::ENOSYS, libc::EPERM] {
         for (what, rules) in [
             ("close_range", all(&[libc::SYS_close_range])),
-            // As where /proc is not mounted.
+            // As on a system where /proc is not mounted.
             ("close_range, getdents64", all(&[libc::SYS_close_range, libc::SYS_getdents64])),
             ("clone with CLONE_VM", clone_vm()),
             ("epoll_create1", all(&[libc::SYS_epoll_create1])),
@@ -175,7 +175,7 @@ fn what_is_optional_may_be_refused() {
             ("F_SETPIPE_SZ", set_pipe_size()),
         ] {
             let server = start(&[], refusing(rules, errno));
-            // First one that fails, because the child must be ended by whatever is left.
+            // First an upgrade that fails, because the child must be killed with the remaining calls.
             std::fs::write(server.dir().join("misbehave"), "close-status").unwrap();
             let verdict = server.try_upgrade(server.first_pid()).unwrap_or_else(|e| panic!("{what}: {e}"));
             assert!(verdict.contains("closed its status pipe"), "{what}, errno {errno}: {verdict}");
