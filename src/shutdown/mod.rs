@@ -169,7 +169,8 @@ impl Shutdown {
     /// connection until it pauses for `grace`, or until the drain's deadline.
     ///
     /// On a blocking TCP connection this costs no system call. Leave it blocking, and set a read timeout, if any, that fits
-    /// the parts of one request; with a shorter one this still waits for `idle`. The times are kept to within a second.
+    /// the parts of one request; with a shorter one this still waits for `idle`. The times are kept to within a second. A
+    /// request that has begun may take longer than any of them: only a read timeout of your own cuts it.
     ///
     /// ```
     /// use std::io::{BufRead, BufReader, Write};

@@ -1,18 +1,47 @@
 //! Waking a thread that is blocked in a read of a TCP connection.
 
-use std::os::fd::{BorrowedFd, RawFd};
+use std::mem::size_of_val;
+use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
+use std::time::Duration;
 
 /// Whether a TCP connection whose receiving side is shut down still delivers what arrives. Elsewhere it is discarded.
 pub(crate) const STILL_RECEIVES: bool = cfg!(target_os = "linux");
 
-/// Makes a blocked read(2) of connection `fd` return, and every later one that finds nothing to read (shutdown(2)).
+/// Makes a blocked read(2) of connection `fd` return, and every later one that finds nothing to read (shutdown(2)). That
+/// cannot be undone, so this does nothing if bytes have arrived within the last `quiet`, or are still unread. Returns
+/// whether the reader was woken.
 ///
 /// `fd` must be open and be this connection, or another one is woken: call this under a lock that the reading thread takes
 /// before it lets go of the connection.
-pub(crate) fn wake_reader(fd: RawFd) {
-    if fd >= 0 {
-        // SAFETY: shutdown(2) touches no memory, and -1, which `BorrowedFd` excludes, is ruled out.
-        let connection = unsafe { BorrowedFd::borrow_raw(fd) };
-        let _ = rustix::net::shutdown(connection, rustix::net::Shutdown::Read);
+pub(crate) fn wake_reader(fd: RawFd, quiet: Duration) -> bool {
+    if fd < 0 {
+        return false;
     }
+    // SAFETY: the caller keeps it open, and -1, which `BorrowedFd` excludes, is ruled out.
+    let connection = unsafe { BorrowedFd::borrow_raw(fd) };
+    let unread = rustix::io::ioctl_fionread(connection).unwrap_or(0);
+    if unread > 0 || last_received(connection).is_some_and(|ago| ago < quiet) {
+        return false;
+    }
+    rustix::net::shutdown(connection, rustix::net::Shutdown::Read).is_ok()
 }
+
+/// How long ago the last byte arrived ([tcp(7)](https://man7.org/linux/man-pages/man7/tcp.7.html), `TCP_INFO`).
+fn last_received(connection: BorrowedFd<'_>) -> Option<Duration> {
+    /// `tcpi_last_data_recv` of `struct tcp_info`: after eight bytes, each field has four.
+    const LAST_RECEIVED: usize = 13;
+    let mut info = [0_u32; LAST_RECEIVED + 1];
+    let mut size = size_of_val(&info) as libc::socklen_t;
+    // SAFETY: the kernel writes at most `size` bytes, which is the size of the array (getsockopt(2)).
+    let done = unsafe {
+        let place = (&raw mut info).cast();
+        libc::getsockopt(connection.as_raw_fd(), libc::IPPROTO_TCP, TCP_INFO, place, &mut size)
+    };
+    (done == 0 && size as usize == size_of_val(&info)).then(|| Duration::from_millis(info[LAST_RECEIVED].into()))
+}
+
+#[cfg(target_os = "linux")]
+use libc::TCP_INFO;
+/// Elsewhere no reader is woken in this way.
+#[cfg(not(target_os = "linux"))]
+const TCP_INFO: libc::c_int = 0;

@@ -83,6 +83,47 @@ async fn a_connection_ends_when_its_idle_time_is_over_or_its_peer_closes() {
     assert!(!soon(shutdown.next_request_async(&mut requests, LONG, LONG)).await.unwrap());
 }
 
+/// The first halves of many requests arrive while the grace of their connections ends, and the rest after a pause. Each
+/// connection is closed before its request, or the request is read whole.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_request_that_crosses_the_end_of_the_grace_is_read_whole() {
+    use std::io::Write;
+    use tokio::io::AsyncBufReadExt;
+    const PAUSE: Duration = Duration::from_millis(300);
+    let shutdown = Shutdown::new().unwrap();
+    shutdown.set(State::Accepting);
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let (mut clients, mut servers) = (Vec::new(), Vec::new());
+    for _ in 0..100 {
+        clients.push(std::net::TcpStream::connect(listener.local_addr().unwrap()).unwrap());
+        let (mut requests, shutdown) = (BufReader::new(listener.accept().await.unwrap().0), shutdown.clone());
+        servers.push(task::spawn(async move {
+            let mut line = String::new();
+            let more = shutdown.next_request_async(&mut requests, LONG, PAUSE).await.unwrap();
+            if more {
+                requests.read_line(&mut line).await.unwrap();
+            }
+            (more, line)
+        }));
+    }
+    shutdown.set(State::HandedOver);
+    let end = Instant::now() + PAUSE;
+    let sender = std::thread::spawn(move || {
+        while Instant::now() < end {
+            std::hint::spin_loop();
+        }
+        clients.iter_mut().for_each(|client| drop(client.write_all(b"half ")));
+        std::thread::sleep(PAUSE);
+        clients.iter_mut().for_each(|client| drop(client.write_all(b"a request\n")));
+        clients
+    });
+    for server in servers {
+        let (more, line) = soon(server).await.unwrap();
+        assert_eq!(line, if more { "half a request\n" } else { "" });
+    }
+    drop(sender.join().unwrap());
+}
+
 type Stream = Arc<StoppableStream<TcpListenerStream>>;
 
 async fn stream() -> (Shutdown, Stream) {

@@ -51,11 +51,15 @@ connections!(TcpStream: true, UnixStream: false);
 /// The longest sleep of the thread that wakes idle connections, which thus may last so much longer.
 const LONGEST_SLEEP: Duration = Duration::from_secs(1);
 
+/// How long ago the last byte must have arrived before a reader is woken: one that has received something needs a moment to
+/// leave its place among the idle ones, also on a busy machine.
+const RECENT: Duration = Duration::from_millis(250);
+
 /// The time without a new byte after which a request counts as received whole, if its first bytes and the wake-up crossed.
-const QUIET: Duration = Duration::from_millis(50);
+const QUIET: Duration = Duration::from_secs(1);
 
 /// How often to look for more of it.
-const MAX_QUIET: u32 = 100;
+const MAX_QUIET: u32 = 5;
 
 /// The connections that are idle now. In several parts, because each request comes and goes here.
 #[derive(Debug, Default)]
@@ -136,8 +140,9 @@ fn poll_for_request<S: Connection>(gate: &Gate, requests: &mut BufReader<S>, idl
     }
 }
 
-/// A request had begun to arrive when its reader was woken. From now on a read that finds nothing returns 0, which the
-/// program would take for the end of the connection, so let the rest of the request arrive first.
+/// A request began to arrive in the microsecond between the decision to wake its reader and the wake-up. From now on a read
+/// that finds nothing returns 0, which the program would take for the end of the connection, so let the rest of the request
+/// arrive first.
 fn wait_for_the_rest<S: Connection>(requests: &BufReader<S>, quiet: Duration) {
     let mut before = None;
     for _ in 0..MAX_QUIET {
@@ -219,11 +224,12 @@ impl IdleConnections {
         let mut next = None;
         for part in &self.parts {
             for (fd, idle) in part.lock().unwrap_or_else(PoisonError::into_inner).iter_mut() {
-                let until = idle.until(over);
+                let mut until = idle.until(over);
                 if until.has_passed() && !idle.woken {
-                    idle.woken = true;
                     // Under the lock, which the reader takes before it lets go of the connection.
-                    wake_reader(*fd);
+                    idle.woken = wake_reader(*fd, RECENT);
+                    // One with a new request leaves by itself.
+                    until = Deadline::after(RECENT);
                 }
                 let until = if idle.woken { Deadline::NEVER } else { until };
                 next = Some(next.map_or(until, |next: Deadline| next.min(until)));

@@ -132,7 +132,7 @@ fn a_request_that_is_half_read_is_read_whole() {
     let mut requests = BufReader::new(server);
     client.write_all(b"half ").unwrap();
     assert_eq!(requests.fill_buf().unwrap(), b"half ");
-    wake_reader(requests.get_ref().as_raw_fd());
+    assert!(wake_reader(requests.get_ref().as_raw_fd(), Duration::ZERO));
     let sender = thread::spawn(move || {
         for byte in b"a request\n" {
             thread::sleep(SHORT);
@@ -145,4 +145,74 @@ fn a_request_that_is_half_read_is_read_whole() {
     requests.read_line(&mut line).unwrap();
     assert_eq!(line, "half a request\n");
     drop(sender.join().unwrap());
+}
+
+/// Its thread has not yet left its place among the idle ones.
+#[test]
+fn a_connection_with_a_byte_of_a_request_is_not_idle() {
+    let deadline = Deadline::after(LONG);
+    loop {
+        let (mut client, mut server) = tcp();
+        let connections = Arc::new(IdleConnections::default());
+        let gate = Arc::new(Gate::new().unwrap());
+        connections.watched.store(true, Ordering::SeqCst); // by this test
+        let idle = Idle { since: Instant::now(), longest: Duration::ZERO, grace: LONG, woken: false };
+        let entry = connections.enter(&gate, server.as_raw_fd(), idle).unwrap();
+        let sent = Instant::now();
+        client.write_all(b"half").unwrap();
+        assert!(wait_readable(&server, deadline));
+        connections.wake(None);
+        // The first part is read, and nothing is left that shows it.
+        server.read_exact(&mut [0; 4]).unwrap();
+        connections.wake(None);
+        if sent.elapsed() < RECENT {
+            assert!(!entry.leave());
+            server.set_read_timeout(Some(SHORT)).unwrap();
+            assert_eq!(server.read(&mut [0]).unwrap_err().kind(), ErrorKind::WouldBlock, "it waits for the rest");
+            break;
+        }
+        assert!(!deadline.has_passed());
+    }
+}
+
+/// The first halves of many requests arrive while the grace of their connections ends, and the rest after a pause. Each
+/// connection is closed before its request, or the request is read whole.
+fn cross<C: Read + Write + Send + 'static, S: Connection + Send + 'static>(pair: impl Fn() -> (C, S)) {
+    const PAUSE: Duration = Duration::from_millis(300);
+    let (gate, connections) = (Arc::new(Gate::new().unwrap()), Arc::new(IdleConnections::default()));
+    gate.set(State::Accepting);
+    let (mut clients, servers): (Vec<_>, Vec<_>) = (0..100).map(|_| pair()).unzip();
+    let told: Vec<_> = servers
+        .into_iter()
+        .map(|server| {
+            let requests = BufReader::new(server);
+            Waiting { gate: gate.clone(), connections: connections.clone(), requests }.wait(LONG, PAUSE)
+        })
+        .collect();
+    gate.set(State::HandedOver);
+    let end = gate.over_since().unwrap() + PAUSE;
+    let sender = thread::spawn(move || {
+        while Instant::now() < end {
+            std::hint::spin_loop();
+        }
+        clients.iter_mut().for_each(|client| drop(client.write_all(b"half ")));
+        thread::sleep(PAUSE);
+        clients.iter_mut().for_each(|client| drop(client.write_all(b"a request\n")));
+        clients
+    });
+    for told in told {
+        let (more, mut waiting) = soon(&told);
+        let mut line = String::new();
+        if more {
+            waiting.requests.read_line(&mut line).unwrap();
+            assert_eq!(line, "half a request\n");
+        }
+    }
+    drop(sender.join().unwrap());
+}
+
+#[test]
+fn a_request_that_crosses_the_end_of_the_grace_is_read_whole() {
+    cross(tcp);
+    cross(|| UnixStream::pair().unwrap());
 }
