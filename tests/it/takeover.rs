@@ -1,4 +1,5 @@
-//! A process that is not a child takes over: under load, in other namespaces, badly behaved, foreign, dying.
+//! A process that is not a child takes over: under load, from other namespaces, misbehaving, run by another user, or
+//! dying.
 
 use std::ffi::OsStr;
 use std::fs;
@@ -14,7 +15,7 @@ use std::time::Duration;
 use crate::support::*;
 use rustix::process::Signal;
 
-/// A directory with a takeover socket in it, and the servers that meet there.
+/// A directory with a takeover socket, and the servers that use it.
 struct Meeting {
     dir: TempDir,
     socket: PathBuf,
@@ -44,7 +45,7 @@ impl Meeting {
         Server::serving(self.command())
     }
 
-    /// One that does something wrong.
+    /// Starts a server that misbehaves.
     fn misbehaving(&self, words: &str) -> Server {
         let file = self.dir.path().join("misbehave");
         fs::write(&file, words).unwrap();
@@ -53,21 +54,21 @@ impl Meeting {
         Server::start(command)
     }
 
-    /// One that has everything, and stands still before it is ready.
+    /// Starts a server that receives everything, and hangs before it is ready.
     fn standing(&self) -> Server {
         let server = self.misbehaving("stop-self");
         stands(&server);
         server
     }
 
-    /// Connects, and says what a process says that wants to take over.
+    /// Connects, and sends a takeover request.
     fn ask(&self) -> UnixStream {
         let mut stream = self.connect();
         stream.write_all(b"takeover 1\n").unwrap();
         stream
     }
 
-    /// The same, once it is let in.
+    /// The same, retried until the request is accepted.
     fn begin(&self) -> UnixStream {
         let mut stream = self.ask();
         let mut first = [0; 10];
@@ -76,7 +77,7 @@ impl Meeting {
         stream
     }
 
-    /// Waits until somebody who has asked is let in: anybody else is turned away.
+    /// Waits until a request has been accepted, so that any other is turned away.
     fn wait_busy(&self) {
         eventually("it is busy", || {
             let mut answer = [0; 4];
@@ -93,14 +94,14 @@ impl Meeting {
 }
 
 fn stands(server: &Server) {
-    eventually("it stands still", || state(server.first_pid()) == Some('T'));
+    eventually("it hangs", || state(server.first_pid()) == Some('T'));
 }
 
 fn goes_on(server: &Server) {
     send_signal(server.first_pid(), Signal::CONT);
 }
 
-/// Everything until the other end closes; what a reset cuts off is lost.
+/// Reads until the other end closes. A reset loses the rest.
 fn rest(mut stream: UnixStream) -> String {
     let mut bytes = Vec::new();
     let _ = stream.read_to_end(&mut bytes);
@@ -128,7 +129,7 @@ fn who_comes_second_takes_over_from_the_first() {
     assert!(!meeting.socket.exists());
 }
 
-/// Its mode is there before its name, so there is no moment in which others may connect; whatever the umask is.
+/// The socket gets its mode before its name, so other users can never connect, whatever the umask is.
 #[test]
 fn the_socket_file_is_never_open_to_others() {
     if !has_strace() {
@@ -175,7 +176,7 @@ fn a_hundred_takeovers_in_a_row_under_load_lose_nothing() {
         server.wait_all_ended();
         *server = next;
     };
-    // What the first that took over has open when nobody asks and its accept loop waits.
+    // The descriptors of the first process that took over, while it has no connection and its accept loop waits.
     replace(&mut server, 2);
     assert_eq!(generation(&addr), 2);
     eventually("the accept loop waits", || accept_loops_wait(server.pid(), 1));
@@ -195,7 +196,7 @@ fn a_hundred_takeovers_in_a_row_under_load_lose_nothing() {
     );
 }
 
-/// Children and strangers in one chain, with both carriers.
+/// Children and other processes in one chain, with both carriers.
 #[test]
 fn a_child_after_a_stranger_after_a_child() {
     for transport in ["pipes", "socket"] {
@@ -229,7 +230,7 @@ fn a_child_can_be_fed_through_a_socket() {
     let cases = [
         ("exit=3", "ended before it was ready: exit status: 3"),
         ("signal=9", "ended before it was ready: signal: 9"),
-        // It closes its link first, and may take its time to end.
+        // The process closes its link first, and may end later.
         ("panic", "child "),
         ("refuse=bad config", "refused: bad config"),
         ("close-status", "without reporting and was killed"),
@@ -243,7 +244,7 @@ fn a_child_can_be_fed_through_a_socket() {
     }
     eventually("no descriptor is left behind", || fds(server.pid()).len() <= before + 4);
     load.stop().assert_none_failed();
-    // What it had accepted dies with it; what waits in the queue does not.
+    // Connections that it has accepted die with it. Connections in the queue do not.
     fs::write(&how, "die-after-ready=20").unwrap();
     let line = server.fail_to_upgrade();
     assert!(line.contains("after it was ready: signal: 9"), "{line}");
@@ -255,7 +256,7 @@ fn a_child_can_be_fed_through_a_socket() {
     load.stop().assert_none_failed();
     assert_eq!(generation(&addr), 2);
 
-    // The rest takes as long as it is given.
+    // The remaining cases take the full timeout.
     let args = args.iter().copied().chain([how.to_str().unwrap(), "--ready-timeout", "500"]);
     let mut server = Server::whoami(args);
     for words in ["hang", "stop-self"] {
@@ -276,7 +277,7 @@ fn a_missing_program_is_told_over_the_socket_too() {
     assert!(line.contains("cannot run") && line.contains("execve: No such file"), "{line}");
 }
 
-/// Whatever the new process does wrong, the old one serves on, and the next one can take over.
+/// Whatever the new process does wrong, the old one keeps serving, and the next one can take over.
 #[test]
 fn a_bad_successor_costs_nothing() {
     let meeting = Meeting::new(&["--probation", "200"]);
@@ -297,11 +298,11 @@ fn a_bad_successor_costs_nothing() {
         assert!(line.starts_with("upgrade failed") && line.contains(expected), "{words}: {line}");
         assert_eq!(generation(&addr), 1, "{words}");
     }
-    // One connection of the load may be open, and its epoll.
+    // The load may have one open connection, with its epoll.
     eventually("no descriptor is left behind", || fds(server.pid()).len() <= before + 4);
     load.stop().assert_none_failed();
 
-    // What it had accepted dies with it; what waits in the queue does not.
+    // Connections that it has accepted die with it. Connections in the queue do not.
     let _bad = meeting.misbehaving("die-after-ready=20");
     let line = server.wait("upgrade ");
     assert!(line.starts_with("upgrade failed") && line.contains("after it was ready"), "{line}");
@@ -312,7 +313,7 @@ fn a_bad_successor_costs_nothing() {
     load.stop().assert_none_failed();
     assert_eq!(field::<u32>(&ask(&addr).unwrap(), "pid"), next.pid());
 
-    // The rest takes as long as it is given.
+    // The remaining cases take the full timeout.
     let meeting = Meeting::new(&["--ready-timeout", "400"]);
     let mut server = meeting.serving();
     for words in ["hang", "stop-self"] {
@@ -323,7 +324,7 @@ fn a_bad_successor_costs_nothing() {
     }
 }
 
-/// It is not ours to kill; so it must hear that it is not wanted any more, or it would serve beside us.
+/// It must not be killed, so it must receive `stop`. Otherwise both would serve.
 #[test]
 fn a_successor_that_is_too_late_is_told() {
     let meeting = Meeting::new(&["--ready-timeout", "1000"]);
@@ -342,7 +343,7 @@ fn a_successor_that_is_too_late_is_told() {
     }
 }
 
-/// Two processes of which the new one has said `ready`, and stands still before it has heard the answer.
+/// Returns two processes. The new one has sent `ready`, and is stopped before it has received the answer.
 fn stopped_before_the_commit(meeting: &mut Meeting) -> (Server, Server) {
     let pid_file = meeting.dir.path().join("pid");
     meeting.args.extend(["--pid-file", pid_file.to_str().unwrap()].map(String::from));
@@ -351,7 +352,7 @@ fn stopped_before_the_commit(meeting: &mut Meeting) -> (Server, Server) {
     let (old_pid, new_pid) = (old.pid(), new.first_pid());
     send_signal(old_pid, Signal::STOP);
     goes_on(&new);
-    // It sleeps nowhere else for so long.
+    // It sleeps that long at no other place.
     eventually("it waits for the answer", || {
         (0..20).all(|_| {
             thread::sleep(Duration::from_millis(2));
@@ -361,14 +362,14 @@ fn stopped_before_the_commit(meeting: &mut Meeting) -> (Server, Server) {
     send_signal(new_pid, Signal::STOP);
     stands(&new);
     goes_on(&old);
-    // It was ready indeed.
+    // It really was ready.
     old.wait("committed ");
     (old, new)
 }
 
 #[test]
 fn a_successor_that_stands_still_too_long_before_it_hears_the_commit_never_serves() {
-    // As long as the answer may take: that does not stand in for it.
+    // As long as the answer may take, so that the ready timeout does not end the upgrade first.
     let mut meeting = Meeting::new(&["--probation", "5000"]);
     let (mut old, mut new) = stopped_before_the_commit(&mut meeting);
     let addr = old.addr();
@@ -404,7 +405,8 @@ fn a_successor_that_stands_still_for_a_moment_serves() {
     assert_eq!(generation(&addr), 2);
 }
 
-/// The old process cannot tell it from a dead one by the link alone, nor end it; so it serves on and says so.
+/// From the link alone, the old process cannot distinguish it from a dead process, and it cannot end it. So it keeps
+/// serving and reports it.
 #[test]
 fn a_successor_that_closes_its_link_and_lives_on_is_named() {
     let meeting = Meeting::new(&["--probation", "5000"]);
@@ -462,7 +464,8 @@ fn when_the_old_process_is_stopped_the_new_one_serves_and_the_old_then_believes_
     assert_eq!(generation(&addr), 2);
 }
 
-/// Killed while the new one waits for its answer: nobody listens any more, so that one is a first generation.
+/// The old process is killed while the new one waits for its answer. No process listens any more, so the new one is a
+/// first generation.
 #[test]
 fn when_the_old_process_dies_before_it_hands_over_the_new_one_begins() {
     let meeting = Meeting::new(&[]);
@@ -497,7 +500,7 @@ fn who_comes_third_hears_that_it_is_busy() {
     let mut third = Server::start(meeting.command());
     let line = third.wait("whoami: ");
     assert!(line.ends_with("does not hand over: busy"), "{line}");
-    // And so does who asks for a child.
+    // A request for an upgrade is refused in the same way.
     server.signal(Signal::HUP);
     goes_on(&slow);
     slow.wait("serving gen=2");
@@ -525,7 +528,7 @@ fn peers_that_stall_or_talk_garbage_change_nothing_and_block_nobody() {
         assert_eq!(generation(&addr), 1);
     };
 
-    // Nothing is asked for by these.
+    // These peers request nothing.
     let _mute: Vec<_> = (0..40).map(|_| meeting.connect()).collect();
     let mut half = meeting.connect();
     half.write_all(b"take").unwrap();
@@ -537,7 +540,7 @@ fn peers_that_stall_or_talk_garbage_change_nothing_and_block_nobody() {
     }
     drop(meeting.connect());
 
-    // These are let in.
+    // These requests are accepted.
     drop(meeting.ask());
     verdict(&mut server, "child ");
     drop(meeting.begin());
@@ -547,12 +550,12 @@ fn peers_that_stall_or_talk_garbage_change_nothing_and_block_nobody() {
         stream.write_all(garbage).unwrap();
         verdict(&mut server, "sent an invalid message");
     }
-    // One that is ready, and gone at the commit or soon after.
+    // A peer that is ready, and gone at the commit or soon after.
     let mut stream = meeting.begin();
     stream.write_all(b"ready\n").unwrap();
     drop(stream);
     verdict(&mut server, "child ");
-    // One that takes nothing.
+    // A peer that reads nothing.
     let stalled = meeting.ask();
     verdict(&mut server, "was not ready within 3s");
     drop(stalled);
@@ -571,13 +574,13 @@ fn a_stop_is_served_though_a_peer_stalls() {
     server.wait("ended gen=1");
 }
 
-/// A peer that reads nothing while there is more than the socket holds.
+/// A peer that reads nothing, while there is more to send than the socket can buffer.
 #[test]
 #[cfg_attr(ecdysis_unix, ignore = "abstract names")]
 fn a_stalled_peer_and_a_manifest_larger_than_the_socket() {
     let dir = tempdir();
     let mut args: Vec<String> = ["--probation", "20", "--threads", "0"].map(String::from).into();
-    // 3,000 characters a line when they are escaped, and a backlog of sockets in 253s.
+    // 3,000 characters per line once escaped, and more descriptors than the 253 of one message.
     for n in 0..900 {
         args.extend(["--listen".into(), format!("unix:@{}-{n:04}{}", dir.path().display(), "\u{1}".repeat(60))]);
     }
@@ -604,13 +607,13 @@ fn is_root() -> bool {
 
 const NOBODY: u32 = 65534;
 
-/// Opens a directory and the socket in it to everybody, as an administrator might by mistake.
+/// Opens a directory and the socket in it to all users, as an administrator might by mistake.
 fn open_to_all(meeting: &Meeting) {
     fs::set_permissions(meeting.dir.path(), fs::Permissions::from_mode(0o777)).unwrap();
     fs::set_permissions(&meeting.socket, fs::Permissions::from_mode(0o777)).unwrap();
 }
 
-/// A copy of the program in a place where other users can run it.
+/// A copy of the program that other users can run.
 fn public_whoami(dir: &Path) -> PathBuf {
     let path = dir.join("whoami");
     install("whoami", &path);
@@ -631,18 +634,18 @@ fn a_foreign_user_is_refused() {
         command.args(["--listen", "127.0.0.1:0", "--take-over"]).arg(&meeting.socket).uid(NOBODY);
         Server::start(command).wait("whoami: ")
     };
-    // The file's mode keeps it out.
+    // The file's mode keeps that user out.
     fs::set_permissions(meeting.dir.path(), fs::Permissions::from_mode(0o777)).unwrap();
     let line = foreign();
     assert!(line.contains("cannot connect to takeover socket") && line.contains("Permission denied"), "{line}");
-    // And so does the kernel's word about who it is.
+    // So does the check of the user that the kernel reports.
     open_to_all(&meeting);
     let line = foreign();
     assert!(line.ends_with("does not hand over: denied"), "{line}");
     assert_eq!(generation(&server.addr()), 1);
 }
 
-/// Descriptors and state are taken from nobody that could be anybody.
+/// Descriptors and state are not taken from another user.
 #[test]
 fn a_foreign_user_is_not_taken_over_from() {
     if !is_root() {
@@ -654,7 +657,7 @@ fn a_foreign_user_is_not_taken_over_from() {
     let mut command = Command::new(&program);
     meeting.arguments(command.uid(NOBODY).gid(NOBODY));
     let _theirs = Server::serving(command);
-    // Root would be trusted by them; but they are not by another user.
+    // A server of root would be trusted, but this one belongs to another user.
     let mut command = Command::new(&program);
     meeting.arguments(command.uid(54_321));
     open_to_all(&meeting);
@@ -679,8 +682,8 @@ fn root_may_ask_a_user_but_does_not_believe_one() {
     assert!(line.contains("not trusted"), "{line}");
 }
 
-/// As containers on one host network are: PIDs of one mean nothing in the other, each has its own view of the files,
-/// and the user has another number.
+/// Like containers on one host network: PIDs of one mean nothing in the other, each has its own view of the files, and
+/// the user has another number.
 #[test]
 fn across_pid_mount_and_user_namespaces() {
     let container =
@@ -699,19 +702,19 @@ fn across_pid_mount_and_user_namespaces() {
     let addr = first.addr();
     let load = Load::on(&addr, 2);
 
-    // Into the container: there it is process 1, seen from outside it is another.
+    // Into the container: there the process is number 1; from outside it has another number.
     let mut second = Server::serving(contained());
     let line = first.wait("upgrade ok");
     assert_eq!(field::<u64>(&line, "gen"), 2);
     assert_ne!(field::<u32>(&line, "pid"), 1);
     assert_eq!(field::<u32>(&ask(&addr).unwrap(), "pid"), 1);
 
-    // From one container into another, neither of which sees the other's processes.
+    // From one container into another, neither of which can see the other's processes.
     let mut third = Server::serving(contained());
     let line = second.wait("upgrade ok");
     assert_eq!((field::<u32>(&line, "pid"), field::<u64>(&line, "gen")), (0, 3));
 
-    // One that fails there has no PID to be named by.
+    // A process that fails there has no PID that the error could name.
     let file = meeting.dir.path().join("misbehave");
     for (words, expected) in
         [("refuse=not here", "refused: not here"), ("close-status", "closed its link but did not end")]
@@ -762,7 +765,7 @@ fn across_user_namespaces_of_an_ordinary_user() {
     assert_eq!(generation(&first.addr()), 2);
 }
 
-/// The two terminals of the guide.
+/// Runs the commands of the guide's two terminals.
 #[test]
 fn the_example_does_what_it_says() {
     let dir = tempdir();
@@ -790,7 +793,8 @@ fn the_example_does_what_it_says() {
     assert!(line.ends_with(" 3 answers so far"), "{line}");
     assert_eq!(fs::read_to_string(&pid_file).unwrap(), format!("{}\n", second.first_pid()));
 
-    // The old one lingers, and its supervisor may stop it as soon as the new one is ready: that stops no other.
+    // The old process lingers. Its supervisor may stop it as soon as the new one is ready, which must not stop the new
+    // one.
     send_signal(first.first_pid(), Signal::TERM);
     first.wait("handed over to pid ");
     assert_eq!(held.read_line(&mut String::new()).unwrap(), 0, "an idle connection ends");
@@ -808,15 +812,15 @@ fn the_example_does_what_it_says() {
     second.wait("ended: generation 2, ");
     let mut fourth = start(&[]);
     third.wait("handed over to pid ");
-    // Nobody has asked it to end yet.
+    // It has not been asked to end yet.
     fourth.wait("serving: generation 4, ");
     assert_ne!(state(third.first_pid()), Some('Z'));
     send_signal(third.first_pid(), Signal::TERM);
     third.wait_all_ended();
 }
 
-/// Two pods of the manifest on one node, with its arguments: the new one takes over, its probe succeeds, the kubelet then
-/// ends the old one.
+/// Runs two pods of the manifest on one node, with its arguments: the new one takes over, its probe succeeds, and the
+/// kubelet then ends the old one.
 #[test]
 fn the_manifest_runs_the_example() {
     let node = tempdir();

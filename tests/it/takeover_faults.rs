@@ -1,9 +1,9 @@
-//! The fault sweep and the death sweep of a takeover: every system call of either process, from the connection on, fails
-//! once with each error that it can give, and at every one of them that process is killed or stopped; each in a run of its
-//! own and under load. After it somebody serves, nothing is left over, and the next takeover succeeds.
+//! The fault sweep and the death sweep of a takeover. From the connection on, every system call of either process fails
+//! once with each error that it can return, and at every call that process is killed or stopped. Each point is a
+//! separate run under load. Afterward a process serves, nothing is left behind, and the next takeover succeeds.
 //!
-//! strace does it from outside. `cargo test --test it takeover_faults::` takes a part of the points;
-//! `cargo test --test it takeover_faults:: -- --ignored --nocapture` takes all.
+//! strace injects the faults. `cargo test --test it takeover_faults::` runs a sample of the points, and `cargo test
+//! --test it takeover_faults:: -- --ignored --nocapture` runs all.
 
 use std::collections::HashMap;
 use std::fs;
@@ -16,33 +16,34 @@ use std::time::Instant;
 use crate::support::*;
 use rustix::process::Signal;
 
-/// Which of the two processes it happens to.
+/// The process that the fault hits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Role {
     Old,
     New,
 }
 
-/// The `nth` call of that name since the tracer is there.
+/// The `nth` call of that name since the tracer was attached.
 #[derive(Clone, Debug)]
 struct Call {
     role: Role,
     name: String,
     nth: usize,
-    /// What strace has printed of it.
+    /// The line that strace has printed for it.
     text: String,
-    /// Past the point at which the old process has sent everything, or at which the new one has said `ready`.
+    /// The old process has already sent everything, or the new one has already sent `ready`.
     late: bool,
 }
 
 #[derive(Clone)]
 struct Point {
     call: Call,
-    /// As strace has it: `error=EMFILE`, `signal=STOP`; or `KILL`.
+    /// In strace's form, `error=EMFILE` or `signal=STOP`; or `KILL`.
     fault: String,
 }
 
-/// strace holds the call for so many microseconds, and we kill the process meanwhile: when no request is in it.
+/// strace delays the call for this many microseconds. During that time, and while no request is being served, the test
+/// kills the process.
 const HELD: &str = "delay_enter=60000000";
 
 impl Point {
@@ -50,7 +51,7 @@ impl Point {
         self.fault == "KILL"
     }
 
-    /// Whether the call is held now: its line has begun and not ended.
+    /// Whether the call is delayed now: strace has printed only the start of its line.
     fn is_held(&self, trace: &Path) -> bool {
         let trace = fs::read_to_string(trace).unwrap_or_default();
         let start = format!("{}(", self.call.name);
@@ -69,9 +70,9 @@ impl std::fmt::Debug for Point {
     }
 }
 
-/// What a call can really give.
+/// Returns the errors that a call can really return.
 fn errors(call: &Call) -> &'static [&'static str] {
-    // An eventfd's count does not overflow here, and what goes to stderr is the program's own.
+    // An eventfd's count does not overflow here, and writes to stderr are the program's own.
     if call.text.contains(r#""\1\0\0\0\0\0\0\0""#) || call.text.starts_with("write(2,") {
         return &[];
     }
@@ -90,7 +91,7 @@ fn errors(call: &Call) -> &'static [&'static str] {
         "mmap" => &["ENOMEM"],
         "openat" => &["EMFILE", "ENFILE", "EACCES", "ENOSPC"],
         "poll" | "ppoll" => &["EINTR", "ENOMEM"],
-        // A Unix socket gives no EIO, and EPIPE only when the other end is closed.
+        // A Unix socket never returns EIO, and returns EPIPE only if the other end is closed.
         "read" => &["EINTR"],
         "recvfrom" | "recvmsg" => &["EINTR", "ENOMEM", "ECONNRESET"],
         "rt_sigaction" | "rt_sigprocmask" => &["EPERM"],
@@ -102,7 +103,7 @@ fn errors(call: &Call) -> &'static [&'static str] {
     }
 }
 
-/// Two listeners, of which a process that bound anew would find one taken.
+/// Two listeners. A process that bound them again would find one of the addresses taken.
 struct Setting {
     dir: TempDir,
     ready_timeout: &'static str,
@@ -141,7 +142,7 @@ impl Setting {
         command
     }
 
-    /// A new process, traced from its first call.
+    /// Starts a new process that is traced from its first call.
     fn new_traced(&self, output: &Path, inject: Option<&Point>) -> Server {
         let mut command = self.strace(output, inject);
         command.arg(example("whoami"));
@@ -149,7 +150,7 @@ impl Setting {
         Server::start(command)
     }
 
-    /// A tracer of the old process's main thread, once it is there.
+    /// Starts a tracer of the old process's main thread, and waits until it is attached.
     fn old_traced(&self, old: &Server, output: &Path, inject: Option<&Point>) -> Server {
         let mut command = self.strace(output, inject);
         command.args(["-p", &old.pid().to_string()]);
@@ -159,7 +160,7 @@ impl Setting {
     }
 }
 
-/// The calls in strace's output from the one that has `first` in it to the one that has `last`.
+/// Returns the calls in strace's output from the one that contains `first` to the one that contains `last`.
 fn calls(role: Role, output: &Path, first: &str, late: &str, last: &str) -> Vec<Call> {
     let mut counts: HashMap<String, usize> = HashMap::new();
     let mut calls = Vec::new();
@@ -169,7 +170,7 @@ fn calls(role: Role, output: &Path, first: &str, late: &str, last: &str) -> Vec<
         let nth = counts.entry(name.to_owned()).or_default();
         *nth += 1;
         begun |= line.contains(first);
-        // Which thread waits for which depends on the moment.
+        // Which thread waits for which depends on timing.
         if begun && name != "futex" {
             calls.push(Call { role, name: name.to_owned(), nth: *nth, text: line.to_owned(), late: is_late });
         }
@@ -181,7 +182,7 @@ fn calls(role: Role, output: &Path, first: &str, late: &str, last: &str) -> Vec<
     panic!("{role:?}: no {last:?} in {}", fs::read_to_string(output).unwrap());
 }
 
-/// A takeover without a fault: what both processes call.
+/// Records the calls of both processes in a takeover without a fault.
 fn record() -> Vec<Call> {
     let setting = Setting { dir: tempdir(), ready_timeout: "60000", probation: "30" };
     let mut old = Server::serving(setting.command());
@@ -196,15 +197,16 @@ fn record() -> Vec<Call> {
     all
 }
 
-/// Descriptors that are no connection, counted when nobody asks anything.
+/// Counts descriptors other than connections, while there is no request.
 fn level(pid: u32) -> usize {
     fds(pid).len()
 }
 
-/// One point. Says what did not hold; else whether the fault came, which may depend on the moment.
+/// Runs one point. Returns an error if something did not hold, and otherwise whether the fault was injected, which may
+/// depend on timing.
 fn run(point: &Point) -> Result<bool, String> {
     let ready_timeout = if point.fault.contains("STOP") { "3000" } else { "60000" };
-    // Long enough for a traced process to die in, on a busy machine.
+    // Long enough for a traced process to die, even on a busy machine.
     let probation = if point.call.role == Role::New && point.kills() && point.call.late { "15000" } else { "30" };
     let setting = Setting { dir: tempdir(), ready_timeout, probation };
     let result = std::panic::catch_unwind(|| attempt(point, &setting));
@@ -214,8 +216,8 @@ fn run(point: &Point) -> Result<bool, String> {
     result.unwrap_or_else(|_| Err("see above".to_owned()))
 }
 
-/// Where the new process need not wait for an answer, the count of its calls is another, and the fault strikes when the
-/// takeover is over, or it has said `serving`, after which a stopped process is a stopped server.
+/// If the new process does not have to wait for an answer, the count of its calls differs. Then the fault may hit after
+/// the takeover, or after `serving`, when a stopped process is simply a stopped server.
 fn strayed(point: &Point, trace: &Path) -> bool {
     let trace = fs::read_to_string(trace).unwrap_or_default();
     let at = |what: &str| trace.find(what).unwrap_or(usize::MAX);
@@ -225,7 +227,7 @@ fn strayed(point: &Point, trace: &Path) -> bool {
     point.call.role == Role::New && (late || at("\"serving\\n\"") < stopped && stopped < usize::MAX)
 }
 
-/// What must hold whatever happened.
+/// Checks everything that must hold in any case.
 fn attempt(point: &Point, setting: &Setting) -> Result<bool, String> {
     let stops = point.fault.contains("STOP");
     let mut old = Server::serving(setting.command());
@@ -234,7 +236,7 @@ fn attempt(point: &Point, setting: &Setting) -> Result<bool, String> {
     for addr in old.addrs() {
         ask(&addr).map_err(|e| e.to_string())?;
     }
-    // Each of the two accept loops makes its epoll when it first waits.
+    // Each of the two accept loops creates its epoll when it first waits.
     eventually("the accept loops wait", || accept_loops_wait(old_pid, 2) && fds(old_pid).len() == level(old_pid));
     let before = level(old_pid);
     let load = Load::on(&addr, 1);
@@ -248,7 +250,7 @@ fn attempt(point: &Point, setting: &Setting) -> Result<bool, String> {
             (Server::start(setting.command()), Some(tracer))
         }
     };
-    // Either the new process serves, or it ends, or it is stopped and the old one gives it up.
+    // Either the new process serves, or it ends, or it is stopped and the old one gives up on it.
     let serves = |server: &Server| server.said().iter().any(|line| line.starts_with("serving "));
     let ended = |server: &Server| server.processes().is_empty();
     let verdict = |server: &Server| server.said().iter().any(|line| line.starts_with("upgrade "));
@@ -257,7 +259,7 @@ fn attempt(point: &Point, setting: &Setting) -> Result<bool, String> {
     if point.kills() {
         let over = || ended(&old) || ended(&new) || (!killed_old && serves(&new));
         eventually("the call", || point.is_held(&output) || over());
-        // Where the new process need not wait, the count of its calls may be another, and it serves by now.
+        // If the new process did not have to wait, the count of its calls may differ, and it may already serve.
         if !point.is_held(&output) || (!killed_old && serves(&new)) {
             return Ok(false);
         }
@@ -265,11 +267,11 @@ fn attempt(point: &Point, setting: &Setting) -> Result<bool, String> {
         let victim = if killed_old { Some(old_pid) } else { children(new.first_pid()).into_keys().next() };
         let victim = victim.ok_or("no process to kill")?;
         send_signal(victim, Signal::KILL);
-        // It holds the process until the time is over, dead or not.
+        // strace holds the process until the delay is over, even if it is dead.
         tracer.as_ref().unwrap_or(&new).signal_all(Signal::KILL);
         eventually("it is dead", || gone(victim));
         if !killed_old || point.call.late {
-            // Somebody has the sockets, and so nobody is refused.
+            // A process still has the sockets, so no client is refused.
             quiet = None;
         }
     }
@@ -277,13 +279,13 @@ fn attempt(point: &Point, setting: &Setting) -> Result<bool, String> {
         serves(&new) || ended(&new) || (stops && !stopped_old && verdict(&old))
     });
     if stopped_old {
-        // The stop itself may come late.
+        // The SIGSTOP may arrive late.
         let begun = Instant::now();
         let stopped = || fs::read_to_string(&output).unwrap().contains("--- stopped by SIGSTOP");
         while !stopped() && begun.elapsed().as_secs() < 2 {
             thread::yield_now();
         }
-        // Later it shall not come: nobody would wake it.
+        // It must not arrive later, because nothing would continue the process then.
         tracer = None;
         eventually("the old process goes on", || {
             old.signal_all(Signal::CONT);
@@ -291,7 +293,7 @@ fn attempt(point: &Point, setting: &Setting) -> Result<bool, String> {
         });
     }
 
-    // Before the old process had handed anything over, it took the sockets along.
+    // If the old process died before it handed anything over, its sockets died with it.
     drop(quiet);
     if serves(&new) {
         if !killed_old {
@@ -300,7 +302,7 @@ fn attempt(point: &Point, setting: &Setting) -> Result<bool, String> {
     } else if killed_old {
         return Err(format!("nobody serves: {:?}", new.said()));
     } else {
-        // It is turned away, and says so when it goes on.
+        // It was turned away, and reports that when it continues.
         if stops && !stopped_old {
             new.signal_all(Signal::CONT);
         }
@@ -321,7 +323,7 @@ fn attempt(point: &Point, setting: &Setting) -> Result<bool, String> {
         drop(tracer);
         eventually("no descriptor is left over", || level(old_pid) == before);
     }
-    // And the next one.
+    // The next takeover must succeed.
     let mut next = Server::start(setting.command());
     next.wait("serving ");
     serving.wait("upgrade ok");
@@ -341,7 +343,7 @@ fn sweep(title: &str, points: &[Point], at_a_time: usize) {
         for _ in 0..at_a_time {
             scope.spawn(|| {
                 while let Some(point) = points.get(next.fetch_add(1, Ordering::Relaxed)) {
-                    // What depends on timing may not come at the first try.
+                    // A fault that depends on timing may not be injected at the first try.
                     let mut result = run(point);
                     for _ in 0..2 {
                         if result == Ok(false) {
@@ -360,10 +362,10 @@ fn sweep(title: &str, points: &[Point], at_a_time: usize) {
     let (survived, missed, lost) = (survived.into_inner(), missed.into_inner(), lost.into_inner().unwrap());
     let injected = survived + lost.len();
     println!(
-        "{title}: {injected} faults injected, {survived} survived ({missed} calls did not come) in {:?}",
+        "{title}: {injected} faults injected, {survived} survived ({missed} calls did not occur) in {:?}",
         begun.elapsed()
     );
-    assert!(missed <= points.len() / 10, "{title}: too many calls did not come");
+    assert!(missed <= points.len() / 10, "{title}: too many calls did not occur");
     assert!(lost.is_empty(), "{title}: not survived:\n{}", lost.join("\n"));
 }
 
@@ -372,13 +374,13 @@ fn faults(calls: &[Call]) -> Vec<Point> {
     calls.iter().flat_map(|call| errors(call).iter().map(|error| point(call, error))).collect()
 }
 
-/// A stop of the new process is for what can still be taken back: once it has said `serving`, it is a stopped server.
+/// The new process is stopped only before it has sent `serving`. After that it would simply be a stopped server.
 fn deaths(calls: &[Call]) -> Vec<Point> {
     let kills = calls.iter().map(|call| Point { call: call.clone(), fault: "KILL".into() });
-    // strace's signal comes after the call.
+    // strace sends the signal after the call.
     let said = |call: &Call| call.role == Role::New && call.text.contains(r#""serving\n""#);
     let serving = calls.iter().position(said).unwrap_or(calls.len());
-    // Nor is it anybody's business before it has asked.
+    // Before its request it is not part of a takeover.
     let asked = calls.iter().position(|call| call.text.contains("takeover 1") && call.role == Role::New).unwrap_or(0);
     let can_stop = |(at, call): &(usize, &Call)| match call.role {
         Role::New => (asked..serving).contains(at),

@@ -1,4 +1,4 @@
-//! The asynchronous face, with real processes: `tokio_whoami`, alone and in turns with `whoami`.
+//! The asynchronous interface with real processes: `tokio_whoami`, alone and alternating with `whoami`.
 
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
@@ -30,7 +30,7 @@ fn server<'a>(args: impl IntoIterator<Item = &'a str>) -> Server {
     Server::serving(command(args))
 }
 
-/// Upgrades, and waits until the new generation has said that it serves: the next signal is for that one.
+/// Upgrades, and waits until the new generation has reported that it serves, so that the next signal goes to it.
 fn upgrade(server: &mut Server) {
     let new: u32 = field(&server.upgrade(), "pid");
     eventually("it serves", || server.pid() == new);
@@ -53,7 +53,7 @@ fn upgrades_under_load() {
     }
 }
 
-/// Each follows the upgrade, and the stop: a task that slept through one would keep the drain waiting.
+/// Each task notices the upgrade and the stop. A task that missed one would delay the drain.
 #[test]
 fn several_tasks_accept_from_one_stream() {
     let dir = tempdir();
@@ -85,7 +85,7 @@ fn yields_nothing_before_ready() {
     let gate = dir.path().join("gate");
     let mut server = Server::start(command(["--listen", LOCAL, "--gate", path(&gate)]));
     server.wait("listening ");
-    // The kernel completes the handshake, and the task that has the stream runs. It must leave both alone.
+    // The kernel completes the handshake, and the task with the stream runs. The task must not accept the connection.
     let mut early = connect(&server.addr()).unwrap();
     early.write_all(b"who\n").unwrap();
     let mut opened = None;
@@ -133,14 +133,14 @@ fn an_upgrade_does_not_block_a_current_thread_runtime() {
     let old = server.pid();
     server.signal(Signal::HUP);
     server.wait("upgrading ");
-    // While the child starts, the only thread of the runtime serves.
+    // The only thread of the runtime keeps serving while the child starts.
     for _ in 0..10 {
         assert_eq!(generation(&server.addr()), 1);
     }
     server.wait("upgrade ok");
     assert_eq!(generation(&server.addr()), 2);
 
-    // And what was in flight is finished by the one that began it.
+    // The process that began a request also finishes it.
     in_flight.write_all(b"o\n").unwrap();
     let mut answer = String::new();
     in_flight.read_to_string(&mut answer).unwrap();
@@ -193,15 +193,15 @@ fn accepts_again_when_the_child_dies_on_probation() {
     let failed = server.fail_to_upgrade();
     assert!(failed.contains("died"), "{failed}");
     assert_eq!(generation(&server.addr()), 1);
-    // Nothing is left of it, and the next one is welcome.
+    // Nothing is left of the dead child, and the next upgrade works.
     fs::remove_file(&misbehave).unwrap();
     send_signal(server.first_pid(), Signal::HUP);
     server.wait("committed ");
-    // Parent and child live; the parent's stream rests.
+    // Parent and child are alive, and the parent's stream is paused.
     for _ in 0..10 {
         assert_eq!(generation(&server.addr()), 2);
     }
-    // A stop of the parent is for both.
+    // A stop of the parent stops both.
     send_signal(server.first_pid(), Signal::TERM);
     let over = server.wait("over gen=2");
     assert!(over.ends_with("FullStop (Parent)"), "{over}");
@@ -258,7 +258,7 @@ fn seqpacket_and_the_chain_of_datagram_pairs() {
     assert!(!file.exists());
 }
 
-/// Everything that a service manager does for a program that switches it on after the start, as the 1.1.1 crate's do.
+/// All features of a service manager, for a program that enables them after the start, as programs for 1.1.1 do.
 #[cfg(feature = "systemd")]
 #[test]
 fn under_a_service_manager() {
@@ -276,7 +276,7 @@ fn under_a_service_manager() {
         }
         said
     };
-    // What a unit passes comes as descriptor 3.
+    // The unit's socket is descriptor 3.
     let passed = UnixListener::bind(&file).unwrap();
     let script = "exec 3>&1 1>/dev/null; LISTEN_PID=$$ LISTEN_FDS=1 LISTEN_FDNAMES=web exec \"$0\" \"$@\"";
     let mut shell = Command::new("sh");
@@ -298,7 +298,7 @@ fn under_a_service_manager() {
     server.signal(Signal::USR2);
     let over = server.wait("over gen=3");
     assert!(over.contains("PartialStopWithSystemd"), "{over}");
-    // As long as its drain may take, asked for when it has begun.
+    // The extension is the drain's deadline, and is requested when the drain has begun.
     hear("EXTEND_TIMEOUT_USEC=10000000");
     server.wait_all_ended();
     assert!(file.exists(), "it is the unit's");
@@ -320,7 +320,7 @@ fn a_stranger_takes_over() {
     new.wait("ended gen=2");
 }
 
-/// What the kernel has queued would be reset when the listener closes.
+/// Connections in the queue would be reset when the listener closes.
 #[test]
 fn a_stop_takes_what_is_queued_first() {
     for workers in ["0", "2"] {
@@ -437,21 +437,22 @@ fn descriptors_do_not_climb() {
     let next = |server: &mut Server| {
         let old = server.pid();
         upgrade(server);
-        // A generation that is still there costs its successors a descriptor.
+        // As long as a generation is alive, its successors need one more descriptor.
         wait_exit(old);
         fds(server.pid()).into_keys().collect::<Vec<_>>()
     };
     next(&mut server);
     let third = next(&mut server);
     for _ in 0..20 {
-        // Which ones depends on who ended when. A flag is two ends of a pipe on the other systems' side.
+        // Which numbers are used depends on the order in which processes end. On the fallbacks for other systems, a
+        // flag has two descriptors.
         let limit = if cfg!(ecdysis_unix) { 60 } else { 30 };
         let numbers = next(&mut server);
         assert!(numbers.len() <= third.len() && numbers.last() < Some(&limit), "{numbers:?} after {third:?}");
     }
 }
 
-/// One test, because a process starts only once at a time.
+/// One test, because a process can have only one started `Ecdysis` at a time.
 #[test]
 fn in_one_process() {
     if !is_alone("tokio::in_one_process") {
@@ -470,7 +471,7 @@ fn in_one_process() {
     let listen = |builder: &TokioEcdysisBuilder| builder.listen_tcp(StopOnShutdown::Yes, LOCAL.parse().unwrap());
     let new = || TokioEcdysisBuilder::new(SignalKind::user_defined1()).unwrap();
 
-    // Without a runtime: an error, where Tokio would panic.
+    // Without a runtime this is an error. (Tokio alone would panic.)
     let builder = new();
     let error = listen(&builder).unwrap_err();
     let inner = error.get_ref().and_then(|inner| inner.downcast_ref::<ecdysis::Error>());
@@ -481,7 +482,7 @@ fn in_one_process() {
     runtime.block_on(async {
         let deadline = |future| tokio::time::timeout(DEADLINE, future);
 
-        // Given up before `ready`: the stream ends, although a connection waits.
+        // The builder is dropped before `ready`: the stream ends, although a connection is queued.
         let builder = new();
         let mut stream = listen(&builder).unwrap();
         let addr = stream.get_ref().unwrap().local_addr().unwrap();
@@ -494,7 +495,7 @@ fn in_one_process() {
         assert!(stream.next().await.is_none());
         assert!(stream.next().await.is_none() && stream.get_ref().is_none());
 
-        // A call before `ready` is an error; a stop before it takes effect after it.
+        // An upgrade before `ready` is an error. A stop before `ready` takes effect after it.
         let builder = new();
         let mut stream = listen(&builder).unwrap();
         assert!(matches!(builder.upgrade().await, Err(ecdysis::Error::NotReady)));
@@ -510,7 +511,7 @@ fn in_one_process() {
     });
 }
 
-/// The file is chosen after the start, and has one owner all the same: what it contained comes back.
+/// The file is chosen after the start, but it still has only one owner, so its previous contents are restored.
 #[test]
 fn a_pid_file_is_restored_when_a_takeover_is_given_up() {
     let dir = tempdir();
@@ -527,7 +528,7 @@ fn a_pid_file_is_restored_when_a_takeover_is_given_up() {
         line.clear();
         assert_ne!(old.read_line(&mut line).unwrap(), 0);
     }
-    // Its `serving` cannot be sent, and only then does it read why.
+    // Sending `serving` fails, and only then does it read the reason.
     old.get_ref().shutdown(std::net::Shutdown::Read).unwrap();
     old.get_mut().write_all(b"commit\n").unwrap();
     eventually("the file names it", || fs::read_to_string(&pid_file).unwrap() == format!("{}\n", new.first_pid()));

@@ -6,8 +6,8 @@
 use super::trace::{Call, Role};
 use libc::*;
 
-/// Name and errors; a call with none cannot fail, or its failure could not be told from what the fault itself does: an
-/// injected error leaves a `close` undone.
+/// Name and errors. A call without errors cannot fail, or injecting the failure would itself do harm: an injected error
+/// leaves a `close` undone.
 const TABLE: &[(i64, &str, &[i32])] = &[
     (SYS_accept4, "accept4", &[EMFILE, ENFILE, ENOMEM, ENOBUFS, ECONNABORTED, EINTR, EPERM]),
     (SYS_access, "access", &[EACCES, ENOENT, ENOMEM]),
@@ -61,7 +61,7 @@ const TABLE: &[(i64, &str, &[i32])] = &[
     (SYS_recvmsg, "recvmsg", &[EAGAIN, EINTR, ENOBUFS, ENOMEM, EPERM]),
     (SYS_rename, "rename", &[ENOSPC, EACCES, EROFS, EIO, EDQUOT]),
     (SYS_rseq, "rseq", &[ENOSYS, EPERM]),
-    // Setting a handler fails only for a wrong argument; a filter may refuse it.
+    // Setting a handler fails only for an invalid argument, or if a filter refuses it.
     (SYS_rt_sigaction, "rt_sigaction", &[EPERM]),
     (SYS_rt_sigprocmask, "rt_sigprocmask", &[EPERM]),
     (SYS_rt_sigreturn, "rt_sigreturn", &[]),
@@ -93,8 +93,8 @@ pub fn errnos(call: &Call) -> &'static [i32] {
         return &[EMFILE, EPERM];
     }
     match call.number {
-        // Nobody fills the pipes and sockets, and no disk is in them.
-        // With a parent that lives a late answer reaches it.
+        // The pipes and sockets are never full, and involve no disk. While the parent is alive, a late answer reaches
+        // it.
         SYS_write if call.pipe && call.role == Role::Child && call.late => return &[EINTR],
         SYS_write if call.pipe => return &[EINTR, EPIPE],
         SYS_read if call.pipe => return &[EINTR],

@@ -1,8 +1,8 @@
-//! The fault sweep and the death sweep: every system call of an upgrade fails once, in its own run and under load, with
-//! each error that it can give; and at every one of them a process is killed or stopped.
+//! The fault sweep and the death sweep: every system call of an upgrade fails once with each error that it can return,
+//! and at every call a process is killed or stopped. Each point is a separate run under load.
 //!
-//! `cargo test --test it faults:: -- --nocapture` shows the figures; of the stops, which take their deadlines, it makes a
-//! part; `cargo test --test it faults:: -- --ignored --nocapture` makes all.
+//! `cargo test --test it faults:: -- --nocapture` shows the figures. It runs only a sample of the stops, because each
+//! takes a full deadline. `cargo test --test it faults:: -- --ignored --nocapture` runs all.
 
 mod errors;
 pub mod trace;
@@ -19,7 +19,8 @@ use trace::{Call, Fault, Role, Seen};
 
 use crate::support::*;
 
-/// TCP on port 0, so that a child which bound anew would be somewhere else; a Unix path; and all that writes files.
+/// TCP on port 0, so that a child that bound again would get another port; a Unix path; and all options that write
+/// files.
 const SERVER: [&str; 12] = [
     "--listen",
     "127.0.0.1:0",
@@ -58,7 +59,7 @@ impl Setup {
     }
 }
 
-/// What a process that serves and has nothing else to do looks like.
+/// The descriptors and threads of a process that serves and is otherwise idle.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Level {
     fds: BTreeMap<i32, String>,
@@ -66,7 +67,8 @@ struct Level {
 }
 
 impl Level {
-    /// Once every accept loop of this generation has waited, and so has its epoll, and the connections of before are gone.
+    /// Waits until every accept loop of this generation has waited, and so has an epoll, and earlier connections are
+    /// gone.
     fn settled(server: &Server, pid: u32, sockets: usize) -> Result<Self, String> {
         let addrs = server.stream_addrs();
         for addr in &addrs {
@@ -95,7 +97,7 @@ impl Level {
 /// Two listeners, twice each, and the control socket, twice.
 const SOCKETS: usize = 6;
 
-/// A clean upgrade under the tracer: the list of its system calls, and what the new process looks like.
+/// Traces a clean upgrade. Returns its system calls, and the state of the new process.
 struct Clean {
     calls: Vec<Call>,
     new: Level,
@@ -121,7 +123,7 @@ fn traced(server: &Server, load: &Load, fault: Option<(Call, Fault)>, time: Dura
     let log = server.log.clone();
     let deadline = Instant::now() + time;
     let verdict = move || log.since(at).iter().any(|line| line.starts_with("upgrade "));
-    // A tracer waits for events without a deadline; should all be silent, this makes one.
+    // A tracer waits for events without a deadline. If there are none, this ends the wait.
     let (over, watchdog) = std::sync::mpsc::channel::<()>();
     let (log_too, pid) = (server.log.clone(), server.first_pid());
     thread::spawn(move || {
@@ -131,7 +133,7 @@ fn traced(server: &Server, load: &Load, fault: Option<(Call, Fault)>, time: Dura
         }
     });
     let _over = over;
-    // What a process has accepted dies with it. So nothing is, and no failure needs an excuse.
+    // Accepted connections die with a process. So the process is killed while it has none, and every failure counts.
     let (mut quiet, mut holds) = (None, false);
     let before_kill = |process| {
         quiet = Some(load.quiet());
@@ -139,7 +141,7 @@ fn traced(server: &Server, load: &Load, fault: Option<(Call, Fault)>, time: Dura
     };
     let mut seen = trace::upgrade(pid as i32, fault, || send_signal(pid, Signal::HUP), before_kill, verdict, deadline)
         .map_err(|e| format!("tracer: {e}"))?;
-    // The thread that stands still has a lock that the answer needs. So this proves nothing.
+    // The stopped thread holds a lock that the answer needs, so this run proves nothing.
     seen.hit = seen.hit.filter(|_| !holds);
     Ok(seen)
 }
@@ -161,12 +163,12 @@ fn holds_a_connection(process: u32) -> bool {
 
 #[derive(Debug, PartialEq, Eq)]
 enum Survival {
-    /// The call did not come this time.
+    /// The call did not occur this time.
     Missed,
     Survived,
 }
 
-/// One upgrade with one fault, and everything that must hold after it.
+/// Makes one upgrade with one fault, and checks everything that must hold afterward.
 fn fail(setup: Setup, clean: &Level, call: Call, errno: i32) -> Result<Survival, String> {
     let server = setup.server();
     let before = Level::settled(&server, server.first_pid(), SOCKETS)?;
@@ -177,11 +179,11 @@ fn fail(setup: Setup, clean: &Level, call: Call, errno: i32) -> Result<Survival,
     let serving = if verdict.starts_with("upgrade ok") {
         let new = try_field(&verdict, "pid").ok_or("no pid")?;
         try_eventually("the old process ends", || gone(server.first_pid()))?;
-        // It may have done without one thing or the other, and has no more than otherwise.
+        // The new process may lack something because of the fault, but it must not have more than usual.
         let mut level = Level::of(new);
         try_eventually("descriptors and threads of a new process", || {
             level = Level::of(new);
-            // What std keeps where there is no getrandom.
+            // The file that std keeps open if there is no getrandom.
             level.fds.retain(|_, to| to != "/dev/urandom");
             level.fds.len() <= clean.fds.len() && level.threads <= clean.threads
         })
@@ -220,7 +222,7 @@ fn fail(setup: Setup, clean: &Level, call: Call, errno: i32) -> Result<Survival,
     Ok(if seen.hit.is_some() { Survival::Survived } else { Survival::Missed })
 }
 
-/// The error is the caller's only clue. What goes wrong in the new program that program says itself.
+/// The error is the caller's only information. Failures inside the new program are reported by that program.
 fn names_the_cause(verdict: &str, call: Call, errno: i32) -> Result<(), String> {
     let cause = std::io::Error::from_raw_os_error(errno).to_string();
     let named = match call.role {
@@ -235,7 +237,8 @@ fn names_the_cause(verdict: &str, call: Call, errno: i32) -> Result<(), String> 
     }
 }
 
-/// One upgrade in which a process is killed or stopped at one call, and everything that must hold after it.
+/// Makes one upgrade in which a process is killed or stopped at one call, and checks everything that must hold
+/// afterward.
 fn die(setup: Setup, call: Call, signal: i32) -> Result<Survival, String> {
     let server = setup.server();
     let before = Level::settled(&server, server.first_pid(), SOCKETS)?;
@@ -245,10 +248,10 @@ fn die(setup: Setup, call: Call, signal: i32) -> Result<Survival, String> {
     if seen.hit.is_none() {
         return Ok(Survival::Missed);
     }
-    // An interrupted wait may make a call come earlier than when it was counted.
+    // An interrupted wait may change the count, so that a call comes earlier.
     let Some(child) = seen.child.map(|child| child as u32) else { return Ok(Survival::Missed) };
     if signal == libc::SIGSTOP {
-        // The tracer lets go of every thread in this moment, and a signal may get lost in that.
+        // At this moment the tracer detaches from every thread, and a signal may get lost.
         let stopped = if call.role == Role::Parent { server.first_pid() } else { child };
         let until = Instant::now() + Duration::from_secs(2);
         while state(stopped) != Some('T') {
@@ -259,7 +262,7 @@ fn die(setup: Setup, call: Call, signal: i32) -> Result<Survival, String> {
         }
     }
     let serving = if call.role == Role::Parent {
-        // The child decides by itself: at once when the parent is dead, after 5 seconds when it is silent.
+        // The child decides on its own: immediately if the parent is dead, after 5 seconds if it is silent.
         server.log.wait(at, |line| line.starts_with("serving gen=2 "))?;
         try_eventually("the child answers", || server.answers().is_ok_and(|pid| pid == child))?;
         if signal == libc::SIGSTOP {
@@ -294,7 +297,7 @@ fn die(setup: Setup, call: Call, signal: i32) -> Result<Survival, String> {
     Ok(Survival::Survived)
 }
 
-/// What each thread of a process does, for an error message.
+/// Describes what each thread of a process does, for an error message.
 fn activity(pid: u32) -> String {
     let read = |task: &std::path::Path, name: &str| std::fs::read_to_string(task.join(name)).unwrap_or_default();
     let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
@@ -302,7 +305,7 @@ fn activity(pid: u32) -> String {
     tasks.map(|entry| task(entry.path())).collect()
 }
 
-/// The calls at which somebody may die: all of the child's, and the parent's from the moment that there is a child.
+/// The calls at which a process is killed: all of the child's, and those of the parent once the child exists.
 fn deaths(calls: &[Call]) -> Vec<Call> {
     let spawned = calls.iter().position(|call| call.role == Role::Forked).unwrap_or(calls.len());
     let parents = calls[spawned..].iter().filter(|call| call.role == Role::Parent);
@@ -310,12 +313,12 @@ fn deaths(calls: &[Call]) -> Vec<Call> {
     children.chain(parents).filter(|call| is_step(call)).copied().collect()
 }
 
-/// 62 handlers reset are one step.
+/// Resetting 62 handlers counts as one step.
 fn is_step(call: &Call) -> bool {
     call.number != libc::SYS_rt_sigaction || call.nth == 30
 }
 
-/// Who is stopped after its word `serving` is a stopped server like any other.
+/// A process that is stopped after it has sent `serving` is simply a stopped server.
 fn spoken(call: &Call, signal: i32) -> bool {
     signal == libc::SIGSTOP && call.late && call.role == Role::Child && call.number == libc::SYS_write
 }
@@ -328,7 +331,8 @@ fn death_sweep(title: &str, setup: Setup, at_a_time: usize, points: &[(Call, i32
     assert!(lost.is_empty(), "{title}: {} not survived, the first: {}", lost.len(), lost[0]);
 }
 
-/// Runs them all, three at a time (most of the time they wait); prints the two figures; returns what did not survive.
+/// Runs all points, three in parallel because they mostly wait. Prints the figures, and returns the points that were
+/// not survived.
 fn sweep<T: Copy + Send + Sync>(
     title: &str,
     points: &[T],
@@ -344,7 +348,7 @@ fn sweep<T: Copy + Send + Sync>(
         for _ in 0..at_a_time {
             scope.spawn(|| {
                 while let Some(point) = points.get(next.fetch_add(1, Ordering::Relaxed)) {
-                    // What depends on timing may not come at the first try.
+                    // A fault that depends on timing may not be injected at the first try.
                     let mut result = run(*point);
                     for _ in 0..2 {
                         if result == Ok(Survival::Missed) {
@@ -368,7 +372,7 @@ fn sweep<T: Copy + Send + Sync>(
     let (survived, missed) = (survived.into_inner(), missed.into_inner());
     let injected = survived + lost.len();
     println!(
-        "{title}: {injected} faults injected, {survived} survived ({missed} calls did not come) in {:?}",
+        "{title}: {injected} faults injected, {survived} survived ({missed} calls did not occur) in {:?}",
         began.elapsed()
     );
     lost
@@ -388,7 +392,7 @@ fn fault_sweep(title: &str, setup: Setup, clean: &Level, points: &[(Call, i32)])
     assert!(lost.is_empty(), "{title}: {} not survived, the first: {}", lost.len(), lost[0]);
 }
 
-/// What is stopped is waited for until its deadline: many at a time, because they only wait.
+/// A stopped process is waited for until its deadline. Many run in parallel, because they only wait.
 const STOPPED: Setup = Setup { fork: false, transport: "pipes", ready_timeout: "5000" };
 
 fn all_deaths(signal: i32) -> Vec<(Call, i32)> {
@@ -396,7 +400,7 @@ fn all_deaths(signal: i32) -> Vec<(Call, i32)> {
     calls.map(|call| (call, signal)).collect()
 }
 
-/// Without what the new program does before it takes the handover, which is the same in every setup.
+/// Skips the calls of the new program before it takes the handover, which are the same in every setup.
 fn of_the_handover(calls: Vec<Call>) -> Vec<Call> {
     let took = |call: &Call| call.role == Role::Child && call.number == libc::SYS_recvmsg;
     let from = calls.iter().position(took).unwrap_or(calls.len());
@@ -409,8 +413,8 @@ fn every_killing_is_survived() {
     death_sweep("killed", CLONE, 3, &all_deaths(libc::SIGKILL));
 }
 
-/// What ends the child before its execve, when it still has the parent's memory and might run its handlers, is not for the
-/// parent.
+/// A signal that ends the child before its execve must not affect the parent, although the child still shares its
+/// memory and might run its handlers.
 #[test]
 fn a_stop_signal_to_the_child_alone_stops_nothing_else() {
     let calls = deaths(&record(CLONE).calls).into_iter().filter(|call| call.role == Role::Forked);
@@ -418,7 +422,7 @@ fn a_stop_signal_to_the_child_alone_stops_nothing_else() {
     death_sweep("stop signal to the child", CLONE, 3, &points);
 }
 
-/// As one whose program is on a dead file system; with vfork(2) the parent would wait for it.
+/// Like a child whose program is on a dead file system. With vfork(2) the parent would wait for it.
 #[test]
 fn a_child_that_is_stopped_before_its_execve_costs_its_deadline() {
     let first = record(STOPPED).calls.into_iter().find(|call| call.role == Role::Forked);

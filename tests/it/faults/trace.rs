@@ -1,7 +1,7 @@
-//! A ptrace(2) tracer that fails one chosen system call of an upgrade, or sends a signal at it, and steps back.
+//! A ptrace(2) tracer that makes one chosen system call of an upgrade fail, or sends a signal at it, and then detaches.
 //!
-//! strace's `inject=` counts occurrences in every thread for itself, so with it one rule makes several faults: one in
-//! the parent, one before execve, one in the new program. Here it is exactly one.
+//! strace's `inject=` counts occurrences per thread, so one rule causes several faults: in the parent, before execve
+//! and in the new program. This tracer causes exactly one.
 
 use std::collections::{HashMap, HashSet};
 use std::fs;
@@ -9,14 +9,14 @@ use std::io;
 use std::ptr;
 use std::time::Instant;
 
-/// Whose system call it is.
+/// The process that makes a system call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Role {
     /// The old process's thread that upgrades.
     Parent,
     /// The new process before its execve.
     Forked,
-    /// The new program, until it has said `serving`.
+    /// The new program, until it has sent `serving`.
     Child,
 }
 
@@ -26,22 +26,22 @@ pub struct Call {
     pub role: Role,
     pub number: i64,
     pub nth: usize,
-    /// What tells fcntl's commands apart.
+    /// The command of an fcntl.
     pub argument: u64,
     /// The descriptor is a pipe or a socket.
     pub pipe: bool,
-    /// The new program has said `ready`; in the parent: it has said `commit`.
+    /// The new program has sent `ready`, or the parent has sent `commit`.
     pub late: bool,
 }
 
 #[derive(Clone, Copy, Debug)]
-#[allow(dead_code)] // The seccomp test only looks on.
+#[allow(dead_code)] // The seccomp test only observes.
 pub enum Fault {
     Errno(i32),
     Signal(i32),
 }
 
-/// What the tracer saw.
+/// The observations of the tracer.
 #[derive(Debug, Default)]
 pub struct Seen {
     pub calls: Vec<Call>,
@@ -75,8 +75,9 @@ const OPTIONS: i32 = libc::PTRACE_O_TRACESYSGOOD
 
 const WAIT: i32 = libc::__WALL | libc::__WNOTHREAD;
 
-/// Traces `parent` through the upgrade that `ask` asks for, until the fault is in or `done` says that all is over. Before a
-/// kill, when the thread that makes the call stands still and every other one runs, `before_kill` is called. Must run in the thread that may trace; other threads' children are left alone.
+/// Traces `parent` through the upgrade that `ask` requests, until the fault is injected or `done` returns true.
+/// `before_kill` is called before a kill, while the thread that makes the call is stopped and all others run. Call this
+/// in the thread that may trace. It leaves children of other threads alone.
 pub fn upgrade(
     parent: i32,
     fault: Option<(Call, Fault)>,
@@ -114,7 +115,7 @@ pub fn upgrade(
     let mut injecting = None;
     loop {
         let mut status = 0;
-        // SAFETY: `status` is ours to write.
+        // SAFETY: `status` is a local variable.
         let tid = unsafe { libc::waitpid(-1, &mut status, WAIT) };
         if tid < 0 {
             match io::Error::last_os_error().raw_os_error() {
@@ -144,16 +145,18 @@ pub fn upgrade(
                                     tracer.detach_all_but(Some(tid));
                                     before_kill(process as u32);
                                 }
-                                // SAFETY: plain numbers; the process is ours to trace, and stands still.
+                                // SAFETY: plain numbers. This thread traces the process, which is stopped.
                                 unsafe { libc::kill(process, signal) };
-                                // The end of a killed one must be waited for, or its own parent does not see it.
+                                // The tracer must wait for the end of a killed process. Otherwise its own parent does
+                                // not see it.
                                 if signal != libc::SIGKILL {
                                     tracer.detach(tid, 0);
                                 }
                                 break;
                             }
                             Fault::Errno(errno) => {
-                                // Number -1: the kernel does nothing; at the exit we say what it answered.
+                                // With number -1 the kernel does nothing. At the exit of the call, the tracer sets the
+                                // result.
                                 change(tid, |registers| registers.orig_rax = u64::MAX);
                                 injecting = Some((tid, errno));
                             }
@@ -191,14 +194,14 @@ impl Tracer {
         }
     }
 
-    /// What is no system call; gives the signal to pass on.
+    /// Handles all other events. Returns the signal to deliver.
     fn event(&mut self, tid: i32, status: i32) -> i32 {
         let signal = libc::WSTOPSIG(status);
         match status >> 16 {
             libc::PTRACE_EVENT_CLONE | libc::PTRACE_EVENT_FORK | libc::PTRACE_EVENT_VFORK => {
                 let mut new: libc::c_ulong = 0;
                 ptrace(libc::PTRACE_GETEVENTMSG, tid, 0, &raw mut new as usize);
-                // A short-lived thread may have come and gone before its parent's word of it.
+                // A short-lived thread may have come and gone before its parent's event arrives.
                 if !self.gone.contains(&(new as i32)) {
                     self.know(new as i32);
                 }
@@ -217,7 +220,7 @@ impl Tracer {
         }
     }
 
-    /// The call, if it is one of the upgrade's.
+    /// Returns the call, if it belongs to the upgrade.
     fn entry(&mut self, tid: i32, info: &SyscallInfo) -> Option<Call> {
         let role = match (tid == self.parent, Some(tid) == self.seen.child) {
             (true, _) if self.asked && !self.parent_done => Role::Parent,
@@ -231,7 +234,7 @@ impl Tracer {
             let mut start = [0_u8; 8];
             peek(tid, text, &mut start);
             if fd <= 2 {
-                // The program's own lines. Its verdict is the end of the upgrade.
+                // These are the program's own lines. The verdict is the end of the upgrade.
                 self.parent_done |= role == Role::Parent && &start == b"upgrade ";
                 return None;
             }
@@ -243,7 +246,8 @@ impl Tracer {
         if to.to_string_lossy().starts_with("anon_inode:[eventfd]")
             && [libc::SYS_read, libc::SYS_write].contains(&number)
         {
-            // Fails only when its count is at its end. In a signal handler, which may run in any thread.
+            // A write to an eventfd fails only when its count overflows. It happens in a signal handler, which may run
+            // in any thread.
             return None;
         }
         let pipe = ["pipe:", "socket:"].iter().any(|kind| to.to_string_lossy().starts_with(kind));
@@ -270,7 +274,7 @@ impl Tracer {
         }
         while self.tids.iter().any(|tid| Some(*tid) != kept) {
             let mut status = 0;
-            // SAFETY: `status` is ours to write.
+            // SAFETY: `status` is a local variable.
             let tid = unsafe { libc::waitpid(-1, &mut status, WAIT) };
             if tid < 0 {
                 break;
@@ -293,7 +297,8 @@ impl Tracer {
 /// The type of a request differs between the C libraries.
 fn ptrace(request: impl TryInto<i32>, tid: i32, address: usize, data: usize) -> i64 {
     let request = request.try_into().unwrap_or_default();
-    // SAFETY: the callers pass what each request asks for (ptrace(2)); the tracees' memory is not ours.
+    // SAFETY: the callers pass the arguments that each request needs (ptrace(2)), and only the tracee's memory is
+    // changed.
     unsafe { libc::ptrace(request as _, tid, address, data) as i64 }
 }
 
@@ -309,7 +314,7 @@ fn change(tid: i32, change: impl FnOnce(&mut libc::user_regs_struct)) {
 const ENTRY: u8 = 1;
 const EXIT: u8 = 2;
 
-/// The kernel's ptrace_syscall_info: at the entry number and arguments, at the exit the result.
+/// The kernel's ptrace_syscall_info: number and arguments at the entry, the result at the exit.
 #[repr(C)]
 #[derive(Default)]
 struct SyscallInfo {
@@ -331,7 +336,7 @@ fn peek(tid: i32, address: u64, into: &mut [u8]) {
     let local = libc::iovec { iov_base: into.as_mut_ptr().cast(), iov_len: into.len() };
     for length in [into.len(), 6] {
         let remote = libc::iovec { iov_base: ptr::without_provenance_mut(address as usize), iov_len: length };
-        // SAFETY: writes at most the length of `into`, reads the tracee.
+        // SAFETY: reads the tracee, and writes at most the length of `into`.
         if unsafe { libc::process_vm_readv(tid, &local, 1, &remote, 1, 0) } > 0 {
             break;
         }

@@ -1,11 +1,11 @@
-//! `hold` below real supervisors, each used with the commands that an operator would type:
+//! `hold` under real supervisors, each controlled with the commands that an operator would type:
 //!
 //!     tests/it/supervisors/install
 //!     cargo build --features systemd --examples
 //!     cargo test --features systemd --test it supervisors -- --ignored --nocapture
 //!
-//! Each prints a row of a table: the requests, and how many of them failed, of ten upgrades, of a failed upgrade, of a crash
-//! and of a stop. What is not installed is skipped, and says so.
+//! Each prints a row of a table with the requests and failures of ten upgrades, a failed upgrade, a crash and a stop. A
+//! supervisor that is not installed is skipped with a message.
 
 mod oci;
 
@@ -18,20 +18,20 @@ use rustix::process::Signal;
 
 use crate::support::{ask, connect, eventually, example, generation, send_signal, Load, Server};
 
-/// A supervisor, as shell commands in a directory of its own. `$HOLD` is the command line that it runs, `$SUPERVISOR` its
-/// own PID.
+/// A supervisor, as shell commands in its own directory. `$HOLD` is the command line that it runs, and `$SUPERVISOR` is
+/// its PID.
 struct Supervisor {
     name: &'static str,
     tools: &'static [&'static str],
     start: &'static str,
-    /// Prints the PID of the service, as this supervisor knows it.
+    /// Prints the PID of the service that the supervisor knows.
     pid: &'static str,
     upgrade: &'static str,
     stop: &'static str,
-    /// How the service ended, as this supervisor knows it: prints `expected`.
+    /// Prints `expected` if the supervisor has seen the expected end of the service.
     ended: &'static str,
     expected: &'static str,
-    /// Ends the supervisor, where the end of the service does not.
+    /// Ends the supervisor, if the end of the service does not.
     leave: &'static str,
 }
 
@@ -80,7 +80,7 @@ const S6: Supervisor = Supervisor {
             printf '#!/bin/sh\\nexec %s\\n' \"$(echo $HOLD | sed 's/ -- / --notify-fd 3 -- /')\" >service/run
             printf '#!/bin/sh\\necho $1 >ended\\n' >service/finish; chmod +x service/run service/finish
             exec s6-supervise service",
-    // It prints nothing until the service has said that it is ready.
+    // It prints nothing until the service has reported that it is ready.
     pid: "[ $(s6-svstat -o ready ./service) = true ] && s6-svstat -o pid ./service",
     upgrade: "s6-svc -h ./service",
     stop: "s6-svc -wD -T 60000 -d ./service",
@@ -123,7 +123,7 @@ END
 const TMUX: Supervisor = Supervisor {
     name: "a terminal (tmux), Ctrl-C",
     tools: &["tmux"],
-    // The shell of the job must not end by Ctrl-C before it has seen how the job ended.
+    // Ctrl-C must not end the job's shell before it has seen the job's exit status.
     start: "mkfifo stderr; echo \"trap : INT; $HOLD 2>stderr; echo \\$? >ended\" >job
             tmux -S socket -f /dev/null new-session -d 'exec sh job'; exec cat stderr >&2",
     pid: "cat /proc/$(tmux -S socket list-panes -F '#{pane_pid}')/task/*/children",
@@ -134,7 +134,7 @@ const TMUX: Supervisor = Supervisor {
     leave: "",
 };
 
-/// A terminal that is closed hangs up, and that is no upgrade.
+/// A closed terminal sends SIGHUP, which must not cause an upgrade.
 const HANGUP: Supervisor = Supervisor {
     name: "a terminal (tmux), closed",
     start: "mkfifo stderr; tmux -S socket -f /dev/null new-session -d \"exec $HOLD 2>stderr\"
@@ -185,7 +185,7 @@ impl Bed<'_> {
         assert!(line.starts_with(outcome), "{line}");
     }
 
-    /// All living processes of the service, with the numbers that they have in their own namespace.
+    /// Returns all living processes of the service, with their PIDs in their own namespace.
     fn processes(&self) -> Vec<(u32, u32)> {
         let tag = format!("{TAG}={}", self.server.dir().display());
         let pids = fs::read_dir("/proc").unwrap().flatten();
@@ -202,7 +202,7 @@ impl Bed<'_> {
         pids.filter(tagged).filter_map(inside).collect()
     }
 
-    /// The generation that serves, by its number outside of the namespace.
+    /// Returns the generation that serves, by its PID outside of the namespace.
     fn serving(&self) -> u32 {
         let inside = self.server.pid();
         self.processes().iter().find(|(_, number)| *number == inside).expect("the server").0
@@ -215,7 +215,7 @@ fn shell(command: &str, hold: &str) -> Command {
     shell
 }
 
-/// The sum of a load, for the table.
+/// Formats the total of a load, for the table.
 fn row(load: Load) -> String {
     let counts = load.stop();
     let refused = counts.failures.iter().filter(|(kind, _)| kind.starts_with("Refused")).map(|(_, count)| count);
@@ -240,8 +240,8 @@ fn supervise(supervisor: &Supervisor) {
     supervise_at(supervisor, programs, [&hold.display().to_string(), &server.display().to_string(), "$PWD"]);
 }
 
-/// The whole life of a service. `paths` are those of the two programs and of the directory, as the service sees them;
-/// `programs` is where the programs are.
+/// Runs the whole life of a service. `paths` are the paths of the two programs and of the directory as the service sees
+/// them. `programs` is where the programs are.
 fn supervise_at(supervisor: &Supervisor, programs: &Path, [hold, server, directory]: [&str; 3]) {
     let dir = crate::support::tempdir();
     let directory = directory.replace("$PWD", &dir.path().display().to_string());
@@ -285,12 +285,12 @@ fn supervise_at(supervisor: &Supervisor, programs: &Path, [hold, server, directo
     assert_eq!(generation(&addr), 1);
     assert_eq!(bed.service_pid(), service, "the service has one PID");
 
-    // A stop waits for the connection that is open, of an old generation, and for that of the new one.
+    // A stop waits for the open connection of an old generation, and for that of the new one.
     let mut open = Vec::new();
     for _ in 0..2 {
         open.push(connect(&addr).unwrap());
         open.last_mut().unwrap().write_all(b"w").unwrap();
-        ask(&addr).unwrap(); // Accepted after the other.
+        ask(&addr).unwrap(); // It is accepted after the other one.
         if open.len() == 1 {
             bed.upgrade("upgrade ok");
             eventually("the new one answers", || generation(&addr) == 2);
@@ -301,7 +301,7 @@ fn supervise_at(supervisor: &Supervisor, programs: &Path, [hold, server, directo
     eventually("load", || load.answered() > answered + 100);
     let mut stop = bed.command(supervisor.stop).stdout(Stdio::null()).spawn().unwrap();
     bed.server.wait("hold: stopping");
-    // After the stop nothing listens, and that is what this load has to see.
+    // After the stop no process listens, so this load is expected to fail.
     let counts = load.stop();
     let cut =
         counts.failures.iter().filter(|(kind, _)| !kind.starts_with("Refused")).map(|(_, count)| count).sum::<u64>();

@@ -1,4 +1,4 @@
-//! The same in a container: `hold` is its PID 1, and its image is two static binaries.
+//! The same in a container: `hold` is its PID 1, and its image consists of two static binaries.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -8,7 +8,7 @@ use super::{is_there, supervise_at, Supervisor};
 const RUNC: Supervisor = Supervisor {
     name: "a container (runc)",
     tools: &["runc"],
-    // The host's network, so that the clients reach it.
+    // It uses the host's network, so that the clients can reach it.
     start: r#"mkdir -p bundle/rootfs/proc bundle/rootfs/run && cp $PROGRAMS/hold $PROGRAMS/whoami bundle/rootfs/
             args=$(for word in $HOLD; do printf '"%s",' "$word"; done)
             cat >bundle/config.json <<END
@@ -28,10 +28,10 @@ END
     leave: "",
 };
 
-/// Builds the two programs without a C library beside them. Returns where they are.
+/// Builds the two programs as static binaries. Returns their paths.
 fn build_static() -> PathBuf {
     let project = Path::new(env!("CARGO_MANIFEST_DIR"));
-    // A target that is named, so that what runs at build time is not static.
+    // With an explicit target, the flags do not apply to programs that run at build time.
     let target = format!("{}-unknown-linux-gnu", std::env::consts::ARCH);
     let directory = project.join("target/static");
     let mut cargo = Command::new(env!("CARGO"));

@@ -1,4 +1,4 @@
-//! What the tests stand on: a real systemd that was booted for one test, its units, their log, and a load.
+//! The test bed: a real systemd that is booted for one test, its units, their log, and a load.
 
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Write};
@@ -13,19 +13,19 @@ use std::time::{Duration, Instant};
 
 use crate::support::{example, DEADLINE};
 
-/// Set in the process that runs inside.
+/// Set in the process that runs inside the booted system.
 const INSIDE: &str = "ECDYSIS_TEST_UNDER_SYSTEMD";
 
-/// A whole test, the fetching of systemd included.
+/// The deadline of a whole test, including the download of systemd.
 const TEST_DEADLINE: &str = "300";
 
-/// Runs test `name` of this file under a systemd of its own: outside it boots one and calls this program again, inside
-/// it calls `test`.
+/// Runs test `name` under a separate systemd. Outside, it boots systemd and runs this program again. Inside, it calls
+/// `test`.
 pub fn under_systemd(name: &str, test: impl FnOnce(Machine)) {
     if std::env::var_os(INSIDE).is_some() {
         return test(Machine::new());
     }
-    // One at a time: what they measure must not be each other.
+    // Only one runs at a time, so that they do not disturb each other.
     static TURN: Mutex<()> = Mutex::new(());
     let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
     let directory = Path::new(env!("CARGO_MANIFEST_DIR"));
@@ -47,7 +47,7 @@ pub fn under_systemd(name: &str, test: impl FnOnce(Machine)) {
 
 pub struct Machine {
     pub units: PathBuf,
-    /// What systemd itself said.
+    /// The log of systemd itself.
     pub journal: PathBuf,
     /// The first line of `systemctl --version`.
     pub version: String,
@@ -64,7 +64,7 @@ impl Machine {
         machine
     }
 
-    /// Installs an example as a package would: by a rename over what was there.
+    /// Installs an example as a package would, by renaming it over the old file.
     pub fn install(&self, example_name: &str) {
         self.install_file(example_name, &fs::read(example(example_name)).unwrap());
     }
@@ -77,7 +77,7 @@ impl Machine {
         fs::rename(new, path).unwrap();
     }
 
-    /// Installs a version of the server that runs with these arguments, whatever its unit says.
+    /// Installs a version of the server that runs with these arguments, regardless of its unit.
     pub fn install_version(&self, arguments: &str) {
         self.install_file("whoami.real", &fs::read(example("whoami")).unwrap());
         let script =
@@ -85,7 +85,7 @@ impl Machine {
         self.install_file("whoami", script.as_bytes());
     }
 
-    /// A service whose stderr, and whose unit's every other setting that a test wants, goes our way.
+    /// Creates a service whose stderr goes to the test, with additional unit settings.
     pub fn service(&self, name: &'static str, settings: &str) -> Service<'_> {
         let fifo = PathBuf::from(format!("/run/{name}.stderr"));
         rustix::fs::mknodat(rustix::fs::CWD, &fifo, rustix::fs::FileType::Fifo, 0o666.into(), 0).unwrap();
@@ -114,8 +114,8 @@ impl Machine {
         assert!(output.status.success(), "{output:?}");
     }
 
-    /// What systemd complained about: words from a process that is not main, a main process that is not its child (which
-    /// it would kill without waiting), a timeout, a process killed.
+    /// Returns systemd's complaints: a message from a process that is not the main process, a main process that is not
+    /// its child (which it would kill without waiting), a timeout, a killed process.
     pub fn complaints(&self) -> Vec<String> {
         let log = String::from_utf8_lossy(&fs::read(&self.journal).unwrap()).into_owned();
         let bad = |line: &&str| {
@@ -138,7 +138,7 @@ impl Service<'_> {
         self.succeed("start");
     }
 
-    /// A command that has to succeed.
+    /// Runs a command that must succeed.
     pub fn succeed(&self, command: &str) {
         let output = self.try_to(command);
         assert!(output.status.success(), "systemctl {command} {}: {}", self.name, text(&output));
@@ -160,12 +160,12 @@ impl Service<'_> {
         self.get("MainPID").parse().unwrap()
     }
 
-    /// What an operator sees.
+    /// Returns the output of `systemctl status`.
     pub fn status(&self) -> String {
         text(&systemctl(&["status", "--no-pager", "--full", &self.unit()]))
     }
 
-    /// All processes of the service.
+    /// Returns all processes of the service.
     pub fn processes(&self) -> Vec<u32> {
         let group = self.get("ControlGroup");
         if group.is_empty() {
@@ -176,7 +176,7 @@ impl Service<'_> {
     }
 }
 
-/// After a failure: what there is to know.
+/// Prints the available information after a failure.
 impl Drop for Service<'_> {
     fn drop(&mut self) {
         if thread::panicking() {
@@ -195,7 +195,7 @@ fn run(program: &str, arguments: &[&str]) -> Output {
     Command::new("timeout").arg("60").arg(program).args(arguments).stdin(Stdio::null()).output().unwrap()
 }
 
-/// All that a command printed.
+/// Returns all output of a command.
 pub fn text(output: &Output) -> String {
     [&output.stdout, &output.stderr].map(|bytes| String::from_utf8_lossy(bytes)).concat()
 }
@@ -208,7 +208,7 @@ pub struct Log {
 
 impl Log {
     fn of(fifo: &Path) -> Self {
-        // Opened for both, so that it never ends and opening never waits.
+        // Opened for reading and writing, so that it never reaches EOF and opening never blocks.
         let reader = BufReader::new(File::options().read(true).write(true).open(fifo).unwrap());
         let (sender, lines) = channel();
         let seen = Arc::new(Mutex::new(Vec::new()));
@@ -228,13 +228,13 @@ impl Log {
         self.seen.lock().unwrap().clone()
     }
 
-    /// The next line that begins so; those before it are passed over.
+    /// Returns the next line that starts with `beginning`, skipping others.
     pub fn expect(&self, beginning: &str) -> String {
         self.within(DEADLINE, beginning)
             .unwrap_or_else(|| panic!("no line {beginning:?} within {DEADLINE:?}: {:#?}", self.seen()))
     }
 
-    /// The same, if it comes within that time.
+    /// The same, or `None` if there is no such line within that time.
     pub fn within(&self, time: Duration, beginning: &str) -> Option<String> {
         let until = Instant::now() + time;
         loop {
