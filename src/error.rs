@@ -235,6 +235,32 @@ impl fmt::Display for Error {
 impl StdError for Error {}
 
 impl Error {
+    /// The same error for another thread. A cause that cannot be copied keeps its kind and its text.
+    pub(crate) fn copy(&self) -> Self {
+        macro_rules! copy {
+            ($($variant:ident { $($field:ident $(as $how:ident)?),* })*) => {
+                match self { $(Self::$variant { $($field),* } => Self::$variant { $($field: copy!($field $($how)?)),* }),* }
+            };
+            ($field:ident) => { $field.clone() };
+            ($error:ident io) => { match $error.raw_os_error() {
+                Some(errno) => io::Error::from_raw_os_error(errno),
+                None => io::Error::new($error.kind(), $error.to_string()),
+            } };
+            ($error:ident text) => { $error.to_string().into() };
+        }
+        copy! {
+            AlreadyStarted {} Signal { signal, source as io } Handover { what, source as io } Untrusted { path, uid }
+            Connect { path, source as io } NotHandedOver { path, answer } GivenUp {} Socket { key, source as io }
+            ServiceManager { what, source as io } NotPassed { key, name, passed } State { name, source as text }
+            PidFile { path, source as io } Ready { source as io } Busy {} NoListener { inherited } NotReady {} Over {}
+            StopAsked { pid } ParentDrains {} Prepare { what, source as io } Spawn { program, source as io }
+            Exec { program, pid, step, source as io } ChildEnded { pid, status } ChildSilent { pid } ChildLivesOn { pid }
+            Refused { pid, reason } Timeout { pid, after } Garbage { pid, received }
+            DiedAfterReady { pid, status, after } Send { pid, source as io } ParentLives { after } Wait { source as io }
+            RefusedHere { reason }
+        }
+    }
+
     /// The message without its causes, and the direct cause.
     pub(crate) fn parts(&self) -> (String, Option<&(dyn StdError + 'static)>) {
         let child = |pid: &u32| match pid {

@@ -37,7 +37,34 @@ pub enum Event<'a> {
     Ended(&'a Exit),
 }
 
+/// Passes a copy of an event to an observer, in another thread.
+pub(crate) type Delivery = Box<dyn FnOnce(&dyn Fn(&Event<'_>)) + Send>;
+
 impl Event<'_> {
+    pub(crate) fn delivery(&self) -> Delivery {
+        match *self {
+            Self::Serving { generation } => Box::new(move |observer| observer(&Event::Serving { generation })),
+            Self::Upgrading => Box::new(|observer| observer(&Event::Upgrading)),
+            Self::Spawned { pid } => Box::new(move |observer| observer(&Event::Spawned { pid })),
+            Self::Committed(upgraded) => {
+                let upgraded = upgraded.clone();
+                Box::new(move |observer| observer(&Event::Committed(&upgraded)))
+            }
+            Self::Upgraded(upgraded) => {
+                let upgraded = upgraded.clone();
+                Box::new(move |observer| observer(&Event::Upgraded(&upgraded)))
+            }
+            Self::UpgradeFailed { error, after } => {
+                let error = error.copy();
+                Box::new(move |observer| observer(&Event::UpgradeFailed { error: &error, after }))
+            }
+            Self::Ended(exit) => {
+                let exit = exit.clone();
+                Box::new(move |observer| observer(&Event::Ended(&exit)))
+            }
+        }
+    }
+
     /// One line for each event, key=value. `child` is the new process of an upgrade.
     pub(crate) fn log(&self) {
         match self {

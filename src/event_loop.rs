@@ -58,7 +58,7 @@ impl EventLoop<'_> {
         loop {
             let on_probation = phase == Phase::Serving && self.generation.ancestors.on_probation();
             let again = self.answer(phase, on_probation);
-            if self.triggers.stop_requested() {
+            if self.triggers.has_request(Action::stops) {
                 return Ok(Wake::Stop);
             }
             // One that was requested while the child starts is passed on after the commit.

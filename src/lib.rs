@@ -87,6 +87,7 @@ mod error;
 mod event;
 mod event_loop;
 mod exit;
+mod foreign;
 #[cfg(any(test, fuzzing))]
 #[doc(hidden)]
 #[allow(missing_docs, clippy::missing_panics_doc)]

@@ -2,13 +2,13 @@
 
 use std::env;
 use std::io;
-use std::panic::{self, AssertUnwindSafe};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
-use crate::event::Event;
+use crate::event::{Delivery, Event};
 use crate::exit::Upgraded;
+use crate::foreign::Foreign;
 use crate::handover::ancestors::Ancestors;
 use crate::logging;
 use crate::manager::{Child, ServiceManager, ANNOUNCE};
@@ -17,7 +17,7 @@ use crate::sockets::Sockets;
 pub(crate) type Observer = Arc<dyn Fn(&Event<'_>) + Send + Sync>;
 
 pub(crate) struct Reporter {
-    observer: Option<Observer>,
+    observer: Option<Foreign<Delivery>>,
     ancestors: Arc<Ancestors>,
     sockets: Sockets,
     /// Empty if there is no service manager, or the program does not use it.
@@ -28,6 +28,8 @@ pub(crate) struct Reporter {
 
 impl Reporter {
     pub(crate) fn new(observer: Option<Observer>, ancestors: Arc<Ancestors>, sockets: Sockets) -> Self {
+        let thread = |observer: Observer| Foreign::new("ecdysis-events", move |call: Delivery| call(&*observer));
+        let observer = observer.map(thread);
         Self { observer, ancestors, sockets, manager: OnceLock::new(), takes_sockets: AtomicBool::new(false) }
     }
 
@@ -42,10 +44,7 @@ impl Reporter {
             manager.on_event(event);
         }
         if let Some(observer) = &self.observer {
-            // The program's code, in the middle of an upgrade. A panic must not leave the upgrade half done.
-            if panic::catch_unwind(AssertUnwindSafe(|| observer(event))).is_err() {
-                logging::error!("the observer panicked at {event:?}");
-            }
+            observer.call(event.delivery());
         }
     }
 

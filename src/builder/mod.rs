@@ -290,8 +290,10 @@ impl Builder {
         self
     }
 
-    /// Calls `observer` at every [`Event`], in the thread that waits for triggers: it must return soon, and must not
-    /// call [`Ecdysis::upgrade`](crate::Ecdysis::upgrade). If it panics, that is logged and changes nothing.
+    /// Calls `observer` at every [`Event`], in order, in a thread named `ecdysis-events`. The library waits until the call
+    /// has returned, so what the observer does comes before what follows the event. But it waits for at most a second: an
+    /// observer that blocks holds up no upgrade and no stop. Then 256 events wait for it, and further ones are lost. A
+    /// panic changes nothing.
     pub fn on_event(&mut self, observer: impl Fn(&Event<'_>) + Send + Sync + 'static) -> &mut Self {
         self.observer = Some(Arc::new(observer));
         self

@@ -82,7 +82,7 @@ impl Service {
             let stop_queued = lead.exit.is_none()
                 && lead.triggers.as_mut().is_some_and(|triggers| {
                     triggers.take_calls();
-                    triggers.stop_requested()
+                    triggers.has_request(Action::stops)
                 });
             if let Some(value) = value.take_if(|_| !stop_queued) {
                 return Ok(value);

@@ -106,10 +106,6 @@ impl Triggers {
         again
     }
 
-    pub(crate) fn stop_requested(&self) -> bool {
-        self.has_request(Action::stops)
-    }
-
     /// What has requested a stop.
     pub(crate) fn stop_reason(&self) -> Option<ExitReason> {
         self.requests.iter().find(|request| request.action.stops()).map(|request| request.reason.clone())

@@ -426,3 +426,23 @@ fn a_log_that_blocks_holds_up_nobody() {
     });
     assert!(returned.recv_timeout(DEADLINE).expect("run returns"));
 }
+
+/// Nor does an observer, which the trigger loop calls in the middle of an upgrade.
+#[test]
+fn an_observer_that_blocks_holds_up_nobody() {
+    if !is_alone("one_serves::an_observer_that_blocks_holds_up_nobody") {
+        return;
+    }
+    let (done, returned) = mpsc::channel();
+    thread::spawn(move || {
+        let observer = |_: &ecdysis::Event<'_>| loop {
+            thread::park();
+        };
+        let server = Ecdysis::builder().exec("/bin/false").on_event(observer).start().unwrap().ready().unwrap();
+        let failed = server.upgrade().unwrap_err();
+        server.stop();
+        let _ = done.send((failed.to_string(), server.run().is_ok()));
+    });
+    let (failed, stopped) = returned.recv_timeout(DEADLINE).expect("upgrade, stop and run return");
+    assert!(failed.contains("ended before it was ready: exit status: 1") && stopped, "{failed}");
+}

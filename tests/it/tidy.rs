@@ -32,6 +32,7 @@ const LAYERS: &[&[&str]] = &[
     &["listen"],
     &["sys"],
     &["logging", "started"],
+    &["foreign"],
 ];
 
 /// Imports that point up all the same, as `file: module`. Shall become empty.

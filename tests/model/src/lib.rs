@@ -47,6 +47,10 @@ pub struct Rules {
     pub woken_serves: bool,
     /// The manifest's last line goes out only when there is room for `stop` behind it.
     pub stop_fits: bool,
+    /// A child that rolls back waits for its parent's `stop`, and otherwise accepts again.
+    pub rollback_waits: bool,
+    /// `stop` counts although the parent has ended since.
+    pub stop_is_final: bool,
 }
 
 impl Rules {
@@ -60,6 +64,8 @@ impl Rules {
             waits_for_serving: true,
             woken_serves: true,
             stop_fits: true,
+            rollback_waits: true,
+            stop_is_final: true,
         }
     }
 }
@@ -127,6 +133,7 @@ impl Protocol {
             stopped: false,
             false_verdict: false,
             lost_stop: false,
+            given_away: false,
         }
     }
 
@@ -182,8 +189,14 @@ impl Protocol {
                 spend(&mut left.upgrades)?;
                 next.processes[p].upgrade = true;
             }
-            Action::AskRollback(p) if s.processes[p].at == At::Probation && s.processes[p].runs() => {
+            // The parent's own check says no; or an operator asks the child.
+            Action::AskRollback(p)
+                if matches!(s.processes[p].at, At::Probation | At::Loop) && s.processes[p].runs() =>
+            {
                 spend(&mut left.rollbacks)?;
+                if s.processes[p].at == At::Loop && s.processes[p].free {
+                    return None;
+                }
                 next.processes[p].rollback = true;
             }
             Action::TakeOver(p) => {
@@ -331,6 +344,10 @@ impl Protocol {
     fn no_stop_is_lost(&self, s: &State) -> bool {
         !s.lost_stop
     }
+
+    fn a_rollback_has_a_taker(&self, s: &State) -> bool {
+        !s.given_away
+    }
 }
 
 impl Model for Protocol {
@@ -358,6 +375,7 @@ impl Model for Protocol {
             Property::always("stopped stays stopped", Self::stopped_stays_stopped),
             Property::always("the main process lives", Self::the_main_process_lives),
             Property::always("no stop is lost", Self::no_stop_is_lost),
+            Property::always("a rollback has a taker", Self::a_rollback_has_a_taker),
             Property::sometimes(SUCCEEDS, |_, s: &State| s.processes.len() > 1 && s.processes[1].free),
         ]
     }

@@ -28,6 +28,7 @@ pub fn spawn(state: &mut State, p: Pid, kind: Kind, most: usize) -> bool {
         child_reads: true,
         wrapper: kind == Kind::Wrapped,
         given_up: false,
+        drains: false,
     }));
     let process = &mut state.processes[p];
     process.at = At::WaitReady;
@@ -144,6 +145,7 @@ pub fn step(s: &mut State, p: Pid, c: Pid, timeout: bool, rules: &Rules) -> Opti
                 // What came behind it is for later.
                 let link = s.link_mut(c);
                 link.to_parent.extend(seen.serving.then_some(FromChild::Serving));
+                link.to_parent.extend(seen.refused.then_some(FromChild::Refused));
                 link.to_parent.extend(seen.stopping.then_some(FromChild::Stopping));
                 s.processes[p].at = At::Pause;
             } else if seen.refused || seen.ended() || stop || timeout {
@@ -166,7 +168,10 @@ pub fn step(s: &mut State, p: Pid, c: Pid, timeout: bool, rules: &Rules) -> Opti
         }
         At::WaitServing => {
             let seen = hear(s, c, rules);
-            if seen.stopping {
+            s.link_mut(c).drains = seen.serving && seen.refused;
+            // It has rolled back, and then perhaps has served again and stopped.
+            s.processes[p].stop |= seen.refused && seen.stopping;
+            if seen.stopping && !seen.refused {
                 s.processes[p].at = At::Over;
             } else if seen.refused || seen.ended() || !pass_on(s, p, c) || (timeout && !seen.serving) {
                 s.processes[p].at = At::GiveUp(GiveUp::Say);
@@ -177,7 +182,11 @@ pub fn step(s: &mut State, p: Pid, c: Pid, timeout: bool, rules: &Rules) -> Opti
         At::Probation => {
             let seen = hear(s, c, rules);
             let stranger = s.link(c).kind == Kind::Stranger;
-            if seen.stopping {
+            s.link_mut(c).drains = seen.refused;
+            if seen.refused {
+                s.processes[p].stop |= seen.stopping;
+                s.processes[p].at = At::GiveUp(GiveUp::Say);
+            } else if seen.stopping {
                 s.processes[p].at = At::Over;
             } else if seen.ended() || !pass_on(s, p, c) {
                 // Also if only what was started has ended: who is behind that is told.
@@ -270,7 +279,7 @@ pub fn step(s: &mut State, p: Pid, c: Pid, timeout: bool, rules: &Rules) -> Opti
             link.parent_reads = false;
             link.to_parent.clear();
             link.parent_writes = rules.give_up_says_stop;
-            if stranger {
+            if stranger || link.drains {
                 resume(s, p, rules);
             } else {
                 s.processes[p].at = At::GiveUp(GiveUp::Kill);

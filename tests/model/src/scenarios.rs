@@ -65,7 +65,7 @@ pub fn small() -> Vec<Scenario> {
         model.kinds = EVERY_KIND.into()
     }));
     all.extend(both(
-        "a refusal or a commit taken back, a death, a freeze, a stop",
+        "a refusal or a rollback, a death, a freeze, a stop",
         Budget { refusals: 1, rollbacks: 1, stops: 1, ..one },
         |_| {},
     ));
@@ -95,6 +95,7 @@ pub fn large() -> Vec<Scenario> {
     all.extend(both("two upgrades, a death, a freeze, a stop", Budget { stops: 1, ..one }, |_| {}));
     all.extend(both("two upgrades, two deaths, a freeze", Budget { deaths: 2, ..one }, |_| {}));
     all.extend(both("two upgrades, a death, two freezes", Budget { freezes: 2, ..one }, |_| {}));
+    all.extend(both("two upgrades, a rollback, a death, a freeze", Budget { rollbacks: 1, ..one }, |_| {}));
     all.extend(both("two upgrades of every kind, a death, a freeze", one, |model| model.kinds = EVERY_KIND.into()));
     all.extend(both(
         "a takeover and an upgrade, a death, a freeze, a stop",

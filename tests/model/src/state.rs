@@ -42,6 +42,10 @@ pub enum At {
     Stop,
     /// The parent has taken back the commit: stop accepting, say so, drain.
     GivenBack,
+    /// Was asked to roll back: stop accepting, say so.
+    RollBack,
+    /// Has said so. `stop` confirms that the parent accepts; the verdict, or the parent's end, says that it does not.
+    WaitAnswer,
     /// Drains, and then exits.
     Over,
     /// Was given up, or got an unusable handover: exits with an error.
@@ -152,6 +156,8 @@ pub struct Link {
     /// A shell before the child, that lives.
     pub wrapper: bool,
     pub given_up: bool,
+    /// The child has served and refused: it drains, so it is not killed.
+    pub drains: bool,
 }
 
 /// A connection in the queue of the listener that all share.
@@ -206,4 +212,6 @@ pub struct State {
     pub false_verdict: bool,
     /// A `stop` that a child able to serve was to get did not go out.
     pub lost_stop: bool,
+    /// A process has given the service back to nobody.
+    pub given_away: bool,
 }

@@ -135,7 +135,33 @@ pub fn step(state: &State, p: Pid, timeout: bool, rules: &Rules) -> Option<State
         At::Manifest | At::Ready | At::WaitCommit | At::Serving | At::LookAgain | At::WaitEnd => {
             new_process(s, p, timeout, rules)?
         }
-        At::Loop if !timeout => serve(s, p)?,
+        At::Loop if !timeout => serve(s, p, rules)?,
+        At::RollBack if !timeout => {
+            s.pause(p, rules);
+            s.report(p, FromChild::Refused);
+            if rules.rollback_waits {
+                s.processes[p].at = At::WaitAnswer;
+            } else {
+                let link = s.link(p);
+                let parent = &s.processes[link.parent];
+                s.given_away |= !link.given_up && (parent.life != Life::Alive || parent.at == At::Over);
+                s.processes[p].at = At::Leave;
+            }
+        }
+        At::WaitAnswer => {
+            if timeout && !s.link(p).to_child.is_empty() {
+                return None;
+            }
+            let mail = read_mail(s, p);
+            if mail.stop {
+                s.processes[p].at = At::Leave;
+            } else if s.processes[p].free || s.parent_ended(p) || timeout {
+                s.processes[p].at = At::Loop;
+                s.accept(p);
+            } else if !mail.any {
+                return None;
+            }
+        }
         At::GivenBack if !timeout => {
             s.pause(p, rules);
             // The answer: from here on the parent may accept.
@@ -237,14 +263,14 @@ fn new_process(s: &mut State, p: Pid, timeout: bool, rules: &Rules) -> Option<()
     Some(())
 }
 
-fn serve(s: &mut State, p: Pid) -> Option<()> {
+fn serve(s: &mut State, p: Pid, rules: &Rules) -> Option<()> {
     if s.links[p].is_some() && !s.processes[p].free {
         let mail = read_mail(s, p);
-        if mail.stop {
+        if mail.stop && (rules.stop_is_final || !s.parent_ended(p)) {
             s.processes[p].at = At::GivenBack;
             return Some(());
         }
-        if !mail.any && s.parent_ended(p) {
+        if (!mail.any || mail.stop) && s.parent_ended(p) {
             let process = &mut s.processes[p];
             (process.free, process.main) = (true, true);
             return Some(());
@@ -255,6 +281,13 @@ fn serve(s: &mut State, p: Pid) -> Option<()> {
     }
     if s.processes[p].stop {
         s.processes[p].at = At::SayStopping;
+        return Some(());
+    }
+    if s.processes[p].rollback {
+        s.processes[p].rollback = false;
+        if s.links[p].is_some() && !s.processes[p].free {
+            s.processes[p].at = At::RollBack;
+        }
         return Some(());
     }
     // An upgrade: see `spawn`.

@@ -22,39 +22,36 @@ const MOMENTS: [(&str, IsMoment); 6] = [
     ("`verdict` sent", |p, _| p.at == At::Over),
 ];
 
-/// What happens at that moment, and then.
-enum Event {
-    Nothing,
-    One(Action),
-    /// This, and that when everything has come to rest.
-    Then(Action, Action),
-    Both(Action, Action),
-}
-
 const PARENT: Pid = 0;
 const CHILD: Pid = 1;
 
-fn events() -> Vec<(&'static str, Kind, Event)> {
+/// What happens at that moment, and what when everything has come to rest.
+type Event = &'static [&'static [Action]];
+
+fn events() -> [(&'static str, Kind, Event); 21] {
     use Action::*;
-    use Event::*;
-    vec![
-        ("nothing", Kind::Child, Nothing),
-        ("parent killed", Kind::Child, One(Kill(PARENT))),
-        ("child killed", Kind::Child, One(Kill(CHILD))),
-        ("both killed", Kind::Child, Both(Kill(PARENT), Kill(CHILD))),
-        ("shell before the child killed", Kind::Wrapped, One(KillWrapper(CHILD))),
-        ("child killed, its helper lives", Kind::WithHelper, One(Kill(CHILD))),
-        ("parent frozen", Kind::Child, One(Freeze(PARENT))),
-        ("… and continued later", Kind::Child, Then(Freeze(PARENT), Continue(PARENT))),
-        ("… or killed later", Kind::Child, Then(Freeze(PARENT), Kill(PARENT))),
-        ("child frozen", Kind::Child, One(Freeze(CHILD))),
-        ("… and continued later", Kind::Child, Then(Freeze(CHILD), Continue(CHILD))),
-        ("the same behind a shell", Kind::Wrapped, Then(Freeze(CHILD), Continue(CHILD))),
-        ("parent asked to stop", Kind::Child, One(AskStop(PARENT))),
-        ("child asked to stop", Kind::Child, One(AskStop(CHILD))),
-        ("parent asked for another upgrade", Kind::Child, One(AskUpgrade(PARENT))),
-        ("child asked for another upgrade", Kind::Child, One(AskUpgrade(CHILD))),
-        ("commit taken back", Kind::Child, One(AskRollback(PARENT))),
+    [
+        ("nothing", Kind::Child, &[&[]]),
+        ("parent killed", Kind::Child, &[&[Kill(PARENT)]]),
+        ("child killed", Kind::Child, &[&[Kill(CHILD)]]),
+        ("both killed", Kind::Child, &[&[Kill(PARENT), Kill(CHILD)]]),
+        ("shell before the child killed", Kind::Wrapped, &[&[KillWrapper(CHILD)]]),
+        ("child killed, its helper lives", Kind::WithHelper, &[&[Kill(CHILD)]]),
+        ("parent frozen", Kind::Child, &[&[Freeze(PARENT)]]),
+        ("… and continued later", Kind::Child, &[&[Freeze(PARENT)], &[Continue(PARENT)]]),
+        ("… or killed later", Kind::Child, &[&[Freeze(PARENT)], &[Kill(PARENT)]]),
+        ("child frozen", Kind::Child, &[&[Freeze(CHILD)]]),
+        ("… and continued later", Kind::Child, &[&[Freeze(CHILD)], &[Continue(CHILD)]]),
+        ("the same behind a shell", Kind::Wrapped, &[&[Freeze(CHILD)], &[Continue(CHILD)]]),
+        ("parent asked to stop", Kind::Child, &[&[AskStop(PARENT)]]),
+        ("child asked to stop", Kind::Child, &[&[AskStop(CHILD)]]),
+        ("parent asked for another upgrade", Kind::Child, &[&[AskUpgrade(PARENT)]]),
+        ("child asked for another upgrade", Kind::Child, &[&[AskUpgrade(CHILD)]]),
+        ("parent's check fails", Kind::Child, &[&[AskRollback(PARENT)]]),
+        ("child asked to roll back", Kind::Child, &[&[AskRollback(CHILD)]]),
+        ("… and parent killed", Kind::Child, &[&[AskRollback(CHILD), Kill(PARENT)]]),
+        ("… and parent frozen", Kind::Child, &[&[AskRollback(CHILD), Freeze(PARENT)]]),
+        ("… and continued later", Kind::Child, &[&[AskRollback(CHILD), Freeze(PARENT)], &[Continue(PARENT)]]),
     ]
 }
 
@@ -115,7 +112,7 @@ fn who_serves(state: &State) -> String {
 }
 
 /// One cell: who serves in the end.
-fn cell(kind: Kind, event: &Event, is_moment: IsMoment) -> String {
+fn cell(kind: Kind, event: Event, is_moment: IsMoment) -> String {
     let budget = Budget { deaths: 2, freezes: 1, stops: 1, upgrades: 1, rollbacks: 1, ..Budget::default() };
     let mut model = Protocol::new(Carrier::Pipes, budget);
     model.kinds = vec![kind];
@@ -131,15 +128,11 @@ fn cell(kind: Kind, event: &Event, is_moment: IsMoment) -> String {
         if state.processes.iter().any(|process| process.life == Life::Dying) {
             continue;
         }
-        let end = match event {
-            Event::Nothing => rest(&model, vec![state]),
-            Event::One(action) => rest(&model, vec![now(&state, action)]),
-            Event::Both(one, other) => rest(&model, vec![now(&now(&state, one), other)]),
-            Event::Then(one, other) => {
-                let between = rest(&model, vec![now(&state, one)]);
-                rest(&model, between.iter().map(|state| now(state, other)).collect())
-            }
-        };
+        let mut end = HashSet::from([state]);
+        for actions in event {
+            let begun = end.iter().map(|state| actions.iter().fold(state.clone(), |state, action| now(&state, action)));
+            end = rest(&model, begun.collect());
+        }
         after.extend(end.iter().map(who_serves));
     }
     after.into_iter().collect::<Vec<_>>().join(" or ")
@@ -157,7 +150,7 @@ pub fn table() -> String {
     for (name, kind, event) in events() {
         write!(out, "| {name} |").unwrap();
         for (_, is_moment) in MOMENTS {
-            write!(out, " {} |", cell(kind, &event, is_moment)).unwrap();
+            write!(out, " {} |", cell(kind, event, is_moment)).unwrap();
         }
         out.push('\n');
     }

@@ -110,3 +110,19 @@ fn a_stop_is_lost() {
     let budget = Budget { upgrades: 1, stops: 1, ..NONE };
     assert!(is_needed(|rules| rules.stop_fits = false, Kind::LargeManifest, budget, "no stop is lost"));
 }
+
+/// A child is asked to roll back when its parent has died, or has just given the verdict.
+#[test]
+fn a_rollback_leaves_nobody() {
+    for deaths in [0, 1] {
+        let budget = Budget { upgrades: 1, rollbacks: 1, deaths, ..NONE };
+        assert!(is_needed(|rules| rules.rollback_waits = false, Kind::Child, budget, "a rollback has a taker"));
+    }
+}
+
+/// A frozen child continues when its parent has given it up, has stopped and has ended.
+#[test]
+fn a_stopped_service_comes_back_with_a_frozen_child() {
+    let budget = Budget { upgrades: 1, stops: 1, deaths: 1, freezes: 1, ..NONE };
+    assert!(is_needed(|rules| rules.stop_is_final = false, Kind::Wrapped, budget, "stopped stays stopped"));
+}
