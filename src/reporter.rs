@@ -113,14 +113,14 @@ impl Reporter {
 
     /// Announces the process that serves now, before this one may end. Our child becomes the main process of the service.
     /// A process that took over belongs to another unit or to none, so for this one it is the end.
-    pub(crate) fn announce(&self, upgraded: &Upgraded, child: Option<Child>) {
+    pub(crate) fn announce(&self, upgraded: &Upgraded, child_id: Option<impl FnOnce() -> Option<u64>>) {
         let Some(manager) = self.manager.get() else { return };
         // This process may be a child whose own parent is about to announce it.
         if let Some(parent) = self.ancestors.parent.as_ref().filter(|_| !manager.is_main()) {
             parent.wait_for(ANNOUNCE, |state| state.announced || state.ended);
         }
         if let Some(manager) = self.main() {
-            manager.announce(upgraded, child);
+            manager.announce(upgraded, child_id.map(|id| Child { id: id() }));
         }
     }
 

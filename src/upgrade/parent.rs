@@ -14,7 +14,6 @@ use crate::handover::ancestors::DrainLink;
 use crate::handover::lines::{FromChild, FromParent, COMMIT};
 use crate::handover::link::{ChildLink, Handover, Transport};
 use crate::logging;
-use crate::manager::Child;
 use crate::shutdown::{Shutdown, State};
 use crate::sockets::Late;
 use crate::sys::child::LOOK;
@@ -222,8 +221,8 @@ fn commit<'a>(
             Err(e) => return Err(e),
         };
     }
-    let child = is_child.then(|| Child { id: successor.pidfd().and_then(pidfd_id) });
-    generation.reporter.announce(&upgraded, child);
+    let id = || successor.pidfd().and_then(pidfd_id);
+    generation.reporter.announce(&upgraded, is_child.then_some(id));
     if is_child {
         let _ = successor.link.send(FromParent::Main);
     }
