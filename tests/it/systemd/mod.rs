@@ -2,7 +2,7 @@
 //!
 //!     cargo test --features systemd --test it systemd:: -- --ignored
 //!
-//! Each test boots a systemd of its own (`with-systemd`), in which `systemctl` does what an operator would do.
+//! Each test boots a separate systemd (`with-systemd`), and runs the `systemctl` commands that an operator would run.
 
 mod bed;
 mod namespaces;
@@ -69,7 +69,8 @@ fn ten_reloads_under_load_and_a_stop() {
     });
 }
 
-/// Type=notify-reload has no word for a failure: `systemctl reload` comes back at once and with 0, and STATUS tells.
+/// Type=notify-reload has no message for a failure: `systemctl reload` returns immediately with 0, and STATUS has the
+/// reason.
 #[test]
 #[ignore = "needs root, cgroup2, overlayfs and apt"]
 fn a_failed_reload_comes_back_and_the_status_tells() {
@@ -77,7 +78,7 @@ fn a_failed_reload_comes_back_and_the_status_tells() {
         let service = machine.service("notify-reload", "");
         service.start();
         let pid = service.main_pid();
-        // How a process ended that systemd reaped, the kernel tells since Linux 6.15.
+        // Since Linux 6.15 the kernel reports the exit status of a process that systemd has reaped.
         let ended = if before_linux_6_15() { "ended before it was ready" } else { "exit status: 1" };
         for (program, cause, errno) in [
             (&b"\x7fELF no program"[..], "Exec format error", libc::ENOEXEC),
@@ -155,7 +156,7 @@ fn a_restart_keeps_the_stored_listeners_and_their_queues() {
         }
         loads.into_iter().for_each(answered);
 
-        // A crash loses what was being served, but nothing that waits.
+        // A crash loses connections that were being served, but none that wait in the queue.
         let pid = service.main_pid();
         systemctl(&["kill", "--signal=STOP", "fdstore.service"]);
         eventually("stopped", || threads(pid).values().all(|state| *state == 'T'));
@@ -167,11 +168,11 @@ fn a_restart_keeps_the_stored_listeners_and_their_queues() {
         assert_ne!(service.main_pid(), pid);
         assert_eq!(service.get("NFileDescriptorStore"), "2");
 
-        // What a new version no longer wants is not kept for ever.
+        // A listener that a new version no longer asks for is removed from the store.
         machine.install_version("--listen 127.0.0.1:8004");
         service.succeed("reload");
-        // The new main process can say so only when it has been announced, which ends the reload.
-        eventually("the listener is forgotten", || service.get("NFileDescriptorStore") == "1");
+        // The new main process can remove it only once it has been announced, which ends the reload.
+        eventually("the listener is removed from the store", || service.get("NFileDescriptorStore") == "1");
         assert!(support::ask(addresses[1]).is_err());
         service.succeed("stop");
         assert!(support::ask(addresses[0]).is_err());
@@ -191,7 +192,7 @@ fn the_watchdog_ends_a_hung_generation_and_no_other() {
         for _ in 0..2 {
             service.succeed("reload");
             service.log.expect("upgrade ok");
-            // Longer than its limit.
+            // Wait longer than the watchdog's limit.
             assert_eq!(service.log.within(Duration::from_secs(5), "serving"), None);
         }
         assert_eq!(service.get("NRestarts"), "0");
@@ -218,7 +219,7 @@ fn sockets_of_a_unit_are_handed_on() {
         let output = systemctl(&["start", "socket-activated.socket"]);
         assert!(output.status.success(), "{}", text(&output));
         assert_eq!(service.get("ActiveState"), "inactive");
-        // The first connection starts it.
+        // The first connection starts the service.
         assert!(ask(addresses[0]).starts_with("gen=1 "));
         let inodes = |pid: u32| {
             let fds = fs::read_dir(format!("/proc/{pid}/fd")).unwrap();
@@ -236,7 +237,7 @@ fn sockets_of_a_unit_are_handed_on() {
                 assert_eq!(ask(address), format!("gen={generation} pid={pid}"));
             }
             let held = inodes(pid).into_iter().filter(|socket| sockets_of_the_unit.contains(socket)).count();
-            assert!(held >= 3, "the sockets are the unit's, and all three were handed on: {held}");
+            assert!(held >= 3, "all three sockets belong to the unit and were handed on: {held}");
             let environment = fs::read(format!("/proc/{pid}/environ")).unwrap();
             let environment = String::from_utf8_lossy(&environment);
             for absent in ["LISTEN_PID=", "LISTEN_FDS=", "LISTEN_FDNAMES=", "LISTEN_PIDFDID=", "WATCHDOG_PID="] {
@@ -246,7 +247,7 @@ fn sockets_of_a_unit_are_handed_on() {
                 assert!(environment.contains(present), "no {present} in {environment}");
             }
         }
-        // The unit keeps its sockets through a restart, and the file of the Unix socket is its own.
+        // The unit keeps its sockets across a restart, and the file of the Unix socket belongs to it.
         service.succeed("restart");
         assert!(ask(addresses[1]).starts_with("gen=1 "));
         loads.into_iter().for_each(answered);
@@ -258,8 +259,8 @@ fn sockets_of_a_unit_are_handed_on() {
     });
 }
 
-/// systemd passes sockets only when it starts a service, and starts no socket unit whose service runs. So a new address
-/// is either bound by the new generation itself, or missed, and then that says why.
+/// systemd passes sockets only when it starts a service, and does not start a socket unit whose service is running. So
+/// the new generation either binds a new address itself, or fails with an error that says why.
 #[test]
 #[ignore = "needs root, cgroup2, overlayfs and apt"]
 fn a_unit_that_gained_a_socket() {
@@ -274,7 +275,7 @@ fn a_unit_that_gained_a_socket() {
         assert!(!output.status.success(), "systemd starts no socket of a running service: {}", text(&output));
 
         let old = "--listen 127.0.0.1:8003 --listen unix:/run/whoami-socket-activated.sock --listen udp:127.0.0.1:8003";
-        // By name it has to come from systemd.
+        // A socket that is asked for by name must come from systemd.
         machine.install_version(&format!("{old} --listen systemd:new=127.0.0.1:8013"));
         service.succeed("reload");
         let why = service.log.expect("whoami: ");
@@ -282,15 +283,15 @@ fn a_unit_that_gained_a_socket() {
         assert!(why.contains("only when it starts the service"), "{why}");
         service.log.expect("upgrade failed");
         assert!(ask("127.0.0.1:8003").starts_with("gen=1 "));
-        // By address it may be bound.
+        // A socket that is asked for by address may be bound.
         machine.install_version(&format!("{old} --listen 127.0.0.1:8013"));
         service.succeed("reload");
         service.log.expect("upgrade ok");
         assert!(ask("127.0.0.1:8013").starts_with("gen=2 "));
         assert!(ask("127.0.0.1:8003").starts_with("gen=2 "));
 
-        // A restart with the new socket in its place: there it is, by name and by address, and one by its name alone;
-        // and then upgrades hand it on, also what the old program did not ask for.
+        // After a restart with the new socket, the service gets it by name and address, or only by name. Then upgrades
+        // hand the sockets on, including those that the old program did not ask for.
         service.succeed("stop");
         systemctl(&["stop", "socket-activated.socket"]);
         systemctl(&["start", "gained.socket", "socket-activated.socket"]);
@@ -334,13 +335,13 @@ fn a_stop_may_take_as_long_as_it_makes_progress() {
                         --listen 127.0.0.1:8001";
         let service = machine.service("notify-reload", settings);
         service.start();
-        // Of an upgraded one above all: systemd does not wait for a main process that is not its child.
+        // Test this after an upgrade, because systemd does not wait for a main process that is not its child.
         service.succeed("reload");
         let open: Vec<_> = (0..4).map(|_| connect("127.0.0.1:8001").unwrap()).collect();
         let output = systemctl(&["stop", "--no-block", "notify-reload.service"]);
         assert!(output.status.success(), "{}", text(&output));
         for stream in open {
-            // Each is soon enough for TimeoutStopSec; all together are too slow.
+            // Each connection ends soon enough for TimeoutStopSec, but all together take longer.
             assert_eq!(service.log.within(Duration::from_millis(1500), "ended gen=2"), None);
             assert!(finish(stream).starts_with("gen=2 "));
         }
@@ -351,7 +352,8 @@ fn a_stop_may_take_as_long_as_it_makes_progress() {
     });
 }
 
-/// A takeover by another unit: the new service is active with a main process of its own, and the old one has ended well.
+/// A takeover by another unit: the new service is active with its own main process, and the old one has ended
+/// successfully.
 #[test]
 #[ignore = "needs root, cgroup2, overlayfs and apt"]
 fn another_unit_takes_over() {
@@ -371,7 +373,7 @@ fn another_unit_takes_over() {
         assert_eq!((blue.get("Result").as_str(), blue.get("NRestarts").as_str()), ("success", "0"));
         assert_eq!(ask("127.0.0.1:8001"), format!("gen=2 pid={pid}"));
         assert!(green.status().contains("Status: \"generation 2"), "{}", green.status());
-        // And from there on by reloads again.
+        // From then on, reloads work again.
         green.succeed("reload");
         assert_eq!(ask("127.0.0.1:8001"), format!("gen=3 pid={}", green.main_pid()));
         answered(load);
@@ -380,8 +382,8 @@ fn another_unit_takes_over() {
     });
 }
 
-/// With fork alone a generation is not systemd's child, and systemd kills such a main process right after the SIGTERM. An
-/// `ExecStop=` that waits is what helps.
+/// With `Spawn::Fork` a generation is not systemd's child, and systemd kills such a main process right after the
+/// SIGTERM. An `ExecStop=` that waits avoids that.
 #[test]
 #[ignore = "needs root, cgroup2, overlayfs and apt"]
 fn with_fork_alone_exec_stop_waits() {
@@ -402,8 +404,8 @@ fn with_fork_alone_exec_stop_waits() {
         service.log.expect("ended gen=2");
         service.succeed("stop");
         assert_eq!(service.get("Result"), "success");
-        // `ctl` returns when the connection ends, a moment before the kernel has done with the process: systemd may still see
-        // it, and kill what has drained and said so above.
+        // `ctl` returns when the connection ends, shortly before the process is gone. systemd may still see it and kill
+        // it, although it has already drained.
         let harmless = |line: &String| ["Supervising", "Killing"].iter().any(|words| line.contains(words));
         assert!(machine.complaints().iter().all(harmless), "{:?}", machine.complaints());
     });
@@ -431,7 +433,7 @@ fn few_rights_are_enough() {
     });
 }
 
-/// The asynchronous face, which hears of the service manager only when it has started.
+/// The asynchronous interface, which enables the service manager only after the start.
 #[cfg(feature = "tokio_ecdysis")]
 #[test]
 #[ignore = "needs root, cgroup2, overlayfs and apt"]
@@ -465,7 +467,7 @@ fn tokio_is_reloaded_and_restarted_under_load() {
     });
 }
 
-/// `examples/tokio_echo.rs`, which has a port of its own choice: here that is free, because this network is.
+/// `examples/tokio_echo.rs`, whose port is fixed. It is free here, because this network namespace is new.
 #[cfg(feature = "tokio_ecdysis")]
 #[test]
 #[ignore = "needs root, cgroup2, overlayfs and apt"]
@@ -485,9 +487,9 @@ fn the_tokio_echo_server_on_its_port() {
         server.signal_first(rustix::process::Signal::HUP);
         eventually("the next one is there", || server.processes().len() == 2);
         let new = server.processes().into_iter().find(|pid| *pid != old).unwrap();
-        // Although its task has the ended stream until the last connection closes.
+        // Although its task keeps the ended stream until the last connection closes.
         let sockets = |pid| support::fds(pid).into_values().filter(|fd| fd.starts_with("socket:")).collect::<Vec<_>>();
-        eventually("the old one has let go of the listener", || {
+        eventually("the old one has closed the listener", || {
             let of_new = sockets(new);
             !of_new.is_empty() && sockets(old).iter().all(|socket| !of_new.contains(socket))
         });

@@ -1,5 +1,5 @@
 // A server on ecdysis 1.1.1 that uses every public item of its `tokio_ecdysis`, with its types in the signatures. It is
-// built with that version and with this one, and nothing in it knows which.
+// built with that version and with this one, from the same source.
 //
 //     program DIRECTORY PORT
 
@@ -23,7 +23,7 @@ use tokio::net::{TcpStream, UdpSocket, UnixDatagram, UnixStream};
 use tokio::task::JoinSet;
 use tokio_stream::wrappers::{TcpListenerStream, UnixListenerStream};
 
-/// One write a line: two generations share stderr.
+/// Writes each line with one call, because two generations share stderr.
 macro_rules! say {
     ($($words:tt)*) => {{
         use std::io::Write;
@@ -76,7 +76,7 @@ impl Listeners {
         set.spawn(records(self.records, answer));
         set.spawn(datagrams(self.datagrams));
         set.spawn(socket(self.socket, answer));
-        // This one goes on after a stop.
+        // This stream continues after a stop.
         tokio::spawn(each::<_, UnixStream>(self.unix, answer));
         set
     }
@@ -101,7 +101,7 @@ async fn records(mut connections: StoppableStream<UnixSeqpacketListenerStream>, 
     }
 }
 
-/// Cannot answer: in 1.1.1 the stream keeps its socket to itself.
+/// It cannot answer, because the stream of 1.1.1 does not expose its socket.
 async fn datagrams(mut datagrams: StoppableStream<UdpStream>) {
     while let Some(Ok((datagram, sender))) = datagrams.next().await {
         heard(datagram, sender);
@@ -121,7 +121,7 @@ async fn socket(mut socket: Stoppable<UdpSocket>, answer: &'static str) {
     let _: &UdpSocket = socket.as_unstoppable_ref();
 }
 
-/// The socket that the service manager passes, if it does. The others it never passes.
+/// Takes the socket that the service manager passes, if there is one. It never passes the others.
 async fn passed(ecdysis: &TokioEcdysis, dir: &Path) -> Option<StoppableStream<UnixListenerStream>> {
     use SystemdSocketError::*;
     let missing = |error: SystemdSocketError| match error {

@@ -1,4 +1,5 @@
-//! A program moves over from version 1.1.1 unchanged: it compiles with both (`src/program.rs`), and it does the same.
+//! A program migrates from version 1.1.1 unchanged: it compiles with both versions (`src/program.rs`), and behaves the
+//! same.
 
 #[path = "../../support/mod.rs"]
 mod support;
@@ -14,12 +15,12 @@ use rustix::net::{connect, recv, send, socket, AddressFamily, RecvFlags, SendFla
 use rustix::process::Signal;
 use support::{field, generation, tempdir, wait_exit, Load, Server, TempDir, DEADLINE};
 
-/// Every line that tells what a version does, without the numbers that differ from run to run.
+/// Returns every line that shows the behavior of a version, without the numbers that differ from run to run.
 fn told(server: &Server) -> Vec<String> {
     let telling = |line: &&String| ["systemd ", "passed ", "greeted ", "ended "].iter().any(|w| line.starts_with(w));
     let mut told: Vec<_> =
         server.said().iter().filter(telling).map(|line| line.split(" pid=").next().unwrap().to_owned()).collect();
-    // Two generations speak at a time.
+    // Two generations write at the same time.
     told.sort();
     told
 }
@@ -45,7 +46,7 @@ impl Program {
         format!("unix:{}", self.dir.path().join(name).display())
     }
 
-    /// All listeners are of this generation.
+    /// Checks that all listeners belong to this generation.
     fn is(&mut self, gen: u64) {
         for address in [format!("127.0.0.1:{}", self.port), format!("127.0.0.2:{}", self.port), self.unix("unix")] {
             assert_eq!(generation(&address), gen, "{address}");
@@ -140,7 +141,7 @@ fn under_a_service_manager() {
         let mut program = Program::start(program, |program, dir| {
             let (notify, passed) = (dir.join("notify"), UnixListener::bind(dir.join("passed")).unwrap());
             manager = Some(UnixDatagram::bind(&notify).unwrap());
-            // Without LISTEN_FDS, which 1.1.1 does not read; and with a name that is no unit's choice.
+            // Without LISTEN_FDS, which 1.1.1 does not read, and with a name that no unit has chosen.
             let script = "exec 3>&1 4>&1 1>/dev/null; LISTEN_PID=$$ LISTEN_FDNAMES=web:unknown exec \"$0\" \"$@\"";
             let mut shell = Command::new("sh");
             shell.args(["-c", script, program]).env("NOTIFY_SOCKET", &notify).stdout(OwnedFd::from(passed));
@@ -176,7 +177,7 @@ fn under_a_service_manager() {
     assert_eq!(both[0], both[1]);
 }
 
-/// The move itself: a running process of 1.1.1 is upgraded to a program with this version, and that one to itself.
+/// A running process of 1.1.1 is upgraded to a program with this version, which is then upgraded to itself.
 #[test]
 fn a_live_process_of_1_1_1_hands_over_to_this_version() {
     let dir = tempdir();
@@ -194,7 +195,7 @@ fn a_live_process_of_1_1_1_hands_over_to_this_version() {
     for by_1_1_1 in [true, false] {
         let old = program.server.pid();
         program.server.signal(Signal::HUP);
-        program.server.wait("serving gen=2"); // the program counts no further
+        program.server.wait("serving gen=2"); // the program prints 2 in every child
         program.server.wait("ended upgrade");
         wait_exit(old);
         program.is(2);

@@ -1,4 +1,4 @@
-//! The lines that `src/guide/migrating.md` says to change to, as far as they are code: they compile.
+//! Checks that the replacement lines in `src/guide/migrating.md` compile.
 
 use std::io;
 use std::net::{SocketAddr, TcpListener};
@@ -39,7 +39,7 @@ fn blocking(ecdysis: &TokioEcdysis, addr: SocketAddr) -> io::Result<TcpListener>
     Ok(ecdysis.std_ecdysis().listen_tcp(addr)?)
 }
 
-/// What the table for synchronous programs names.
+/// The items in the table for synchronous programs.
 fn synchronous(addr: SocketAddr) -> Result<(), new::Error> {
     let starting = new::Ecdysis::builder().upgrade_on_signal(1).pid_file("pid").start()?;
     let _: (bool, u64) = (starting.is_child(), starting.generation());
