@@ -1,5 +1,5 @@
-//! What `whoami` is for threads: a server on Tokio that says which generation of itself you reached. It speaks and
-//! logs as `whoami` does, so that either can be the next generation of the other.
+//! The counterpart of `whoami` on Tokio: a server that answers with its generation. Its protocol and log are those of
+//! `whoami`, so that either can be the next generation of the other.
 //!
 //!     cargo run --features tokio --example tokio_whoami -- --listen 127.0.0.1:7000
 //!     echo | nc 127.0.0.1 7000            # in a second terminal: gen=1 pid=4711
@@ -11,12 +11,12 @@
 //!       --tasks N                         tasks that accept from each stream; 0, the default, is one that iterates
 //!       --systemd                         notifies the service manager, and takes its sockets: --listen unit:NAME=PATH;
 //!                                         needs feature systemd
-//!       --gate PATH                       before ready, waits for a connection to this socket and tells it how many
-//!                                         connections it has accepted
-//!       --forget-exit                     drops the future of the exit, and waits for the shutdown handle instead
+//!       --gate PATH                       before ready, waits for a connection to this socket and writes to it how many
+//!                                         connections were accepted
+//!       --forget-exit                     drops the exit future, and waits for the shutdown handle instead
 //!       --keep                            StopOnShutdown::No
-//!       --hold --drain --misbehave --exec --probation --ready-timeout --control-socket --pid-file    as whoami
-//!       --takeover-socket PATH            lets a process that is not a child take over; --take-over PATH is that process
+//!       --hold --drain --misbehave --exec --probation --ready-timeout --control-socket --pid-file    as in whoami
+//!       --takeover-socket PATH            lets a process with --take-over PATH take over
 
 #[path = "../../examples/support/mod.rs"]
 mod support;
@@ -50,7 +50,7 @@ fn main() -> ExitCode {
             0 => tokio::runtime::Builder::new_current_thread(),
             _ => tokio::runtime::Builder::new_multi_thread(),
         };
-        // Without timers: the library needs none.
+        // A runtime without timers, because the library does not need them.
         runtime.worker_threads(options.workers.max(1)).enable_io().build()?.block_on(serve(options, choices))
     };
     match run() {
@@ -90,7 +90,7 @@ async fn serve(options: Options, mut choices: ecdysis::Builder) -> Result<()> {
         let real = listen(&builder, address, &options).await?;
         say(format!("listening {real} gen={gen} pid={pid}"));
     }
-    // Each generation greets the one before it, and reports what it hears.
+    // Each generation greets the previous one, and reports the greeting that it receives.
     let (to_parent, to_child) = builder.unix_datagram_pair("chain");
     if let Some(parent) = to_parent {
         parent?.send(format!("hello from gen={gen}").as_bytes()).await?;
@@ -115,7 +115,7 @@ async fn serve(options: Options, mut choices: ecdysis::Builder) -> Result<()> {
             ("exit", code) => process::exit(code.parse()?),
             ("refuse", why) => return Err(builder.refuse(why).into()),
             ("sleep", ms) => {
-                // The runtime goes on: whatever could accept before `ready` would.
+                // The runtime keeps running, so anything that could accept before `ready` would do so.
                 let time = Duration::from_millis(ms.parse()?);
                 tokio::task::spawn_blocking(move || std::thread::sleep(time)).await?;
             }
@@ -145,7 +145,7 @@ async fn serve(options: Options, mut choices: ecdysis::Builder) -> Result<()> {
     ecdysis.extend_systemd_timeouts(options.drain).await?;
     let left = ecdysis.drain(options.drain).await?;
     if options.keep {
-        // Only a signal ends those that never stop.
+        // Only a signal ends the ones that never stop.
         say(format!("keeps on gen={gen} pid={pid}"));
         std::future::pending::<()>().await;
     }
@@ -199,7 +199,7 @@ async fn listen(builder: &TokioEcdysisBuilder, address: &str, options: &Options)
     }
 }
 
-/// A task per connection, with a guard in each, so that the drain counts it.
+/// Spawns a task per connection, with a guard in each, so that the drain waits for it.
 fn serve_each<S, C, A>(mut connections: StoppableStream<S>, shutdown: Shutdown, options: &Options, answer: String)
 where
     S: Listener<Accepted = (C, A)> + Stream<Item = io::Result<C>> + Send + Sync + 'static,
@@ -346,7 +346,7 @@ fn report(event: &Event) {
     }
 }
 
-/// One write, so that the lines of several generations never mix; nobody to tell when it fails.
+/// Writes each line with one call, so that the lines of several generations never mix. A failure cannot be reported.
 fn say(line: String) {
     let _ = io::stderr().write_all(format!("{line}\n").as_bytes());
 }

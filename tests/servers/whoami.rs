@@ -1,43 +1,43 @@
-//! The test bed: a server that says which generation of itself you reached.
+//! The server of most tests: it answers with its generation.
 //!
 //!     cargo run --example whoami -- --listen 127.0.0.1:7000
 //!     echo | nc 127.0.0.1 7000            # in a second terminal: gen=1 pid=4711
-//!     kill -HUP 4711                      # whoami says: committed …, upgrade ok …, ended gen=1 …
+//!     kill -HUP 4711                      # whoami prints: committed …, upgrade ok …, ended gen=1 …
 //!     echo | nc 127.0.0.1 7000            # gen=2 pid=4720
 //!
-//! SIGHUP upgrades, SIGTERM and SIGINT stop, SIGUSR2 stops partially. Each of these also by a connection to a socket:
+//! SIGHUP upgrades, SIGTERM and SIGINT stop, SIGUSR2 stops partially. A connection to a socket can do the same:
 //!
-//!     whoami --listen ADDR...             ip:port, unix:PATH, unix:@name, udp:ip:port; a connection (or a datagram)
-//!                                         sends one line and gets one back. systemd:NAME=ip:port is the socket that a
-//!                                         unit passed by name and address, systemd:NAME all that it passed by name
-//!       --hold                            keep each connection, answer its lines until it ends or the shutdown comes
+//!     whoami --listen ADDR...             ip:port, unix:PATH, unix:@name, udp:ip:port; each line (or datagram) gets one
+//!                                         line back. systemd:NAME=ip:port is the socket that a
+//!                                         unit passed by name and address, systemd:NAME all with that name
+//!       --hold                            keep each connection, and answer its lines until it ends or the shutdown
 //!       --keep-alive                      keep the connection of a client that sends `keep`, as servers should: the last
-//!                                         answer says so, and an idle connection ends after a grace
+//!                                         answer says so, and an idle connection ends after a grace period
 //!       --threads N                       accepting threads per listener (1)
 //!       --drain SECONDS                   how long to wait for open connections at the end (60)
-//!       --stop-drain SECONDS              the same at a stop, if it is another time
-//!       --takeover-socket P               hand over to whoever connects there, as another whoami with --take-over P does
+//!       --stop-drain SECONDS              the same at a stop, if it differs
+//!       --takeover-socket P               hand over to a process that connects there: another whoami with --take-over P
 //!       --transport pipes|socket          what carries the handover to a child (pipes)
 //!       --upgrade-socket P  --stop-socket P  --partial-stop-socket P  --control-socket P  --pid-file P  --exec P
 //!       --ready-timeout MS|max  --probation MS|max  --overlap allow|refuse|N  --fork
 //!       --drop-early                      drop the handle before the drain
-//!       --close-stdin  --mlockall         before anything else
+//!       --close-stdin  --mlockall         do this first
 //!       --next FILE                       read at each upgrade: `exec=PATH`, or `NAME=VALUE` for the environment
-//!       --verify FILE                     at each upgrade the new version is kept if the file says `ok`, and is rolled back
-//!                                         otherwise; waits for a file that is not there
+//!       --verify FILE                     at each upgrade the new version is kept if the file contains `ok`, and rolled back
+//!                                         otherwise; waits until the file exists
 //!       --stop-delay MS
-//!       --log                             every line of the log, as `log LEVEL TEXT`
-//!       --systemd                         tell the service manager, take its sockets (with feature systemd)
-//!       --misbehave FILE                  what the next generation does wrong, read when it starts; see `Misbehaviour`
+//!       --log                             print every line of the log, as `log LEVEL TEXT`
+//!       --systemd                         notify the service manager, take its sockets (with feature systemd)
+//!       --misbehave FILE                  how the next generation misbehaves, read when it starts; see `Misbehavior`
 //!
 //! Several generations share stderr, so each line is one write:
 //!
-//!     listening ADDR gen= pid=            per listener, with the port that it really has
-//!     serving gen= pid=                   ready has been said and the upgrade committed
-//!     committed pid= gen= ms= at=         the parent's word, with CLOCK_MONOTONIC in ns
+//!     listening ADDR gen= pid=            per listener, with its actual port
+//!     serving gen= pid=                   `ready` has returned, so the upgrade is committed
+//!     committed pid= gen= ms= at=         from the parent, with CLOCK_MONOTONIC in ns
 //!     upgrade ok pid= gen= ms=            the verdict, after the probation; ms is the time to the commit
 //!     upgrade failed: WHY
-//!     ended gen= pid= left= HOW           the last line; left is how many connections were cut
+//!     ended gen= pid= left= HOW           the last line; left is the number of connections that were cut
 
 #[path = "../../examples/support/mod.rs"]
 mod support;
@@ -81,26 +81,26 @@ fn serve() -> Result<()> {
     if let Some(dir) = &options.chdir {
         std::env::set_current_dir(dir)?;
     }
-    let misbehaviour = Misbehaviour::of(&starting, &options)?;
+    let misbehavior = Misbehavior::of(&starting, &options)?;
     let shutdown = starting.shutdown();
 
     for address in &options.listen {
-        misbehaviour.before_listen();
+        misbehavior.before_listen();
         for (listener, real) in Listener::all(&starting, address)? {
             say(format!("listening {real} gen={gen} pid={pid}"));
             for _ in 0..options.threads {
                 let (listener, shutdown, kept) = (listener.try_clone()?, shutdown.clone(), options.kept);
-                // These accept nothing before `ready`, although they run already.
+                // These threads accept nothing before `ready`, although they already run.
                 thread::spawn(move || listener.serve(&shutdown, kept, &format!("gen={gen} pid={pid}")));
             }
         }
     }
-    let starting = misbehaviour.before_ready(starting)?;
+    let starting = misbehavior.before_ready(starting)?;
     drop_rights(options.drop_rights.as_deref() == Some("before-ready"))?;
     let ecdysis = starting.ready()?;
     drop_rights(options.drop_rights.as_deref() == Some("after-ready"))?;
     say(format!("serving gen={gen} pid={pid}"));
-    misbehaviour.after_ready(&ecdysis);
+    misbehavior.after_ready(&ecdysis);
     if options.wait_for_parent && ecdysis.is_child() {
         let ecdysis = ecdysis.clone();
         thread::spawn(move || {
@@ -110,7 +110,7 @@ fn serve() -> Result<()> {
         });
     }
 
-    if misbehaviour.get("no-run").is_some() {
+    if misbehavior.get("no-run").is_some() {
         shutdown.wait();
         let left = shutdown.drain(options.drain);
         say(format!("ended gen={gen} pid={pid} left={left} without run"));
@@ -137,7 +137,7 @@ fn drop_rights(now: bool) -> io::Result<()> {
     Ok(())
 }
 
-/// One write, so that the lines of several generations never mix; nobody to tell when it fails.
+/// Writes each line with one call, so that the lines of several generations never mix. A failure cannot be reported.
 fn say(line: String) {
     let _ = io::stderr().write_all(format!("{line}\n").as_bytes());
 }
@@ -197,7 +197,7 @@ struct Options {
 }
 
 impl Options {
-    /// What concerns the library goes straight into its builder.
+    /// Options of the library go straight into its builder.
     fn parse(builder: &mut ecdysis::Builder) -> Result<Options> {
         use lexopt::prelude::*;
         let mut options = Options {
@@ -304,13 +304,13 @@ enum Listener {
 }
 
 impl Listener {
-    /// The listener, or all that a unit of the service manager passed by a name.
+    /// Returns the listener, or all sockets that a unit of the service manager passed by a name.
     fn all(starting: &Starting, address: &str) -> Result<Vec<(Listener, String)>> {
         #[cfg(feature = "systemd")]
         if let Some(unit) = address.strip_prefix("systemd:") {
             let Some((name, address)) = unit.split_once('=') else {
                 let group = starting.systemd_group(unit)?.into_iter();
-                // Whoever leaves the addresses to the unit leaves the kinds to it, too.
+                // The unit chooses not only the addresses but also the kinds.
                 return group.map(|(key, fd)| Listener::of_kind(&key.to_string(), fd)).collect();
             };
             let listener = Listener::Tcp(starting.systemd_listen_tcp(name, address.parse()?)?);
@@ -325,11 +325,11 @@ impl Listener {
             Some(("tcp", address)) => Ok((Listener::Tcp(fd.into()), address.into())),
             Some(("unix", path)) => Ok((Listener::Unix(fd.into()), format!("unix:{path}"))),
             Some(("udp", address)) => Ok((Listener::Udp(fd.into()), format!("udp:{address}"))),
-            _ => Err(format!("no idea how to serve {key}").into()),
+            _ => Err(format!("cannot serve {key}").into()),
         }
     }
 
-    /// The listener, and the address in the form of `--listen` with the port that it really has.
+    /// Returns the listener, and its address in the form of `--listen` with the actual port.
     fn new(starting: &Starting, address: &str) -> Result<(Listener, String)> {
         if let Some(path) = address.strip_prefix("unix:") {
             Ok((Listener::Unix(starting.listen_unix(path)?), address.into()))
@@ -358,7 +358,7 @@ impl Listener {
             Listener::Tcp(l) => each(shutdown.incoming(l), shutdown, kept, answer),
             Listener::Unix(l) => each(shutdown.incoming(l), shutdown, kept, answer),
             Listener::Udp(socket) => {
-                let _guard = shutdown.guard(); // the drain waits for the last answer, too
+                let _guard = shutdown.guard(); // so that the drain waits for the last answer
                 let mut datagram = [0; 65536];
                 while let Some(received) = shutdown.recv_from(socket, &mut datagram) {
                     let Ok((length, peer)) = received else {
@@ -371,7 +371,7 @@ impl Listener {
     }
 }
 
-/// Which connections are kept after an answer.
+/// The connections that are kept after an answer.
 #[derive(Clone, Copy, PartialEq)]
 enum Kept {
     No,
@@ -383,7 +383,7 @@ trait Stream: Read + Write + AsFd + Connection + Send + 'static {}
 impl Stream for TcpStream {}
 impl Stream for UnixStream {}
 
-/// A thread per connection, and a guard in each, so that the drain counts it.
+/// Starts a thread per connection, with a guard in each, so that the drain waits for it.
 fn each<S: Stream>(streams: impl Iterator<Item = io::Result<S>>, shutdown: &Shutdown, kept: Kept, answer: &str) {
     for stream in streams.flatten() {
         let (guard, shutdown, answer) = (shutdown.guard(), shutdown.clone(), format!("{answer}\n"));
@@ -417,7 +417,7 @@ fn kept_alive(stream: impl Stream, shutdown: &Shutdown, answer: &str) -> io::Res
 fn connection(stream: impl Stream, shutdown: &Shutdown, hold: bool, answer: &str) -> io::Result<()> {
     let mut stream = BufReader::new(stream);
     loop {
-        // An idle connection that is kept open ends with the shutdown; any other waits for its line, however long.
+        // An idle connection of `--hold` ends at the shutdown. Any other waits for its line without a limit.
         if hold && stream.buffer().is_empty() && shutdown.readable(stream.get_ref(), None)? != ecdysis::Readable::Ready
         {
             return Ok(());
@@ -434,23 +434,24 @@ fn connection(stream: impl Stream, shutdown: &Shutdown, hold: bool, answer: &str
 
 // ---- misbehaving on purpose ----
 
-/// What this generation does wrong. The file holds these words, one or more a line; the first generation never reads it.
+/// How this generation misbehaves. The file contains these words, one or more per line. The first generation never
+/// reads it.
 ///
 ///     slow-listen           waits 300 ms before each listener
-///     sleep=MS              waits before ready; the words below come after it
+///     sleep=MS              waits before ready; the words below take effect after it
 ///     exit=CODE signal=N panic hang stop-self refuse=REASON (to the end of the line)
-///     close-status          closes its pipes and lives (it executes `sleep`, and the pipes are close-on-exec)
+///     close-status          closes its pipes and keeps running (it executes `sleep`, and the pipes are close-on-exec)
 ///     no-run                never calls `run`
-///     helper                makes a process that holds copies of its pipes for some seconds
-///     garbage               writes nonsense into the status pipe, then waits
-///     die-after-ready=MS    SIGKILLs itself so long after ready
-///     stop-after-ready=MS   ends on purpose so long after ready
-///     freeze-after-ready=MS stops itself (SIGSTOP) so long after ready, as if it hung
+///     helper                starts a process that holds copies of its pipes for some seconds
+///     garbage               writes garbage to the status pipe, then waits
+///     die-after-ready=MS    kills itself with SIGKILL this long after ready
+///     stop-after-ready=MS   stops the service this long after ready
+///     freeze-after-ready=MS stops itself with SIGSTOP this long after ready, as if it hung
 #[derive(Default)]
-struct Misbehaviour(Vec<(String, String)>);
+struct Misbehavior(Vec<(String, String)>);
 
-impl Misbehaviour {
-    fn of(starting: &Starting, options: &Options) -> Result<Misbehaviour> {
+impl Misbehavior {
+    fn of(starting: &Starting, options: &Options) -> Result<Misbehavior> {
         let (true, Some(file)) = (starting.is_child(), &options.misbehave) else {
             return Ok(Self::default());
         };
@@ -466,7 +467,7 @@ impl Misbehaviour {
                 words.push((name.to_string(), value.to_string()));
             }
         }
-        Ok(Misbehaviour(words))
+        Ok(Misbehavior(words))
     }
 
     fn get(&self, name: &str) -> Option<&str> {
@@ -531,7 +532,7 @@ impl Misbehaviour {
     }
 }
 
-/// A process that executes nothing keeps every descriptor, also those that are close-on-exec.
+/// A forked process that does not call execve keeps every descriptor, including those with close-on-exec.
 fn helper() {
     // SAFETY: the child calls nothing but sleep and _exit (fork(2)).
     unsafe {
@@ -552,14 +553,13 @@ fn kill_self(signal: i32) -> Result<()> {
     let signal = rustix::process::Signal::from_named_raw(signal).ok_or("no such signal")?;
     rustix::process::kill_process(rustix::process::getpid(), signal)?;
     if signal != rustix::process::Signal::STOP {
-        // The handler that std has for SIGSEGV and SIGBUS only takes itself away the first time.
+        // At the first SIGSEGV or SIGBUS, std's handler only removes itself.
         rustix::process::kill_process(rustix::process::getpid(), signal)?;
     }
     Ok(())
 }
 
-/// The status pipe is the library's, so it is found the way a stranger would: every pipe above stderr that is open
-/// for writing.
+/// The status pipe belongs to the library, so search for it: every pipe above stderr that is open for writing.
 fn write_to_own_pipes(bytes: &[u8]) -> Result<()> {
     for entry in std::fs::read_dir("/proc/self/fd")? {
         let path = entry?.path();

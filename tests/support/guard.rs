@@ -1,9 +1,9 @@
-//! Ends every process of a test run, also those of a test that was killed, and lets no test signal a stranger.
+//! Ends every process of a test run, even after a test was killed, and prevents tests from signaling foreign processes.
 //!
-//! Each process that a test starts carries a mark in its environment, which every later generation inherits. A process
-//! that daemonizes or joins another group keeps it, and PR_SET_PDEATHSIG, which reaches the first generation alone, does not
-//! matter. A guard process holds the reading end of a pipe. When the test program has ended, however it did, the pipe
-//! ends, and the guard kills whatever carries the mark.
+//! Each process that a test starts has a mark in its environment, which every later generation inherits. A process
+//! keeps it even if it daemonizes or joins another group. (PR_SET_PDEATHSIG would reach only the first generation.) A
+//! guard process holds the reading end of a pipe. When the test program ends for any reason, the pipe ends, and the
+//! guard kills every process with the mark.
 
 use std::fs;
 use std::io::{self, Read};
@@ -18,24 +18,25 @@ use rustix::process::{pidfd_open, pidfd_send_signal, set_child_subreaper, Pid, P
 const MARK: &str = "ECDYSIS_TEST";
 const GUARD: &str = "ECDYSIS_TEST_GUARD";
 
-/// Marks what the command will start, and its descendants. `part` tells apart the servers of one test program.
+/// Marks the command's process and its descendants. `part` distinguishes the servers of one test program.
 pub fn mark(command: &mut Command, part: usize) -> &mut Command {
     command.env(MARK, format!("{}.{part}.", run()))
 }
 
-/// The mark of this test program.
+/// Returns the mark of this test program, and starts the guard.
 fn run() -> &'static str {
     static RUN: OnceLock<(String, ChildStdin)> = OnceLock::new();
-    // It ends after this process, so it cannot be waited for.
+    // The guard ends after this process, so this process cannot wait for it.
     #[allow(clippy::zombie_processes)]
     let start = || {
-        // Orphaned generations become our children. Until the test is over nobody reaps them, so that no number is used again.
+        // Orphaned generations become children of this process. They are not reaped before the test is over, so no PID
+        // is reused.
         set_child_subreaper(Some(rustix::process::getpid())).unwrap();
         let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap();
         let run = format!("{}-{:x}", std::process::id(), now.as_nanos());
         let mut guard = Command::new(std::env::current_exe().unwrap());
         guard.args(["--exact", "support::guard::watch", "--nocapture", "--test-threads=1"]).env(GUARD, &run);
-        // A group of its own: Ctrl-C is for the tests, and the guard ends what they leave.
+        // A separate process group, so that Ctrl-C ends only the tests, and the guard can end the remaining processes.
         guard.process_group(0).stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::null());
         let mut guard = guard.spawn().unwrap();
         (run, guard.stdin.take().unwrap())
@@ -43,7 +44,7 @@ fn run() -> &'static str {
     &RUN.get_or_init(start).0
 }
 
-/// Not a test: the guard, if the environment says so.
+/// Not a test: runs the guard, if the environment says so.
 #[test]
 fn watch() {
     let Ok(run) = std::env::var(GUARD) else { return };
@@ -51,12 +52,12 @@ fn watch() {
     end(&format!("{run}."));
 }
 
-/// Kills the server that is this part of the test program, and all that has come of it.
+/// Kills this server of the test program, and all its descendants.
 pub fn end_part(part: usize) {
     end(&format!("{}.{part}.", run()));
 }
 
-/// Again until there is none: one may have forked in between.
+/// Repeat until there is none, because a process may have forked in between.
 fn end(mark: &str) {
     loop {
         let processes = fs::read_dir("/proc").unwrap().flatten();
@@ -71,7 +72,8 @@ fn end(mark: &str) {
     }
 }
 
-/// A process that carries the mark and has not ended. The descriptor is opened first, so it is the one that was looked at.
+/// A process that has the mark and has not ended. The descriptor is opened before the check, so it refers to the
+/// process that was checked.
 fn open(pid: Pid, mark: &str) -> Option<OwnedFd> {
     let pidfd = pidfd_open(pid, PidfdFlags::empty()).ok()?;
     let environment = fs::read(format!("/proc/{}/environ", pid.as_raw_nonzero())).ok()?;
@@ -79,18 +81,18 @@ fn open(pid: Pid, mark: &str) -> Option<OwnedFd> {
     environment.split(|byte| *byte == 0).any(|variable| variable.starts_with(start.as_bytes())).then_some(pidfd)
 }
 
-/// Sends a signal to a process of this test program, if it has not ended. False if it has.
+/// Sends a signal to a process of this test program. Returns false if it has ended.
 pub fn try_send_signal(to: u32, signal: Signal) -> bool {
     let pidfd = Pid::from_raw(to as i32).and_then(|pid| open(pid, &format!("{}.", run())));
     pidfd.is_some_and(|pidfd| pidfd_send_signal(&pidfd, signal).is_ok())
 }
 
-/// Sends a signal to a process of this test program. Any other process with that number is left alone.
+/// Sends a signal to a process of this test program. Panics if another process has that number.
 pub fn send_signal(to: u32, signal: Signal) {
     let pid = Pid::from_raw(to as i32).unwrap();
     match open(pid, &format!("{}.", run())) {
         Some(pidfd) => pidfd_send_signal(&pidfd, signal).unwrap(),
-        // A zombie has no environment, and needs no signal.
-        None => assert_eq!(super::state(to), Some('Z'), "process {to} is not one of this test's"),
+        // A zombie has no environment, and does not need a signal.
+        None => assert_eq!(super::state(to), Some('Z'), "process {to} does not belong to this test"),
     }
 }

@@ -1,4 +1,5 @@
-//! Clients that ask all the time, one connection per request, and remember every failure. The request is the demo's.
+//! Clients that send requests all the time, each on a new connection, and record every failure. The request is that of
+//! the demo.
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
@@ -16,10 +17,10 @@ pub struct Load {
     clients: Vec<JoinHandle<Counts>>,
 }
 
-/// How long a process may take to answer what it has accepted. Less than the 5 seconds of the protocol.
+/// How long a process may take to answer a connection that it has accepted. Less than the 5 seconds of the protocol.
 const ANSWERING: Duration = Duration::from_secs(3);
 
-/// Holds the clients back.
+/// A gate that can hold the clients back.
 #[derive(Default)]
 struct Gate {
     closed: AtomicBool,
@@ -27,7 +28,7 @@ struct Gate {
 }
 
 impl Gate {
-    /// Announces a request before it looks, so that whoever closes the gate sees the request or prevents it.
+    /// Announces a request before it checks the gate, so that closing the gate either sees the request or prevents it.
     fn enter(&self) -> bool {
         self.under_way.fetch_add(1, Ordering::SeqCst);
         let open = !self.closed.load(Ordering::SeqCst);
@@ -42,7 +43,7 @@ impl Gate {
     }
 }
 
-/// No client begins a request until this is dropped.
+/// While this exists, no client begins a request.
 pub struct Quiet(Arc<Gate>);
 
 impl Drop for Quiet {
@@ -51,11 +52,11 @@ impl Drop for Quiet {
     }
 }
 
-/// What came of the requests.
+/// The results of the requests.
 #[derive(Debug, Default)]
 pub struct Counts {
     pub requests: u64,
-    /// By kind of error.
+    /// The number of failures by kind of error.
     pub failures: BTreeMap<String, u64>,
 }
 
@@ -68,12 +69,12 @@ impl Counts {
 }
 
 impl Load {
-    /// Clients of one address, at full speed.
+    /// Starts clients of one address, at full speed.
     pub fn on(addr: &str, clients: usize) -> Self {
         Self::start(vec![addr.to_owned(); clients], Duration::ZERO)
     }
 
-    /// One client per address, with a pause between its requests.
+    /// Starts one client per address, with a pause between its requests.
     pub fn paced(addrs: &[String], pause: Duration) -> Self {
         Self::start(addrs.to_vec(), pause)
     }
@@ -95,7 +96,7 @@ impl Load {
                     gate.leave();
                     match answer {
                         Ok(_) => drop(answered.fetch_add(1, Ordering::Relaxed)),
-                        // It never left the client.
+                        // The request was never sent.
                         Err(e) if Failure::of(&e) == Failure::NoPort => thread::yield_now(),
                         Err(e) => *counts.failures.entry(format!("{:?}: {e}", Failure::of(&e))).or_default() += 1,
                     }
@@ -110,8 +111,9 @@ impl Load {
         Self { stop, answered, gate, clients }
     }
 
-    /// Lets the requests under way be answered, and none begin, so that a process can be killed without taking along what it
-    /// has accepted. A request that still waits then is in a queue: no process has accepted it, and none may lose it.
+    /// Waits until running requests are answered, and lets no new one begin, so that a process can be killed without
+    /// losing accepted connections. A request that still waits then is in a queue: no process has accepted it, and it
+    /// must not be lost.
     #[must_use]
     pub fn quiet(&self) -> Quiet {
         self.gate.closed.store(true, Ordering::SeqCst);
@@ -140,7 +142,7 @@ impl Load {
     }
 }
 
-/// A test that fails stops its clients, too.
+/// A failing test stops its clients too.
 impl Drop for Load {
     fn drop(&mut self) {
         self.stop.store(true, Ordering::Relaxed);

@@ -1,4 +1,4 @@
-//! The lines that all generations of a server write to stderr, as they come.
+//! The lines that all generations of a server write to stderr, in the order of arrival.
 
 use std::io::{BufRead, BufReader, Read};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -31,7 +31,7 @@ impl Log {
         log
     }
 
-    /// A failed test has poisoned it, and still prints what was written.
+    /// A failed test has poisoned the lock, but still prints the lines.
     fn lock(&self) -> MutexGuard<'_, Lines> {
         self.0 .0.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -40,7 +40,7 @@ impl Log {
         self.lock().all.len()
     }
 
-    /// The lines from number `from` on.
+    /// Returns the lines from number `from` on.
     pub fn since(&self, from: usize) -> Vec<String> {
         self.lock().all[from..].to_vec()
     }

@@ -1,7 +1,7 @@
 //! The test bed: real servers as child processes, waits with a deadline, load, /proc.
 //!
-//! Nothing here is for one test alone. A failing test leaves no process behind: see `guard`.
-#![allow(dead_code)] // Each test program uses its part.
+//! Everything here is used by several tests. A failing test leaves no process behind: see `guard`.
+#![allow(dead_code)] // No test program uses all of it.
 
 pub mod guard;
 mod load;
@@ -33,9 +33,9 @@ pub use proc::{
 pub use request::field as try_field;
 pub use server::Server;
 
-/// No wait in a test is longer, however busy the machine is. A test that gets here has failed.
+/// The longest wait in a test, long enough for a busy machine. A test that waits this long has failed.
 pub const DEADLINE: Duration = match option_env!("ECDYSIS_TEST_IMPATIENT") {
-    // For tests/mutants, most of which never get what they wait for.
+    // For tests/mutants, where most waits are in vain.
     Some(_) => Duration::from_secs(30),
     None => Duration::from_secs(120),
 };
@@ -53,8 +53,8 @@ pub fn can_unshare(flags: &[&str]) -> bool {
     can
 }
 
-/// An example, which cargo has built beside this test. `cargo test` builds it, but `cargo test --test NAME` does not, and
-/// would go on testing an old one.
+/// Returns the path of an example. `cargo test` builds it, but `cargo test --test NAME` does not, so this checks that
+/// it is not older than its sources.
 pub fn example(name: &str) -> PathBuf {
     let test = std::env::current_exe().unwrap();
     let path = test.parent().unwrap().parent().unwrap().join("examples").join(name);
@@ -70,20 +70,21 @@ pub fn example(name: &str) -> PathBuf {
     path
 }
 
-/// Copies an example by another process: a file that this one has open for writing is open in whatever another thread
-/// forks just then, and cannot be executed until that has executed itself (ETXTBSY).
+/// Copies an example in another process. If this process had the copy open for writing, a child that another thread
+/// forks at that moment would have it open too, and the copy could not be executed until that child calls execve
+/// (ETXTBSY).
 pub fn install(name: &str, to: impl AsRef<Path>) {
     assert!(Command::new("cp").arg(example(name)).arg(to.as_ref()).status().unwrap().success());
 }
 
-/// This test program again, to run one of its tests: a server that is not a program of its own.
+/// Returns a command that runs one test of this test program, as a server that is not a separate program.
 pub fn this_program(test: &str) -> Command {
     let mut command = Command::new(std::env::current_exe().unwrap());
     command.args(["--exact", test, "--nocapture", "--test-threads=1"]).stdout(Stdio::null());
     command
 }
 
-/// For a test that changes its process: runs it again in a process of its own, where this returns true.
+/// For a test that changes its process: runs the test again in a separate process, and returns true there.
 #[must_use]
 pub fn is_alone(test: &str) -> bool {
     const ALONE: &str = "ECDYSIS_TEST_ALONE";
@@ -96,7 +97,7 @@ pub fn is_alone(test: &str) -> bool {
     false
 }
 
-/// Some faults cannot be had otherwise.
+/// Some faults can only be injected by strace.
 pub fn has_strace() -> bool {
     let works = Command::new("strace").args(["-o", "/dev/null", "true"]).stderr(Stdio::null()).status();
     let has = works.is_ok_and(|status| status.success());
@@ -106,7 +107,7 @@ pub fn has_strace() -> bool {
     has
 }
 
-/// The value after `name=` in a line.
+/// Returns the value after `name=` in a line.
 #[track_caller]
 pub fn field<T: std::str::FromStr>(line: &str, name: &str) -> T {
     try_field(line, name).unwrap_or_else(|| panic!("no {name}= in {line:?}"))
@@ -116,15 +117,15 @@ pub fn timespec(time: Duration) -> Timespec {
     time.try_into().unwrap()
 }
 
-/// Waits for the end of a process that need not be our child.
+/// Waits for the end of a process, which may or may not be a child.
 #[track_caller]
 pub fn wait_exit(process: u32) {
     let Ok(pidfd) = pidfd_open(Pid::from_raw(process as i32).unwrap(), PidfdFlags::empty()) else { return };
     let ended = poll(&mut [PollFd::new(&pidfd, PollFlags::IN)], Some(&timespec(DEADLINE))).unwrap();
-    assert_eq!(ended, 1, "process {process} still lives");
+    assert_eq!(ended, 1, "process {process} is still alive");
 }
 
-/// Waits until `condition` holds, for what sends no event: /proc, a file that appears.
+/// Waits until `condition` holds. For conditions without an event, such as a state in /proc or a new file.
 #[track_caller]
 pub fn eventually(what: &str, condition: impl FnMut() -> bool) {
     try_eventually(what, condition).unwrap_or_else(|e| panic!("{e}"));
@@ -163,7 +164,7 @@ pub fn connect(addr: &str) -> io::Result<Box<dyn Conn>> {
     Ok(Box::new(stream))
 }
 
-/// One request: the whole answer.
+/// Sends one request, and returns the whole answer.
 pub fn ask(addr: &str) -> io::Result<String> {
     let mut stream = connect(addr)?;
     stream.write_all(b"who\n")?;
@@ -175,12 +176,12 @@ pub fn ask(addr: &str) -> io::Result<String> {
     Ok(answer)
 }
 
-/// The generation that answers.
+/// Returns the generation that answers.
 pub fn generation(addr: &str) -> u64 {
     field(&ask(addr).unwrap(), "gen")
 }
 
-/// Connects to a control socket, says `command` if it is not empty, and returns all that comes back.
+/// Connects to a control socket, sends `command` if it is not empty, and returns the whole answer.
 pub fn control(path: &Path, command: &str) -> io::Result<String> {
     let mut stream = UnixStream::connect(path)?;
     stream.set_read_timeout(Some(DEADLINE))?;

@@ -1,9 +1,9 @@
-//! What /proc tells of a process: descriptors, children, threads, state.
+//! Information about a process from /proc: descriptors, children, threads, state.
 
 use std::collections::BTreeMap;
 use std::fs;
 
-/// The descriptors of a process, with what they are; none if it has ended.
+/// Returns the descriptors of a process and the objects they refer to. Empty if the process has ended.
 pub fn fds(process: u32) -> BTreeMap<i32, String> {
     let Ok(dir) = fs::read_dir(format!("/proc/{process}/fd")) else { return BTreeMap::new() };
     let target = |entry: fs::DirEntry| {
@@ -13,15 +13,15 @@ pub fn fds(process: u32) -> BTreeMap<i32, String> {
     dir.flatten().filter_map(target).collect()
 }
 
-/// The flags of a descriptor, O_CLOEXEC included. `None` if it is no longer open.
+/// Returns the flags of a descriptor, including O_CLOEXEC. `None` if it is no longer open.
 pub fn fd_flags(process: u32, fd: i32) -> Option<i32> {
     let info = fs::read_to_string(format!("/proc/{process}/fdinfo/{fd}")).ok()?;
     let flags = info.lines().find_map(|line| line.strip_prefix("flags:")).unwrap();
     Some(i32::from_str_radix(flags.trim(), 8).unwrap())
 }
 
-/// Whether so many accept loops wait for connections. Each has an epoll of its own, except on other systems' side, where
-/// its thread sleeps.
+/// Whether exactly this number of accept loops wait for connections. Each has its own epoll. With the fallbacks for
+/// other systems, its thread sleeps instead.
 pub fn accept_loops_wait(process: u32, loops: usize) -> bool {
     if cfg!(ecdysis_unix) {
         return threads(process).values().filter(|state| **state == 'S').count() > loops;
@@ -29,7 +29,7 @@ pub fn accept_loops_wait(process: u32, loops: usize) -> bool {
     fds(process).values().filter(|target| target.contains("eventpoll")).count() == loops
 }
 
-/// The same without the inode numbers, which differ from run to run.
+/// The same without inode numbers, which differ from run to run.
 pub fn kinds(process: u32) -> BTreeMap<i32, String> {
     let kind = |target: String| match target.split_once(":[") {
         Some((kind @ ("socket" | "pipe"), _)) => kind.to_owned(),
@@ -38,7 +38,7 @@ pub fn kinds(process: u32) -> BTreeMap<i32, String> {
     fds(process).into_iter().map(|(number, target)| (number, kind(target))).collect()
 }
 
-/// The children of a process, with their state: 'Z' is a zombie.
+/// Returns the children of a process, with their state: 'Z' is a zombie.
 pub fn children(process: u32) -> BTreeMap<u32, char> {
     let mut found = BTreeMap::new();
     for task in fs::read_dir(format!("/proc/{process}/task")).into_iter().flatten().flatten() {
@@ -51,7 +51,7 @@ pub fn children(process: u32) -> BTreeMap<u32, char> {
     found
 }
 
-/// The threads of a process, with their state.
+/// Returns the threads of a process, with their state.
 pub fn threads(process: u32) -> BTreeMap<u32, char> {
     let tasks = fs::read_dir(format!("/proc/{process}/task")).into_iter().flatten().flatten();
     let thread = |task: fs::DirEntry| {
@@ -61,24 +61,24 @@ pub fn threads(process: u32) -> BTreeMap<u32, char> {
     tasks.filter_map(thread).collect()
 }
 
-/// The state letter in /proc/PID/stat.
+/// Returns the state letter in /proc/PID/stat.
 pub fn state(process: u32) -> Option<char> {
     stat(process).map(|(state, _)| state)
 }
 
-/// The state letter and the process group.
+/// Returns the state letter and the process group.
 pub fn stat(process: u32) -> Option<(char, i32)> {
     let stat = fs::read_to_string(format!("/proc/{process}/stat")).ok()?;
     let mut fields = stat.rsplit_once(") ")?.1.split(' ');
     Some((fields.next()?.chars().next()?, fields.nth(1)?.parse().ok()?))
 }
 
-/// Whether a process has ended; its parent may not have noticed.
+/// Whether a process has ended. It may still be a zombie.
 pub fn gone(process: u32) -> bool {
     matches!(state(process), None | Some('Z' | 'X'))
 }
 
-/// A field of /proc/PID/status.
+/// Returns a field of /proc/PID/status.
 #[track_caller]
 pub fn status_field(process: u32, name: &str) -> String {
     try_status_field(process, name).unwrap_or_else(|| panic!("no {name} of process {process}"))

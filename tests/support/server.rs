@@ -11,24 +11,24 @@ use rustix::process::{kill_process_group, waitpgid, Pid, Signal, WaitOptions};
 
 use super::{ask, example, field, guard, proc, send_signal, try_field, Log, TempDir};
 
-/// They write to one stderr and are in one process group. All are killed when this is dropped.
+/// A server and its later generations. They share stderr and a process group. Dropping this kills all of them.
 pub struct Server {
     child: Child,
     group: Pid,
     pub log: Log,
-    /// How many lines have been looked at.
+    /// The number of lines that `wait` has already read.
     seen: usize,
     part: usize,
     dir: TempDir,
 }
 
 impl Server {
-    /// Starts `whoami` and waits until it serves. `DIR` in an argument is a new directory, the server's own.
+    /// Starts `whoami` and waits until it serves. `DIR` in an argument stands for the server's own new directory.
     pub fn whoami<S: AsRef<OsStr>>(args: impl IntoIterator<Item = S>) -> Self {
         Self::whoami_with(args, |_| {})
     }
 
-    /// The same, with more for its command than arguments.
+    /// The same, with a function that changes the command.
     pub fn whoami_with<S: AsRef<OsStr>>(args: impl IntoIterator<Item = S>, prepare: impl FnOnce(&mut Command)) -> Self {
         let dir = super::tempdir();
         let mut command = Command::new(example("whoami"));
@@ -43,14 +43,14 @@ impl Server {
         Self::start_in(command, dir).serves()
     }
 
-    /// Starts any server that says `serving`, and waits for that.
+    /// Starts any server that prints `serving`, and waits for that line.
     pub fn serving(command: Command) -> Self {
         Self::start(command).serves()
     }
 
     fn serves(mut self) -> Self {
         let serving = self.wait("serving gen=");
-        // What was said before can still be waited for.
+        // Earlier lines can still be waited for.
         self.seen = 0;
         assert!(serving.contains("gen="), "{serving}");
         self
@@ -71,24 +71,24 @@ impl Server {
         Self { child, group, log, seen: 0, part, dir }
     }
 
-    /// What `DIR` stands for.
+    /// Returns the directory for which `DIR` stands.
     pub fn dir(&self) -> &Path {
         self.dir.path()
     }
 
-    /// The PID of the first generation.
+    /// Returns the PID of the first generation.
     pub fn first_pid(&self) -> u32 {
         self.child.id()
     }
 
-    /// The PID of the generation that said `serving` last.
+    /// Returns the PID of the generation that printed `serving` last.
     pub fn pid(&self) -> u32 {
         let lines = self.said();
         let serving = lines.iter().rev().find(|line| line.starts_with("serving "));
         serving.map_or(self.child.id(), |line| field(line, "pid"))
     }
 
-    /// The next line that contains `needle`, after the last one waited for.
+    /// Waits for the next line that contains `needle`, after the last one that was waited for.
     #[track_caller]
     pub fn wait(&mut self, needle: &str) -> String {
         let (at, line) = self.wait_at(self.seen, needle);
@@ -96,7 +96,7 @@ impl Server {
         line
     }
 
-    /// A line that contains `needle`, said at any time.
+    /// Waits for a line that contains `needle`, past or future.
     #[track_caller]
     pub fn wait_any(&self, needle: &str) -> String {
         self.wait_at(0, needle).1
@@ -107,23 +107,23 @@ impl Server {
         self.log.wait(from, |line| line.contains(needle)).unwrap_or_else(|e| panic!("{needle:?}: {e}"))
     }
 
-    /// Everything said so far.
+    /// Returns all lines so far.
     pub fn said(&self) -> Vec<String> {
         self.log.since(0)
     }
 
-    /// The address of the first listener that was announced.
+    /// Returns the address of the first listener that was announced.
     pub fn addr(&self) -> String {
         self.said().iter().find_map(|line| listening(line)).expect("a listener").to_owned()
     }
 
-    /// Every announced listener of the first generation, in order.
+    /// Returns every announced listener of the first generation, in order.
     pub fn addrs(&self) -> Vec<String> {
         let lines = self.said();
         lines.iter().filter(|line| line.contains("gen=1 ")).filter_map(|line| listening(line)).map(Into::into).collect()
     }
 
-    /// Those of them that connections go to.
+    /// Returns the addresses of those that accept connections.
     pub fn stream_addrs(&self) -> Vec<String> {
         self.addrs().into_iter().filter(|addr| !addr.starts_with("udp:")).collect()
     }
@@ -132,7 +132,7 @@ impl Server {
         send_signal(self.pid(), signal);
     }
 
-    /// SIGHUP to the serving generation; waits for the verdict, which must be good. Returns the line.
+    /// Sends SIGHUP to the serving generation, and waits for the verdict, which must be good. Returns the line.
     #[track_caller]
     pub fn upgrade(&mut self) -> String {
         self.signal(Signal::HUP);
@@ -141,7 +141,7 @@ impl Server {
         line
     }
 
-    /// SIGHUP; waits for the verdict, which must be bad. Returns the line.
+    /// Sends SIGHUP, and waits for the verdict, which must be bad. Returns the line.
     #[track_caller]
     pub fn fail_to_upgrade(&mut self) -> String {
         self.signal(Signal::HUP);
@@ -150,25 +150,25 @@ impl Server {
         line
     }
 
-    /// SIGHUP to this generation, and the verdict, for those who count failures instead of panicking.
+    /// Sends SIGHUP to this generation, and returns the verdict without panicking.
     pub fn try_upgrade(&self, pid: u32) -> Result<String, String> {
         let from = self.log.len();
         send_signal(pid, Signal::HUP);
         self.verdict(from)
     }
 
-    /// The first verdict from line `from` on.
+    /// Waits for the first verdict from line `from` on.
     pub fn verdict(&self, from: usize) -> Result<String, String> {
         Ok(self.log.wait(from, |line| line.starts_with("upgrade "))?.1)
     }
 
-    /// The process that answers now.
+    /// Returns the process that answers now.
     pub fn answers(&self) -> Result<u32, String> {
         let answer = ask(&self.addr()).map_err(|e| e.to_string())?;
         try_field(&answer, "pid").ok_or(answer)
     }
 
-    /// Waits until the next generation has said that it serves, which it does in its own time.
+    /// Waits until the next generation has reported that it serves, which may be after the verdict.
     #[track_caller]
     pub fn wait_serving(&self) {
         let count = |lines: &[String], start| lines.iter().filter(|line| line.starts_with(start)).count();
@@ -176,7 +176,7 @@ impl Server {
         self.log.wait_all(serves).unwrap_or_else(|e| panic!("the new one does not serve: {e}"));
     }
 
-    /// Every living process of every generation.
+    /// Returns every living process of every generation.
     pub fn processes(&self) -> Vec<u32> {
         let group = self.group.as_raw_nonzero().get();
         let of_group = |pid: &u32| proc::stat(*pid).is_some_and(|(state, of)| of == group && state != 'Z');
@@ -188,12 +188,12 @@ impl Server {
         send_signal(self.first_pid(), signal);
     }
 
-    /// The signal that ended the first generation, which must have ended.
+    /// Returns the signal that ended the first generation, which must have ended.
     pub fn exit_signal(&mut self) -> Option<i32> {
         self.child.wait().unwrap().signal()
     }
 
-    /// The exit code of the first process, which must have ended.
+    /// Returns the exit code of the first process, which must have ended.
     pub fn exit_code(&mut self) -> Option<i32> {
         self.child.wait().unwrap().code()
     }
@@ -216,7 +216,7 @@ fn listening(line: &str) -> Option<&str> {
 impl Drop for Server {
     fn drop(&mut self) {
         guard::end_part(self.part);
-        // Its later generations have become our children. A tracer may have reaped the first one.
+        // Later generations have become children of this process. A tracer may have reaped the first one.
         let _ = self.child.wait();
         while let Ok(Some(_)) = waitpgid(self.group, WaitOptions::NOHANG) {}
         if thread::panicking() {
