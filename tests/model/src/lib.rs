@@ -1,9 +1,8 @@
-//! The handover protocol as a state machine, and what must hold in each state that it can reach.
+//! The handover protocol as a state machine, and the properties that must hold in each reachable state.
 //!
-//! Each process takes its steps in any order relative to the others; at each point it can be killed, stopped and
-//! continued. A deadline may pass at any moment at which it is set: nothing here depends on how long anything takes, but
-//! for one case (see `At::WaitEnd`). Descriptors are not modelled one by one, nor files, nor partial stops, which differ
-//! from a stop in files only.
+//! The steps of the processes interleave in any order. At each point a process can be killed, stopped and continued. A
+//! deadline may pass at any time after it is set: no duration matters, with one exception (see `At::WaitEnd`). The
+//! model does not contain individual descriptors, files, or partial stops, which differ from stops only in files.
 
 pub mod page;
 mod parent;
@@ -16,36 +15,37 @@ use stateright::{Model, Property};
 
 use state::*;
 
-/// The one property that is to be found, or nothing else would mean much.
+/// The property that must be reachable. Otherwise the other properties would mean little.
 pub const SUCCEEDS: &str = "an upgrade succeeds";
 
-/// The two ways in which the lines travel.
+/// The two carriers of the messages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Carrier {
-    /// A writer sees without writing that nobody reads. What was not read is lost when the reading end closes.
+    /// A writer can detect without writing that the reading end is closed. Unread data is lost when the reading end
+    /// closes.
     Pipes,
-    /// A writer sees that only by writing.
+    /// A writer detects that only by writing.
     Socket,
 }
 
-/// The rules. Each can be taken out, to see that it is needed.
+/// The rules. Each can be removed, to check that it is needed.
 #[derive(Clone, Copy, Debug)]
 pub struct Rules {
     pub carrier: Carrier,
-    /// R1: to give up is to say `stop` first, and the parent's writing end stays open. Otherwise both ends are closed, and
-    /// what was started is killed.
+    /// R1: to give up, the parent first sends `stop`, and keeps its writing end open. Without the rule it closes both
+    /// ends and kills the started process.
     pub give_up_says_stop: bool,
     /// R3: a generation upgrades only after its own verdict.
     pub requests_wait: bool,
-    /// The end of what was started is seen by itself, not only by the end of the link.
+    /// The parent notices the end of the started process directly, not only by the end of the link.
     pub process_end_is_seen: bool,
-    /// The end of the child is seen at the parent's writing end too.
+    /// The parent notices the end of the child at its writing end too.
     pub error_on_write_end: bool,
-    /// The verdict comes after `serving`, however short the probation.
+    /// The verdict comes after `serving`, even with a short probation.
     pub waits_for_serving: bool,
-    /// A thread that was woken for a connection serves it although accepting has been paused since.
+    /// A thread that was woken for a connection serves it even if accepting was paused in the meantime.
     pub woken_serves: bool,
-    /// The manifest's last line goes out only when there is room for `stop` behind it.
+    /// The manifest's last line is sent only when there is room for `stop` after it.
     pub stop_fits: bool,
     /// A child that rolls back waits for its parent's `stop`, and otherwise accepts again.
     pub rollback_waits: bool,
@@ -70,7 +70,7 @@ impl Rules {
     }
 }
 
-/// What is explored.
+/// The bounds of an exploration.
 #[derive(Clone, Debug)]
 pub struct Protocol {
     pub rules: Rules,
@@ -80,20 +80,20 @@ pub struct Protocol {
     pub budget: Budget,
 }
 
-/// What can happen next.
+/// An event that can happen next.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Action {
-    // Of the system itself.
+    // Events of the system itself.
     Step(Pid),
     Timeout(Pid),
     Upgrade(Pid, Kind),
-    /// The kernel closes the rest of what a dead process had.
+    /// The kernel closes the remaining descriptors of a dead process.
     EndFully(Pid),
-    /// A shell whose command has ended ends too.
+    /// A shell ends when its command has ended.
     WrapperEnds(Pid),
     /// The thread that was woken accepts.
     Accept(Pid),
-    // From outside.
+    // External events.
     Kill(Pid),
     KillWrapper(Pid),
     Freeze(Pid),
@@ -109,7 +109,7 @@ pub enum Action {
 }
 
 impl Action {
-    /// Whether it happens by itself, so that the system does not rest while it can.
+    /// Whether it happens without an external cause. The system is not at rest while such an event is possible.
     pub fn is_internal(self) -> bool {
         use Action::*;
         matches!(self, Step(_) | Timeout(_) | Upgrade(..) | EndFully(_) | WrapperEnds(_) | Accept(_))
@@ -152,7 +152,7 @@ impl Protocol {
                     return None;
                 }
                 parent::spawn(&mut next, p, kind, self.processes);
-                // Without the rule the last line follows at once, and fills the pipe.
+                // Without the rule the last line follows immediately, and fills the pipe.
                 if let (false, Kind::LargeManifest, Some(c)) = (self.rules.stop_fits, kind, next.processes[p].child) {
                     next.links[c].as_mut()?.to_child.push(FromParent::End);
                 }
@@ -207,7 +207,7 @@ impl Protocol {
                     return None;
                 }
             }
-            // Before `ready`, or after `commit`: the PID file cannot be written, say.
+            // Before `ready`, or after `commit`, for example because the PID file cannot be written.
             Action::Refuse(p) if s.processes[p].runs() && matches!(s.processes[p].at, At::Ready | At::Serving) => {
                 spend(&mut left.refusals)?;
                 let link = next.links[p].as_mut()?;
@@ -239,7 +239,7 @@ impl Protocol {
         Some(next)
     }
 
-    /// Whether a signal to this process still asks for something.
+    /// Whether a signal to this process still has an effect.
     fn hears(&self, s: &State, p: Pid) -> bool {
         let ended = matches!(s.processes[p].at, At::Over | At::Leave | At::Refused | At::Stop | At::GivenBack);
         s.processes[p].life == Life::Alive && !ended
@@ -258,14 +258,14 @@ impl Protocol {
         actions.push(Reload);
     }
 
-    /// Everything that can happen next.
+    /// Returns all events that can happen next.
     pub fn next(&self, s: &State) -> Vec<(Action, State)> {
         let mut actions = Vec::new();
         self.candidates(s, &mut actions);
         actions.into_iter().filter_map(|action| Some((action, self.apply(s, action)?))).collect()
     }
 
-    /// Whether nothing happens any more unless something comes from outside.
+    /// Whether nothing more happens without an external event.
     pub fn rests(&self, s: &State) -> bool {
         let mut actions = Vec::new();
         self.candidates(s, &mut actions);
@@ -274,14 +274,14 @@ impl Protocol {
 
     // ---- what must hold ---------------------------------------------------------------------------------------------
 
-    /// Promise 4: one accepts; but for a process that goes on after it was stopped, or whose peer does, until it has read
-    /// what has come for it.
+    /// Promise 4: at most one process accepts. Exception: a process that continues after a freeze, or whose peer does,
+    /// until it has read its messages.
     fn one_accepts(&self, s: &State) -> bool {
         let accepting = (0..s.processes.len()).filter(|p| s.processes[*p].runs() && s.processes[*p].accepts);
         accepting.filter(|p| !self.has_mail(s, *p)).count() <= 1
     }
 
-    /// Whether a process is about to read, or to do, what ends its accepting.
+    /// Whether the next step of a process is to read or do something that ends its accepting.
     fn has_mail(&self, s: &State, p: Pid) -> bool {
         let process = &s.processes[p];
         let told = s.links[p].as_ref().is_some_and(|link| {
@@ -292,7 +292,7 @@ impl Protocol {
         told || hears || matches!(process.at, At::Pause | At::GivenBack | At::SayStopping)
     }
 
-    /// When all has come to rest: if there is somebody who may serve, somebody does.
+    /// When the system is at rest: if a process may serve, some process does.
     fn someone_accepts(&self, s: &State) -> bool {
         let may = |process: &&Process| process.runs() && !matches!(process.at, At::Over | At::Leave | At::Refused);
         s.stopped || !self.rests(s) || s.processes.iter().filter(may).all(|process| process.accepts)
@@ -307,7 +307,7 @@ impl Protocol {
             At::Refused => true,
             At::Loop => {
                 let Process { free, stop, upgrade, .. } = s.processes[p];
-                // Only a frozen parent makes a verdict wait, and an upgrade with it.
+                // Only a frozen parent can delay a verdict, and so an upgrade.
                 !stop && if free { !upgrade } else { parent_is_frozen(p) }
             }
             _ => false,
@@ -317,13 +317,13 @@ impl Protocol {
             Connection::Woke(p) => s.processes[p].frozen,
             Connection::None => true,
         };
-        // A main process that has ended or is stopped cannot answer the service manager, which knows that.
+        // A main process that has ended or is stopped cannot answer the service manager, which notices that.
         let cannot = |main: Pid| !s.processes[main].runs() || (!s.processes[main].free && parent_is_frozen(main));
         let reload = s.manager.is_none_or(|m| m.reload == Reload::No || cannot(m.main) || s.stopped);
         client && reload && (0..s.processes.len()).all(|p| !s.processes[p].runs() || rests(p))
     }
 
-    /// A child that was called good lived and served; one that was given up does not serve in the end.
+    /// A child with a good verdict was alive and served. A child that was given up does not serve in the end.
     fn the_verdict_is_true(&self, s: &State) -> bool {
         let given_up = |p: Pid| s.links[p].as_ref().is_some_and(|link| link.given_up);
         let serves_on = |p: Pid| s.processes[p].runs() && s.processes[p].accepts && given_up(p);
@@ -370,7 +370,7 @@ impl Model for Protocol {
         vec![
             Property::always("one accepts", Self::one_accepts),
             Property::always("someone accepts", Self::someone_accepts),
-            Property::always("nobody waits for ever", Self::nobody_waits),
+            Property::always("nothing waits forever", Self::nobody_waits),
             Property::always("the verdict is true", Self::the_verdict_is_true),
             Property::always("stopped stays stopped", Self::stopped_stays_stopped),
             Property::always("the main process lives", Self::the_main_process_lives),

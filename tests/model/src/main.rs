@@ -1,5 +1,5 @@
-//! `cargo run -- page` writes what the model says into the guide. `cargo run -- explore [WORD]` makes the large explorations,
-//! or those of them whose name contains the word.
+//! `cargo run -- page` writes the generated table into the guide. `cargo run -- explore [WORD]` runs the large
+//! explorations, or those whose name contains the word.
 
 use std::process::ExitCode;
 

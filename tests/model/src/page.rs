@@ -1,4 +1,4 @@
-//! The part of a page of the guide that the model writes.
+//! The generated part of a page of the guide.
 
 use std::fs;
 use std::path::PathBuf;
@@ -13,7 +13,7 @@ fn path() -> PathBuf {
 }
 
 fn split(page: &str) -> (&str, &str, &str) {
-    let begin = page.find(BEGIN).expect("the page has the mark") + BEGIN.len();
+    let begin = page.find(BEGIN).expect("the page has the start mark") + BEGIN.len();
     let end = page.find(END).expect("the page has the end mark");
     (&page[..begin], &page[begin..end], &page[end..])
 }
@@ -24,7 +24,7 @@ pub fn write() {
     fs::write(path(), format!("{before}\n{}\n{after}", table())).expect("the page can be written");
 }
 
-/// What is in the page, and what should be.
+/// Returns the generated part as it is in the page, and as it should be.
 pub fn committed_and_current() -> (String, String) {
     let page = fs::read_to_string(path()).expect("the page can be read");
     (split(&page).1.trim().to_owned(), table().trim().to_owned())

@@ -3,7 +3,7 @@
 use crate::state::*;
 use crate::Rules;
 
-/// Begins an upgrade; false if it is not begun, because there are processes enough for one exploration.
+/// Begins an upgrade. Returns false if the exploration already has the maximum number of processes.
 pub fn spawn(state: &mut State, p: Pid, kind: Kind, most: usize) -> bool {
     let process = &mut state.processes[p];
     process.upgrade = false;
@@ -44,7 +44,7 @@ fn begin_reload(state: &mut State, p: Pid) {
     }
 }
 
-/// `RELOADING`, if that is due, and `READY`.
+/// Sends `RELOADING`, if that is due, and `READY`.
 fn end_reload(state: &mut State, p: Pid) {
     begin_reload(state, p);
     let knows = state.processes[p].main;
@@ -53,7 +53,7 @@ fn end_reload(state: &mut State, p: Pid) {
     }
 }
 
-/// What a parent has read and seen of its child.
+/// The messages and events that a parent has received from its child.
 #[derive(Default)]
 struct Seen {
     ready: bool,
@@ -71,7 +71,7 @@ impl Seen {
     }
 }
 
-/// Reads to the end.
+/// Reads all pending messages.
 fn hear(state: &mut State, c: Pid, rules: &Rules) -> Seen {
     let mut seen = Seen::default();
     for message in std::mem::take(&mut state.link_mut(c).to_parent) {
@@ -87,7 +87,7 @@ fn hear(state: &mut State, c: Pid, rules: &Rules) -> Seen {
     seen
 }
 
-/// The end of an upgrade that failed.
+/// The last step of a failed upgrade.
 fn resume(state: &mut State, p: Pid, rules: &Rules) {
     let process = &mut state.processes[p];
     process.child = None;
@@ -103,7 +103,7 @@ fn resume(state: &mut State, p: Pid, rules: &Rules) {
     }
 }
 
-/// Passes on what was asked of the parent. False: the child does not read any more.
+/// Forwards requests to the child. Returns false if the child no longer reads.
 fn pass_on(state: &mut State, p: Pid, c: Pid) -> bool {
     let process = &state.processes[p];
     let stranger = state.link(c).kind == Kind::Stranger;
@@ -128,7 +128,7 @@ fn pass_on(state: &mut State, p: Pid, c: Pid) -> bool {
 
 /// The next step of `p`, whose child is `c`.
 pub fn step(s: &mut State, p: Pid, c: Pid, timeout: bool, rules: &Rules) -> Option<()> {
-    // Before each decision everything is read; a deadline decides only if nothing was.
+    // Everything is read before each decision. A deadline counts only if nothing was read.
     let at = s.processes[p].at;
     let wait = matches!(at, At::WaitReady | At::WaitServing | At::Probation | At::WaitTakenBack);
     if timeout && (!wait || !s.link(c).to_parent.is_empty()) {
@@ -142,7 +142,7 @@ pub fn step(s: &mut State, p: Pid, c: Pid, timeout: bool, rules: &Rules) -> Opti
             if link.kind == Kind::LargeManifest && link.to_child.is_empty() && s.processes[c].at == At::Manifest {
                 s.link_mut(c).to_child.push(FromParent::End);
             } else if seen.ready {
-                // What came behind it is for later.
+                // Later messages are handled in the next step.
                 let link = s.link_mut(c);
                 link.to_parent.extend(seen.serving.then_some(FromChild::Serving));
                 link.to_parent.extend(seen.refused.then_some(FromChild::Refused));
@@ -189,7 +189,7 @@ pub fn step(s: &mut State, p: Pid, c: Pid, timeout: bool, rules: &Rules) -> Opti
             } else if seen.stopping {
                 s.processes[p].at = At::Over;
             } else if seen.ended() || !pass_on(s, p, c) {
-                // Also if only what was started has ended: who is behind that is told.
+                // This also applies if only the started process has ended: the process behind it receives `stop`.
                 s.processes[p].at = At::GiveUp(GiveUp::Say);
             } else if timeout || (stranger && s.processes[p].stop) {
                 s.false_verdict |= s.processes[c].life == Life::Dead && !s.link(c).wrapper;
@@ -206,7 +206,7 @@ pub fn step(s: &mut State, p: Pid, c: Pid, timeout: bool, rules: &Rules) -> Opti
         At::WaitTakenBack => {
             let seen = hear(s, c, rules);
             if seen.refused || seen.stopping {
-                // It drains: it is not killed.
+                // The child drains and is not killed.
                 s.link_mut(c).parent_reads = false;
                 s.processes[p].stop |= seen.stopping;
                 resume(s, p, rules);
@@ -224,7 +224,7 @@ pub fn step(s: &mut State, p: Pid, c: Pid, timeout: bool, rules: &Rules) -> Opti
             let knows = s.processes[p].main;
             let stranger = s.link(c).kind == Kind::Stranger;
             if let Some(manager) = s.manager.as_mut().filter(|m| m.main == p && knows && !stranger) {
-                // MAINPID and READY in one.
+                // MAINPID and READY in one message.
                 manager.main = c;
                 if manager.reload == Reload::Reloading {
                     manager.reload = Reload::No;
@@ -259,7 +259,8 @@ pub fn step(s: &mut State, p: Pid, c: Pid, timeout: bool, rules: &Rules) -> Opti
             let link = s.link_mut(c);
             link.given_up = true;
             let stranger = link.kind == Kind::Stranger;
-            // In the middle of the manifest it would be a part of that. Before its end the child cannot serve.
+            // In the middle of the manifest, `stop` would become part of it. The child cannot serve before the end of
+            // the manifest.
             let unread = link.to_child.contains(&FromParent::Manifest);
             let in_manifest = link.kind == Kind::LargeManifest && unread;
             if rules.give_up_says_stop || stranger {
@@ -273,7 +274,7 @@ pub fn step(s: &mut State, p: Pid, c: Pid, timeout: bool, rules: &Rules) -> Opti
         }
         At::GiveUp(GiveUp::Close) => {
             let stranger = s.link(c).kind == Kind::Stranger;
-            // Said before it could read `stop`: then the service was asked to stop.
+            // The child sent this before it could read `stop`, so the service was asked to stop.
             s.processes[p].stop |= hear(s, c, rules).stopping;
             let link = s.link_mut(c);
             link.parent_reads = false;

@@ -1,4 +1,4 @@
-//! What is explored: completely, each within its bounds.
+//! The explorations, each complete within its bounds.
 
 use std::fmt;
 
@@ -13,7 +13,7 @@ pub struct Scenario {
     pub model: Protocol,
 }
 
-/// An exploration that found nothing wrong, and left nothing out.
+/// The result of an exploration that is complete and found no counterexample.
 pub struct Explored {
     pub name: &'static str,
     pub carrier: Carrier,
@@ -27,7 +27,7 @@ impl fmt::Display for Explored {
 }
 
 impl Scenario {
-    /// Panics with the shortest counterexample if a rule does not hold.
+    /// Panics with the shortest counterexample if a property does not hold.
     pub fn explore(self) -> Explored {
         let (name, carrier) = (self.name, self.model.rules.carrier);
         let checker = self.model.checker().threads(2).spawn_bfs().join();
@@ -36,7 +36,7 @@ impl Scenario {
         Explored { name, carrier, states: checker.unique_state_count() }
     }
 
-    /// The shortest way to a state in which this property does not hold.
+    /// Returns the shortest path to a state in which this property does not hold.
     pub fn counterexample(self, property: &'static str) -> Option<Vec<Action>> {
         let until = HasDiscoveries::AllOf([property].into());
         let checker = self.model.checker().finish_when(until).spawn_bfs().join();
@@ -56,7 +56,7 @@ fn both(name: &'static str, budget: Budget, change: impl Fn(&mut Protocol)) -> i
         .into_iter()
 }
 
-/// In a minute.
+/// Explorations that take about a minute.
 pub fn small() -> Vec<Scenario> {
     let none = Budget::default();
     let one = Budget { upgrades: 1, deaths: 1, freezes: 1, ..none };
@@ -88,7 +88,7 @@ pub fn small() -> Vec<Scenario> {
     all
 }
 
-/// In an hour.
+/// Explorations that take about an hour.
 pub fn large() -> Vec<Scenario> {
     let one = Budget { upgrades: 2, deaths: 1, freezes: 1, ..Budget::default() };
     let mut all = Vec::new();

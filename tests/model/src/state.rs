@@ -1,30 +1,32 @@
-//! What is known of the whole system at one moment: processes, the links between them, and what may still go wrong.
+//! The state of the whole system at one moment: processes, the links between them, and the events that may still
+//! happen.
 
-/// A process, by the order in which they began. Process 0 is a first generation.
+/// A process, numbered in the order of their start. Process 0 is a first generation.
 pub type Pid = usize;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Life {
     Alive,
-    /// It has been killed or has exited, and the kernel has closed what it reads but not yet what it writes: the worst order.
+    /// It was killed or has exited. The kernel has closed its reading ends but not yet its writing ends, which is the
+    /// worst order.
     Dying,
     Dead,
 }
 
-/// Where a process is. Each value ends with at most one system call that another process can see.
+/// The step that a process has reached. Each step ends with at most one system call that another process can see.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum At {
-    // A new process.
+    // Steps of a new process.
     Manifest,
     Ready,
     WaitCommit,
     Serving,
     LookAgain,
-    /// Its messages fail: the parent has given up, or is dying. The messages that are still to come tell which.
+    /// Its messages fail: the parent has given up, or is dying. The messages that still arrive tell which.
     WaitEnd,
-    // One that serves.
+    // Steps of a serving process.
     Loop,
-    // The parent of an upgrade.
+    // Steps of the parent of an upgrade.
     WaitReady,
     Pause,
     Commit,
@@ -37,10 +39,10 @@ pub enum At {
     GiveUp(GiveUp),
     TakeBack,
     WaitTakenBack,
-    // Ways to end.
+    // Final steps.
     SayStopping,
     Stop,
-    /// The parent has taken back the commit: stop accepting, say so, drain.
+    /// The parent has taken the commit back: stops accepting, reports it, drains.
     GivenBack,
     /// Was asked to roll back: stop accepting, say so.
     RollBack,
@@ -48,9 +50,9 @@ pub enum At {
     WaitAnswer,
     /// Drains, and then exits.
     Over,
-    /// Was given up, or got an unusable handover: exits with an error.
+    /// Was given up, or received an unusable handover: exits with an error.
     Leave,
-    /// Has refused and does not exit: a process that does something else, or hangs.
+    /// Has refused but does not exit, because it does something else or hangs.
     Refused,
 }
 
@@ -64,21 +66,21 @@ pub enum GiveUp {
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Process {
     pub life: Life,
-    /// SIGSTOP.
+    /// Stopped by SIGSTOP.
     pub frozen: bool,
     pub at: At,
     pub accepts: bool,
-    /// Asked for and not dealt with.
+    /// Requests that are not handled yet.
     pub stop: bool,
     pub upgrade: bool,
     pub rollback: bool,
-    /// The verdict was given, or there is nobody to give one.
+    /// The verdict was received, or no process can send one.
     pub free: bool,
-    /// It knows that the service manager listens to it.
+    /// It knows that the service manager accepts its messages.
     pub main: bool,
-    /// The new process of the upgrade under way.
+    /// The new process of the running upgrade.
     pub child: Option<Pid>,
-    /// What was passed on to that.
+    /// The requests that were forwarded to it.
     pub passed_stop: bool,
     pub passed_upgrade: bool,
 }
@@ -127,21 +129,21 @@ pub enum FromChild {
     Stopping,
 }
 
-/// How the new process came to be.
+/// How the new process was started.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Kind {
     Child,
-    /// A child whose manifest fills the pipe, so that nothing more goes in until it is read.
+    /// A child whose manifest fills the pipe, so that nothing more can be written until it is read.
     LargeManifest,
-    /// Behind a shell that does not exec: what the parent started, sees the end of and can kill is the shell.
+    /// A child behind a shell that does not exec. The parent has started, watches and can kill only the shell.
     Wrapped,
-    /// It starts a helper that inherits the link and lives on.
+    /// A child that starts a helper, which inherits the link and keeps running.
     WithHelper,
-    /// It has asked to take over.
+    /// A process that takes over.
     Stranger,
 }
 
-/// The link to a process from the one that hands over to it.
+/// The link between a process and the one that hands over to it.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Link {
     pub parent: Pid,
@@ -153,27 +155,27 @@ pub struct Link {
     pub parent_writes: bool,
     /// The child's reading end.
     pub child_reads: bool,
-    /// A shell before the child, that lives.
+    /// The shell in front of the child, if it is alive.
     pub wrapper: bool,
     pub given_up: bool,
     /// The child has served and refused: it drains, so it is not killed.
     pub drains: bool,
 }
 
-/// A connection in the queue of the listener that all share.
+/// A connection in the queue of the listener that all processes share.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Connection {
     None,
-    /// The kernel has woken one thread for it, of this process. Nobody else is woken.
+    /// The kernel has woken one thread of this process for it, and no other.
     Woke(Pid),
     Queued,
 }
 
-/// The service manager.
+/// The state of the service manager.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Manager {
     pub main: Pid,
-    /// It has asked for a reload, and waits for `RELOADING` and then `READY`.
+    /// It has requested a reload, and waits for `RELOADING` and then `READY`.
     pub reload: Reload,
 }
 
@@ -184,7 +186,7 @@ pub enum Reload {
     Reloading,
 }
 
-/// What may still happen to the system from outside.
+/// The external events that may still happen to the system.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Budget {
     pub deaths: u8,
@@ -208,9 +210,9 @@ pub struct State {
     pub left: Budget,
     /// The service was stopped.
     pub stopped: bool,
-    /// A parent has found its child good at a moment at which the child was dead.
+    /// A parent gave a good verdict although the child was already dead.
     pub false_verdict: bool,
-    /// A `stop` that a child able to serve was to get did not go out.
+    /// A `stop` for a child that can serve could not be sent.
     pub lost_stop: bool,
     /// A process has given the service back to nobody.
     pub given_away: bool,

@@ -1,5 +1,5 @@
-//! What a process does next. A step ends where another process can see what it did, so that a process can be stopped or
-//! killed between any two system calls that matter.
+//! The next step of a process. A step ends where another process can see its effect, so that a process can be stopped
+//! or killed between any two system calls that matter.
 
 use crate::parent;
 use crate::state::*;
@@ -14,13 +14,13 @@ impl State {
         self.links[child].as_mut().expect("only asked for a process that has one")
     }
 
-    /// Whether somebody holds the child's reading end.
+    /// Whether any process holds the child's reading end.
     pub fn reader_lives(&self, child: Pid) -> bool {
         let link = self.link(child);
         (self.processes[child].life == Life::Alive && link.child_reads) || self.is_held_by_others(child)
     }
 
-    /// Whether somebody holds the child's writing end.
+    /// Whether any process holds the child's writing end.
     pub fn writer_lives(&self, child: Pid) -> bool {
         self.processes[child].life != Life::Dead || self.is_held_by_others(child)
     }
@@ -30,7 +30,7 @@ impl State {
         link.wrapper || link.kind == Kind::WithHelper
     }
 
-    /// Whether what the parent has started, or let in, has ended.
+    /// Whether the process that the parent has started, or that has taken over, has ended.
     pub fn started_ended(&self, child: Pid) -> bool {
         match self.link(child).kind {
             Kind::Wrapped => !self.link(child).wrapper,
@@ -38,7 +38,7 @@ impl State {
         }
     }
 
-    /// Whether the child reads the end of the parent, once it has read everything before.
+    /// Whether the child sees the end of its parent once it has read all earlier messages.
     pub fn parent_ended(&self, child: Pid) -> bool {
         !self.link(child).parent_writes
     }
@@ -51,7 +51,7 @@ impl State {
         goes
     }
 
-    /// The child's message. False: nobody reads any more (EPIPE).
+    /// Sends a message of the child. Returns false if no process reads any more (EPIPE).
     fn report(&mut self, child: Pid, message: FromChild) -> bool {
         let link = self.link_mut(child);
         if link.parent_reads {
@@ -68,7 +68,7 @@ impl State {
             link.to_parent.clear();
         }
         if self.connection == Connection::Woke(p) {
-            // Taken, and lost with the process.
+            // The connection was accepted, and is lost with the process.
             self.connection = Connection::None;
         }
     }
@@ -83,7 +83,7 @@ impl State {
 
     pub fn accept(&mut self, p: Pid) {
         self.processes[p].accepts = true;
-        // It looks into the queue before it waits.
+        // It checks the queue before it waits.
         if self.connection == Connection::Queued {
             self.connection = Connection::None;
         }
@@ -97,11 +97,11 @@ impl State {
     }
 }
 
-/// Reads everything that the parent has sent, and notes the requests.
+/// Reads everything that the parent has sent, and records the requests.
 fn read_mail(state: &mut State, c: Pid) -> Mail {
     let mut mail = Mail::default();
     let process = &mut state.processes[c];
-    let link = state.links[c].as_mut().expect("a child has one");
+    let link = state.links[c].as_mut().expect("a child has a link");
     mail.any = !link.to_child.is_empty();
     for message in link.to_child.drain(..) {
         match message {
@@ -126,7 +126,7 @@ struct Mail {
     stop: bool,
 }
 
-/// The next step of a process that runs, if it has one; `timeout`: with its deadline over.
+/// Makes the next step of a running process, if it has one. With `timeout`, its deadline has passed.
 pub fn step(state: &State, p: Pid, timeout: bool, rules: &Rules) -> Option<State> {
     let mut next = state.clone();
     let s = &mut next;
@@ -164,7 +164,7 @@ pub fn step(state: &State, p: Pid, timeout: bool, rules: &Rules) -> Option<State
         }
         At::GivenBack if !timeout => {
             s.pause(p, rules);
-            // The answer: from here on the parent may accept.
+            // This is the answer. From here on the parent may accept.
             s.report(p, FromChild::Refused);
             s.processes[p].at = At::Leave;
         }
@@ -176,7 +176,7 @@ pub fn step(state: &State, p: Pid, timeout: bool, rules: &Rules) -> Option<State
             s.processes[p].at = At::Stop;
         }
         At::Stop if !timeout => {
-            // A `stop` that came before that message was read: the parent decides.
+            // A `stop` arrived before the parent read that message, so the parent decides.
             if s.links[p].is_some() && !s.processes[p].free && read_mail(s, p).stop {
                 s.processes[p].at = At::Leave;
                 return Some(next);
@@ -195,7 +195,7 @@ fn new_process(s: &mut State, p: Pid, timeout: bool, rules: &Rules) -> Option<()
     let given_up = |s: &mut State| s.processes[p].at = At::Leave;
     match s.processes[p].at {
         At::Manifest => {
-            // Only the first part has come; the rest goes out when the parent sees that this was read.
+            // Only the first part has arrived. The parent sends the rest once it sees that this part was read.
             if s.link(p).to_child.as_slice() == [FromParent::Manifest] && !timeout {
                 s.link_mut(p).to_child.clear();
                 return Some(());
@@ -205,7 +205,7 @@ fn new_process(s: &mut State, p: Pid, timeout: bool, rules: &Rules) -> Option<()
             }
             let mail = read_mail(s, p);
             if mail.stop || (!mail.end && (timeout || s.parent_ended(p))) {
-                // No complete manifest: never a first generation by accident.
+                // Without a complete manifest it exits. It must never become a first generation by accident.
                 given_up(s);
             } else if mail.end {
                 let sees_error = rules.carrier == Carrier::Pipes && !s.link(p).parent_reads;
@@ -252,7 +252,7 @@ fn new_process(s: &mut State, p: Pid, timeout: bool, rules: &Rules) -> Option<()
                 s.processes[p].at = At::Loop;
                 s.accept(p);
             } else if timeout && s.processes[s.link(p).parent].life == Life::Alive {
-                // 5 s; to die takes less.
+                // This deadline is 5 s, and the parent's death takes less.
                 given_up(s);
             } else if !mail.any {
                 return None;
@@ -290,6 +290,6 @@ fn serve(s: &mut State, p: Pid, rules: &Rules) -> Option<()> {
         }
         return Some(());
     }
-    // An upgrade: see `spawn`.
+    // An upgrade begins in `spawn`.
     None
 }

@@ -1,7 +1,7 @@
-//! The page of the guide that says who serves after each event: a table that the model fills in.
+//! Generates the guide's table of the process that serves after each event.
 //!
-//! Here deadlines are long: one passes only when nothing else can happen. So a cell says what is seen in practice, where
-//! the exploration asks what is possible.
+//! Here deadlines are long: one passes only when nothing else can happen. So a cell shows what happens in practice,
+//! whereas the exploration covers everything that is possible.
 
 use std::collections::{BTreeSet, HashSet};
 use std::fmt::Write;
@@ -9,10 +9,10 @@ use std::fmt::Write;
 use crate::state::*;
 use crate::{Action, Carrier, Protocol};
 
-/// Whether it is this moment, by where the two processes are.
+/// Whether this is the moment, given the steps of the two processes.
 type IsMoment = fn(&Process, &Process) -> bool;
 
-/// The moments of an upgrade.
+/// The moments of an upgrade, one per column.
 const MOMENTS: [(&str, IsMoment); 6] = [
     ("child starts", |p, c| p.at == At::WaitReady && matches!(c.at, At::Manifest | At::Ready)),
     ("`ready` sent", |p, c| p.at == At::WaitReady && c.at == At::WaitCommit),
@@ -25,7 +25,7 @@ const MOMENTS: [(&str, IsMoment); 6] = [
 const PARENT: Pid = 0;
 const CHILD: Pid = 1;
 
-/// What happens at that moment, and what when everything has come to rest.
+/// The events at that moment, then those once the system is at rest, and so on.
 type Event = &'static [&'static [Action]];
 
 fn events() -> [(&'static str, Kind, Event); 21] {
@@ -55,7 +55,7 @@ fn events() -> [(&'static str, Kind, Event); 21] {
     ]
 }
 
-/// Everything in which the system can come to rest.
+/// Returns all states in which the system can come to rest.
 fn rest(model: &Protocol, from: Vec<State>) -> HashSet<State> {
     let (mut seen, mut todo, mut resting): (HashSet<_>, _, _) = (HashSet::new(), from, HashSet::new());
     while let Some(state) = todo.pop() {
@@ -78,7 +78,7 @@ fn rest(model: &Protocol, from: Vec<State>) -> HashSet<State> {
     resting
 }
 
-/// The states of an undisturbed upgrade.
+/// Returns the states of an undisturbed upgrade.
 fn undisturbed(model: &Protocol) -> HashSet<State> {
     let mut first = model.first();
     first.processes[PARENT].upgrade = true;
@@ -86,7 +86,7 @@ fn undisturbed(model: &Protocol) -> HashSet<State> {
     while let Some(state) = todo.pop() {
         if seen.insert(state.clone()) {
             let next = model.next(&state).into_iter().filter(|(action, _)| action.is_internal());
-            // The probation ends by a deadline.
+            // The probation ends at a deadline.
             let probation = state.processes[PARENT].at == At::Probation;
             let late = |action: &Action| matches!(action, Action::Timeout(p) if !(probation && *p == PARENT));
             todo.extend(next.filter(|(action, _)| !late(action)).map(|(_, state)| state));
@@ -100,7 +100,7 @@ fn who_serves(state: &State) -> String {
     let serving = |p: &Pid| state.processes[*p].runs() && state.processes[*p].accepts;
     let mut names: Vec<String> = (0..state.processes.len()).filter(serving).map(|p| name(p).into()).collect();
     if names.is_empty() {
-        // One that is stopped will, when it goes on.
+        // A stopped process will accept when it continues.
         let will = |process: &Process| process.accepts || process.at == At::LookAgain;
         let frozen = |p: &Pid| state.processes[*p].frozen && will(&state.processes[*p]);
         names.extend((0..state.processes.len()).filter(frozen).map(|p| format!("({})", name(p))));
@@ -111,12 +111,12 @@ fn who_serves(state: &State) -> String {
     }
 }
 
-/// One cell: who serves in the end.
+/// Returns the text of one cell: the process that serves in the end.
 fn cell(kind: Kind, event: Event, is_moment: IsMoment) -> String {
     let budget = Budget { deaths: 2, freezes: 1, stops: 1, upgrades: 1, rollbacks: 1, ..Budget::default() };
     let mut model = Protocol::new(Carrier::Pipes, budget);
     model.kinds = vec![kind];
-    // What cannot happen at that moment changes nothing.
+    // An event that cannot happen at that moment changes nothing.
     let now = |s: &State, action: &Action| {
         model.next(s).into_iter().find(|(a, _)| a == action).map_or_else(|| s.clone(), |(_, next)| next)
     };
@@ -138,7 +138,7 @@ fn cell(kind: Kind, event: Event, is_moment: IsMoment) -> String {
     after.into_iter().collect::<Vec<_>>().join(" or ")
 }
 
-/// The table, in Markdown.
+/// Returns the table as Markdown.
 pub fn table() -> String {
     let mut out = String::from("| what happens |");
     for (moment, _) in MOMENTS {

@@ -1,4 +1,4 @@
-//! The rules hold, and each is needed: without it the fault that it was made for is found.
+//! The properties hold, and each rule is needed: without it the model finds the failure that the rule prevents.
 
 use ecdysis_model::scenarios::{self, Scenario};
 use ecdysis_model::state::{Budget, Kind};
@@ -25,7 +25,7 @@ fn the_page_says_what_the_model_says() {
     assert_eq!(committed, current, "stale: run `cargo run -- page` in tests/model");
 }
 
-/// Whether a property holds with all rules, and not without that one.
+/// Checks that a property holds with all rules, and does not hold without that one.
 fn is_needed(take_out: fn(&mut Rules), kind: Kind, budget: Budget, property: &'static str) -> bool {
     let scenario = |rules: Rules| {
         let mut model = Protocol::new(Carrier::Pipes, budget);
@@ -54,35 +54,35 @@ const NONE: Budget = Budget {
     reloads: 0,
 };
 
-/// The upgrade fails, and the shell is killed; the child behind it takes the closed link for its parent's death.
+/// The upgrade fails, and the shell is killed. The child behind it mistakes the closed link for its parent's death.
 #[test]
 fn a_child_behind_a_shell_serves_beside_its_parent() {
     let budget = Budget { upgrades: 1, ..NONE };
     assert!(is_needed(|rules| rules.give_up_says_stop = false, Kind::Wrapped, budget, "one accepts"));
 }
 
-/// The service is stopped during the upgrade, and comes back.
+/// The service is stopped during the upgrade, but a process serves again later.
 #[test]
 fn a_stopped_service_comes_back() {
     let budget = Budget { upgrades: 1, stops: 1, ..NONE };
     assert!(is_needed(|rules| rules.give_up_says_stop = false, Kind::Wrapped, budget, "stopped stays stopped"));
 }
 
-/// A version on probation upgrades and dies: its parent and its child both serve.
+/// A version on probation upgrades and dies. Then its parent and its child both serve.
 #[test]
 fn one_death_is_read_by_two() {
     let budget = Budget { upgrades: 2, deaths: 1, ..NONE };
     assert!(is_needed(|rules| rules.requests_wait = false, Kind::Child, budget, "one accepts"));
 }
 
-/// A reload comes before the child knows that it was announced, so nothing of it is announced.
+/// A reload arrives before the child knows that it was announced, so the child does not report the reload.
 #[test]
 fn a_reload_during_a_reload_does_not_end() {
     let budget = Budget { reloads: 2, ..NONE };
-    assert!(is_needed(|rules| rules.requests_wait = false, Kind::Child, budget, "nobody waits for ever"));
+    assert!(is_needed(|rules| rules.requests_wait = false, Kind::Child, budget, "nothing waits forever"));
 }
 
-/// The child is dead, but a helper of it holds the link.
+/// The child is dead, but its helper keeps the link open.
 #[test]
 fn a_death_is_not_seen() {
     let budget = Budget { upgrades: 1, deaths: 1, ..NONE };
@@ -90,21 +90,21 @@ fn a_death_is_not_seen() {
     assert!(is_needed(take_out, Kind::WithHelper, budget, "the verdict is true"));
 }
 
-/// The parent pauses when a thread of it has just been woken for a connection.
+/// The parent pauses just after one of its threads was woken for a connection.
 #[test]
 fn a_wakeup_is_lost() {
     let budget = Budget { upgrades: 1, freezes: 1, connections: 1, ..NONE };
-    assert!(is_needed(|rules| rules.woken_serves = false, Kind::Child, budget, "nobody waits for ever"));
+    assert!(is_needed(|rules| rules.woken_serves = false, Kind::Child, budget, "nothing waits forever"));
 }
 
-/// The parent ends before the child has said that it serves, and the child dies.
+/// The parent ends before the child has sent `serving`, and the child dies.
 #[test]
 fn a_verdict_before_serving_is_false() {
     let budget = Budget { upgrades: 1, deaths: 1, ..NONE };
     assert!(is_needed(|rules| rules.waits_for_serving = false, Kind::Child, budget, "the verdict is true"));
 }
 
-/// The pipe is full of the manifest.
+/// The manifest fills the pipe.
 #[test]
 fn a_stop_is_lost() {
     let budget = Budget { upgrades: 1, stops: 1, ..NONE };
