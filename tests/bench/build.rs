@@ -1,4 +1,4 @@
-//! Tells the program which target it is built for.
+//! Passes the build target to the program.
 
 fn main() {
     println!("cargo:rustc-env=TARGET={}", std::env::var("TARGET").unwrap_or_default());

@@ -1,4 +1,4 @@
-//! A server under measurement, and all its generations.
+//! A server that is measured, with all its generations.
 
 use std::fs::File;
 use std::io::{self, Read, Write};
@@ -10,16 +10,16 @@ use std::time::{Duration, Instant};
 
 use ecdysis_bench::sys;
 
-/// Nothing that is measured here takes as long.
+/// A deadline that no measurement comes near.
 pub const DEADLINE: Duration = Duration::from_secs(60);
 
 /// A server program and its arguments.
 #[derive(Clone)]
 pub struct Server {
-    /// Beside this program, or a path from there.
+    /// The program's path, relative to this program's directory.
     pub program: String,
     pub args: Vec<String>,
-    /// The path of `hold`, if that starts the server, keeps its PID, and receives the signals.
+    /// The path of `hold`, if the server runs under it. Then `hold` keeps its PID and receives the signals.
     pub below: Option<PathBuf>,
 }
 
@@ -54,22 +54,22 @@ impl Server {
 
     /// `command` is the server itself, or a tracer that starts it.
     pub fn run_by(&self, mut command: Command) -> io::Result<Command> {
-        // `cargo run` sets this. With it the dynamic loader looks for each library in several directories first:
-        // 215 system calls up to `main` instead of 60, in every generation.
+        // `cargo run` sets this. The dynamic loader would then search several directories for each library, with 215
+        // system calls before `main` instead of 60, in every generation.
         command.args(&self.args).env_remove("LD_LIBRARY_PATH");
         Ok(command)
     }
 }
 
-/// A port that was free a moment ago.
+/// Returns a port that was free a moment ago.
 pub fn free_port() -> io::Result<u16> {
     Ok(TcpListener::bind(("127.0.0.1", 0))?.local_addr()?.port())
 }
 
-/// A process that is driven by lines. Dropping it ends it.
+/// A process that is controlled by lines on stdin. Dropping it ends it.
 pub struct Driven {
     child: Child,
-    /// Not left in `child`, whose `wait` would close it: later generations read it too.
+    /// Taken out of `child`, whose `wait` would close it, because later generations read it too.
     stdin: ChildStdin,
     stdout: OwnedFd,
     unread: Vec<u8>,
@@ -92,7 +92,7 @@ impl Driven {
         self.stdin.write_all(format!("{line}\n").as_bytes())
     }
 
-    /// The next line, in words.
+    /// Returns the next line, split into words.
     pub fn hear(&mut self) -> io::Result<Line> {
         let deadline = Instant::now() + DEADLINE;
         loop {
@@ -112,9 +112,9 @@ impl Driven {
         }
     }
 
-    /// Waits until it has ended by itself.
+    /// Waits until it has exited.
     pub fn finish(mut self) -> io::Result<()> {
-        // It may have ended already.
+        // It may already have ended.
         let _ = self.tell("end");
         if sys::reap(self.pid(), DEADLINE) {
             Ok(())
@@ -140,7 +140,7 @@ impl Drop for Driven {
     }
 }
 
-/// A line of a server's: `word name=number …`.
+/// A line of a server: `word name=number …`.
 pub struct Line(pub String);
 
 impl Line {
@@ -150,7 +150,7 @@ impl Line {
     }
 }
 
-/// A server that is upgraded again and again.
+/// A server that is upgraded repeatedly.
 pub struct Chain {
     first: Driven,
     serving: i32,
@@ -161,11 +161,11 @@ pub struct Chain {
 
 /// One upgrade, in nanoseconds of CLOCK_MONOTONIC.
 pub struct Upgrade {
-    /// When it was asked for, seen from outside.
+    /// When it was requested, as seen from outside.
     pub asked: u64,
-    /// When the parent knew that it was committed.
+    /// When the parent had committed it.
     pub committed: u64,
-    /// How long the call took, seen by the parent.
+    /// How long the call took, as seen by the parent.
     pub call: u64,
     /// When the parent had ended.
     pub ended: u64,
@@ -188,7 +188,7 @@ impl Chain {
         self.first.pid()
     }
 
-    /// Upgrades, and waits for the parent's end.
+    /// Makes one upgrade, and waits for the parent's end.
     pub fn upgrade(&mut self) -> io::Result<Upgrade> {
         let parent = self.serving;
         let asked = sys::now();
@@ -222,7 +222,7 @@ impl Chain {
 
 impl Drop for Chain {
     fn drop(&mut self) {
-        // A server that is killed would be started again.
+        // Kill `hold` first, because it would restart a killed server.
         let (pid, signal) = match self.below_hold {
             true => (self.first.pid(), libc::SIGTERM),
             false => (self.serving, libc::SIGKILL),

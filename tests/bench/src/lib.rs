@@ -1,6 +1,6 @@
-//! What the servers and the measuring program share: the words they exchange.
+//! The protocol between the servers and the measuring program.
 //!
-//! A server is driven over stdin and answers on stdout, which its next generations inherit:
+//! A server reads commands from stdin and answers on stdout. Later generations inherit both:
 //!
 //! | line | means |
 //! |---|---|
@@ -17,7 +17,7 @@ pub mod rate;
 #[allow(unsafe_code)]
 pub mod sys;
 
-/// A server's arguments, `name=value` each.
+/// A server's arguments, each of the form `name=value`.
 pub struct Args(Vec<String>);
 
 impl Args {
@@ -33,7 +33,7 @@ impl Args {
         self.text(name).and_then(|n| n.parse().ok()).unwrap_or(default)
     }
 
-    /// The addresses to listen on: one port, on as many loopback addresses as asked for.
+    /// Returns the addresses to listen on: one port on the requested number of loopback addresses.
     pub fn addresses(&self) -> impl Iterator<Item = SocketAddr> {
         let port = self.number("port", 0) as u16;
         (0..self.number("listeners", 1)).map(move |i| {
@@ -42,13 +42,13 @@ impl Args {
         })
     }
 
-    /// What asks for an upgrade: SIGHUP, or a line on stdin.
+    /// The trigger of an upgrade: SIGHUP, or a line on stdin.
     pub fn by_signal(&self) -> bool {
         self.text("trigger") == Some("signal")
     }
 }
 
-/// One write a line, because several generations share stdout.
+/// Writes each line with one call, because several generations share stdout.
 pub fn say(line: &str) {
     let _ = io::stdout().write_all(format!("{line}\n").as_bytes());
 }
@@ -61,7 +61,7 @@ pub fn say_upgraded(since: u64, committed: u64) {
     say(&format!("upgraded ns={} at={committed}", committed - since));
 }
 
-/// Reads one line from stdin and not a byte more: the rest is for the next generation. Empty at the end.
+/// Reads one line from stdin and not a byte more, because the rest is for the next generation. Empty at the end.
 pub fn hear() -> String {
     let mut stdin = std::mem::ManuallyDrop::new(sys::adopt::<std::fs::File>(0));
     let mut line = String::new();
@@ -72,7 +72,7 @@ pub fn hear() -> String {
     line
 }
 
-/// Answers one request: a line in, a line out.
+/// Answers one request: reads a line and writes a line.
 pub fn answer(mut stream: impl Read + Write) {
     let mut buffer = [0; 64];
     if matches!(stream.read(&mut buffer), Ok(n) if n > 0) {

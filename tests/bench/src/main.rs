@@ -1,4 +1,4 @@
-//! Measures this library against a bare handover and against `ecdysis` 1.1.1, each side by side in the same minute.
+//! Compares this library with a bare handover and with `ecdysis` 1.1.1. The runs that are compared are interleaved.
 //!
 //! `ecdysis-bench [--quick] [--only ROW]... [--list]`: without `--quick`, RESULTS.md and the pictures beside it are
 //! written anew for every row that was run.
@@ -17,7 +17,7 @@ use std::{fs, io};
 
 use ecdysis_bench::sys;
 
-/// What a row of the results gives.
+/// The result of a row.
 pub struct Outcome {
     /// Markdown.
     pub text: String,
@@ -27,7 +27,7 @@ pub struct Outcome {
     pub summary: Vec<Summary>,
 }
 
-/// A line of the table that README shows.
+/// A line of the summary table.
 pub struct Summary {
     pub what: String,
     pub against: &'static str,
@@ -40,11 +40,11 @@ type Row = fn(quick: bool) -> Result<Outcome, Box<dyn Error>>;
 const ROWS: [(&str, &str, Row); 15] = [
     ("upgrade", "One upgrade, one listener, from the call to the commit", rows::upgrade::against_bare),
     ("old", "The same against `ecdysis` 1.1.1, from the signal to the commit", rows::upgrade::against_old),
-    ("hold", "One upgrade below `hold`, from the signal", rows::hold::hold),
+    ("hold", "One upgrade under `hold`, from the signal", rows::hold::hold),
     ("static", "One upgrade of a static binary", rows::upgrade::of_static),
     ("listeners", "Many listeners", rows::upgrade::listeners),
-    ("takeover", "A takeover beside an inheritance", rows::upgrade::takeover),
-    ("stall", "How long a busy thread of the parent stands still", rows::stall::stall),
+    ("takeover", "A takeover compared with an inheritance", rows::upgrade::takeover),
+    ("stall", "How long a busy thread of the parent stalls", rows::stall::stall),
     ("accept", "Connections accepted per second, one listener", rows::accept::accept),
     ("keep-alive", "Requests per second on connections that stay open", rows::accept::keep_alive),
     ("tasks", "Tasks and guards: waiting for the end, and draining", rows::tasks::tasks),
@@ -52,7 +52,7 @@ const ROWS: [(&str, &str, Row); 15] = [
     ("memory", "Memory of a listener and of a connection", rows::memory::memory),
     ("latency", "Latency of requests during upgrades", rows::latency::latency),
     ("syscalls", "System calls of one upgrade, one listener", rows::syscalls::syscalls),
-    ("build", "What it costs to build", rows::build::build),
+    ("build", "The cost of building", rows::build::build),
 ];
 
 const HERE: &str = env!("CARGO_MANIFEST_DIR");
@@ -79,7 +79,7 @@ fn run() -> Result<(), Box<dyn Error>> {
                 ROWS.iter().for_each(|(name, title, _)| println!("{name}: {title}"));
                 return Ok(());
             }
-            // How this program starts itself as the clients of a server.
+            // This program starts itself with these options, as the clients of a server.
             "--load" | "--load-keep" => return Ok(rows::accept::load(args, arg == "--load-keep")?),
             other => return Err(format!("unknown argument {other}: see the first lines of main.rs").into()),
         }
@@ -104,8 +104,8 @@ fn run() -> Result<(), Box<dyn Error>> {
     Ok(())
 }
 
-/// Builds servers: `cargo run` has built this program alone. With `flags` for the compiler they need a folder of their
-/// own, beside that of this program.
+/// Builds the servers, because `cargo run` has built only this program. With `flags` for the compiler they need another
+/// target directory, beside that of this program.
 fn build(which: &[&str], flags: &str, folder: Option<&str>) -> Result<(), Box<dyn Error>> {
     let exe = std::env::current_exe()?;
     let target = exe.parent().and_then(Path::parent).ok_or("this program lies in no target directory")?;
@@ -116,7 +116,7 @@ fn build(which: &[&str], flags: &str, folder: Option<&str>) -> Result<(), Box<dy
         .args(which);
     cargo.arg("--target-dir").arg(folder.map_or(target.to_owned(), |folder| target.join(folder)));
     if !flags.is_empty() {
-        // With a target named, the flags do not reach build scripts and procedural macros.
+        // With an explicit target, the flags do not apply to build scripts and procedural macros.
         cargo.env("RUSTFLAGS", flags).args(["--target", TARGET]);
     }
     if cargo.status()?.success() {
@@ -126,10 +126,10 @@ fn build(which: &[&str], flags: &str, folder: Option<&str>) -> Result<(), Box<dy
     }
 }
 
-/// The target that this program was built for.
+/// The target for which this program was built.
 const TARGET: &str = env!("TARGET");
 
-/// Writes one row's section of RESULTS.md and its picture; the others stay as they are.
+/// Writes one row's section of RESULTS.md and its picture. The others stay as they are.
 fn keep(name: &str, title: &str, outcome: Outcome) -> io::Result<()> {
     let path = Path::new(HERE).join("RESULTS.md");
     let before = fs::read_to_string(&path).unwrap_or_default();
@@ -138,7 +138,7 @@ fn keep(name: &str, title: &str, outcome: Outcome) -> io::Result<()> {
     for (row, ..) in ROWS {
         let begin = format!("{ROW}{row} -->\n");
         let section = if row == name {
-            // Kept here too, for the next run, which may measure another row only.
+            // The summary line is also stored here, because the next run may measure only another row.
             let summary: String = outcome.summary.iter().map(Summary::comment).collect();
             let picture = outcome.picture.as_ref().map(|(file, _)| format!("\n![{title}]({file})\n"));
             let picture = picture.unwrap_or_default();
@@ -154,9 +154,10 @@ fn keep(name: &str, title: &str, outcome: Outcome) -> io::Result<()> {
         }
     }
     let text = format!(
-        "# Results\n\nWritten by `cargo run --release --manifest-path tests/bench/Cargo.toml`. What stands side by side \
-         in a table ran interleaved in the same minutes; a ratio is the median of the rounds' ratios, the quartiles in \
-         brackets.\n\n| what | against | measured | goal |\n|---|---|---|---|\n{summary}\n{sections}"
+        "# Results\n\nWritten by `cargo run --release --manifest-path tests/bench/Cargo.toml`. The values in a table \
+         come from interleaved runs within the same minutes. A ratio is the median of the rounds' ratios, with the \
+        quartiles in parentheses.\n\n| what | against | measured | goal \
+         |\n|---|---|---|---|\n{summary}\n{sections}"
     );
     if let Some((file, svg)) = outcome.picture {
         fs::write(Path::new(HERE).join(file), svg)?;
@@ -174,7 +175,7 @@ impl Summary {
     }
 }
 
-/// The machine, without its name.
+/// Describes the machine, without its name.
 fn facts() -> io::Result<String> {
     let cores = std::thread::available_parallelism()?;
     let kernel = fs::read_to_string("/proc/sys/kernel/osrelease")?;

@@ -1,4 +1,4 @@
-//! Counts what a server has accepted or answered, and reports it as a rate.
+//! Counts the connections or requests of a server, and reports a rate.
 
 use std::io;
 use std::net::TcpListener;

@@ -30,11 +30,11 @@ pub struct Bar {
     pub name: String,
     pub value: f64,
     pub shown: String,
-    /// Ours, or somebody else's: the colour.
+    /// Whether it is this library's, which determines the color.
     pub ours: bool,
 }
 
-/// Horizontal bars, as long as the values, or as their logarithms: some of them differ 300 times.
+/// Draws horizontal bars, as long as the values or their logarithms. (Some values differ by a factor of 300.)
 pub fn bars(title: &str, logarithmic: bool, bars: &[Bar]) -> String {
     const LEFT: f64 = 210.0;
     const LENGTH: f64 = 360.0;
@@ -44,7 +44,7 @@ pub fn bars(title: &str, logarithmic: bool, bars: &[Bar]) -> String {
     let smallest = bars.iter().map(|bar| bar.value).fold(largest, f64::min).max(largest * 1e-6);
     let length = |value: f64| {
         let share = if logarithmic {
-            // The smallest gets a tenth of the width.
+            // The smallest value gets a tenth of the width.
             0.1 + 0.9 * (value.max(smallest) / smallest).ln() / (largest / smallest).ln().max(f64::MIN_POSITIVE)
         } else {
             value / largest

@@ -1,6 +1,6 @@
 //! Medians and spreads.
 
-/// What several runs gave.
+/// The results of several runs.
 #[derive(Clone, Debug, Default)]
 pub struct Runs(Vec<f64>);
 
@@ -13,7 +13,7 @@ impl FromIterator<f64> for Runs {
 }
 
 impl Runs {
-    /// The value below which this share of the runs lies. Not a number if there are none.
+    /// Returns the value below which this share of the runs lies. NaN if there are no runs.
     pub fn quantile(&self, share: f64) -> f64 {
         let last = self.0.len().saturating_sub(1);
         self.0.get((last as f64 * share).round() as usize).copied().unwrap_or(f64::NAN)
@@ -34,7 +34,7 @@ impl Runs {
     }
 }
 
-/// The ratio of each run to the run of the other in the same round.
+/// Returns the ratio of each run to the other's run in the same round.
 pub fn ratios(of: &[f64], to: &[f64]) -> Runs {
     of.iter().zip(to).map(|(of, to)| of / to).collect()
 }

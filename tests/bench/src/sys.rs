@@ -1,4 +1,4 @@
-//! The unsafe part: the bare handover that everything is measured against, and a few system calls.
+//! The unsafe code: the bare handover that serves as the baseline, and a few system calls.
 
 use std::ffi::{c_char, c_void, CString};
 use std::io;
@@ -6,17 +6,17 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::ptr;
 use std::time::Duration;
 
-/// How the bare handover makes its child.
+/// How the bare handover creates its child.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Way {
     Fork,
-    /// What posix_spawn does: shared memory, and the parent waits for the execve.
+    /// As posix_spawn does: shared memory, and the parent waits for the execve.
     Vfork,
-    /// Shared memory, and the parent goes on.
+    /// Shared memory, and the parent continues.
     Vm,
 }
 
-/// What the child of a bare spawn reads before its execve.
+/// The data that the child of a bare spawn reads before its execve.
 struct Plan {
     program: CString,
     argv: Vec<*const c_char>,
@@ -25,7 +25,7 @@ struct Plan {
 }
 
 extern "C" fn child(plan: *mut c_void) -> i32 {
-    // SAFETY: the plan lives until the execve; only system calls from here on.
+    // SAFETY: the plan lives until the execve, and there are only system calls from here on.
     unsafe {
         let plan = &*plan.cast::<Plan>();
         for &fd in &plan.keep {
@@ -36,15 +36,15 @@ extern "C" fn child(plan: *mut c_void) -> i32 {
     }
 }
 
-/// The least that a handover needs: a child that runs `program` and keeps `keep`.
+/// The minimum that a handover needs: spawns a child that runs `program` and keeps `keep` open.
 pub fn bare_spawn(way: Way, program: CString, argv: &[CString], envp: &[CString], keep: Vec<RawFd>) -> io::Result<i32> {
     let pointers =
         |strings: &[CString]| strings.iter().map(|s| s.as_ptr()).chain([ptr::null()]).collect::<Vec<*const c_char>>();
-    // Leaked, because a child that shares memory may still read it when this returns; and this process ends soon.
+    // Leaked, because a child that shares memory may still read it after this returns. This process ends soon.
     let plan = Box::leak(Box::new(Plan { program, argv: pointers(argv), envp: pointers(envp), keep }));
     let plan = ptr::from_mut(plan).cast::<c_void>();
     let stack = if way == Way::Fork { ptr::null_mut() } else { new_stack()? };
-    // SAFETY: the child runs `child` alone, on a stack of its own or a copy of ours.
+    // SAFETY: the child runs only `child`, on its own stack or on a copy of the parent's.
     let pid = unsafe {
         match way {
             Way::Fork => match libc::fork() {
@@ -62,7 +62,7 @@ pub fn bare_spawn(way: Way, program: CString, argv: &[CString], envp: &[CString]
     }
 }
 
-/// The upper end of a stack that nobody has touched: the child pays for the pages that it uses, and for no others.
+/// Returns the upper end of an untouched stack, so that the child causes page faults only for the pages it uses.
 fn new_stack() -> io::Result<*mut c_void> {
     const SIZE: usize = 64 * 1024;
     // SAFETY: a new mapping, never unmapped; its end is aligned to a page.
@@ -77,7 +77,7 @@ fn new_stack() -> io::Result<*mut c_void> {
 
 pub fn pipe() -> io::Result<(OwnedFd, OwnedFd)> {
     let mut ends = [0; 2];
-    // SAFETY: pipe2 fills both on success, and nobody else owns them.
+    // SAFETY: pipe2 fills in both on success, and nothing else owns them.
     unsafe {
         if libc::pipe2(ends.as_mut_ptr(), libc::O_CLOEXEC) != 0 {
             return Err(io::Error::last_os_error());
@@ -86,13 +86,13 @@ pub fn pipe() -> io::Result<(OwnedFd, OwnedFd)> {
     }
 }
 
-/// Owns an inherited descriptor.
+/// Takes ownership of an inherited descriptor.
 pub fn adopt<T: From<OwnedFd>>(fd: RawFd) -> T {
-    // SAFETY: the bare parent handed this number over, and nobody else in this process uses it.
+    // SAFETY: the bare parent handed this number over, and nothing else in this process uses it.
     T::from(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
-/// CLOCK_MONOTONIC in nanoseconds: the same clock in every process.
+/// Returns CLOCK_MONOTONIC in nanoseconds, which is the same in every process.
 pub fn now() -> u64 {
     let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
     // SAFETY: `time` is a timespec.
@@ -100,9 +100,9 @@ pub fn now() -> u64 {
     time.tv_sec as u64 * 1_000_000_000 + time.tv_nsec as u64
 }
 
-/// Leaves a word in a system call trace: a write to no descriptor.
+/// Leaves a mark in a system call trace, by a write to an invalid descriptor.
 pub fn mark(word: &str) {
-    // SAFETY: -1 is no descriptor; the call fails.
+    // SAFETY: -1 is not a descriptor, so the call fails.
     unsafe { libc::write(-1, word.as_ptr().cast(), word.len()) };
 }
 
@@ -112,7 +112,7 @@ pub struct Heap {
     len: usize,
 }
 
-// SAFETY: plain memory that one thread writes.
+// SAFETY: plain memory that only one thread writes to.
 unsafe impl Send for Heap {}
 
 impl Heap {
@@ -136,7 +136,7 @@ impl Heap {
         }
     }
 
-    /// Writes to the page with this number, counted around.
+    /// Writes to the page with this number, modulo the number of pages.
     pub fn touch(&mut self, page: usize) {
         let at = page * Self::PAGE % self.len;
         // SAFETY: within the mapping.
@@ -144,7 +144,7 @@ impl Heap {
     }
 }
 
-/// Blocks SIGHUP in this thread and those it makes, and waits for it in `wait_hangup`.
+/// Blocks SIGHUP in this thread and the threads it creates. `wait_hangup` waits for the signal.
 pub fn block_hangup() {
     // SAFETY: a valid set.
     unsafe { libc::pthread_sigmask(libc::SIG_BLOCK, &hangup(), ptr::null_mut()) };
@@ -157,7 +157,7 @@ pub fn wait_hangup() {
 }
 
 fn hangup() -> libc::sigset_t {
-    // SAFETY: sigemptyset initialises the set.
+    // SAFETY: sigemptyset initializes the set.
     unsafe {
         let mut set = std::mem::zeroed();
         libc::sigemptyset(&mut set);
@@ -166,7 +166,7 @@ fn hangup() -> libc::sigset_t {
     }
 }
 
-/// Descendants that lose their parent become our children, so that none is left behind.
+/// Makes orphaned descendants children of this process, so that none is left behind.
 pub fn adopt_orphans() {
     // SAFETY: plain numbers.
     unsafe { libc::prctl(libc::PR_SET_CHILD_SUBREAPER, 1) };
@@ -187,9 +187,9 @@ pub fn signal(pid: i32, signal: i32) {
     unsafe { libc::kill(pid, signal) };
 }
 
-/// Waits for the end of a child of ours, and reaps it. False if it still runs.
+/// Waits for the end of a child, and reaps it. Returns false if it still runs.
 pub fn reap(pid: i32, deadline: Duration) -> bool {
-    // SAFETY: plain numbers, one pollfd; the pidfd is ours alone.
+    // SAFETY: plain numbers and one pollfd. Nothing else owns the pidfd.
     unsafe {
         let pidfd = libc::syscall(libc::SYS_pidfd_open, pid, 0) as RawFd;
         if pidfd >= 0 {
@@ -201,14 +201,14 @@ pub fn reap(pid: i32, deadline: Duration) -> bool {
     }
 }
 
-/// Waits until the descriptor is readable. False at the deadline.
+/// Waits until the descriptor is readable. Returns false at the deadline.
 pub fn readable(fd: &impl AsRawFd, deadline: Duration) -> bool {
     let mut fds = [libc::pollfd { fd: fd.as_raw_fd(), events: libc::POLLIN, revents: 0 }];
     // SAFETY: one pollfd.
     unsafe { libc::poll(fds.as_mut_ptr(), 1, deadline.as_millis() as i32) > 0 }
 }
 
-/// CPU time of this process, or of its ended and reaped descendants, in seconds.
+/// Returns the CPU time of this process, or of its reaped descendants, in seconds.
 pub fn cpu_seconds(descendants: bool) -> f64 {
     let who = if descendants { libc::RUSAGE_CHILDREN } else { libc::RUSAGE_SELF };
     // SAFETY: one rusage.
@@ -221,7 +221,7 @@ pub fn cpu_seconds(descendants: bool) -> f64 {
     seconds(usage.ru_utime) + seconds(usage.ru_stime)
 }
 
-/// Closing this stream resets the connection: no TIME_WAIT, so the ports never run out.
+/// Makes a close of this stream reset the connection. Without TIME_WAIT the ports never run out.
 pub fn reset_on_close(stream: &impl AsRawFd) {
     let linger = libc::linger { l_onoff: 1, l_linger: 0 };
     let size = std::mem::size_of_val(&linger) as u32;

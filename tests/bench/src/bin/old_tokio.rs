@@ -1,4 +1,4 @@
-//! The same small server with `ecdysis` 1.1.1 and Tokio, in the shape of its own example.
+//! The same small server with `ecdysis` 1.1.1 and Tokio, written like that crate's own example.
 
 use std::io;
 
@@ -15,7 +15,7 @@ async fn main() -> io::Result<()> {
     let args = Args::get();
     let builder = TokioEcdysisBuilder::new(SignalKind::hangup())?;
     if args.text("way") == Some("count") {
-        // It does not tell which port it got for port 0.
+        // It does not expose the actual port for port 0.
         let port = args.number("port", 0) as u16;
         let mut stream = builder.listen_tcp(StopOnShutdown::Yes, ([127, 0, 0, 1], port).into())?;
         let _running = builder.ready()?;
@@ -37,7 +37,7 @@ async fn main() -> io::Result<()> {
     let (_ecdysis, upgraded) = builder.ready()?;
     sys::mark("ready");
     say_serving();
-    // Its upgrade is started by the signal, inside this future: the measuring program knows when it sent that.
+    // The signal starts its upgrade inside this future. The measuring program knows when it sent the signal.
     let since = sys::now();
     upgraded.await.map_err(|e| io::Error::other(format!("{e:?}")))?;
     let committed = sys::now();

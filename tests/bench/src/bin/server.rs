@@ -1,5 +1,5 @@
 //! A small threaded server, upgraded by this library (`way=auto`, `way=fork`) or by hand (`way=bare-fork`,
-//! `way=bare-vfork`, `way=bare-vm`): one binary, so that its size and start are the same for all.
+//! `way=bare-vfork`, `way=bare-vm`): one binary, so that size and start are the same for all.
 
 use std::ffi::CString;
 use std::io::{self, BufRead, BufReader, Read, Write};
@@ -31,7 +31,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     }
 }
 
-/// When the child was told that it serves now.
+/// When the child was allowed to serve.
 static COMMITTED: AtomicU64 = AtomicU64::new(0);
 
 fn ours(args: &Args, spawn: Spawn) -> Result<(), Box<dyn std::error::Error>> {
@@ -45,7 +45,7 @@ fn ours(args: &Args, spawn: Spawn) -> Result<(), Box<dyn std::error::Error>> {
         builder.upgrade_on_signal(libc::SIGHUP);
     }
     if args.text("notify").is_some() {
-        // Below `hold`, which ends it by this.
+        // Under `hold`, which ends the server with this signal.
         builder.systemd_notify(true).stop_on_signal(libc::SIGTERM);
     }
     if args.text("transport") == Some("socket") {
@@ -57,7 +57,7 @@ fn ours(args: &Args, spawn: Spawn) -> Result<(), Box<dyn std::error::Error>> {
     let starting = builder.start()?;
     let listeners = args.addresses().map(|a| starting.listen_tcp(a)).collect::<Result<Vec<_>, _>>()?;
     if starting.is_child() && args.text("heap").is_some() {
-        // Measures what an upgrade does to the parent, several times over one heap: this generation never serves.
+        // Measures the effect of several upgrades on a parent with one heap. This generation never serves.
         let _ = starting.refuse("as told");
         return Ok(());
     }
@@ -91,7 +91,7 @@ fn ours(args: &Args, spawn: Spawn) -> Result<(), Box<dyn std::error::Error>> {
     Ok(())
 }
 
-/// The handover without a library: fork, execve, and one byte in a pipe that says ready.
+/// The handover without a library: fork, execve, and one byte in a pipe that means ready.
 fn bare(args: &Args, way: Way) -> io::Result<()> {
     const VARIABLE: &str = "BARE";
     if args.by_signal() {
@@ -141,11 +141,11 @@ fn bare(args: &Args, way: Way) -> io::Result<()> {
     let committed = sys::now();
     sys::mark("end");
     say_upgraded(since, committed);
-    // As the library does at the commit, no old code accepts from here on.
+    // As with the library, the old process no longer accepts after the commit.
     Ok(())
 }
 
-/// The longest time that a thread which works in memory stood still: in an upgrade, and in as long a time without one.
+/// Returns the longest stall of a thread that works in memory: during an upgrade, and during the same time without one.
 fn measure_stall(args: &Args, server: &Ecdysis) -> Result<(), Box<dyn std::error::Error>> {
     static LONGEST: AtomicU64 = AtomicU64::new(0);
     static LAST: AtomicU64 = AtomicU64::new(0);
@@ -162,7 +162,7 @@ fn measure_stall(args: &Args, server: &Ecdysis) -> Result<(), Box<dyn std::error
         }
     });
     say("touched");
-    // It may stand still at this moment.
+    // The thread may be stalled at this moment.
     let longest = || {
         let still = sys::now().saturating_sub(LAST.load(Ordering::Relaxed));
         LONGEST.swap(0, Ordering::Relaxed).max(still)
@@ -183,7 +183,7 @@ fn measure_stall(args: &Args, server: &Ecdysis) -> Result<(), Box<dyn std::error
     std::process::exit(0)
 }
 
-/// Accepts and closes, and counts: through `Shutdown::incoming`.
+/// Accepts, closes and counts connections, through `Shutdown::incoming`.
 fn count_incoming(args: &Args) -> Result<(), Box<dyn std::error::Error>> {
     let starting = Ecdysis::builder().start()?;
     let listener = &*Box::leak(Box::new(starting.listen_tcp(([127, 0, 0, 1], 0).into())?));
@@ -195,7 +195,7 @@ fn count_incoming(args: &Args) -> Result<(), Box<dyn std::error::Error>> {
     Ok(report_rate(listener)?)
 }
 
-/// The same with plain blocking accept.
+/// The same with a plain blocking accept.
 fn count_blocking(args: &Args) -> io::Result<()> {
     let listener = &*Box::leak(Box::new(TcpListener::bind(("127.0.0.1", 0))?));
     for _ in 0..args.number("threads", 1) {
@@ -204,8 +204,8 @@ fn count_blocking(args: &Args) -> io::Result<()> {
     report_rate(listener)
 }
 
-/// Answers lines on connections that stay open, a thread each, and counts the answers: with this library's wait between two
-/// requests.
+/// Answers lines on persistent connections, with one thread each, and counts the answers. Uses this library's wait
+/// between two requests.
 fn keep_incoming() -> Result<(), Box<dyn std::error::Error>> {
     let starting = Ecdysis::builder().start()?;
     let listener = &*Box::leak(Box::new(starting.listen_tcp(([127, 0, 0, 1], 0).into())?));
@@ -241,7 +241,7 @@ fn keep_blocking() -> io::Result<()> {
     report_rate(listener)
 }
 
-/// One request; whether there was one.
+/// Reads and answers one request. Returns whether there was one.
 fn served(requests: &mut BufReader<TcpStream>) -> bool {
     let mut line = String::new();
     let served =

@@ -1,5 +1,5 @@
-//! This library under Tokio: `way=count` accepts and counts, `way=over` waits in many tasks for the end, `way=watch` does so
-//! with Tokio's own watch, `way=drain-tasks` and `way=drain-guards` drain.
+//! This library under Tokio: `way=count` accepts and counts, `way=over` waits for the end in many tasks, `way=watch`
+//! does so with Tokio's own watch, `way=drain-tasks` and `way=drain-guards` drain.
 
 use std::io;
 use std::sync::Arc;
@@ -36,7 +36,7 @@ async fn accept(args: &Args) -> io::Result<()> {
     Ok(())
 }
 
-/// Each task makes the future anew in each turn of its `select!`, as loops of servers do.
+/// Each task creates the future again in each turn of its `select!`, as loops of servers do.
 async fn over(args: &Args, ours: bool) -> Result<(), ecdysis::Error> {
     let (tasks, turns) = (args.number("tasks", 64), args.number("turns", 20_000));
     let service = Ecdysis::builder().start()?.ready()?;
@@ -66,7 +66,7 @@ async fn over(args: &Args, ours: bool) -> Result<(), ecdysis::Error> {
     Ok(())
 }
 
-/// From the stop to the return of `drain`, with so many guards that tasks or a thread hold.
+/// Measures the time from the stop to the return of `drain`, with this many guards, held by tasks or by a thread.
 async fn drain(count: usize, tasks: bool) -> Result<(), Box<dyn std::error::Error>> {
     let service = Ecdysis::builder().start()?.ready()?;
     let shutdown = service.shutdown();

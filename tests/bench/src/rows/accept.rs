@@ -1,4 +1,4 @@
-//! How many connections a second are accepted.
+//! The number of connections accepted per second.
 
 use std::collections::VecDeque;
 use std::error::Error;
@@ -14,10 +14,10 @@ use crate::report::{bars, Bar, Table};
 use crate::stats::{ratios, Runs};
 use crate::{Outcome, Summary};
 
-/// Client threads, and how many connections each of them keeps open.
+/// The number of client threads, and the number of connections that each keeps open.
 const LOADS: [(usize, usize); 2] = [(2, 16), (16, 1)];
 
-/// Requests a second on connections that stay open, with this library's wait between two requests.
+/// Requests per second on persistent connections, with this library's wait between two requests.
 pub fn keep_alive(quick: bool) -> Result<Outcome, Box<dyn Error>> {
     let (rounds, ms) = if quick { (1, 200) } else { (15, 500) };
     let mut table =
@@ -26,7 +26,7 @@ pub fn keep_alive(quick: bool) -> Result<Outcome, Box<dyn Error>> {
     for (clients, window) in [(1, 1), (2, 4), (2, 32)] {
         let mut rates: [Vec<f64>; 2] = Default::default();
         for round in 0..rounds {
-            // In turn which of the two comes first.
+            // Alternate which of the two comes first.
             for i in if round % 2 == 0 { [0, 1] } else { [1, 0] } {
                 let way = ["way=keep-block", "way=keep"][i];
                 rates[i].push(measure(way, 1, "--load-keep", clients, window, ms)?.0 / 1e3);
@@ -42,7 +42,7 @@ pub fn keep_alive(quick: bool) -> Result<Outcome, Box<dyn Error>> {
     Ok(Outcome { text, picture: None, summary })
 }
 
-/// Each server as its documentation shows it, one accepting thread or task.
+/// Each server as in its documentation, with one accepting thread or task.
 pub fn throughput(quick: bool) -> Result<Outcome, Box<dyn Error>> {
     let (rounds, ms) = if quick { (1, 200) } else { (9, 500) };
     let servers = [
@@ -81,7 +81,7 @@ pub fn accept(quick: bool) -> Result<Outcome, Box<dyn Error>> {
         "blocking accept, 1,000/s",
         "`incoming`, 1,000/s",
         "ratio",
-        "CPU a connection, ratio",
+        "CPU per connection, ratio",
     ]);
     let (mut all, mut summary) = (Vec::new(), Vec::new());
     for threads in [1, 4, 16] {
@@ -131,7 +131,7 @@ pub fn accept(quick: bool) -> Result<Outcome, Box<dyn Error>> {
     })
 }
 
-/// Connections a second, and CPU microseconds of the server for one.
+/// Connections per second, and CPU microseconds of the server per connection.
 fn measure(
     way: &str,
     threads: usize,
@@ -162,14 +162,14 @@ fn measure_server(
         server.tell(&format!("measure {ms}"))?;
         server.expect("rate")
     };
-    // The first tenth of the time warms up.
+    // The first tenth of the time is a warm-up.
     rate(ms / 10)?;
     let rate = rate(ms)?;
     Ok((rate.number("per_second")?, rate.number("cpu_us")?))
 }
 
-/// The clients, in a process of their own: `--load PORT THREADS WINDOW`, or `--load-keep` for connections that stay open.
-/// Until it is killed.
+/// The clients, in a separate process that runs until it is killed: `--load PORT THREADS WINDOW`, or `--load-keep` for
+/// persistent connections.
 pub fn load(args: impl Iterator<Item = String>, keep: bool) -> io::Result<()> {
     let numbers: Vec<usize> = args.filter_map(|n| n.parse().ok()).collect();
     let [port, threads, window] = numbers[..] else { return Err(io::ErrorKind::InvalidInput.into()) };

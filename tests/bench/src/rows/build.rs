@@ -1,4 +1,4 @@
-//! What the library costs those who build it.
+//! The cost of building the library.
 
 use std::collections::BTreeSet;
 use std::error::Error;
@@ -11,7 +11,7 @@ use ecdysis_bench::sys;
 use crate::report::Table;
 use crate::{Outcome, Summary, HERE};
 
-/// The least server with each.
+/// The smallest server with each library.
 const OURS: &str = r#"fn main() -> Result<(), Box<dyn std::error::Error>> {
     let mut builder = ecdysis::Ecdysis::builder();
     let starting = builder.upgrade_on_signal(1).stop_on_signal(15).start()?;
@@ -55,8 +55,8 @@ pub fn build(quick: bool) -> Result<Outcome, Box<dyn Error>> {
     };
     let summary = vec![line("crates compiled", 0, "≤ 1/8"), line("CPU time of a clean release build", 1, "≤ 1/4")];
     let text = format!(
-        "A clean release build of a server of ten lines, its dependencies downloaded before. Crates are all that are \
-         compiled besides the server itself.\n\n{}",
+        "A clean release build of a server of ten lines, with its dependencies already downloaded. The number of \
+         crates excludes the server itself.\n\n{}",
         table.markdown()
     );
     Ok(Outcome { text, picture: None, summary })

@@ -1,4 +1,4 @@
-//! How much longer an upgrade takes below `hold`, and the memory of `hold`.
+//! How much longer an upgrade takes under `hold`, and the memory of `hold`.
 
 use std::error::Error;
 use std::path::{Path, PathBuf};
@@ -36,14 +36,14 @@ pub fn hold(quick: bool) -> Result<Outcome, Box<dyn Error>> {
     table.row(vec!["more".into(), commit.show(2), end.show(2)]);
     let memory = resident(chains[1].first_pid())?;
     let text = format!(
-        "{} upgrades each. The server below `hold` reports to it (`systemd_notify`). `hold` has {memory:.1} MiB resident \
-         after them.\n\n{}",
+        "{} upgrades each. The server under `hold` reports to it (`systemd_notify`). Afterward `hold` has \
+         {memory:.1} MiB of resident memory.\n\n{}",
         times[0].0.len(),
         table.markdown()
     );
     let summary = vec![
         Summary {
-            what: "one upgrade below `hold`, signal to commit".into(),
+            what: "one upgrade under `hold`, signal to commit".into(),
             against: "without it",
             measured: format!("{} ms more", commit.show(2)),
             goal: "≤ 0.2 ms more",
@@ -71,7 +71,7 @@ fn build() -> Result<PathBuf, Box<dyn Error>> {
     }
 }
 
-/// MiB.
+/// Returns the resident memory in MiB.
 fn resident(pid: i32) -> Result<f64, Box<dyn Error>> {
     let status = std::fs::read_to_string(format!("/proc/{pid}/status"))?;
     let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).ok_or("no VmRSS")?;

@@ -1,4 +1,4 @@
-//! What clients feel of an upgrade.
+//! The effect of upgrades on the latency of clients.
 
 use std::error::Error;
 use std::io::{self, Read, Write};
@@ -16,7 +16,7 @@ use crate::{Outcome, Summary};
 
 const CLIENTS: usize = 2;
 
-/// Clients ask at a steady pace, each request over a new connection, while the server is upgraded again and again.
+/// Clients send requests at a steady rate, each on a new connection, while the server is upgraded repeatedly.
 pub fn latency(quick: bool) -> Result<Outcome, Box<dyn Error>> {
     let upgrades = if quick { 5 } else { 400 };
     let pace = Duration::from_micros(400);
@@ -49,9 +49,9 @@ pub fn latency(quick: bool) -> Result<Outcome, Box<dyn Error>> {
         ]);
     }
     let text = format!(
-        "{upgrades} upgrades each; {CLIENTS} clients, a request every {} µs each. Inside are the requests that were \
-         under way at any time between the call and the end of the old process. Cut are those that got no answer: the \
-         bare handover just exits.\n\n{}",
+        "{upgrades} upgrades each; {CLIENTS} clients, each with a request every {} µs. A request is inside if it \
+         overlaps the time from the call to the end of the old process. It is cut if it gets no response: the bare \
+         handover just exits.\n\n{}",
         pace.as_micros(),
         table.markdown()
     );
@@ -64,7 +64,7 @@ pub fn latency(quick: bool) -> Result<Outcome, Box<dyn Error>> {
     Ok(Outcome { text, picture: None, summary: vec![summary] })
 }
 
-/// Latencies in microseconds, inside and outside upgrades.
+/// Latencies in microseconds, during and between upgrades.
 struct Measured {
     inside: Runs,
     outside: Runs,
@@ -79,7 +79,7 @@ fn measure(way: &str, upgrades: usize, pace: Duration) -> Result<Measured, Box<d
         let clients: Vec<_> = (0..CLIENTS).map(|_| scope.spawn(|| client(port, pace, &over))).collect();
         let mut windows = Vec::new();
         let upgraded = (0..upgrades).try_for_each(|_| {
-            // Between two upgrades the clients see the server alone.
+            // Between two upgrades only one generation runs.
             thread::sleep(Duration::from_millis(20));
             let upgrade = chain.upgrade()?;
             windows.push((upgrade.asked, upgrade.ended));
@@ -118,7 +118,7 @@ fn client(port: u16, pace: Duration, over: &AtomicBool) -> Vec<Request> {
     requests
 }
 
-/// One request over a new connection; whether it was answered.
+/// Sends one request on a new connection. Returns whether it was answered.
 pub fn request(port: u16) -> io::Result<bool> {
     let mut stream = TcpStream::connect(("127.0.0.1", port))?;
     stream.set_read_timeout(Some(Duration::from_secs(10)))?;

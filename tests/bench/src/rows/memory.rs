@@ -1,4 +1,4 @@
-//! What a listener and an idle connection take of memory.
+//! The memory of a listener and of an idle connection.
 
 use std::error::Error;
 use std::fs;
@@ -21,7 +21,7 @@ pub fn memory(_quick: bool) -> Result<Outcome, Box<dyn Error>> {
         let mut server = Driven::spawn(Server::new("server", &[way]).command()?)?;
         let port: u16 = server.expect("port")?.0.split_whitespace().nth(1).unwrap_or_default().parse()?;
         let connect = || TcpStream::connect(("127.0.0.1", port));
-        // The first has made what all of them need.
+        // The first one has allocated everything that all of them share.
         let first = settled(connect()?)?;
         let before = resident(server.pid())?;
         let more = (0..MANY).map(|_| settled(connect()?)).collect::<Result<Vec<_>, _>>()?;

@@ -1,4 +1,4 @@
-//! The rows of the results, one file a kind.
+//! The rows of the results, one file per kind.
 
 pub mod accept;
 pub mod build;

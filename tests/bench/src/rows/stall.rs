@@ -1,4 +1,4 @@
-//! How long the parent's other threads stand still.
+//! How long the parent's other threads stall during an upgrade.
 
 use std::error::Error;
 
@@ -7,8 +7,8 @@ use crate::report::{bars, Bar, Table};
 use crate::stats::Runs;
 use crate::{Outcome, Summary};
 
-/// A thread of the parent writes to its heap (4 KiB pages, all touched) and looks at the clock, over and over. The
-/// longest time between two looks is the stall. The child refuses, so that one heap serves for several upgrades.
+/// A thread of the parent repeatedly writes to its heap (4 KiB pages, all touched) and reads the clock. The longest
+/// time between two readings is the stall. The child refuses, so that several upgrades can use one heap.
 pub fn stall(quick: bool) -> Result<Outcome, Box<dyn Error>> {
     let (sizes, runs): (&[usize], _) = if quick { (&[0, 256], 2) } else { (&[0, 1024, 4096, 8192], 9) };
     let mut table = Table::new(&[
@@ -38,8 +38,8 @@ pub fn stall(quick: bool) -> Result<Outcome, Box<dyn Error>> {
         table.row(cells);
     }
     let text = format!(
-        "{runs} upgrades each. \"No upgrade\" is the longest time between two looks at the clock in as long a time \
-         without one: what the scheduler does.\n\n{}",
+        "{runs} upgrades each. \"No upgrade\" is the longest time between two readings of the clock during the same \
+         time without an upgrade, which is due to the scheduler.\n\n{}",
         table.markdown()
     );
     let sizes: Vec<_> = sizes.iter().map(|size| format!("{}", *size as f64 / 1024.0)).collect();
@@ -56,7 +56,7 @@ pub fn stall(quick: bool) -> Result<Outcome, Box<dyn Error>> {
     })
 }
 
-/// The stall, the same without an upgrade, and how long the upgrade took; milliseconds.
+/// Returns the stall, the same without an upgrade, and the duration of the upgrade, in milliseconds.
 fn measure(way: &str, mib: usize, runs: usize) -> Result<[Runs; 3], Box<dyn Error>> {
     let server = Server::new("server", &[way]).with("heap", mib).with("port", free_port()?);
     let mut server = Driven::spawn(server.command()?)?;

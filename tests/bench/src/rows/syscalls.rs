@@ -1,4 +1,4 @@
-//! How many system calls an upgrade takes, counted by strace.
+//! The number of system calls of an upgrade, counted by strace.
 
 use std::collections::{BTreeMap, HashMap};
 use std::error::Error;
@@ -66,7 +66,7 @@ pub fn syscalls(_quick: bool) -> Result<Outcome, Box<dyn Error>> {
     Ok(Outcome { text: table.markdown(), picture: None, summary })
 }
 
-/// Where in an upgrade a call was made.
+/// The part of an upgrade in which a call was made.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 enum Part {
     Parent,
@@ -85,7 +85,7 @@ fn count(server: Server) -> Result<Counted, Box<dyn Error>> {
     command.args(["-f", "-qq", "-s", "16", "-o"]).arg(&trace).arg(server.path()?);
     let mut server = Driven::spawn(server.with("port", port).run_by(command)?)?;
     let parent: i32 = server.expect("serving")?.number("pid")?;
-    // When a request is answered, the accepting threads have started.
+    // Once a request is answered, the accepting threads have started.
     if !super::latency::request(port)? {
         return Err("no answer".into());
     }
@@ -97,15 +97,15 @@ fn count(server: Server) -> Result<Counted, Box<dyn Error>> {
     let lines = [server.hear()?, server.hear()?];
     let child = lines.iter().find_map(|line| line.number::<i32>("pid").ok()).ok_or("no child")?;
     sys::signal(child, libc::SIGKILL);
-    // strace ends when all of them have, and then has written everything.
+    // strace ends after all processes, and has then written everything.
     server.finish()?;
     let text = fs::read_to_string(&trace)?;
     fs::remove_file(&trace)?;
     Ok(parse(&text, parent, child)?)
 }
 
-/// Counts by the marks that the servers leave: `main` and `ready` in both, `begin` and `end` in the parent. Where a
-/// server is upgraded inside a call, the signal begins it.
+/// Counts by the marks that the servers write: `main` and `ready` in both, `begin` and `end` in the parent. If a server
+/// upgrades inside a call, the signal marks the beginning.
 fn parse(text: &str, parent: i32, child: i32) -> io::Result<Counted> {
     let mut counted = Counted::new();
     let mut threads = HashMap::from([(parent, parent), (child, child)]);
@@ -119,7 +119,7 @@ fn parse(text: &str, parent: i32, child: i32) -> io::Result<Counted> {
             continue;
         }
         let resumed = rest.strip_prefix("<... ").and_then(|rest| rest.split_once(" resumed>"));
-        // A thread is counted with its process.
+        // Calls of a thread count for its process.
         if rest.contains("CLONE_THREAD") || resumed.is_some_and(|(name, _)| name.starts_with("clone")) {
             if let Some(thread) = rest.rsplit_once("= ").and_then(|(_, id)| id.split_whitespace().next()?.parse().ok())
             {
@@ -135,7 +135,7 @@ fn parse(text: &str, parent: i32, child: i32) -> io::Result<Counted> {
                 (Some("begin"), true) => upgrading = true,
                 (Some("end"), true) => upgrading = false,
                 (Some("main"), false) => child_at = Part::Child,
-                // The parent ends the child's part only by being told: what comes after is not the upgrade.
+                // The child's part ends when the parent is notified. Later calls do not belong to the upgrade.
                 (Some("ready"), false) => return_after_ready(&mut threads, child),
                 _ => {}
             }
@@ -158,7 +158,7 @@ fn parse(text: &str, parent: i32, child: i32) -> io::Result<Counted> {
     }
 }
 
-/// What the child does from here on is not counted.
+/// Calls of the child from here on are not counted.
 fn return_after_ready(threads: &mut HashMap<i32, i32>, child: i32) {
     threads.values_mut().filter(|process| **process == child).for_each(|process| *process = -1);
 }

@@ -1,4 +1,4 @@
-//! Many tasks and guards.
+//! The cost of many tasks and guards.
 
 use std::error::Error;
 
@@ -19,7 +19,7 @@ pub fn tasks(quick: bool) -> Result<Outcome, Box<dyn Error>> {
     let show = |runs: &[f64], digits| runs.iter().copied().collect::<Runs>().show(digits);
     let mut table = Table::new(&["", "measured"]);
     let turn = format!("{} ns", show(&turns[0], 0));
-    table.row(vec!["`over()` made anew in each turn of a `select!`, 64 tasks, a turn".into(), turn.clone()]);
+    table.row(vec!["`over()` created again in each turn of a `select!`, 64 tasks, per turn".into(), turn.clone()]);
     table.row(vec!["the same with Tokio's `watch`".into(), format!("{} ns", show(&turns[1], 0))]);
     for (what, way) in [("10,000 guards that a thread drops", "way=drain-guards"), ("10,000 tasks", "way=drain-tasks")]
     {

@@ -1,4 +1,4 @@
-//! How long an upgrade takes.
+//! The duration of an upgrade.
 
 use std::error::Error;
 use std::io;
@@ -11,12 +11,12 @@ use crate::report::{bars, Bar, Table};
 use crate::stats::{ratios, Runs};
 use crate::{Outcome, Summary};
 
-/// Who is measured: the name in the table, and the server.
+/// A measured server, with its name in the table.
 type Who = (&'static str, Server);
 
 const OURS: &str = "this library";
 
-/// One upgrade of each in turn, and again; the times in milliseconds.
+/// Upgrades each in turn, for several rounds. Returns the times in milliseconds.
 fn interleaved(who: &[Who], rounds: usize, time: fn(&crate::chain::Upgrade) -> u64) -> io::Result<Vec<Vec<f64>>> {
     let mut chains = Vec::new();
     for (name, server) in who {
@@ -36,7 +36,7 @@ fn interleaved(who: &[Who], rounds: usize, time: fn(&crate::chain::Upgrade) -> u
     Ok(times)
 }
 
-/// A ratio to each of those in `to`.
+/// Returns the ratio to each of those in `to`.
 fn compare(who: &[Who], times: &[Vec<f64>], to: &[usize]) -> String {
     let ratio_to = to.iter().map(|to| format!("ratio to {}", who[*to].0));
     let head: Vec<_> = ["".to_owned(), "ms, median (quartiles)".into()].into_iter().chain(ratio_to).collect();
@@ -49,7 +49,7 @@ fn compare(who: &[Who], times: &[Vec<f64>], to: &[usize]) -> String {
     format!("{} upgrades each.\n\n{}", times[0].len(), table.markdown())
 }
 
-/// Of the bare handovers, which come first, the one with the least median.
+/// Returns the bare handover with the smallest median. The bare handovers come first.
 fn cheapest(times: &[Vec<f64>]) -> usize {
     let median = |at: &usize| times[*at].iter().copied().collect::<Runs>().median();
     (0..times.len()).min_by(|a, b| median(a).total_cmp(&median(b))).unwrap_or(0)
@@ -63,7 +63,7 @@ fn picture(title: &str, who: &[Who], times: &[Vec<f64>]) -> String {
     bars(title, true, &who.iter().zip(times).map(bar).collect::<Vec<_>>())
 }
 
-/// Against the least that is possible. The same binary, the same number of processes, no probation, nobody sleeps.
+/// Compares with the least that is possible: the same binary, the same number of processes, no probation, no sleep.
 pub fn against_bare(quick: bool) -> Result<Outcome, Box<dyn Error>> {
     let who = [
         ("bare, fork", Server::new("server", &["way=bare-fork"])),
@@ -75,8 +75,8 @@ pub fn against_bare(quick: bool) -> Result<Outcome, Box<dyn Error>> {
     let times = interleaved(&who, if quick { 5 } else { 200 }, |upgrade| upgrade.call)?;
     let floor = cheapest(&times[..3]);
     let text = format!(
-        "Bare is fork (or what posix_spawn does, or clone with CLONE_VM), execve, and a byte in a pipe that says ready, \
-         written by hand in the same binary.\n\n{}",
+        "Bare is a hand-written handover in the same binary: fork (or the vfork of posix_spawn, or clone with \
+         CLONE_VM), execve, and a byte in a pipe that means ready.\n\n{}",
         compare(&who, &times, &[floor, 0])
     );
     let (to_floor, to_fork) = (ratios(&times[3], &times[floor]).show(2), ratios(&times[3], &times[0]).show(2));
@@ -89,7 +89,7 @@ pub fn against_bare(quick: bool) -> Result<Outcome, Box<dyn Error>> {
     Ok(Outcome { text, picture: None, summary })
 }
 
-/// Against the library that ours is named after.
+/// Compares with version 1.1.1 of the crate with the same name.
 pub fn against_old(quick: bool) -> Result<Outcome, Box<dyn Error>> {
     let who = [
         (OURS, Server::new("server", &["way=auto", "trigger=signal"])),
@@ -109,7 +109,7 @@ pub fn against_old(quick: bool) -> Result<Outcome, Box<dyn Error>> {
     Ok(Outcome { text: compare(&who, &times, &[0]), picture: Some(("upgrade.svg", picture)), summary })
 }
 
-/// The dynamic loader takes a good part of a small process's start.
+/// Measures static binaries, because the dynamic loader takes much of a small process's start.
 pub fn of_static(quick: bool) -> Result<Outcome, Box<dyn Error>> {
     let linked = [
         ("dynamic", "", None),
@@ -137,7 +137,7 @@ pub fn of_static(quick: bool) -> Result<Outcome, Box<dyn Error>> {
     Ok(Outcome { text: compare(&who, &times, &[0]), picture: None, summary })
 }
 
-/// What a listener costs.
+/// Measures the cost of each listener.
 pub fn listeners(quick: bool) -> Result<Outcome, Box<dyn Error>> {
     let counts: &[usize] = if quick { &[1, 100] } else { &[1, 100, 1000, 5000] };
     let ways: [&[&str]; 3] = [&["way=auto"], &["way=auto", "transport=socket"], &["way=bare-vm"]];
@@ -194,7 +194,7 @@ pub fn listeners(quick: bool) -> Result<Outcome, Box<dyn Error>> {
     })
 }
 
-/// A process that takes over beside one that inherits: from the command that starts either to the commit.
+/// Compares a process that takes over with one that inherits, from the command that starts it to the commit.
 pub fn takeover(quick: bool) -> Result<Outcome, Box<dyn Error>> {
     let counts: &[usize] = if quick { &[1, 100] } else { &[1, 1000] };
     let mut table = Table::new(&["listeners", "inheritance, ms", "takeover, ms", "ratio"]);
@@ -234,7 +234,7 @@ pub fn takeover(quick: bool) -> Result<Outcome, Box<dyn Error>> {
     Ok(Outcome { text, picture: None, summary })
 }
 
-/// A file that a killed server leaves behind.
+/// Removes a file that a killed server leaves behind.
 struct Removed<'a>(&'a Path);
 
 impl Drop for Removed<'_> {
