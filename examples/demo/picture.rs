@@ -38,15 +38,12 @@ impl Panel {
             let serves = commits.next().unwrap_or(life.ready);
             let handed_over = commits.next().unwrap_or(u64::MAX);
             text(out, LEFT - 10.0, y + 0.5 * LANE, "end", "#222", &format!("generation {}", life.generation))?;
-            for (from, to, colour) in
+            for (from, to, color) in
                 [(life.began, serves, STARTS), (serves, handed_over, SERVES), (handed_over, end(life), DRAINS)]
             {
                 let (x, width, height) = (self.x(from), self.x(to) - self.x(from), LANE - 8.0);
                 if width > 0.0 {
-                    writeln!(
-                        out,
-                        r#"<rect x="{x:.1}" y="{y}" width="{width:.1}" height="{height}" fill="{colour}"/>"#
-                    )?;
+                    writeln!(out, r#"<rect x="{x:.1}" y="{y}" width="{width:.1}" height="{height}" fill="{color}"/>"#)?;
                 }
             }
             let answers = report.seen.points.iter().filter(|point| point.generation == life.generation);
@@ -128,10 +125,10 @@ pub fn draw(report: &Report) -> Result<String, Box<dyn std::error::Error>> {
         wide.top - 4.0,
     )?;
     let mut x = 720.0;
-    for (colour, label) in
+    for (color, label) in
         [(STARTS, "starts"), (SERVES, "accepts"), (DRAINS, "probation, drain"), (ANSWER, "a request answered")]
     {
-        writeln!(out, r#"<rect x="{x}" y="45" width="12" height="12" fill="{colour}"/>"#)?;
+        writeln!(out, r#"<rect x="{x}" y="45" width="12" height="12" fill="{color}"/>"#)?;
         text(&mut out, x + 18.0, 55.0, "start", "#222", label)?;
         x += 40.0 + 6.6 * label.len() as f64;
     }

@@ -61,10 +61,10 @@ pub fn draw(report: &Report) -> Result<String, Box<dyn std::error::Error>> {
     writeln!(out, r##"<path d="M{LEFT} {BOTTOM}H{RIGHT}" stroke="#bbb"/>"##)?;
     // The grid: a line per decade, and fainter lines at 2 and 5. The time labels are one or more seconds apart.
     for decade in low.floor() as i32..=high as i32 {
-        for (digit, colour) in [(1.0, "#bbb"), (2.0, "#eee"), (5.0, "#eee")] {
+        for (digit, color) in [(1.0, "#bbb"), (2.0, "#eee"), (5.0, "#eee")] {
             let ms = digit * 10f64.powi(decade);
             if (TOP..BOTTOM).contains(&y(ms)) {
-                writeln!(out, r#"<path d="M{LEFT} {0:.1}H{RIGHT}" stroke="{colour}"/>"#, y(ms))?;
+                writeln!(out, r#"<path d="M{LEFT} {0:.1}H{RIGHT}" stroke="{color}"/>"#, y(ms))?;
                 if digit == 1.0 {
                     text(out, LEFT - 8.0, y(ms) + 4.0, "end", "#444", &format!("{ms} ms"))?;
                 }
@@ -82,11 +82,11 @@ pub fn draw(report: &Report) -> Result<String, Box<dyn std::error::Error>> {
 
     for upgrade in upgrades {
         let (from, to) = (x(upgrade.signal), x(upgrade.end));
-        let (width, height, colour) =
+        let (width, height, color) =
             ((to - from).max(1.5), BOTTOM - TOP + 8.0, if upgrade.error.is_some() { FAILED } else { UPGRADE });
         writeln!(
             out,
-            r#"<rect x="{from:.1}" y="{}" width="{width:.1}" height="{height}" fill="{colour}" fill-opacity="0.55"/>"#,
+            r#"<rect x="{from:.1}" y="{}" width="{width:.1}" height="{height}" fill="{color}" fill-opacity="0.55"/>"#,
             TOP - 8.0
         )?;
     }
@@ -111,8 +111,8 @@ pub fn draw(report: &Report) -> Result<String, Box<dyn std::error::Error>> {
         (FAILED, "failed"),
     ];
     let mut x = 520.0;
-    for (colour, label) in legend {
-        writeln!(out, r#"<rect x="{x}" y="45" width="12" height="12" fill="{colour}"/>"#)?;
+    for (color, label) in legend {
+        writeln!(out, r#"<rect x="{x}" y="45" width="12" height="12" fill="{color}"/>"#)?;
         text(out, x + 18.0, 55.0, "start", "#222", label)?;
         x += 40.0 + 6.6 * label.len() as f64;
     }
@@ -120,6 +120,6 @@ pub fn draw(report: &Report) -> Result<String, Box<dyn std::error::Error>> {
     Ok(svg)
 }
 
-pub fn text(out: &mut String, x: f64, y: f64, anchor: &str, colour: &str, text: &str) -> fmt::Result {
-    writeln!(out, r#"<text x="{x:.1}" y="{y:.1}" text-anchor="{anchor}" fill="{colour}">{text}</text>"#)
+pub fn text(out: &mut String, x: f64, y: f64, anchor: &str, color: &str, text: &str) -> fmt::Result {
+    writeln!(out, r#"<text x="{x:.1}" y="{y:.1}" text-anchor="{anchor}" fill="{color}">{text}</text>"#)
 }

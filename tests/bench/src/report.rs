@@ -59,12 +59,12 @@ pub fn bars(title: &str, logarithmic: bool, bars: &[Bar]) -> String {
     );
     for (i, bar) in bars.iter().enumerate() {
         let y = 40.0 + STEP * i as f64;
-        let colour = if bar.ours { "#1f6f8b" } else { "#b8b8b8" };
+        let color = if bar.ours { "#1f6f8b" } else { "#b8b8b8" };
         let length = length(bar.value);
         let _ = writeln!(
             svg,
             "<text x=\"{:.0}\" y=\"{:.0}\" text-anchor=\"end\">{}</text>\
-             <rect x=\"{LEFT:.0}\" y=\"{y:.0}\" width=\"{length:.1}\" height=\"18\" fill=\"{colour}\"/>\
+             <rect x=\"{LEFT:.0}\" y=\"{y:.0}\" width=\"{length:.1}\" height=\"18\" fill=\"{color}\"/>\
              <text x=\"{:.1}\" y=\"{:.0}\">{}</text>",
             LEFT - 8.0,
             y + 14.0,
