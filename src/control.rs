@@ -1,4 +1,4 @@
-//! The client of a control socket: one command, one line in answer.
+//! The client of a control socket: sends one command and receives one line.
 
 use std::io::{Error, ErrorKind, Result};
 use std::os::fd::OwnedFd;
@@ -13,21 +13,23 @@ use crate::listen::unix_address;
 use crate::sys::poll::{wait_readable, Deadline};
 use crate::sys::{net, Mode};
 
-/// No answer is longer: `status` lists the sockets, and there may be thousands.
+/// The longest answer. `status` lists the sockets, and there may be thousands.
 const LONGEST: usize = 16 << 20;
 
 /// Sends `command` to the server whose [control socket](crate::Builder::control_on_socket) is at `path`, and returns its
 /// answer, without the end of the line. Blocks for at most `timeout`.
 ///
-/// [The chapter on the protocol](crate::guide::protocol) lists the commands and their answers. `stop` and `partial-stop`
-/// are answered at once; this returns when the server has closed the connection as well, which it does when it exits.
+/// [`Builder::control_on_socket`](crate::Builder::control_on_socket) lists the commands and their answers. `stop` and
+/// `partial-stop` are answered immediately, but this returns only when the server has also closed the connection, which
+/// it does when it exits.
 ///
 /// # Errors
 ///
 /// [`NotFound`](ErrorKind::NotFound), [`ConnectionRefused`](ErrorKind::ConnectionRefused) or another error of
 /// [connect(2)](https://man7.org/linux/man-pages/man2/connect.2.html) if no server can be reached;
-/// [`UnexpectedEof`](ErrorKind::UnexpectedEof) if it closed the connection without an answer, because it ended or does not
-/// trust this user; [`TimedOut`](ErrorKind::TimedOut). After the last two, the command may still be carried out.
+/// [`UnexpectedEof`](ErrorKind::UnexpectedEof) if the server closed the connection without an answer, because it ended
+/// or does not trust this user; [`TimedOut`](ErrorKind::TimedOut). After the last two, the server may still carry out
+/// the command.
 ///
 /// ```
 /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -61,10 +63,10 @@ pub fn request(path: impl AsRef<Path>, command: &str, timeout: Duration) -> Resu
     Ok(String::from_utf8_lossy(&answer).trim_end().to_owned())
 }
 
-/// Connects. The send timeout is also a limit for connect, which would otherwise block while the queue is full.
+/// Connects. The send timeout also limits connect, which would otherwise block while the queue is full.
 fn reach(path: &Path, timeout: Duration) -> Result<OwnedFd> {
     let socket = net::socket(AddressFamily::UNIX, SocketType::STREAM, Mode::Blocking)?;
-    // Zero would mean "no limit", and so would more than a year.
+    // Zero would mean "no limit". A year is enough, and cannot overflow.
     let limit = timeout.clamp(Duration::from_millis(1), Duration::from_secs(365 * 24 * 60 * 60));
     set_socket_timeout(&socket, Timeout::Send, Some(limit))?;
     let address = unix_address(path)?;
@@ -74,7 +76,7 @@ fn reach(path: &Path, timeout: Duration) -> Result<OwnedFd> {
     }
 }
 
-/// Reads the answer, and on to the end of the connection if `to_the_end`.
+/// Reads the answer. If `to_the_end`, also waits for the end of the connection.
 fn receive(socket: &OwnedFd, deadline: Deadline, to_the_end: bool) -> Result<Vec<u8>> {
     let (mut answer, mut chunk) = (Vec::new(), [0; 4096]);
     loop {
@@ -84,7 +86,7 @@ fn receive(socket: &OwnedFd, deadline: Deadline, to_the_end: bool) -> Result<Vec
         let length = match recv(socket, &mut chunk, RecvFlags::DONTWAIT) {
             Ok((_, length)) => length,
             Err(Errno::INTR | Errno::AGAIN) => continue,
-            // The server ended with something unread: an end all the same.
+            // The server ended with unread data, which is an end of the connection too.
             Err(Errno::CONNRESET) => 0,
             Err(error) => return Err(error.into()),
         };

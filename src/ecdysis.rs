@@ -1,4 +1,4 @@
-//! The two states of a generation that a program holds: starting, and running.
+//! The two states of a generation that a program holds: `Starting` and `Ecdysis`.
 
 use std::fmt;
 use std::ops::Deref;
@@ -16,10 +16,10 @@ use crate::triggers::control::TakeoverSocket;
 use crate::triggers::request::Reply;
 use crate::upgrade::child;
 
-/// A generation that does not serve yet: it claims or makes its sockets, reads its configuration, warms up. A parent,
-/// if there is one, serves meanwhile.
+/// A generation that does not serve yet: it claims or creates its sockets, reads its configuration, and warms up. Its
+/// parent, if there is one, keeps serving.
 ///
-/// Dropping it gives up: in a child, the parent hears of it and serves on.
+/// Dropping it gives up. In a child, the parent is notified and keeps serving.
 pub struct Starting(pub(crate) Arc<Service>);
 
 impl Starting {
@@ -28,23 +28,23 @@ impl Starting {
         self.0.generation.ancestors.is_child()
     }
 
-    /// This process's generation. The first is 1.
+    /// Returns the number of this generation. The first is 1.
     pub fn generation(&self) -> u64 {
         self.0.generation.number
     }
 
-    /// The handle through which this generation accepts, once it is ready.
+    /// Returns the handle through which this generation accepts, once it is ready.
     pub fn shutdown(&self) -> Shutdown {
         self.0.generation.shutdown.clone()
     }
 
-    /// Serves from here on. In a child: closes what was inherited and not claimed, writes the PID file, tells the
-    /// parent, and returns when the parent has stopped accepting. If the parent is dead, or does not answer within 5
-    /// seconds, this process serves without it.
+    /// Serves from here on. In a child, this closes unclaimed sockets, writes the PID file, notifies the parent, and
+    /// returns when the parent has stopped accepting. If the parent is dead, or does not answer within 5 seconds, this
+    /// process serves without it.
     ///
     /// # Errors
     ///
-    /// [`Error::PidFile`], [`Error::Ready`]: this generation does not serve, and the parent does.
+    /// [`Error::PidFile`], [`Error::Ready`]: this generation does not serve, and the parent keeps serving.
     pub fn ready(self) -> Result<Ecdysis, Error> {
         let generation = &self.0.generation;
         if let Err(error) = child::ready(generation) {
@@ -62,12 +62,12 @@ impl Starting {
             generation.warn_of_lost_rights();
         }
         self.0.watch_probation();
-        // From here `Starting` has nothing left to give up.
+        // From here on, dropping `Starting` must not give up.
         Ok(Ecdysis(self.0.clone()))
     }
 
-    /// Refuses to serve, in words for an operator: the parent's upgrade fails with [`Error::Refused`] and this reason.
-    /// Return the error from `main`.
+    /// Refuses to serve, with a reason for the operator: the parent's upgrade fails with [`Error::Refused`] and this
+    /// reason. Return the error from `main`.
     ///
     /// ```
     /// # fn config() -> Result<(), std::num::ParseIntError> { Ok(()) }
@@ -86,7 +86,7 @@ impl Starting {
         Error::RefusedHere { reason }
     }
 
-    /// Tells a parent that this process will not serve, and closes the sockets.
+    /// Notifies the parent that this process will not serve, and closes the sockets.
     fn give_up(&self, reason: String) {
         let generation = &self.0.generation;
         if generation.shutdown.state() == State::Starting {
@@ -107,14 +107,14 @@ impl Deref for Starting {
 
 impl Drop for Starting {
     fn drop(&mut self) {
-        // After `ready` this does nothing. A panic is about to end this process, and that says more.
+        // After `ready` this does nothing. During a panic, the end of this process tells the parent more.
         if !std::thread::panicking() {
             self.give_up("dropped before it was ready".into());
         }
     }
 }
 
-/// A generation that serves. A clone is the same one.
+/// A generation that serves. Clones refer to the same one.
 #[derive(Clone)]
 pub struct Ecdysis(pub(crate) Arc<Service>);
 
@@ -124,39 +124,39 @@ impl Ecdysis {
         self.0.generation.ancestors.is_child()
     }
 
-    /// This process's generation. The first is 1.
+    /// Returns the number of this generation. The first is 1.
     pub fn generation(&self) -> u64 {
         self.0.generation.number
     }
 
-    /// The handle through which this generation accepts.
+    /// Returns the handle through which this generation accepts.
     pub fn shutdown(&self) -> Shutdown {
         self.0.generation.shutdown.clone()
     }
 
-    /// Waits for triggers, in one poll, and does what they ask for. After a failed upgrade it goes on. Returns when
+    /// Waits for triggers, in one poll, and carries out their requests. A failed upgrade does not end it. Returns when
     /// this generation's service is over: accepting has ended, and it is time to [`drain`](Shutdown::drain).
     ///
-    /// A second call, or one after [`upgrade`](Self::upgrade) or [`stop`](Self::stop) ended the service, returns the
-    /// same.
+    /// A second call, or a call after [`upgrade`](Self::upgrade) or [`stop`](Self::stop) has ended the service, returns
+    /// the same value.
     ///
     /// # Errors
     ///
-    /// [`Error::NotReady`] before `ready`, where an asynchronous program has this handle already. [`Error::Wait`] if the
-    /// poll itself fails. The service goes on, without triggers.
+    /// [`Error::NotReady`] before `ready` (asynchronous programs already have this handle then). [`Error::Wait`] if the
+    /// poll itself fails; the service continues without triggers.
     pub fn run(&self) -> Result<Exit, Error> {
         self.0.run()
     }
 
-    /// Upgrades now, from any thread, and waits for the verdict: after the probation of the child. If `run` runs in
-    /// another thread, that does the work and then returns too.
+    /// Upgrades now, from any thread, and waits for the verdict, which comes after the child's probation. If another
+    /// thread is in `run`, that thread performs the upgrade, and its `run` returns as well.
     ///
     /// ```no_run
     /// # fn main() -> Result<(), ecdysis::Error> {
     /// let server = ecdysis::Ecdysis::builder().start()?.ready()?;
     /// match server.upgrade() {
     ///     Ok(new) => println!("pid {} serves", new.pid),
-    ///     Err(e) => println!("{e}; this process serves on"),
+    ///     Err(e) => println!("{e}; this process keeps serving"),
     /// }
     /// # Ok(())
     /// # }
@@ -164,15 +164,15 @@ impl Ecdysis {
     ///
     /// # Errors
     ///
-    /// Whatever failed, this process serves on as before; [`Error::Busy`] during another upgrade, [`Error::NotReady`]
-    /// before `ready`, [`Error::Over`] when this process's service has ended.
+    /// The upgrade failed, and this process keeps serving. [`Error::Busy`] during another upgrade, [`Error::NotReady`]
+    /// before `ready`, [`Error::Over`] after this process's service has ended.
     pub fn upgrade(&self) -> Result<Upgraded, Error> {
         self.0.upgrade(Reply::Call)
     }
 
-    /// Hands over to the process that has connected to `socket` and asks to take over; for programs with a loop of their
-    /// own. Otherwise as [`upgrade`](Self::upgrade), which does the same with a child. `None` if nobody has connected, or
-    /// nobody who may take over and asks within 5 seconds.
+    /// Hands over to the process that has connected to `socket` and requests a takeover. For programs with their own
+    /// event loop. Otherwise like [`upgrade`](Self::upgrade), which does the same with a child. Returns `None` if no
+    /// process has connected, or if it is not allowed to take over or sends no request within 5 seconds.
     ///
     /// ```no_run
     /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -186,7 +186,7 @@ impl Ecdysis {
     ///     match server.hand_over(&socket) {
     ///         Ok(Some(new)) => println!("pid {} serves", new.pid),
     ///         Ok(None) => {}
-    ///         Err(e) => println!("{e}; this process serves on"),
+    ///         Err(e) => println!("{e}; this process keeps serving"),
     ///     }
     /// }
     /// # Ok(())
@@ -195,19 +195,20 @@ impl Ecdysis {
     ///
     /// # Errors
     ///
-    /// As [`upgrade`](Self::upgrade), and [`Error::Connect`] if accept(2) fails.
+    /// Those of [`upgrade`](Self::upgrade), and [`Error::Connect`] if accept(2) fails.
     pub fn hand_over(&self, socket: &TakeoverSocket) -> Result<Option<Upgraded>, Error> {
         self.0.hand_over(socket)
     }
 
-    /// Stops: accepting ends, and `run` returns. If nobody is in `run`, that is done here. A child of an upgrade that
-    /// is under way is ended. Asked before `ready`, it stops at once after it.
+    /// Stops: accepting ends, and `run` returns. If no thread is in `run`, this call performs the stop. A running
+    /// upgrade is ended together with its child. A stop that is requested before `ready` takes effect right after it.
     pub fn stop(&self) {
         self.0.stop();
     }
 
-    /// Waits until the parent has ended, for what only one process may use: a lock, a write-ahead log. Returns at once
-    /// if there is no parent. The parent ends when its connections do.
+    /// Waits until the parent has ended, so that this process can use a resource that only one process may use, such as
+    /// a lock or a write-ahead log. Returns immediately if there is no parent. The parent ends when its connections
+    /// have ended.
     ///
     /// # Errors
     ///
@@ -221,12 +222,12 @@ impl Ecdysis {
         }
     }
 
-    /// Waits until this process is asked to stop, by a signal chosen for that or by [`stop`](Self::stop), although
-    /// another one serves already. To be called after [`run`](Self::run) and the drain, in a process whose supervisor
-    /// would start it again if it ended by itself: that of a container, say, whose new version is another container.
-    /// Started again, it would take everything back.
+    /// Waits until this process is asked to stop, by one of its stop signals or by [`stop`](Self::stop), although
+    /// another process already serves. Call this after [`run`](Self::run) and the drain, if the supervisor restarts
+    /// every process that exits. An example is a container whose new version is another container. A restarted old
+    /// version would take over again.
     ///
-    /// Returns at once what `run` gave as the reason if that was a stop.
+    /// If `run` returned because of a stop, this returns that reason immediately.
     ///
     /// # Errors
     ///
@@ -238,7 +239,7 @@ impl Ecdysis {
 
 #[cfg(feature = "tokio_ecdysis")]
 impl Ecdysis {
-    /// Asks the service manager to extend the current timeout by `time`, if it listens to this process.
+    /// Asks the service manager to extend the current timeout by `time`, if it accepts messages of this process.
     #[cfg(feature = "systemd_notify")]
     pub(crate) fn extend_timeout(&self, time: Duration) -> std::io::Result<()> {
         let manager = self.0.generation.reporter.main().filter(|_| !self.0.generation.shutdown.is_handed_over());

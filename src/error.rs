@@ -10,16 +10,16 @@ use std::time::Duration;
 use crate::sys::signal::name as signal_name;
 use crate::Key;
 
-/// Why an operation failed. Everything is as it was before: after a failed upgrade the process keeps serving, and the
-/// next upgrade may be requested at once.
+/// Why an operation failed. An error changes nothing: after a failed upgrade the process keeps serving, and the next
+/// upgrade may be requested immediately.
 ///
 /// The message names the operation, its object and every cause, so [`source`](StdError::source) returns `None`. "The
-/// child" is the new process of an upgrade, also if it took over and is no child of this one. Such a process is never
-/// killed, but turned away, and its `pid` is 0 if it lives in another PID namespace.
+/// child" is the new process of an upgrade, or the process that takes over, which is not a child of this one. The
+/// latter is never killed but turned away, and its `pid` is 0 if it lives in another PID namespace.
 #[derive(Debug)]
 #[non_exhaustive]
 pub enum Error {
-    /// This process has a started `Ecdysis` already; its signals and its handover belong to that one.
+    /// This process already has a started `Ecdysis`, to which its signals and its handover belong.
     AlreadyStarted,
     /// The handler for this signal could not be installed.
     Signal {
@@ -30,12 +30,12 @@ pub enum Error {
     },
     /// The handover from the parent could not be read. The parent keeps serving.
     Handover {
-        /// The part that was read.
+        /// The part that could not be read.
         what: &'static str,
         /// What is wrong with it.
         source: io::Error,
     },
-    /// The user that listens at the takeover socket is not trusted.
+    /// The process at the takeover socket runs as a user that is not trusted.
     Untrusted {
         /// The socket.
         path: PathBuf,
@@ -56,8 +56,8 @@ pub enum Error {
         /// Its answer: `busy`, `stopping`, `denied`, or `failed: …`.
         answer: String,
     },
-    /// The parent gave up this upgrade: its deadline had passed, it was asked to stop, or it took the commit back because
-    /// this process did not answer in time. The parent keeps serving, unless it was asked to stop.
+    /// The parent gave up on this upgrade: its deadline had passed, it was asked to stop, or it took the commit back
+    /// because this process did not answer in time. The parent keeps serving, unless it was asked to stop.
     GivenUp,
     /// A socket could not be bound, or an inherited one could not be used.
     Socket {
@@ -104,7 +104,7 @@ pub enum Error {
     },
     /// An upgrade is under way already.
     Busy,
-    /// This version asks for none of the listeners that the old one serves, and has not declared that this is meant
+    /// This version asks for none of the listeners that the old one serves, and has not declared that this is intended
     /// ([`Sockets::discard_inherited`](crate::Sockets::discard_inherited)).
     NoListener {
         /// The listeners of the old version.
@@ -112,7 +112,7 @@ pub enum Error {
     },
     /// This process does not serve yet.
     NotReady,
-    /// This process has stopped or was replaced, so it makes no more upgrades.
+    /// This process has stopped or was replaced, so it never upgrades again.
     Over,
     /// A stop was requested during the upgrade. The child was ended.
     StopAsked {
@@ -150,7 +150,7 @@ pub enum Error {
     ChildEnded {
         /// The child.
         pid: u32,
-        /// How it ended; `None` if other code reaped it (SIGCHLD ignored, a `wait` for any child).
+        /// Its exit status. `None` if other code reaped it (SIGCHLD ignored, a `wait` for any child).
         status: Option<ExitStatus>,
     },
     /// The child closed its status pipe without reporting and did not end. It was killed.
@@ -158,8 +158,8 @@ pub enum Error {
         /// The child.
         pid: u32,
     },
-    /// A process that took over closed its link and did not end. This process keeps serving. The other one is not killed,
-    /// because it belongs to another supervisor. End it: it has the listeners too, and may accept.
+    /// A process that took over closed its link but did not end. This process keeps serving. The other one is not
+    /// killed, because it belongs to another supervisor. End it yourself: it has the listeners too, and may accept.
     ChildLivesOn {
         /// The child.
         pid: u32,
@@ -178,7 +178,7 @@ pub enum Error {
         /// How long it had.
         after: Duration,
     },
-    /// The child sent an invalid message. A child that is not ready yet is killed for that.
+    /// The child sent an invalid message. If it was not ready yet, it was killed.
     Garbage {
         /// The child.
         pid: u32,
@@ -189,7 +189,7 @@ pub enum Error {
     DiedAfterReady {
         /// The child.
         pid: u32,
-        /// How it ended, as in [`Error::ChildEnded`].
+        /// Its exit status, as in [`Error::ChildEnded`].
         status: Option<ExitStatus>,
         /// How long it had served.
         after: Duration,
@@ -219,7 +219,7 @@ pub enum Error {
 }
 
 /// The error and all its causes, in one line. Operators read it in a log, or as the answer of a control socket, where
-/// "cannot open socket" without "address in use" helps nobody. So [`source`](StdError::source) returns `None`:
+/// "cannot open socket" without "address in use" does not help. So [`source`](StdError::source) returns `None`:
 /// otherwise programs that print every source would print the causes twice. The direct cause is a field.
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

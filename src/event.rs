@@ -5,8 +5,7 @@ use std::time::Duration;
 use crate::logging;
 use crate::{Error, Exit, Upgraded};
 
-/// An event in the life of a generation, for metrics and tests. See
-/// [`Builder::on_event`](crate::Builder::on_event).
+/// An event in the life of a generation, for metrics and tests. See [`Builder::on_event`](crate::Builder::on_event).
 #[derive(Debug)]
 #[non_exhaustive]
 pub enum Event<'a> {
@@ -17,7 +16,7 @@ pub enum Event<'a> {
     },
     /// An upgrade was requested; no child exists yet.
     Upgrading,
-    /// The child exists. It may not yet run the new program.
+    /// The child exists. It may not run the new program yet.
     Spawned {
         /// The child.
         pid: u32,

@@ -13,28 +13,28 @@ use crate::sys::poll::Deadline;
 use crate::triggers::request::Action;
 use crate::triggers::Triggers;
 
-/// A thread's turn at the triggers.
+/// One thread's use of the triggers.
 pub(crate) struct EventLoop<'a> {
     pub(crate) generation: &'a Generation,
     pub(crate) triggers: &'a mut Triggers,
 }
 
-/// What this generation is doing, which decides how it answers requests.
+/// The phase of this generation, which decides how it answers requests.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Phase {
     Serving,
     /// A child starts.
     Upgrading,
-    /// The child serves. The control sockets are the child's to answer.
+    /// The child serves, and answers the control sockets.
     Probation,
-    /// The service is over; only a stop is waited for.
+    /// The service is over. Only a stop is waited for.
     Over,
 }
 
 /// Why a wait ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Wake {
-    /// A descriptor is ready; or, while serving, there is a request or a message of the parent.
+    /// A descriptor is ready. While serving, also: there is a request or a message of the parent.
     Ready,
     Deadline,
     /// A stop was requested. It stays in the queue.
@@ -42,8 +42,8 @@ pub(crate) enum Wake {
 }
 
 impl EventLoop<'_> {
-    /// Waits until one of `fds` is ready, the deadline has passed or there is a request to act on. Answers `status`, and
-    /// keeps or refuses an upgrade that must wait for the end of another one.
+    /// Waits until one of `fds` is ready, the deadline has passed or there is a request to act on. Answers `status`,
+    /// and queues or refuses an upgrade that is requested during another one.
     ///
     /// # Errors
     ///
@@ -61,7 +61,7 @@ impl EventLoop<'_> {
             if self.triggers.has_request(Action::stops) {
                 return Ok(Wake::Stop);
             }
-            // One that was requested while the child starts is passed on after the commit.
+            // A rollback that was requested while the child starts is forwarded after the commit.
             let keeps = on_probation || phase == Phase::Upgrading;
             let news = phase == Phase::Serving && self.generation.ancestors.has_news();
             if ready || news || self.triggers.has_request(|action| action == Action::Rollback || !keeps) {
@@ -80,7 +80,7 @@ impl EventLoop<'_> {
         }
     }
 
-    /// Answers what can be answered at once. Returns when to call this again.
+    /// Answers requests that can be answered immediately. Returns when to call this again.
     fn answer(&mut self, phase: Phase, on_probation: bool) -> Deadline {
         let name = match phase {
             Phase::Serving if !on_probation => "serving",

@@ -1,4 +1,4 @@
-//! How a generation's service ends, and what it reports of an upgrade.
+//! How a generation's service ends, and the outcome of an upgrade.
 
 use std::fmt;
 use std::path::PathBuf;
@@ -14,7 +14,7 @@ pub struct Upgraded {
     pub pid: u32,
     /// Its generation.
     pub generation: u64,
-    /// The time from the trigger to the moment from which it served.
+    /// The time from the trigger until it served.
     pub commit: Duration,
 }
 
@@ -36,7 +36,7 @@ pub enum ExitMode {
     Upgraded(Upgraded),
     /// The service has stopped: no process serves.
     Stopped,
-    /// Accepting and triggers have ended. The program does everything else.
+    /// Accepting and triggers have ended. Everything else is left to the program.
     PartiallyStopped,
 }
 

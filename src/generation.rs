@@ -1,4 +1,4 @@
-//! One generation: its facts and its handles. It holds no lock and runs no loop.
+//! One generation: its facts and its handles, without locks or loops.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -15,9 +15,9 @@ use crate::sockets::Sockets;
 use crate::triggers::request::Calls;
 
 pub(crate) struct Generation {
-    /// The first is 1.
+    /// The number of this generation. The first is 1.
     pub(crate) number: u64,
-    /// What this generation says of itself when it hands over.
+    /// How this generation identifies itself when it hands over.
     pub(crate) origin: Origin,
     pub(crate) began: Instant,
     pub(crate) launch: Launch,
@@ -32,7 +32,7 @@ pub(crate) struct Generation {
 }
 
 impl Generation {
-    /// The answer to `status`.
+    /// Returns the answer to `status`.
     pub(crate) fn status(&self, phase: &str) -> String {
         let draining: Vec<_> = self.ancestors.draining().map(|link| link.generation.to_string()).collect();
         let mut line = format!(
@@ -51,8 +51,9 @@ impl Generation {
         line
     }
 
-    /// Warns of the files that this process can no longer replace: it has dropped rights since it made them, and the next
-    /// version will start without those rights. The first generation looks, after its start and before it is replaced.
+    /// Warns of files that this process can no longer replace, because it has dropped privileges since it created them
+    /// and the next version will start without these privileges. The first generation checks this after its start and
+    /// before it is replaced.
     pub(crate) fn warn_of_lost_rights(&self) {
         let mut files = self.sockets.registry().out_of_reach();
         files.extend(self.pid_file.out_of_reach());
@@ -64,12 +65,12 @@ impl Generation {
         }
     }
 
-    /// Whether the program allows an upgrade now.
+    /// Checks that the program allows an upgrade now.
     pub(crate) fn may_overlap(&self) -> bool {
         self.limits.overlap != Overlap::Refuse || self.ancestors.draining().next().is_none()
     }
 
-    /// After a successful upgrade: asks the oldest generations to end their drains if too many drain.
+    /// After a successful upgrade, asks the oldest generations to end their drains if too many generations drain.
     pub(crate) fn bound_overlap(&self) {
         let Overlap::AtMost(most) = self.limits.overlap else { return };
         let draining: Vec<_> = self.ancestors.draining().collect();

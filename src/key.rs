@@ -9,9 +9,9 @@ use std::sync::Arc;
 
 use rustix::path::DecInt;
 
-/// Kind and address, as **asked for**: a listener on port 0 has port 0 in its key, so that the next generation, which
-/// runs the same line of code, gets the same socket. TCP and UDP on one port are two keys. Several sockets may share
-/// one key (SO_REUSEPORT); they are claimed in the order in which they were made.
+/// Kind and address, as **asked for**. A listener on port 0 has port 0 in its key, so that the next generation, which
+/// runs the same line of code, gets the same socket. TCP and UDP on one port have different keys. Several sockets may
+/// share one key (SO_REUSEPORT). They are claimed in the order in which they were created.
 ///
 /// ```
 /// let key = ecdysis::Key::tcp("127.0.0.1:8080".parse().unwrap());
@@ -20,9 +20,9 @@ use rustix::path::DecInt;
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Key {
     kind: Kind,
-    /// Shared, because every upgrade copies the keys of what it hands over.
+    /// Shared, because every upgrade copies the keys of all sockets that it hands over.
     name: Arc<[u8]>,
-    /// The program's own name for it.
+    /// The program's name for it, see [`named`](Self::named).
     label: Option<Arc<str>>,
 }
 
@@ -38,14 +38,14 @@ pub(crate) enum Kind {
     Stream,
     Bytes,
     Fd,
-    /// The socket over which the parent sends what it hands over at the commit.
+    /// The socket over which the parent sends state and descriptors at the commit.
     Late,
-    /// The link on which an older generation, named by its number, is asked to end its drain.
+    /// The link on which an older generation, named by its number, can be asked to end its drain.
     Drain,
 }
 
 impl Kind {
-    /// In the order of the variants.
+    /// The words, in the order of the variants.
     pub(crate) const ALL: [(Self, &'static str); 11] = [
         (Self::Tcp, "tcp"),
         (Self::Udp, "udp"),
@@ -64,7 +64,7 @@ impl Kind {
         Self::ALL[self as usize].1
     }
 
-    /// Returns whether it is a socket that peers reach by its address.
+    /// Returns whether it is a socket that peers reach by an address.
     pub(crate) fn has_address(self) -> bool {
         matches!(self, Self::Tcp | Self::Udp | Self::Unix | Self::Seqpacket | Self::UnixDatagram)
     }
@@ -75,42 +75,42 @@ impl Kind {
 }
 
 impl Key {
-    /// A TCP listener.
+    /// Returns the key of a TCP listener.
     pub fn tcp(addr: SocketAddr) -> Self {
         Self::from_parts(Kind::Tcp, address(addr))
     }
 
-    /// A UDP socket.
+    /// Returns the key of a UDP socket.
     pub fn udp(addr: SocketAddr) -> Self {
         Self::from_parts(Kind::Udp, address(addr))
     }
 
-    /// A Unix stream listener. A path that starts with `@` is an abstract name.
+    /// Returns the key of a Unix stream listener. A path that starts with `@` is an abstract name.
     pub fn unix(path: impl AsRef<Path>) -> Self {
         Self::from_parts(Kind::Unix, path.as_ref().as_os_str().as_bytes())
     }
 
-    /// A Unix seqpacket listener. A path that starts with `@` is an abstract name.
+    /// Returns the key of a Unix seqpacket listener. A path that starts with `@` is an abstract name.
     pub fn unix_seqpacket(path: impl AsRef<Path>) -> Self {
         Self::from_parts(Kind::Seqpacket, path.as_ref().as_os_str().as_bytes())
     }
 
-    /// A bound Unix datagram socket. A path that starts with `@` is an abstract name.
+    /// Returns the key of a bound Unix datagram socket. A path that starts with `@` is an abstract name.
     pub fn unix_datagram(path: impl AsRef<Path>) -> Self {
         Self::from_parts(Kind::UnixDatagram, path.as_ref().as_os_str().as_bytes())
     }
 
-    /// A connection, by a name of the program's choice.
+    /// Returns the key of a connection with a name that the program chooses.
     pub fn stream(name: impl AsRef<OsStr>) -> Self {
         Self::from_parts(Kind::Stream, name.as_ref().as_bytes())
     }
 
-    /// State in bytes, by a name of the program's choice.
+    /// Returns the key of state in bytes with a name that the program chooses.
     pub fn bytes(name: impl AsRef<OsStr>) -> Self {
         Self::from_parts(Kind::Bytes, name.as_ref().as_bytes())
     }
 
-    /// Any descriptor, by a name of the program's choice.
+    /// Returns the key of any descriptor with a name that the program chooses.
     pub fn fd(name: impl AsRef<OsStr>) -> Self {
         Self::from_parts(Kind::Fd, name.as_ref().as_bytes())
     }
@@ -134,7 +134,7 @@ impl Key {
         Self { kind, name: name.into(), label: None }
     }
 
-    /// The key of the one of several sockets with the same address that has this name, see
+    /// Returns this key with a name, which distinguishes several sockets with the same address. See
     /// [`Sockets::named`](crate::Sockets::named).
     ///
     /// ```
@@ -150,9 +150,9 @@ impl Key {
         self.label.as_deref()
     }
 
-    /// Returns whether a program that asks for this key may get `other`, which is of another name, because no socket has
-    /// this very key. So a version may give names to its sockets, or take them away; but a name is never exchanged for
-    /// another.
+    /// Returns whether a program that asks for this key may get `other`, whose name differs, because no socket has
+    /// exactly this key. So a version may add or remove names of its sockets, but a named socket is never given to
+    /// another name.
     pub(crate) fn falls_back_to(&self, other: &Self) -> bool {
         self.kind == other.kind && self.name == other.name && (self.label.is_none() || other.label.is_none())
     }
@@ -161,7 +161,7 @@ impl Key {
         self.kind
     }
 
-    /// The address, path or name that was asked for: `127.0.0.1:0`, `/run/app.sock`, `upstream`.
+    /// Returns the address, path or name that was asked for: `127.0.0.1:0`, `/run/app.sock`, `upstream`.
     ///
     /// ```
     /// assert_eq!(ecdysis::Key::stream("upstream").name(), "upstream");
@@ -175,7 +175,7 @@ impl Key {
     }
 }
 
-/// What `to_string` returns, without the cost of its formatting for IPv4: a service may have thousands of addresses.
+/// Returns the same as `to_string`, but faster for IPv4, because a service may have thousands of addresses.
 fn address(addr: SocketAddr) -> Vec<u8> {
     let SocketAddr::V4(addr) = addr else { return addr.to_string().into_bytes() };
     let mut text = Vec::with_capacity("255.255.255.255:65535".len());

@@ -1,10 +1,11 @@
-//! Replace a running network server by its next version without refusing, resetting or losing a connection.
+//! Replaces a running network server with its next version without refusing, resetting or losing a connection.
 //!
-//! The running process starts the new program and hands it every listening socket. It goes on serving until the new
-//! one says that it is ready, and only then stops accepting, finishes what it has, and ends. If the new version cannot
-//! start, crashes, hangs or refuses, the old one serves on, and nobody has noticed.
+//! The running process starts the new program and hands it every listening socket. It keeps serving until the new
+//! process reports that it is ready. Only then it stops accepting, finishes its connections, and ends. If the new
+//! version cannot start, crashes, hangs or refuses, the old one keeps serving, and no client notices.
 //!
-//! Small, blocking, made of direct system calls: the only dependencies are `libc`, `rustix` and `log`. Linux only.
+//! The library is small, blocking and built on system calls. By default it depends only on `libc`, `rustix` and `log`.
+//! It is made for Linux; see [`guide::platforms`] for other systems.
 //!
 //! # A server
 //!
@@ -16,7 +17,7 @@
 //!         .upgrade_on_signal(libc::SIGHUP)
 //!         .stop_on_signal(libc::SIGTERM)
 //!         .start()?;
-//!     // Binds in the first generation; in every later one it is the same socket.
+//!     // The first generation binds the socket, and later ones inherit it.
 //!     let listener = starting.listen_tcp("0.0.0.0:7000".parse()?)?;
 //!     let server = starting.ready()?;
 //!     let shutdown = server.shutdown();
@@ -38,42 +39,44 @@
 //!
 //! # The life of a listener
 //!
-//! One upgrade, in order. `src/upgrade.rs` has the steps in this order.
+//! One upgrade, in order. `src/upgrade` contains these steps.
 //!
 //! 1. Every listener that the program asked for is in the registry ([`Sockets`]), under its kind and the address that
 //!    was **asked for**.
-//! 2. A trigger fires: a signal, a connection to a control socket, a call. What needs memory is built: arguments,
-//!    environment, manifest.
-//! 3. The parent makes a child. In it: signals to default, close-on-exec on everything, cleared on what is handed over,
-//!    execve.
-//! 4. The parent waits in one poll: for the child's word, the deadline, and its triggers, which stay alive.
-//! 5. The child proves that its environment means *it*, adopts the descriptors, marks them close-on-exec.
-//! 6. The child asks for its listeners in the same lines of code, which now claim what was handed over, and says
+//! 2. A trigger fires: a signal, a connection to a control socket, or a call. Everything that needs memory is built
+//!    now: arguments, environment, manifest.
+//! 3. The parent creates a child. The child resets signals to their defaults, sets close-on-exec on every descriptor
+//!    except those that are handed over, and calls execve.
+//! 4. The parent waits in one poll for messages of the child, the deadline, and its triggers, which keep working.
+//! 5. The child verifies that the handover in its environment is meant for it, adopts the descriptors, and sets
+//!    close-on-exec on them.
+//! 6. The child asks for its listeners with the same lines of code, which now claim the handed-over sockets, and sends
 //!    [`ready`](Starting::ready).
-//! 7. The parent stops accepting and answers `commit`: from then on the child serves. The parent keeps its sockets for
-//!    the probation, a second; if the child dies, it accepts again. Then it drains and ends.
+//! 7. The parent stops accepting and answers `commit`. From then on the child serves. The parent keeps its sockets for
+//!    the probation of one second, and accepts again if the child dies. Then it drains and ends.
 //!
-//! A real one, drawn by `cargo run --release --example demo -- --picture FILE.svg`:
+//! A recorded upgrade, drawn by `cargo run --release --example demo -- --picture FILE.svg`:
 //!
 #![doc = include_str!("guide/upgrade.svg")]
 //!
-//! # Promises and their limits
+//! # Guarantees and limits
 //!
-//! - No connection is refused, reset or left unserved by an upgrade. Connections that a *new* version has accepted and then
-//!   takes along when it crashes are lost: nothing can give them back.
-//! - A failed upgrade changes nothing, and its [`Error`] names the cause. The next attempt may follow at once.
-//! - The probation covers a child that *dies*. One that lives and serves nonsense needs a check of your own before
-//!   `ready`, and an upgrade back.
-//! - The new version starts with stdin, stdout, stderr and what was handed to it, every signal at its default.
-//! - A connection stays with the process that accepted it, until it ends or the drain's deadline cuts it. Connections can
-//!   be handed on one by one ([`Sockets::pass_stream`]), if your protocol has a state to go with them.
-//! - UDP sockets are handed on; flows are not steered, see [`guide::sockets`].
-//! - A socket stays in the network namespace in which it was made.
+//! - An upgrade refuses, resets or strands no connection. But if a *new* version crashes, the connections that it has
+//!   accepted are lost.
+//! - A failed upgrade changes nothing, and its [`Error`] names the cause. The next attempt may follow immediately.
+//! - The probation covers a child that *dies*. To catch a child that runs but answers wrongly, use your own check
+//!   before `ready`, or [`Builder::verify`].
+//! - The new version starts only with stdin, stdout, stderr and the handed-over descriptors, and with every signal at
+//!   its default.
+//! - A connection stays with the process that accepted it, until it ends or the drain's deadline cuts it. A program can
+//!   also hand over individual connections ([`Sockets::pass_stream`]), together with their state.
+//! - UDP sockets are handed over, but the packets of a flow are not steered, see [`guide::sockets`].
+//! - A socket stays in the network namespace in which it was created.
 //!
 //! # Features
 //!
-//! None is on by default. `tokio_ecdysis` (also called `tokio`): the async face, in the module of that name.
-//! `systemd_notify` and `systemd_sockets` (together `systemd`): see [`guide::systemd`].
+//! None is on by default. `tokio_ecdysis` (alias `tokio`) is the asynchronous interface, in the module of that name.
+//! `systemd_notify` and `systemd_sockets` (together `systemd`) are described in [`guide::systemd`].
 //!
 //! The [`guide`] has chapters on each of these, on operations, and on migrating from other libraries.
 
@@ -117,7 +120,7 @@ pub mod tokio_ecdysis;
 mod triggers;
 mod upgrade;
 
-/// Chapters of the guide. Each can be read alone.
+/// The guide. Each chapter can be read on its own.
 pub mod guide {
     #[doc = include_str!("guide/threaded.md")]
     pub mod threaded {}
@@ -174,7 +177,7 @@ pub use sockets::Sockets;
 pub use sys::peer::PeerCred;
 pub use sys::spawn::Spawn;
 pub use triggers::control::TakeoverSocket;
-// Where version 1.1.1 has them.
+// These are in the crate root in version 1.1.1.
 #[cfg(feature = "tokio_ecdysis")]
 pub use tokio_ecdysis::UnixSeqpacketListenerStream;
 #[cfg(all(feature = "tokio_ecdysis", feature = "systemd_notify"))]

@@ -40,7 +40,7 @@ impl Builder {
     /// # Errors
     ///
     /// [`Error::AlreadyStarted`], [`Error::Signal`], [`Error::Socket`] for a control socket, [`Error::Handover`]. An
-    /// error in a child fails the upgrade: return it from `main`, and the parent serves on.
+    /// error in a child fails the upgrade: return it from `main`, and the parent keeps serving.
     pub fn start(&mut self) -> Result<Starting, Error> {
         let prepare = |what| move |source| Error::Prepare { what, source };
         let started = match self.standalone {

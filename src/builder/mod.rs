@@ -1,4 +1,4 @@
-//! What a program chooses before it starts.
+//! The builder: the choices of a program before it starts.
 
 mod next;
 
@@ -19,7 +19,7 @@ use crate::sys::spawn::Spawn;
 use crate::triggers::control::{Purpose, Trust};
 use crate::triggers::request::Action;
 
-/// Chooses triggers, deadlines, and what the next generation runs. Nothing happens before [`start`](Self::start).
+/// Chooses triggers, deadlines, and the program of the next generation. Nothing happens before [`start`](Self::start).
 ///
 /// ```
 /// # fn main() -> Result<(), ecdysis::Error> {
@@ -62,7 +62,7 @@ impl Default for Builder {
 }
 
 impl Builder {
-    /// No triggers, 60 seconds to be ready, one second of probation.
+    /// Returns a builder with no triggers, 60 seconds to be ready, and one second of probation.
     pub fn new() -> Self {
         Self {
             signals: Vec::new(),
@@ -86,20 +86,20 @@ impl Builder {
         }
     }
 
-    /// Upgrades when this signal comes (signal(7)); SIGHUP is customary. May be called for several. Signals during
-    /// an upgrade are followed by one more upgrade: by the new version after its probation, or by this one if that upgrade
-    /// fails.
+    /// Upgrades when this signal is delivered (signal(7)). SIGHUP is customary. May be called for several signals. If
+    /// signals are delivered during an upgrade, one more upgrade follows: the new version performs it after its
+    /// probation, or this one if the first upgrade fails.
     pub fn upgrade_on_signal(&mut self, signal: i32) -> &mut Self {
         self.on_signal(signal, Action::Upgrade)
     }
 
-    /// Stops when this signal comes; SIGTERM is customary. During an upgrade the stop wins: the child is ended first.
+    /// Stops when this signal is delivered. SIGTERM is customary. A stop during an upgrade first ends the child.
     pub fn stop_on_signal(&mut self, signal: i32) -> &mut Self {
         self.on_signal(signal, Action::Stop)
     }
 
-    /// Ends accepting and the triggers when this signal comes, and leaves the rest to the program: PID file and socket
-    /// files stay, but those of control sockets, which nobody answers any more.
+    /// Ends accepting and the triggers when this signal is delivered, and leaves everything else to the program. The
+    /// PID file and socket files stay, except the files of control sockets, which are no longer served.
     pub fn partial_stop_on_signal(&mut self, signal: i32) -> &mut Self {
         self.on_signal(signal, Action::PartialStop)
     }
@@ -109,44 +109,46 @@ impl Builder {
         self
     }
 
-    /// Upgrades when somebody connects to this Unix socket, which is made with mode 0600 and takes only the same user
-    /// and root. The connection stays open until the upgrade is over, and then gets one line:
-    /// `upgraded pid=… generation=… ms=…`, `failed: …`, `busy` or `stopping`.
+    /// Upgrades when a peer connects to this Unix socket, which is created with mode 0600 and accepts only the same
+    /// user and root. The connection stays open until the upgrade is over, and then receives one line: `upgraded pid=…
+    /// generation=… ms=…`, `failed: …`, `busy` or `stopping`.
     pub fn upgrade_on_socket(&mut self, path: impl AsRef<Path>) -> &mut Self {
         self.on_socket(path.as_ref(), Purpose::Connect(Action::Upgrade))
     }
 
-    /// Stops when somebody connects to this Unix socket. The connection gets the line `stopping`, and closes when this
-    /// process ends.
+    /// Stops when a peer connects to this Unix socket. The connection receives the line `stopping`, and is closed when
+    /// this process ends.
     pub fn stop_on_socket(&mut self, path: impl AsRef<Path>) -> &mut Self {
         self.on_socket(path.as_ref(), Purpose::Connect(Action::Stop))
     }
 
-    /// As [`partial_stop_on_signal`](Self::partial_stop_on_signal), when somebody connects to this Unix socket.
+    /// Like [`partial_stop_on_signal`](Self::partial_stop_on_signal), when a peer connects to this Unix socket.
     pub fn partial_stop_on_socket(&mut self, path: impl AsRef<Path>) -> &mut Self {
         self.on_socket(path.as_ref(), Purpose::Connect(Action::PartialStop))
     }
 
-    /// One socket for all: the first line of a connection says `upgrade`, `stop`, `partial-stop`, `rollback` or `status`, within 5
-    /// seconds. Otherwise as [`upgrade_on_socket`](Self::upgrade_on_socket).
+    /// Serves all commands on one socket. A connection must send `upgrade`, `stop`, `partial-stop`, `rollback` or
+    /// `status` as its first line, within 5 seconds. Otherwise like [`upgrade_on_socket`](Self::upgrade_on_socket).
     ///
     /// The answer to `status` is one line of `key=value` words: `pid`, `generation`, `uptime_ms`, `phase` (`serving`,
-    /// `upgrading`, `probation`), `connections` that hold a guard, `draining` generations, separated by commas, and a
-    /// `socket` for each in the registry, percent-escaped.
+    /// `upgrading`, `probation`), `connections` (the number of guards), `draining` (generations, separated by commas),
+    /// and one `socket` for each in the registry, percent-escaped.
     pub fn control_on_socket(&mut self, path: impl AsRef<Path>) -> &mut Self {
         self.on_socket(path.as_ref(), Purpose::Command)
     }
 
-    /// Hands everything over to a process that connects to this Unix socket and asks, as a process built with
-    /// [`take_over`](Self::take_over) does. It need not be a child of this one, nor run in the same container.
+    /// Hands everything over to a process that connects to this Unix socket and requests it, as a process with
+    /// [`take_over`](Self::take_over) does. That process need not be a child of this one, nor run in the same
+    /// container.
     ///
-    /// The socket is made with mode 0600 and takes only the same user and root, unless
-    /// [`trust_peers`](Self::trust_peers) says otherwise. All that holds for an upgrade holds for this one: `ready`
-    /// commits it, the deadline, the probation, the events and the errors are the same. One thing differs: a process that
-    /// fails is not killed, since it is somebody else's, but told that this one goes on serving.
+    /// The socket is created with mode 0600 and accepts only the same user and root, unless
+    /// [`trust_peers`](Self::trust_peers) says otherwise. A takeover follows the rules of an upgrade: `ready` commits
+    /// it, and the deadline, the probation, the events and the errors are the same. There is one difference: a process
+    /// that fails is not killed, because another supervisor owns it. It is turned away, and this process keeps serving.
     ///
-    /// The socket itself goes over too, so the next takeover finds the next generation at the same path. Programs that do
-    /// not call [`run`](crate::Ecdysis::run) use [`Sockets::listen_takeover`](crate::Sockets::listen_takeover) instead.
+    /// The takeover socket itself is handed over too, so the next takeover finds the next generation at the same path.
+    /// Programs that do not call [`run`](crate::Ecdysis::run) use
+    /// [`Sockets::listen_takeover`](crate::Sockets::listen_takeover) instead.
     pub fn takeover_on_socket(&mut self, path: impl AsRef<Path>) -> &mut Self {
         self.on_socket(path.as_ref(), Purpose::Takeover)
     }
@@ -156,35 +158,36 @@ impl Builder {
         self
     }
 
-    /// Keeps the serving process's PID in this file, mode 0644: written at `ready`, by rename where that can be, and removed
-    /// at a final stop if it is still ours. A relative path is resolved at each write.
+    /// Keeps the serving process's PID in this file, with mode 0644. The file is written at `ready`, by rename if
+    /// possible. A final stop removes it if it still contains this process's PID. A relative path is resolved at each
+    /// write.
     pub fn pid_file(&mut self, path: impl AsRef<Path>) -> &mut Self {
         self.pid_file = Some(path.as_ref().to_owned());
         self
     }
 
-    /// How long a child may take from the trigger to its `ready`. Then it is killed, and the upgrade has failed.
+    /// Sets how long a child may take from the trigger to its `ready`. After that it is killed, and the upgrade fails.
     /// Default: 60 seconds.
     pub fn ready_timeout(&mut self, time: Duration) -> &mut Self {
         self.limits.ready_timeout = time;
         self
     }
 
-    /// How long a child must live after its `ready` before the upgrade has succeeded. Meanwhile this process accepts
-    /// nothing but keeps its sockets; if the child dies, it accepts again, and the upgrade has failed. Default: one
-    /// second. Zero: no probation.
+    /// Sets the probation: how long a child must live after its `ready` before the upgrade has succeeded. During that
+    /// time this process accepts nothing but keeps its sockets. If the child dies, this process accepts again, and the
+    /// upgrade has failed. Default: one second. Zero means no probation.
     pub fn probation(&mut self, time: Duration) -> &mut Self {
         self.limits.probation = time;
         self
     }
 
-    /// Calls `verify` in a thread of its own when the new process serves. If it returns an error, the upgrade is rolled back:
-    /// the new process stops accepting and drains, this process accepts again, and the upgrade fails with
-    /// [`Error::Refused`](crate::Error::Refused). The verdict waits for it, for at most
-    /// [`ready_timeout`](Self::ready_timeout); a panic, or no answer by then, is an error too.
+    /// Calls `verify` in a separate thread when the new process serves. If it returns an error, the upgrade is rolled
+    /// back: the new process stops accepting and drains, this process accepts again, and the upgrade fails with
+    /// [`Error::Refused`](crate::Error::Refused). The verdict waits for `verify`, for at most
+    /// [`ready_timeout`](Self::ready_timeout). A panic, or no result by then, is an error too.
     ///
-    /// For a request to the service itself: only the new process answers it. An operator can do the same by the command
-    /// `rollback` on the control socket.
+    /// Use it for a request to the service itself, which only the new process answers. An operator can do the same with
+    /// the command `rollback` on the control socket.
     pub fn verify(
         &mut self,
         verify: impl Fn(&Upgraded) -> Result<(), Box<dyn StdError + Send + Sync>> + Send + Sync + 'static,
@@ -193,37 +196,37 @@ impl Builder {
         self
     }
 
-    /// How long this process goes on accepting after a stop was requested, because balancers learn of it late. Meanwhile
-    /// [`Shutdown::is_ready`](crate::Shutdown::is_ready) is false, which a readiness probe should show. A second stop ends
-    /// the delay. A partial stop has none. Default: zero.
+    /// Sets how long this process keeps accepting after a stop was requested, because load balancers notice a stop
+    /// late. During the delay [`Shutdown::is_ready`](crate::Shutdown::is_ready) returns false, which a readiness probe
+    /// should report. A second stop ends the delay. A partial stop has no delay. Default: zero.
     pub fn stop_delay(&mut self, time: Duration) -> &mut Self {
         self.limits.stop_delay = time;
         self
     }
 
-    /// Once accepting is over, idle connections close at a random moment within `window` after their grace, and not all in
-    /// the same instant, so that their clients do not all reconnect at once
+    /// Once accepting is over, closes each idle connection at a random moment within `window` after its grace period,
+    /// so that their clients do not all reconnect at the same time
     /// ([`Shutdown::next_request`](crate::Shutdown::next_request)). Default: zero.
     pub fn spread_drain(&mut self, window: Duration) -> &mut Self {
         self.spread = window;
         self
     }
 
-    /// How the child is made.
+    /// Sets how the child process is created.
     pub fn spawn(&mut self, spawn: Spawn) -> &mut Self {
         self.spawn = spawn;
         self
     }
 
-    /// What carries a handover to a child.
+    /// Sets what carries a handover to a child.
     pub fn transport(&mut self, transport: Transport) -> &mut Self {
         self.transport = transport;
         self
     }
 
-    /// Takes over from the process that listens at this Unix socket, see
-    /// [`takeover_on_socket`](Self::takeover_on_socket). If nobody listens there, this process is a first generation. A
-    /// process that an upgrade started ignores this: it has a parent.
+    /// Takes over from the process that listens on this Unix socket, see
+    /// [`takeover_on_socket`](Self::takeover_on_socket). If no process listens there, this process is a first
+    /// generation. A process that an upgrade has started ignores this, because it has a parent.
     ///
     /// ```
     /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -244,9 +247,9 @@ impl Builder {
         self
     }
 
-    /// Names the application that this program is a version of. A process then hands over to, and takes over from, none
-    /// that has another name: two applications whose takeover sockets were mixed up would exchange their listeners. At most
-    /// 100 bytes. Without a name, on one side or both, nothing is checked.
+    /// Sets the name of the application. A process never hands over to, or takes over from, a process with another
+    /// name. Otherwise two applications whose takeover sockets were mixed up would exchange their listeners. The name
+    /// has at most 100 bytes. It is checked only if both sides have a name.
     pub fn application(&mut self, name: impl Into<String>) -> &mut Self {
         let mut name = name.into();
         while name.len() > 100 {
@@ -256,16 +259,17 @@ impl Builder {
         self
     }
 
-    /// Who may be at the other end of a takeover socket, on either side. Default:
-    /// [`PeerCred::is_same_user_or_root`]. For another user to get as far as being asked about, the socket file must let
-    /// it in; its mode is 0600 until the program changes it.
+    /// Sets which users may be at the other end of a takeover socket, on both sides. Default:
+    /// [`PeerCred::is_same_user_or_root`]. For other users, the socket file must allow the connection too: its mode is
+    /// 0600 until the program changes it.
     pub fn trust_peers(&mut self, trust: impl Fn(&PeerCred) -> bool + Send + Sync + 'static) -> &mut Self {
         self.trust = Arc::new(trust);
         self
     }
 
-    /// Whether a stop signal that is delivered after a stop ends the [`drain`](crate::Shutdown::drain), which then returns
-    /// early: an operator who presses Ctrl-C a second time does not want to wait for the connections. Default: no.
+    /// Sets whether a stop signal that is delivered after a stop ends the [`drain`](crate::Shutdown::drain), which then
+    /// returns early. An operator who presses Ctrl-C a second time does not want to wait for the connections. Default:
+    /// no.
     ///
     /// It does not shorten the drain of a generation that was replaced.
     ///
@@ -284,53 +288,53 @@ impl Builder {
         self
     }
 
-    /// What happens when an upgrade is asked for while an older generation still drains.
+    /// Sets what happens when an upgrade is requested while an older generation still drains.
     pub fn overlap(&mut self, overlap: Overlap) -> &mut Self {
         self.limits.overlap = overlap;
         self
     }
 
-    /// Calls `observer` at every [`Event`], in order, in a thread named `ecdysis-events`. The library waits until the call
-    /// has returned, so what the observer does comes before what follows the event. But it waits for at most a second: an
-    /// observer that blocks holds up no upgrade and no stop. Then 256 events wait for it, and further ones are lost. A
-    /// panic changes nothing.
+    /// Calls `observer` at every [`Event`], in order, in a thread named `ecdysis-events`. The library waits until the
+    /// call has returned, so the observer finishes before the library continues. But it waits for at most one second,
+    /// so an observer that blocks does not delay an upgrade or a stop any longer. Then up to 256 events are queued, and
+    /// further ones are lost. A panic in the observer has no effect.
     pub fn on_event(&mut self, observer: impl Fn(&Event<'_>) + Send + Sync + 'static) -> &mut Self {
         self.observer = Some(Arc::new(observer));
         self
     }
 
-    /// Tells the service manager that started this process (`NOTIFY_SOCKET`) when it serves, upgrades, whether that
-    /// succeeded and to which process, and when it stops; keeps its watchdog content; asks for more time while a stop
-    /// makes progress. Off by default. Without a service manager nothing happens.
+    /// Notifies the service manager that started this process (`NOTIFY_SOCKET`) when it serves, upgrades and stops, and
+    /// of the outcome of an upgrade. Also sends watchdog messages, and extends the timeout while a stop makes progress.
+    /// Off by default. Without a service manager this does nothing.
     ///
-    /// All of it works with the default `NotifyAccess=main`: each generation announces the next. The signs of life
-    /// come from [`Ecdysis::run`](crate::Ecdysis::run), so a process that does not get back to it for as long as
-    /// `WatchdogSec=` is ended. See the [guide](crate::guide::systemd).
+    /// This works with the default `NotifyAccess=main`, because each generation announces the next.
+    /// [`Ecdysis::run`](crate::Ecdysis::run) sends the watchdog messages, so the manager kills a process that does not
+    /// return to it within `WatchdogSec=`. See the [guide](crate::guide::systemd).
     ///
     /// # Errors
     ///
-    /// [`start`](Self::start) fails with [`Error::ServiceManager`](crate::Error::ServiceManager) if the address in `NOTIFY_SOCKET` cannot be used.
+    /// [`start`](Self::start) fails with [`Error::ServiceManager`](crate::Error::ServiceManager) if the address in
+    /// `NOTIFY_SOCKET` cannot be used.
     #[cfg(feature = "systemd_notify")]
     pub fn systemd_notify(&mut self, on: bool) -> &mut Self {
         self.systemd_notify = on;
         self
     }
 
-    /// Takes the sockets that the service manager passes to this process (`LISTEN_FDS`): those of its socket units, and,
-    /// together with `systemd_notify`, those that an earlier run left in its store
-    /// (`FileDescriptorStoreMax=`). Off by default. `listen_tcp` and its like then find them by their addresses, as they
-    /// find those of a parent.
+    /// Takes the sockets that the service manager passes to this process (`LISTEN_FDS`): those of its socket units,
+    /// and, together with `systemd_notify`, those that an earlier run has stored (`FileDescriptorStoreMax=`). Off by
+    /// default. `listen_tcp` and similar methods then find them by their addresses, like the sockets of a parent.
     ///
-    /// Where several know the same address, the order is: the parent's sockets, those of the store, those of units. What
-    /// is in the store and not asked for before `ready` is closed and forgotten. What a unit passed and nobody asks for
-    /// stays, for the next generation to ask for.
+    /// If several sources have a socket for the same address, the parent's comes first, then the store's, then the
+    /// unit's. Stored sockets that are not asked for before `ready` are closed and removed from the store. Sockets of a
+    /// unit that are not asked for are kept for the next generation.
     ///
-    /// No other code of the program may take the descriptors passed.
+    /// No other code of the program may use the passed descriptors.
     ///
     /// # Errors
     ///
-    /// [`start`](Self::start) fails with [`Error::ServiceManager`](crate::Error::ServiceManager) if the variables are malformed or name what is not
-    /// open.
+    /// [`start`](Self::start) fails with [`Error::ServiceManager`](crate::Error::ServiceManager) if the variables are
+    /// malformed or name descriptors that are not open.
     #[cfg(feature = "systemd_sockets")]
     pub fn systemd_sockets(&mut self, on: bool) -> &mut Self {
         self.systemd_sockets = on;
@@ -339,7 +343,7 @@ impl Builder {
 }
 
 impl Ecdysis {
-    /// Begins with the choices.
+    /// Returns a builder, the start of every program.
     pub fn builder() -> Builder {
         Builder::new()
     }

@@ -1,4 +1,4 @@
-//! What a program chooses for its next generation: the program, its arguments, environment and directory.
+//! The choices for the next generation: the program, its arguments, environment and directory.
 
 use std::error::Error as StdError;
 use std::ffi::OsString;
@@ -9,40 +9,43 @@ use super::Builder;
 use crate::program::Changes;
 
 impl Builder {
-    /// The program that the next generation runs. A relative path starts at the directory of this process's start; no
-    /// link is followed. Default: what `argv[0]` means, resolved at [`start`](Self::start) in the same way.
+    /// Sets the program that the next generation runs. A relative path starts at the directory in which this process
+    /// was started. Links are not resolved. Default: the program of `argv[0]`, resolved at [`start`](Self::start) in
+    /// the same way.
     pub fn exec(&mut self, program: impl AsRef<Path>) -> &mut Self {
         self.changes.exec(program);
         self
     }
 
-    /// The next generation's arguments, without `argv[0]`. Default: this one's.
+    /// Sets the next generation's arguments, without `argv[0]`. Default: the arguments of this process.
     pub fn args(&mut self, args: impl IntoIterator<Item = impl Into<OsString>>) -> &mut Self {
         self.changes.args(args);
         self
     }
 
-    /// Sets a variable in the next generation's environment, which is otherwise this one's at the time of the upgrade.
+    /// Sets a variable in the next generation's environment, which is otherwise this process's environment at the time
+    /// of the upgrade.
     pub fn env(&mut self, name: impl Into<OsString>, value: impl Into<OsString>) -> &mut Self {
         self.changes.env(name, value);
         self
     }
 
-    /// Leaves a variable out of the next generation's environment.
+    /// Removes a variable from the next generation's environment.
     pub fn env_remove(&mut self, name: impl Into<OsString>) -> &mut Self {
         self.changes.env_remove(name);
         self
     }
 
-    /// Where the next generation starts. Default: where this one started, or, if that directory is gone, where it is.
+    /// Sets the directory in which the next generation starts. Default: the directory in which this process was
+    /// started, or its current directory if that one is gone.
     pub fn current_dir(&mut self, path: impl AsRef<Path>) -> &mut Self {
         self.changes.current_dir(path);
         self
     }
 
-    /// For tests of a program that uses this library: the service handles no signal, ignores the environment, is nobody's
-    /// child, takes nothing over, uses no service manager, and cannot be upgraded
-    /// ([`upgrade`](crate::Ecdysis::upgrade) is an error). So a process may have any number of them.
+    /// For tests of programs that use this library. The service handles no signal, ignores the environment, has no
+    /// parent, takes nothing over, uses no service manager, and cannot be upgraded
+    /// ([`upgrade`](crate::Ecdysis::upgrade) returns an error). So a process may have any number of them.
     ///
     /// ```
     /// # fn main() -> Result<(), ecdysis::Error> {
@@ -58,10 +61,9 @@ impl Builder {
         self
     }
 
-    /// Calls `choose` at each upgrade, before the child exists, to choose what it runs: the program, its arguments, its
-    /// environment. What it changes comes on top of what the builder was given, and holds for this upgrade only. A
-    /// takeover does not call it, because the other process runs already. Return soon: meanwhile no trigger is
-    /// handled.
+    /// Calls `choose` at each upgrade, before the child exists, to choose its program, arguments and environment. Its
+    /// changes are applied after the builder's choices, and only for this upgrade. A takeover does not call it, because
+    /// the other process already runs. It should return quickly, because no trigger is handled before that.
     ///
     /// ```
     /// # let mut builder = ecdysis::Ecdysis::builder();
