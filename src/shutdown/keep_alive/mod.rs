@@ -97,25 +97,28 @@ pub(super) fn next_request<S: Connection>(
         return Ok(true);
     }
     let idle = Idle { since: Instant::now(), longest, grace, woken: false };
+    let mut woken = false;
     loop {
         let fd = requests.get_ref().as_fd().as_raw_fd();
         let entry = (S::IS_TCP && STILL_RECEIVES).then(|| connections.enter(gate, fd, idle)).flatten();
         let Some(entry) = entry else { break };
         let received = requests.fill_buf().map(<[u8]>::len);
-        match (received, entry.leave()) {
+        // Also in a later turn: once woken, a read that finds nothing returns 0.
+        woken |= entry.leave();
+        match received {
             // What arrived in the meantime is still delivered.
-            (Ok(0), true) if unread(requests) > 0 => {}
-            (Ok(0), _) => return Ok(false),
-            (Ok(_), woken) => {
+            Ok(0) if woken && unread(requests) > 0 => {}
+            Ok(0) => return Ok(false),
+            Ok(_) => {
                 if woken {
                     wait_for_the_rest(requests, QUIET);
                 }
                 return Ok(true);
             }
-            (Err(e), _) if e.kind() == ErrorKind::Interrupted => {}
+            Err(e) if e.kind() == ErrorKind::Interrupted => {}
             // The program has set a timeout, or the connection does not block.
-            (Err(e), _) if e.kind() == ErrorKind::WouldBlock => break,
-            (Err(e), _) => return Err(e),
+            Err(e) if e.kind() == ErrorKind::WouldBlock => break,
+            Err(e) => return Err(e),
         }
     }
     poll_for_request(gate, requests, &idle)
