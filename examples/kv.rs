@@ -7,6 +7,8 @@
 //! Type `get a` and `version` into the `nc` that is still open: it answers 1 and 2. The second argument is a control socket
 //! for `--example ctl`.
 //!
+//! Built with `--features systemd`, in a unit with `FileDescriptorStoreMax=`, `systemctl restart` keeps them as well.
+//!
 //! The handed-over state is exact because no request runs between the snapshot and the end of this process. Every request,
 //! and every accept, locks `turn` for reading and then checks whether the server is paused. The snapshot locks it for
 //! writing. If the new process fails, the pause ends, and the threads here continue.
@@ -40,6 +42,8 @@ fn main() -> Result<(), Box<dyn Error>> {
     if let Some(path) = args.next() {
         builder.control_on_socket(path);
     }
+    #[cfg(feature = "systemd")]
+    builder.systemd_notify(true).systemd_sockets(true).systemd_keep_passed(true);
 
     let starting = builder.start()?;
     let listener = starting.listen_tcp(address)?;

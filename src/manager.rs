@@ -1,7 +1,8 @@
 //! What the library needs of a service manager and of its store for sockets. Module `systemd` has the one implementation.
 
 use std::fmt;
-use std::os::fd::BorrowedFd;
+use std::io;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -67,7 +68,7 @@ pub(crate) trait ServiceManager: fmt::Debug + Send + Sync {
 ///
 /// # Contract
 ///
-/// - No method fails or blocks, as above.
+/// - No method blocks, as above, and only [`keep_passed`](Self::keep_passed) fails.
 /// - The store keeps one copy for each key and file. Storing it again changes nothing.
 /// - Only the main process may use it.
 pub(crate) trait Store: fmt::Debug + Send + Sync {
@@ -79,4 +80,14 @@ pub(crate) trait Store: fmt::Debug + Send + Sync {
 
     /// Closes the stored copies of this key and file.
     fn forget(&self, key: &Key, file: Option<FileId>);
+
+    /// Stores what was passed, under names of this stop: the text of a manifest, and the descriptors that it names in their
+    /// order. The first `early` of those can be taken before `ready`; the others are of the commit.
+    ///
+    /// # Errors
+    /// It is not whole, so the next start uses nothing of it.
+    fn keep_passed(&self, descriptors: Vec<Arc<OwnedFd>>, early: usize) -> io::Result<()>;
+
+    /// Closes the stored copies that an earlier stop has stored under this name.
+    fn forget_passed(&self, name: &str);
 }

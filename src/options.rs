@@ -59,6 +59,8 @@ pub(crate) struct Limits {
     /// A stop signal during the drain ends it.
     pub(crate) second_stop_ends_drain: bool,
     pub(crate) stop_delay: Duration,
+    /// A stop passes state to the next start, by the service manager's store.
+    pub(crate) keep_passed: bool,
 }
 
 impl Default for Limits {
@@ -69,6 +71,7 @@ impl Default for Limits {
             overlap: Overlap::default(),
             second_stop_ends_drain: false,
             stop_delay: Duration::ZERO,
+            keep_passed: false,
         }
     }
 }

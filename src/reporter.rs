@@ -11,7 +11,7 @@ use crate::exit::Upgraded;
 use crate::foreign::Foreign;
 use crate::handover::ancestors::Ancestors;
 use crate::logging;
-use crate::manager::{Child, ServiceManager, ANNOUNCE};
+use crate::manager::{Child, ServiceManager, Store, ANNOUNCE};
 use crate::sockets::Sockets;
 
 pub(crate) type Observer = Arc<dyn Fn(&Event<'_>) + Send + Sync>;
@@ -64,11 +64,14 @@ impl Reporter {
 
     /// Has the manager store every socket, now and from now on.
     pub(crate) fn store_sockets(&self) {
-        if self.takes_sockets() {
-            if let Some(store) = self.main().cloned().and_then(ServiceManager::store) {
-                self.sockets.registry().store_in(store);
-            }
+        if let Some(store) = self.store() {
+            self.sockets.registry().store_in(store);
         }
+    }
+
+    /// The service manager's store, if the program takes what is in it and this process may use it.
+    pub(crate) fn store(&self) -> Option<Arc<dyn Store>> {
+        self.main().filter(|_| self.takes_sockets()).cloned().and_then(ServiceManager::store)
     }
 
     pub(crate) fn takes_sockets(&self) -> bool {

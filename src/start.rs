@@ -177,6 +177,12 @@ fn inherit_from_manager(generation: &Generation) -> Result<bool, Error> {
     let passed = crate::systemd::sockets::inherit()?;
     generation.sockets.registry().inherit(passed.sockets);
     generation.sockets.registry().forget_later(passed.stale);
+    #[cfg(feature = "systemd_notify")]
+    {
+        let (kept, names) = passed.pieces.join();
+        let (entries, early) = kept.unwrap_or_default();
+        generation.sockets.registry().inherit_kept(entries, early, names);
+    }
     Ok(true)
 }
 

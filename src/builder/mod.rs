@@ -1,6 +1,8 @@
 //! The builder: the choices of a program before it starts.
 
 mod next;
+#[cfg(any(feature = "systemd_notify", feature = "systemd_sockets"))]
+mod systemd;
 
 use std::error::Error as StdError;
 use std::path::{Path, PathBuf};
@@ -300,44 +302,6 @@ impl Builder {
     /// further ones are lost. A panic in the observer has no effect.
     pub fn on_event(&mut self, observer: impl Fn(&Event<'_>) + Send + Sync + 'static) -> &mut Self {
         self.observer = Some(Arc::new(observer));
-        self
-    }
-
-    /// Notifies the service manager that started this process (`NOTIFY_SOCKET`) when it serves, upgrades and stops, and
-    /// of the outcome of an upgrade. Also sends watchdog messages, and extends the timeout while a stop makes progress.
-    /// Off by default. Without a service manager this does nothing.
-    ///
-    /// This works with the default `NotifyAccess=main`, because each generation announces the next.
-    /// [`Ecdysis::run`](crate::Ecdysis::run) sends the watchdog messages, so the manager kills a process that does not
-    /// return to it within `WatchdogSec=`. See the [guide](crate::guide::systemd).
-    ///
-    /// # Errors
-    ///
-    /// [`start`](Self::start) fails with [`Error::ServiceManager`](crate::Error::ServiceManager) if the address in
-    /// `NOTIFY_SOCKET` cannot be used.
-    #[cfg(feature = "systemd_notify")]
-    pub fn systemd_notify(&mut self, on: bool) -> &mut Self {
-        self.systemd_notify = on;
-        self
-    }
-
-    /// Takes the sockets that the service manager passes to this process (`LISTEN_FDS`): those of its socket units,
-    /// and, together with `systemd_notify`, those that an earlier run has stored (`FileDescriptorStoreMax=`). Off by
-    /// default. `listen_tcp` and similar methods then find them by their addresses, like the sockets of a parent.
-    ///
-    /// If several sources have a socket for the same address, the parent's comes first, then the store's, then the
-    /// unit's. Stored sockets that are not asked for before `ready` are closed and removed from the store. Sockets of a
-    /// unit that are not asked for are kept for the next generation.
-    ///
-    /// No other code of the program may use the passed descriptors.
-    ///
-    /// # Errors
-    ///
-    /// [`start`](Self::start) fails with [`Error::ServiceManager`](crate::Error::ServiceManager) if the variables are
-    /// malformed or name descriptors that are not open.
-    #[cfg(feature = "systemd_sockets")]
-    pub fn systemd_sockets(&mut self, on: bool) -> &mut Self {
-        self.systemd_sockets = on;
         self
     }
 }

@@ -168,12 +168,16 @@ pub(crate) fn receive_late(socket: &OwnedFd) -> io::Result<Arrived> {
     if !receiver.step(socket)? {
         return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "not everything was sent"));
     }
-    let (_, _, mut received) = receiver.into_parts();
-    if received.is_empty() {
-        return Err(io::ErrorKind::InvalidData.into());
-    }
-    let text = blob::open(received.remove(0), MAX_SIZE as u64)?;
-    let descriptors = Descriptors::Received(received.into_iter().map(Some).collect());
+    let (_, _, received) = receiver.into_parts();
+    with_text(received)
+}
+
+/// What arrived together: the text of a manifest in a sealed memory file, and the descriptors that it names.
+pub(crate) fn with_text(received: Vec<OwnedFd>) -> io::Result<Arrived> {
+    let mut received = received.into_iter();
+    let text = received.next().ok_or(io::ErrorKind::InvalidData)?;
+    let text = blob::open(text, MAX_SIZE as u64)?;
+    let descriptors = Descriptors::Received(received.map(Some).collect());
     Ok(Arrived { manifest: Manifest::decode(&text)?, descriptors, rest: Vec::new() })
 }
 

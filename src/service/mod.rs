@@ -21,7 +21,7 @@ use crate::sys::poll::Deadline;
 use crate::triggers::control::{TakeoverSocket, Trust};
 use crate::triggers::request::{take_outcome, Action, Outcome, Reply, Request};
 use crate::triggers::Triggers;
-use crate::upgrade::parent::upgrade;
+use crate::upgrade::parent::{upgrade, Paused};
 
 /// What all handles of a generation share.
 pub(crate) struct Service {
@@ -172,6 +172,7 @@ impl Service {
         let mode = match action {
             Action::Stop | Action::PartialStop if self.stop_was_taken_back(event_loop) => return Ok(()),
             Action::Stop => {
+                _paused = self.keep_passed();
                 generation.sockets.registry().unlink(|_| true);
                 generation.pid_file.remove();
                 generation.shutdown.end_older(generation.ancestors.clone());
@@ -220,6 +221,20 @@ impl Service {
         let handed_over = matches!(mode, ExitMode::Upgraded(_));
         self.end(event_loop.triggers, Exit { mode, reason }, handed_over);
         Ok(())
+    }
+
+    /// Has the service manager store what was passed, for its next start, if the program chose that. Accepting is paused for
+    /// it and does not go on.
+    fn keep_passed(&self) -> Option<Paused<'_>> {
+        let generation = &self.generation;
+        let store = generation.reporter.store().filter(|_| generation.limits.keep_passed)?;
+        let mut paused = Paused::begin(&generation.shutdown);
+        paused.end(State::Stopped);
+        match generation.sockets.keep_passed(&*store, generation.number) {
+            Ok(count) => logging::info!("stored what was passed, for the next start: descriptors={count}"),
+            Err(e) => logging::error!("stored nothing of what was passed, for the next start: {e}"),
+        }
+        Some(paused)
     }
 
     /// Waits for a request, and for messages of a parent that can still take its commit back.

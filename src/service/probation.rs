@@ -9,6 +9,7 @@ use crate::exit::{Exit, ExitMode, ExitReason};
 use crate::handover::ancestors::{ParentLink, ParentState};
 use crate::handover::lines::{FromChild, FromParent, COMMIT};
 use crate::logging;
+use crate::shutdown::State;
 use crate::sys::poll::{wait_readable, Deadline};
 use crate::triggers::request::{Action, Reply, Request};
 use crate::upgrade::parent::Paused;
@@ -76,7 +77,7 @@ impl Service {
             drop(paused);
             return reply.status(&format!("failed: {why}\n"));
         }
-        paused.end();
+        paused.end(State::HandedOver);
         logging::warn!("rolled back by {reason}: the parent serves again");
         // At the end this process may exit at once.
         reply.status("rolled back\n");

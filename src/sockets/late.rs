@@ -25,7 +25,7 @@ use crate::key::Key;
 use crate::sys::{net, Mode};
 
 /// How long all callbacks and the sending may take together. The child waits five seconds for the commit.
-const TIME: Duration = Duration::from_secs(3);
+pub(super) const TIME: Duration = Duration::from_secs(3);
 
 /// How long to wait when the kernel accepts no more descriptors. No event says when it does again.
 const CROWDED: Duration = Duration::from_millis(10);
@@ -74,7 +74,7 @@ impl Late {
 }
 
 /// Calls the callbacks in a thread of their own, so that one that hangs cannot keep this process from serving.
-fn produce(producers: Vec<Producer>, end: Instant) -> Result<Vec<Entry>, Error> {
+pub(super) fn produce(producers: Vec<Producer>, end: Instant) -> Result<Vec<Entry>, Error> {
     let (results, produced) = mpsc::channel();
     let called = producers.clone();
     let call = move || called.iter().map(Producer::produce).try_for_each(|entry| results.send(entry).map_err(drop));

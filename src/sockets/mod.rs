@@ -6,6 +6,7 @@
 mod by_key;
 mod claim;
 mod in_use;
+mod keep;
 mod kind;
 mod late;
 pub(crate) mod pass;

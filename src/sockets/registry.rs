@@ -37,6 +37,9 @@ pub(crate) struct Registry {
     pub(super) inherited: VecDeque<Entry>,
     /// What was inherited and closed, for the service manager to forget.
     pub(super) closed: Vec<(Key, Option<FileId>)>,
+    /// What an earlier stop has passed at its commit, for after `ready`; and the names of all that it has stored.
+    pub(super) kept_late: Vec<Entry>,
+    kept_names: Vec<String>,
     /// Keeps copies of what is ours.
     pub(super) store: Option<Arc<dyn Store>>,
     /// The first claim that failed for lack of descriptors.
@@ -233,6 +236,14 @@ impl Registry {
 
     // ---- the service manager's store --------------------------------------------------------------------------------
 
+    /// Inherits what an earlier stop has passed. The names are forgotten when this process serves.
+    #[cfg(all(feature = "systemd_notify", feature = "systemd_sockets"))]
+    pub(crate) fn inherit_kept(&mut self, mut entries: Vec<Entry>, early: usize, names: Vec<String>) {
+        self.kept_late = entries.split_off(early.min(entries.len()));
+        self.kept_names = names;
+        self.inherit(entries);
+    }
+
     /// Has the store forget these, too, which are of no use.
     #[cfg(feature = "systemd_sockets")]
     pub(crate) fn forget_later(&mut self, stale: Vec<(Key, Option<FileId>)>) {
@@ -246,6 +257,7 @@ impl Registry {
         for (key, file) in mem::take(&mut self.closed) {
             store.forget(&key, file);
         }
+        mem::take(&mut self.kept_names).iter().for_each(|name| store.forget_passed(name));
         let own: Vec<_> =
             self.ours.iter().filter(|entry| entry.unit.is_none() && entry.key.kind().has_address()).collect();
         if own.len() > store.capacity() {

@@ -73,6 +73,8 @@ impl Registry {
             unclaimed.dropped.remove(&ours.inode);
         }
         self.closed.extend(closed.into_iter().map(|entry| (entry.key, entry.file)));
+        let kept = mem::take(&mut self.kept_late);
+        self.inherit(kept);
         Ok(unclaimed)
     }
 }

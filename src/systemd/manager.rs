@@ -4,12 +4,16 @@ use std::env;
 use std::io;
 use std::iter;
 #[cfg(feature = "systemd_sockets")]
-use std::os::fd::BorrowedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
+#[cfg(feature = "systemd_sockets")]
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use super::notify::{Notifier, NotifyError};
+#[cfg(feature = "systemd_sockets")]
+use super::stored::Piece;
 use super::watchdog::watchdog_interval;
 use crate::error::Error;
 use crate::event::Event;
@@ -229,6 +233,19 @@ impl Store for Systemd {
             Some(name) => log_failure(self.notifier.store(&name, fd)),
             None => logging::debug!("the service manager cannot store {key}: its name is too long"),
         }
+    }
+
+    fn keep_passed(&self, descriptors: Vec<Arc<OwnedFd>>, early: usize) -> io::Result<()> {
+        let stop = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_nanos();
+        // The text comes last: without it nothing is used.
+        for (index, fd) in descriptors.iter().enumerate().rev() {
+            self.notifier.store(&Piece { stop, index, early }.name(), fd).map_err(io::Error::other)?;
+        }
+        Ok(())
+    }
+
+    fn forget_passed(&self, name: &str) {
+        log_failure(self.notifier.forget(name));
     }
 
     fn forget(&self, key: &Key, file: Option<FileId>) {

@@ -134,6 +134,9 @@ pub(crate) struct Inherited {
     pub(crate) sockets: Vec<Entry>,
     /// Stored, and of no use any more.
     pub(crate) stale: Vec<(Key, Option<FileId>)>,
+    /// What the last stop has passed.
+    #[cfg(feature = "systemd_notify")]
+    pub(crate) pieces: stored::Pieces,
 }
 
 /// Owns what the manager passed, and finds its key by its name or its address.
@@ -142,6 +145,10 @@ pub(crate) fn inherit() -> Result<Inherited, Error> {
     let (mut inherited, mut from_units) = (Inherited::default(), Vec::new());
     for Passed { name, fd } in take().map_err(failed)? {
         let failed = |source: io::Error| Error::ServiceManager { what: format!("descriptor {name:?}"), source };
+        #[cfg(feature = "systemd_notify")]
+        let Err(fd) = inherited.pieces.take(&name, fd) else {
+            continue;
+        };
         #[cfg(feature = "systemd_notify")]
         if let Some((key, file)) = stored::parse(&name) {
             // If the file was replaced meanwhile, the path leads to another socket.

@@ -1,11 +1,78 @@
-//! The names under which the service manager's store keeps our sockets. They hold the key and the file of a Unix socket,
-//! so that the next start finds each socket by the call that made it.
+//! The names under which the service manager's store keeps our sockets, and what a stop has passed. Those of a socket hold
+//! its key and the file of a Unix socket, so that the next start finds it by the call that made it.
+
+use std::os::fd::OwnedFd;
 
 use crate::handover::escape::{escape, unescape};
 use crate::key::{Key, Kind};
 use crate::listen::FileId;
 
+use crate::handover::entry::Entry;
+use crate::handover::receive::with_text;
+use crate::logging;
+
 const PREFIX: &str = "ecdysis";
+
+/// Of what a stop has passed.
+const PASSED: &str = "ecdysis-passed";
+
+/// What earlier stops have passed, in pieces.
+#[derive(Default)]
+pub(crate) struct Pieces(Vec<(Piece, String, OwnedFd)>);
+
+/// A descriptor that a stop has passed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Piece {
+    /// Of the stop: when it was, in nanoseconds.
+    pub(crate) stop: u128,
+    /// The first is the text of the manifest.
+    pub(crate) index: usize,
+    /// See [`Store::keep_passed`](crate::manager::Store::keep_passed).
+    pub(crate) early: usize,
+}
+
+impl Piece {
+    pub(crate) fn name(self) -> String {
+        format!("{PASSED} {} {} {}", self.stop, self.index, self.early)
+    }
+
+    fn parse(name: &str) -> Option<Self> {
+        let mut words = name.strip_prefix(PASSED)?.strip_prefix(' ')?.split(' ');
+        let stop = words.next()?.parse().ok()?;
+        let mut number = || words.next()?.parse().ok();
+        Some(Self { stop, index: number()?, early: number()? })
+    }
+}
+
+impl Pieces {
+    /// Takes a descriptor of that name, unless it is something else.
+    pub(crate) fn take(&mut self, name: &str, fd: OwnedFd) -> Result<(), OwnedFd> {
+        match Piece::parse(name) {
+            Some(piece) => {
+                self.0.push((piece, name.to_owned(), fd));
+                Ok(())
+            }
+            None => Err(fd),
+        }
+    }
+
+    /// What the last stop has passed if it is whole, with the number that is not of its commit; and the names of all.
+    pub(crate) fn join(mut self) -> (Option<(Vec<Entry>, usize)>, Vec<String>) {
+        self.0.sort_by_key(|(piece, ..)| *piece);
+        let names = self.0.iter().map(|(_, name, _)| name.clone()).collect();
+        let Some(Piece { stop, early, .. }) = self.0.last().map(|(piece, ..)| *piece) else { return (None, names) };
+        let last: Vec<_> = self.0.into_iter().filter(|(piece, ..)| piece.stop == stop).collect();
+        let in_order = last.iter().enumerate().all(|(at, (piece, ..))| piece.index == at);
+        let whole = in_order.then(|| with_text(last.into_iter().map(|(.., fd)| fd).collect()));
+        match whole.map(|arrived| arrived.map(|arrived| arrived.into_entries())) {
+            Some(Ok(Ok(entries))) => return (Some((entries, early)), names),
+            Some(Ok(Err(e))) => logging::warn!("what the last stop has passed is not whole and not used: {e}"),
+            Some(Err(e)) => logging::warn!("what the last stop has passed cannot be read: {e}"),
+            None => logging::warn!("what the last stop has passed is not whole and not used"),
+        }
+        (None, names)
+    }
+}
 
 /// `ecdysis tcp 0.0.0.0%3A80`; `None` for a descriptor without an address, or with one that is too long for a name.
 pub(crate) fn name(key: &Key, file: Option<FileId>) -> Option<String> {
@@ -41,6 +108,57 @@ pub(crate) fn parse(name: &str) -> Option<(Key, Option<FileId>)> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::handover::blob;
+    use crate::handover::manifest::{encode, Origin};
+    use std::sync::Arc;
+
+    /// What a stop stores: a text and a descriptor.
+    fn pieces(stop: u128) -> Vec<(String, OwnedFd)> {
+        let (file, _) = crate::sys::net::pipe().unwrap();
+        let entries = [Entry::new(Key::fd("lock"), file).unwrap()];
+        let text = encode(&Origin { generation: 1, ..Origin::default() }, (0..).zip(&entries));
+        let text = blob::seal(text.as_bytes(), 1 << 20).unwrap();
+        let [entry] = entries;
+        let fds = [text, Arc::into_inner(entry.fd).unwrap()];
+        let name = |index| Piece { stop, index, early: 1 }.name();
+        fds.into_iter().enumerate().map(|(index, fd)| (name(index), fd)).collect()
+    }
+
+    fn join(pieces: Vec<(String, OwnedFd)>) -> (Option<(Vec<Entry>, usize)>, usize) {
+        let mut all = Pieces::default();
+        for (name, fd) in pieces {
+            all.take(&name, fd).unwrap();
+        }
+        let (kept, names) = all.join();
+        (kept, names.len())
+    }
+
+    #[test]
+    fn what_a_stop_has_passed_is_whole_or_not_used() {
+        // In the order of the store, and beside what an earlier stop has left.
+        let mut all: Vec<_> = pieces(9).into_iter().rev().collect();
+        all.extend(pieces(8).into_iter().take(1));
+        let (kept, names) = join(all);
+        let (entries, early) = kept.unwrap();
+        assert_eq!((&entries[0].key, entries.len(), early, names), (&Key::fd("lock"), 1, 1, 3));
+
+        for missing in 0..2 {
+            let mut all = pieces(9);
+            all.remove(missing);
+            assert!(matches!(join(all), (None, 1)), "without piece {missing}");
+        }
+        let (mut all, others) = (pieces(9), pieces(9));
+        all[1].1 = others.into_iter().next_back().unwrap().1;
+        assert!(matches!(join(all), (None, 2)), "another file");
+        // A later stop that is not whole: what an earlier one has passed is out of date.
+        let mut all = pieces(8);
+        all.push(pieces(9).remove(1));
+        assert!(matches!(join(all), (None, 3)));
+        assert!(matches!(join(Vec::new()), (None, 0)));
+        for other in ["ecdysis-passed", "ecdysis-passed 1 2", "ecdysis-passed 1 2 x", "ecdysis tcp a"] {
+            assert!(Piece::parse(other).is_none(), "{other}");
+        }
+    }
 
     #[test]
     fn names_come_back_as_keys() {

@@ -235,7 +235,7 @@ fn commit<'a>(
         generation.reporter.announce_self();
         return Err(died(successor.link_ended()));
     }
-    paused.end();
+    paused.end(State::HandedOver);
     generation.sockets.registry().unlink_orphans(&successor.dropped);
     successor.keep();
     passed_on.done(event_loop);
@@ -297,9 +297,9 @@ impl<'a> Paused<'a> {
         Self { shutdown, then: State::Accepting }
     }
 
-    /// This process never accepts again.
-    pub(crate) fn end(&mut self) {
-        self.then = State::HandedOver;
+    /// This process never accepts again: another one does, or none.
+    pub(crate) fn end(&mut self, then: State) {
+        self.then = then;
     }
 }
 

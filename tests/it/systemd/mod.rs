@@ -6,6 +6,7 @@
 
 mod bed;
 mod namespaces;
+mod passed;
 mod stopping;
 
 use self::bed::{systemctl, text, under_systemd};
