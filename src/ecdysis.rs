@@ -181,7 +181,7 @@ impl Ecdysis {
     /// let starting = ecdysis::Ecdysis::builder().take_over(path).start()?;
     /// let socket = starting.listen_takeover(path)?;
     /// let server = starting.ready()?;
-    /// // Any poll, select or epoll does; this is the one at hand.
+    /// // Any poll, select or epoll works. This one is part of the library.
     /// while server.shutdown().readable(&socket, None)? == Readable::Ready {
     ///     match server.hand_over(&socket) {
     ///         Ok(Some(new)) => println!("pid {} serves", new.pid),

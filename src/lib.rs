@@ -1,7 +1,7 @@
 //! Replaces a running network server with its next version without refusing, resetting or losing a connection.
 //!
 //! The running process starts the new program and hands it every listening socket. It keeps serving until the new
-//! process reports that it is ready. Only then it stops accepting, finishes its connections, and ends. If the new
+//! process reports that it is ready. Only then does it stop accepting, finish its connections, and end. If the new
 //! version cannot start, crashes, hangs or refuses, the old one keeps serving, and no client notices.
 //!
 //! The library is small, blocking and built on system calls. By default it depends only on `libc`, `rustix` and `log`.

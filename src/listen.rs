@@ -1,4 +1,4 @@
-//! Making sockets: the options that programs set before bind, and what bind means for a Unix path.
+//! Creating sockets: the options that programs set before bind, and how a Unix path is bound.
 
 use std::fs;
 use std::io;
@@ -50,18 +50,18 @@ impl Socket {
         Ok(Self { fd: open(family, kind)?, start })
     }
 
-    /// SO_REUSEADDR: bind although connections of a former listener are in TIME_WAIT. Set by `listen_tcp`.
+    /// SO_REUSEADDR: allows bind even if connections of a former listener are in TIME_WAIT. `listen_tcp` sets it.
     pub fn set_reuse_address(&self, on: bool) -> io::Result<()> {
         Ok(sockopt::set_socket_reuseaddr(&self.fd, on)?)
     }
 
-    /// SO_REUSEPORT: several sockets on one address, among which the kernel spreads connections. (macOS and most BSDs
-    /// allow the sockets and do not spread; on illumos it is an error.)
+    /// SO_REUSEPORT: allows several sockets on one address, over which the kernel spreads connections. (macOS and most
+    /// BSDs allow the sockets but do not spread connections. On illumos it is an error.)
     pub fn set_reuse_port(&self, on: bool) -> io::Result<()> {
         sys::net::set_reuse_port(&self.fd, on)
     }
 
-    /// IPV6_V6ONLY: the socket accepts IPv6 only. Without it, one on `[::]` also accepts IPv4.
+    /// IPV6_V6ONLY: the socket accepts only IPv6. Without it, a socket on `[::]` also accepts IPv4.
     pub fn set_only_v6(&self, on: bool) -> io::Result<()> {
         Ok(sockopt::set_ipv6_v6only(&self.fd, on)?)
     }
@@ -86,7 +86,7 @@ impl Socket {
         Ok(sockopt::set_socket_recv_buffer_size(&self.fd, bytes)?)
     }
 
-    /// IP_FREEBIND: bind to an address that no interface has yet. An error on other systems than Linux.
+    /// IP_FREEBIND: allows bind to an address that no interface has yet. An error on systems other than Linux.
     pub fn set_freebind(&self, on: bool) -> io::Result<()> {
         sys::net::set_freebind(&self.fd, on)
     }
@@ -96,11 +96,11 @@ impl Socket {
         Ok(net::bind(&self.fd, &addr)?)
     }
 
-    /// Starts listening with this backlog, which the system's limit (somaxconn) caps (listen(2)).
+    /// Starts listening with this backlog, at most the system's limit (somaxconn, listen(2)).
     ///
-    /// In a new generation whose parent still serves, a new socket starts to listen only at the commit: before that its
-    /// clients would wait, and be reset if the upgrade failed. Until then accept(2) on it fails with `EINVAL`, and
-    /// [`Shutdown`](crate::Shutdown) waits.
+    /// While the parent still serves, a new socket starts to listen only at the commit. If it listened earlier, its
+    /// clients would wait, and would be reset if the upgrade failed. Until then accept(2) on it fails with `EINVAL`,
+    /// and [`Shutdown`](crate::Shutdown) waits.
     pub fn listen(&self, backlog: i32) -> io::Result<()> {
         self.start.listen(&self.fd, backlog)
     }
@@ -134,7 +134,7 @@ fn open(family: AddressFamily, kind: SocketType) -> io::Result<OwnedFd> {
     Ok(sys::net::socket(family, kind, sys::Mode::Nonblocking)?)
 }
 
-/// When a new socket starts to listen: at once, or at the commit; then this holds the backlog until then.
+/// When a new socket starts to listen: immediately, or at the commit. In the latter case this stores the backlog.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Start(Option<Arc<AtomicI32>>);
 
@@ -143,7 +143,7 @@ impl Start {
         Self(Some(Arc::new(AtomicI32::new(Self::UNSET))))
     }
 
-    /// No backlog that a program would ask for.
+    /// A value that no program would use as a backlog.
     const UNSET: i32 = i32::MIN;
 
     pub(crate) fn listen(&self, fd: impl AsFd, backlog: i32) -> io::Result<()> {
@@ -156,21 +156,21 @@ impl Start {
         }
     }
 
-    /// The backlog, if the socket is to listen later.
+    /// Returns the backlog, if the socket must listen later.
     pub(crate) fn pending(&self) -> Option<i32> {
         self.0.as_ref().map(|cell| cell.load(Ordering::Relaxed)).filter(|backlog| *backlog != Self::UNSET)
     }
 }
 
-/// listen(2) reduces it to the system's limit (somaxconn).
+/// The backlog of listeners. listen(2) reduces it to the system's limit (somaxconn).
 pub(crate) const MAX_BACKLOG: i32 = i32::MAX;
 
 /// Device and inode of a file.
 pub(crate) type FileId = (u64, u64);
 
 /// Binds a Unix socket to a path, or to the abstract name after an `@`. A stale file, on which no process listens, is
-/// replaced; a live one is an error. The file has `mode` from the start; without it the umask decides, as with std.
-/// Returns the file's identity as well, so that a stop can tell whether the file still belongs to this socket.
+/// replaced; a live one is an error. The file has `mode` from the start; without one, the umask decides, as in std.
+/// Also returns the file's identity, so that a stop can check whether the file still belongs to this socket.
 pub(crate) fn bind_unix(path: &Path, kind: SocketType, mode: Option<Mode>) -> io::Result<(OwnedFd, Option<FileId>)> {
     let socket = open(AddressFamily::UNIX, kind)?;
     if is_abstract(path) {
@@ -198,7 +198,7 @@ pub(crate) fn connect_unix(path: &Path) -> io::Result<Option<OwnedFd>> {
     }
 }
 
-/// The kernel's form of a path, or of an abstract name that follows an `@`.
+/// Returns the kernel's form of a path, or of an abstract name after an `@`.
 pub(crate) fn unix_address(path: &Path) -> io::Result<SocketAddrUnix> {
     match path.as_os_str().as_bytes().strip_prefix(b"@") {
         Some(name) => sys::net::abstract_address(name),
@@ -215,8 +215,8 @@ pub(crate) fn file_id(path: &Path) -> io::Result<FileId> {
     Ok((file.dev(), file.ino()))
 }
 
-/// Whether this process may not make or remove a file at `path`. access(2) asks for the real user: a service that gives up
-/// its rights for good changes that one as well.
+/// Whether this process cannot create or remove a file at `path`. access(2) checks the real user, which a service that
+/// drops its privileges permanently changes as well.
 pub(crate) fn is_out_of_reach(path: &Path) -> bool {
     let directory = path.parent().filter(|parent| *parent != Path::new("")).unwrap_or(Path::new("."));
     matches!(access(directory, Access::WRITE_OK | Access::EXEC_OK), Err(Errno::ACCESS | Errno::PERM))
@@ -224,20 +224,20 @@ pub(crate) fn is_out_of_reach(path: &Path) -> bool {
 
 /// The right to replace a stale socket file, until it is dropped.
 ///
-/// Two starting processes may find the same stale file. The slower one could then remove the file that the faster one
-/// has bound meanwhile, whose clients would find nobody. So a process looks at the file, removes it and binds while it
-/// holds a lock.
+/// Two starting processes may find the same stale file. Then the slower one could remove the file that the faster one
+/// has just bound, and clients could no longer reach the faster one. So a process holds a lock while it checks the
+/// file, removes it and binds.
 ///
-/// The lock is on a file of mode 0600, because only its owner can open it. An abstract socket would be a lock that any
-/// local user can take, and so prevent the start; a lock on the directory, one for any user who can read it.
+/// The lock is on a file of mode 0600, which only its owner can open. With an abstract socket, any local user could
+/// take the lock and so prevent the start; with a lock on the directory, any user who can read it.
 struct ReplaceLock {
     path: PathBuf,
     _file: fs::File,
 }
 
 impl ReplaceLock {
-    /// `None` where no such file can be made: in a directory where another user has taken the name, for example. A
-    /// start without the lock is better than none.
+    /// Returns `None` if no such file can be created, for example because another user has taken the name. A start
+    /// without the lock is better than no start.
     fn take(socket: &Path) -> io::Result<Option<Self>> {
         let mut path = socket.as_os_str().to_owned();
         path.push(".lock");
@@ -252,7 +252,8 @@ impl ReplaceLock {
             }
         };
         match flock(&file, FlockOperation::NonBlockingLockExclusive) {
-            // Another process has bound the path if it has removed this file since, and is about to if it has not.
+            // If this file was removed in the meantime, another process has bound the path. Otherwise it may be about
+            // to.
             Err(Errno::WOULDBLOCK) => return Err(io::ErrorKind::AddrInUse.into()),
             other => other?,
         }
@@ -265,7 +266,7 @@ impl ReplaceLock {
 
 impl Drop for ReplaceLock {
     fn drop(&mut self) {
-        // Before the file is closed, so that the lock is still ours.
+        // Remove the file before it is closed, while this process still holds the lock.
         let _ = fs::remove_file(&self.path);
     }
 }
@@ -276,8 +277,8 @@ fn remove_stale(path: &Path, kind: SocketType) -> io::Result<()> {
     if !fs::symlink_metadata(path)?.file_type().is_socket() {
         return Err(in_use());
     }
-    // With a socket of another type, for which a live socket answers EPROTOTYPE: a connection to a control socket could
-    // stop the server that it belongs to, and a socket that is bound and does not listen yet would seem stale.
+    // Connect with another socket type, for which a live socket returns EPROTOTYPE. A real connection to a control
+    // socket could stop its server, and a socket that is bound but does not listen yet would seem stale.
     let other = if kind == SocketType::DGRAM { SocketType::STREAM } else { SocketType::DGRAM };
     let probe = open(AddressFamily::UNIX, other)?;
     match net::connect(&probe, &SocketAddrUnix::new(path)?) {
@@ -303,7 +304,7 @@ mod tests {
     use std::os::unix::net::UnixListener;
     use tempfile::TempDir;
 
-    /// A directory with the socket file of a process that has ended.
+    /// Returns a directory with the socket file of a process that has ended.
     fn stale() -> (TempDir, PathBuf) {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("a.sock");

@@ -7,14 +7,14 @@ use std::sync::OnceLock;
 
 use crate::foreign::Foreign;
 
-/// 0 before the handover was read.
+/// The generation of this process; 0 before the handover is read.
 static GENERATION: AtomicU64 = AtomicU64::new(0);
 
 pub(crate) fn set_generation(generation: u64) {
     GENERATION.store(generation, Ordering::Relaxed);
 }
 
-/// Writes one line. The logger may block, on a full pipe for example, so nobody waits for it without limit.
+/// Writes one line. The logger may block, for example on a full pipe, so no thread waits for it without a limit.
 pub(crate) fn write(level: log::Level, message: fmt::Arguments<'_>) {
     static LOGGER: OnceLock<Foreign<(log::Level, String)>> = OnceLock::new();
 

@@ -1,4 +1,4 @@
-//! What the builder chose and an upgrade needs.
+//! The builder's choices that an upgrade needs.
 
 use std::error::Error as StdError;
 use std::io;
@@ -13,27 +13,27 @@ use crate::program::{Changes, Program};
 use crate::sys::attributes::Attributes;
 use crate::sys::spawn::Spawn;
 
-/// Chooses what the next generation runs, at each upgrade.
+/// Chooses the program of the next generation, at each upgrade.
 pub(crate) type BeforeUpgrade = Arc<dyn Fn(&mut Changes) -> Result<(), Box<dyn StdError + Send + Sync>> + Send + Sync>;
 
-/// Decides in the probation whether the new process is kept.
+/// Decides during the probation whether the new process is kept.
 pub(crate) type Verify = Arc<dyn Fn(&Upgraded) -> Result<(), Box<dyn StdError + Send + Sync>> + Send + Sync>;
 
 /// How the next generation is started.
 pub(crate) struct Launch {
     pub(crate) program: Program,
     pub(crate) before_upgrade: Option<BeforeUpgrade>,
-    /// There is no upgrade.
+    /// Upgrades are not possible.
     pub(crate) standalone: bool,
     pub(crate) verify: Option<Verify>,
     pub(crate) spawn: Spawn,
     pub(crate) transport: Transport,
-    /// The attributes that this process started with, and every child will start with.
+    /// The attributes with which this process was started, and with which every child will start.
     pub(crate) attributes: Attributes,
 }
 
 impl Launch {
-    /// What the next generation runs, as the program wants it now.
+    /// Returns how to start the next generation, according to the program's current choice.
     pub(crate) fn program(&self) -> Result<Program, Error> {
         if self.standalone {
             let source = io::Error::new(io::ErrorKind::Unsupported, "this service is standalone");
@@ -41,7 +41,8 @@ impl Launch {
         }
         let mut changes = Changes::default();
         if let Some(before_upgrade) = &self.before_upgrade {
-            // The program's code. A panic in it is a failed upgrade, and not the end of the thread that upgrades.
+            // This is the program's code. A panic in it makes the upgrade fail, but must not end the thread that
+            // upgrades.
             panic::catch_unwind(AssertUnwindSafe(|| before_upgrade(&mut changes)))
                 .unwrap_or_else(|_| Err("the callback panicked".into()))
                 .map_err(|e| Error::Prepare { what: "before_upgrade", source: io::Error::other(e) })?;
@@ -50,13 +51,13 @@ impl Launch {
     }
 }
 
-/// What an upgrade may take.
+/// The time limits of an upgrade.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Limits {
     pub(crate) ready_timeout: Duration,
     pub(crate) probation: Duration,
     pub(crate) overlap: Overlap,
-    /// A stop signal during the drain ends it.
+    /// Whether a stop signal during the drain ends the drain.
     pub(crate) second_stop_ends_drain: bool,
     pub(crate) stop_delay: Duration,
     /// A stop passes state to the next start, by the service manager's store.
@@ -80,12 +81,12 @@ impl Default for Limits {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Overlap {
-    /// The upgrade goes ahead; any number of generations may drain.
+    /// The upgrade proceeds. Any number of generations may drain.
     #[default]
     Allow,
     /// The upgrade fails with [`Error::ParentDrains`](crate::Error::ParentDrains).
     Refuse,
-    /// The upgrade goes ahead. When it has succeeded, the oldest generations beyond this number are asked to end their
+    /// The upgrade proceeds. When it has succeeded, the oldest generations beyond this number are asked to end their
     /// [`drain`](crate::Shutdown::drain), which then returns early. This process, which begins to drain, counts as one.
     AtMost(usize),
 }

@@ -1,4 +1,4 @@
-//! The PID file: written whole or not at all, restored or removed only while it names this process.
+//! The PID file: written completely or not at all, and restored or removed only while it names this process.
 
 use std::fs::{self, File, OpenOptions, Permissions};
 use std::io::{self, Write};
@@ -11,7 +11,7 @@ use crate::error::Error;
 use crate::listen::is_out_of_reach;
 use crate::logging;
 
-/// The PID file of a program, if it has one. The one place that knows the path.
+/// The PID file of a program, if it has one. This is the only place that knows the path.
 #[derive(Debug, Default)]
 pub(crate) struct PidFile(Mutex<Option<PathBuf>>);
 
@@ -43,12 +43,12 @@ impl PidFile {
         }
     }
 
-    /// The file, if this process can neither replace it nor write into it.
+    /// Returns the file, if this process can neither replace it nor write to it.
     pub(crate) fn out_of_reach(&self) -> Option<PathBuf> {
         self.path().filter(|path| is_out_of_reach(path) && open_in_place(path).is_err())
     }
 
-    /// After a failed upgrade, whose child may have written its own PID.
+    /// Call this after a failed upgrade, whose child may have written its own PID.
     pub(crate) fn rewrite(&self) {
         if self.path().is_some_and(|path| is_ours(&path).unwrap_or(false)) {
             return;
@@ -58,7 +58,7 @@ impl PidFile {
         }
     }
 
-    /// At a final stop: removes the file if it names this process.
+    /// At a final stop, removes the file if it names this process.
     pub(crate) fn remove(&self) {
         let Some(path) = self.path() else { return };
         if let Err(e) = remove_if_ours(&path) {
@@ -86,8 +86,8 @@ impl Drop for Replaced {
     }
 }
 
-/// Writes this process's PID to `path`, mode 0644, by way of a new file that is renamed. A symlink at `path` is replaced,
-/// never followed.
+/// Writes this process's PID to `path`, with mode 0644, through a new file that is renamed. A symlink at `path` is
+/// replaced, never followed.
 fn write(path: &Path) -> io::Result<()> {
     replace(path, format!("{}\n", process::id()).as_bytes())
 }
@@ -101,23 +101,24 @@ fn restore(path: &Path, before: Option<&[u8]>) -> io::Result<()> {
     }
 }
 
-/// By way of a new file that is renamed; in place where that cannot be: in a directory that this user may not write to, as
-/// packages prepare it, on a mount point, as containers share it, or on a full disk.
+/// Writes a new file and renames it. Writes in place if that is not possible: in a directory that this user cannot
+/// write to, as packages set it up; on a mount point, as containers share it; or on a full disk.
 fn replace(path: &Path, content: &[u8]) -> io::Result<()> {
     rename_over(path, content).or_else(|e| overwrite(path, content).map_err(|_| e))
 }
 
-/// The content is one short write, so a reader sees the old one or the new one.
+/// The content is written with one short write, so a reader sees either the old or the new content.
 fn overwrite(path: &Path, content: &[u8]) -> io::Result<()> {
     let mut file = open_in_place(path)?;
     file.write_all(content)?;
     file.set_len(content.len() as u64)
 }
 
-/// Opens an existing file, never through a symlink. In a directory like /tmp another user may have made it, who could
-/// then put any PID there: so it must belong to this user or to root, and nobody else may write to it.
+/// Opens an existing file, never through a symlink. In a directory like /tmp another user may have created it, and
+/// could then write any PID to it. So the file must belong to this user or to root, and no other user may be able to
+/// write to it.
 fn open_in_place(path: &Path) -> io::Result<File> {
-    // Without O_NONBLOCK a named pipe would block until somebody reads it.
+    // Without O_NONBLOCK a named pipe would block until another process reads it.
     let flags = libc::O_NOFOLLOW | libc::O_NONBLOCK;
     let file = OpenOptions::new().write(true).custom_flags(flags).open(path)?;
     let found = file.metadata()?;
@@ -130,11 +131,11 @@ fn open_in_place(path: &Path) -> io::Result<File> {
 
 fn rename_over(path: &Path, content: &[u8]) -> io::Result<()> {
     let new = beside(path)?;
-    // A process of the same PID may have been killed between the two steps below.
+    // A process with the same PID may have been killed between the two steps below.
     let _ = fs::remove_file(&new);
     let mut file = OpenOptions::new().write(true).create_new(true).mode(0o644).open(&new)?;
     let written = (|| {
-        // Whatever the umask is.
+        // Set the mode regardless of the umask.
         file.set_permissions(Permissions::from_mode(0o644))?;
         file.write_all(content)?;
         fs::rename(&new, path)
@@ -145,7 +146,7 @@ fn rename_over(path: &Path, content: &[u8]) -> io::Result<()> {
     written
 }
 
-/// Removes the file if it names this process; empties it where it cannot be removed.
+/// Removes the file if it names this process. Empties it if it cannot be removed.
 fn remove_if_ours(path: &Path) -> io::Result<()> {
     if is_ours(path)? {
         fs::remove_file(path).or_else(|e| open_in_place(path)?.set_len(0).map_err(|_| e))?;
@@ -161,7 +162,7 @@ fn is_ours(path: &Path) -> io::Result<bool> {
     }
 }
 
-/// A name in the same directory, because rename works within one file system only.
+/// Returns a name in the same directory, because rename works only within one file system.
 fn beside(path: &Path) -> io::Result<PathBuf> {
     let name = path.file_name().ok_or(io::ErrorKind::InvalidInput)?;
     let mut new = std::ffi::OsString::from(".");

@@ -1,4 +1,5 @@
-//! What the next generation runs: program path, arguments, environment and directory, resolved when this one starts.
+//! The program of the next generation: path, arguments, environment and directory, resolved when this generation
+//! starts.
 
 use std::collections::BTreeMap;
 use std::env;
@@ -16,17 +17,17 @@ use crate::handover::variable::VARIABLE;
 use crate::sys::plan::IfMissing;
 use crate::sys::program;
 
-/// By these a service manager speaks to the process that it has started itself, and to no other. NOTIFY_SOCKET and
-/// WATCHDOG_USEC, though, are for the main process, whichever that is.
+/// Variables of a service manager that are meant only for the process that it has started itself. (NOTIFY_SOCKET and
+/// WATCHDOG_USEC are meant for the main process, whichever that is.)
 const FOR_THIS_PROCESS_ONLY: [&str; 5] =
     ["LISTEN_PID", "LISTEN_PIDFDID", "LISTEN_FDS", "LISTEN_FDNAMES", "WATCHDOG_PID"];
 
-/// Why a privileged program gets no handover.
+/// The reason why a privileged program gets no handover.
 pub(crate) const SECURE: &str =
     "the program has more rights than its caller (AT_SECURE: set-user-ID, set-group-ID or file \
     capabilities), so it does not trust its environment; use ambient capabilities, or a takeover";
 
-/// What the next generation runs instead of what this one runs. The builder has one, and
+/// Changes to the program of the next generation, compared with this one. The builder has one, and
 /// [`Builder::before_upgrade`](crate::Builder::before_upgrade) gets another at each upgrade.
 #[derive(Clone, Debug, Default)]
 pub struct Changes {
@@ -37,13 +38,14 @@ pub struct Changes {
 }
 
 impl Changes {
-    /// The program. A relative path starts at the directory of this process's start; no link is followed.
+    /// Sets the program. A relative path starts at the directory in which this process was started. Links are not
+    /// resolved.
     pub fn exec(&mut self, program: impl AsRef<Path>) -> &mut Self {
         self.exec = Some(program.as_ref().to_owned());
         self
     }
 
-    /// The arguments, without `argv[0]`.
+    /// Sets the arguments, without `argv[0]`.
     pub fn args(&mut self, args: impl IntoIterator<Item = impl Into<OsString>>) -> &mut Self {
         self.args = Some(args.into_iter().map(Into::into).collect());
         self
@@ -55,13 +57,13 @@ impl Changes {
         self
     }
 
-    /// Leaves a variable out of the environment.
+    /// Removes a variable from the environment.
     pub fn env_remove(&mut self, name: impl Into<OsString>) -> &mut Self {
         self.env.insert(name.into(), None);
         self
     }
 
-    /// The directory in which the program starts.
+    /// Sets the directory in which the program starts.
     pub fn current_dir(&mut self, path: impl AsRef<Path>) -> &mut Self {
         self.directory = Some(path.as_ref().to_owned());
         self
@@ -71,10 +73,10 @@ impl Changes {
 /// How to start the next generation.
 #[derive(Clone, Debug)]
 pub(crate) struct Program {
-    /// What is executed: no link in it was followed, so that the next upgrade runs what is there then.
+    /// The program file. No link in the path is resolved, so that the next upgrade runs the file that is there then.
     pub(crate) path: PathBuf,
     args: Vec<OsString>,
-    /// Where this process started.
+    /// The directory in which this process was started.
     start: Option<PathBuf>,
     directory: Option<PathBuf>,
     directory_chosen: bool,
@@ -82,12 +84,13 @@ pub(crate) struct Program {
 }
 
 impl Program {
-    /// This process's program. Resolves everything that a later chdir, or a later change of a link, would make unfindable.
+    /// Returns this process's program. Resolves everything that could not be found after a later chdir or a change of a
+    /// link.
     pub(crate) fn running() -> Self {
         let args: Vec<_> = env::args_os().collect();
         if program::is_secure() {
-            // argv[0], PATH, PWD and the directory are chosen by a caller with fewer rights; who may also have linked the
-            // running file into a directory of his own.
+            // A caller with fewer privileges chooses argv[0], PATH, PWD and the directory, and may also have linked the
+            // running file into its own directory.
             let (path, start) = (program::running(), Some("/".into()));
             return Self { path, args, start, directory: None, directory_chosen: false, env: BTreeMap::new() };
         }
@@ -117,18 +120,19 @@ impl Program {
         self.env.insert(name.into(), value.map(Into::into));
     }
 
-    /// A path like `/opt/app-1.2/bin/app`, in which no link can be changed to lead to another version.
+    /// Returns whether the path contains a version, like `/opt/app-1.2/bin/app`, and no link that could be changed to
+    /// another version.
     pub(crate) fn names_its_version(&self) -> bool {
         let version = |part: &[u8]| part.windows(3).any(|at| matches!(at, [b'0'..=b'9', b'.', b'0'..=b'9']));
         let is_versioned = self.path.iter().any(|part| version(part.as_bytes()));
         is_versioned && fs::canonicalize(&self.path).is_ok_and(|real| real == self.path)
     }
 
-    /// The path as execve(2) takes it.
+    /// Returns the path in the form that execve(2) needs.
     ///
     /// # Errors
     ///
-    /// The next generation could not use its handover, because it would not trust its environment.
+    /// The next generation could not use its handover, because it could not trust its environment.
     pub(crate) fn path_c(&self) -> io::Result<CString> {
         if program::becomes_secure(&self.path) {
             return Err(io::Error::new(io::ErrorKind::PermissionDenied, SECURE));
@@ -140,8 +144,8 @@ impl Program {
         self.args.iter().map(|arg| c_string(arg)).collect()
     }
 
-    /// This process's environment with the builder's changes and the handover variable. Ours is never changed: other
-    /// threads may read it.
+    /// Returns this process's environment with the builder's changes and the handover variable. The environment itself
+    /// is never changed, because other threads may read it.
     pub(crate) fn envp(&self, handover: &str) -> io::Result<Vec<CString>> {
         let kept = env::vars_os().filter(|(name, _)| {
             let ours = name == VARIABLE || FOR_THIS_PROCESS_ONLY.iter().chain(&VARIABLES).any(|known| name == known);
@@ -158,8 +162,8 @@ impl Program {
         kept.chain(set).chain([(VARIABLE.into(), handover.into())]).map(pair).collect()
     }
 
-    /// The chosen directory; or the one this process started in, so that relative paths in the arguments mean what
-    /// they meant, unless it is gone.
+    /// Returns the chosen directory; or the one in which this process was started, so that relative paths in the
+    /// arguments keep their meaning, unless it is gone.
     pub(crate) fn directory_c(&self) -> io::Result<Option<(CString, IfMissing)>> {
         let if_missing = if self.directory_chosen { IfMissing::Fail } else { IfMissing::Stay };
         self.directory.as_ref().map(|path| Ok((c_string(path.as_os_str())?, if_missing))).transpose()
@@ -170,8 +174,8 @@ fn c_string(text: &OsStr) -> io::Result<CString> {
     Ok(CString::new(text.to_owned().into_vec())?)
 }
 
-/// The directory as the shell names it, if that is right: `getcwd` follows links, so below /srv/current it would pin
-/// the release that the link points to now.
+/// Returns the directory as the shell names it, if that is correct. `getcwd` resolves links, so below /srv/current it
+/// would pin the release to which the link points now.
 fn start_directory() -> Option<PathBuf> {
     let physical = env::current_dir().ok();
     let named = env::var_os("PWD").map(PathBuf::from).filter(|path| path.is_absolute());
@@ -181,7 +185,7 @@ fn start_directory() -> Option<PathBuf> {
     }
 }
 
-/// The path under which this program would be found again.
+/// Returns the path under which this program would be found again.
 fn resolve_argv0(argv0: &OsStr, start: Option<&Path>, search: Option<&OsStr>) -> PathBuf {
     let running = program::running();
     let absolute = |path: &Path| start.map_or_else(|| path.to_owned(), |start| start.join(path));
@@ -192,7 +196,7 @@ fn resolve_argv0(argv0: &OsStr, start: Option<&Path>, search: Option<&OsStr>) ->
             return path;
         }
     } else if !argv0.is_empty() {
-        // A bare name may be anybody's (a login shell is called "-sh"): it must lead to what is running.
+        // A bare name may be arbitrary (a login shell is called "-sh"), so it must lead to the running program.
         let found = env::split_paths(search.unwrap_or_default())
             .map(|dir| absolute(&dir.join(named)))
             .find(|path| runnable(path));
@@ -200,7 +204,8 @@ fn resolve_argv0(argv0: &OsStr, start: Option<&Path>, search: Option<&OsStr>) ->
             return path;
         }
     }
-    // argv[0] is free for anyone to choose. Then use what the kernel knows, without what it adds for a removed file.
+    // argv[0] can be arbitrary. Then use the path that the kernel knows, without the suffix that it adds for a removed
+    // file.
     let link = program::path().unwrap_or_else(|| absolute(named));
     let mut bytes = link.into_os_string().into_vec();
     if bytes.ends_with(b" (deleted)") {

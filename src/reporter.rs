@@ -1,4 +1,4 @@
-//! Reports what happens: to the log, to the program's observer, and to the service manager.
+//! Reports events to the log, to the program's observer, and to the service manager.
 
 use std::env;
 use std::io;
@@ -20,9 +20,9 @@ pub(crate) struct Reporter {
     observer: Option<Foreign<Delivery>>,
     ancestors: Arc<Ancestors>,
     sockets: Sockets,
-    /// Empty if there is no service manager, or the program does not use it.
+    /// Not set if there is no service manager, or the program does not use it.
     manager: OnceLock<Arc<dyn ServiceManager>>,
-    /// Whether the program takes what the manager passes; only then may the manager store sockets.
+    /// Whether the program takes the sockets that the manager passes. Only then may the manager store sockets.
     takes_sockets: AtomicBool,
 }
 
@@ -33,7 +33,7 @@ impl Reporter {
         Self { observer, ancestors, sockets, manager: OnceLock::new(), takes_sockets: AtomicBool::new(false) }
     }
 
-    /// Uses this manager from now on. Returns false if there is one already.
+    /// Uses this manager from now on. Returns false if there is already one.
     pub(crate) fn set_manager(&self, manager: Arc<dyn ServiceManager>) -> bool {
         self.manager.set(manager).is_ok()
     }
@@ -48,7 +48,8 @@ impl Reporter {
         }
     }
 
-    /// The service manager, if this process is its main process. A child becomes that when its parent has announced it.
+    /// Returns the service manager, if this process is its main process. A child becomes the main process when its
+    /// parent has announced it.
     pub(crate) fn main(&self) -> Option<&Arc<dyn ServiceManager>> {
         let manager = self.manager.get()?;
         if !manager.is_main() {
@@ -62,7 +63,7 @@ impl Reporter {
         Some(manager)
     }
 
-    /// Has the manager store every socket, now and from now on.
+    /// Makes the manager store every socket, current and future.
     pub(crate) fn store_sockets(&self) {
         if let Some(store) = self.store() {
             self.sockets.registry().store_in(store);
@@ -78,17 +79,17 @@ impl Reporter {
         self.takes_sockets.load(Ordering::Relaxed)
     }
 
-    /// The program takes what the manager passes. Returns whether that was so before.
+    /// Records that the program takes the sockets that the manager passes. Returns whether that was already recorded.
     #[cfg(feature = "systemd_sockets")]
     pub(crate) fn take_sockets(&self) -> bool {
         self.takes_sockets.swap(true, Ordering::Relaxed)
     }
 
-    /// Whether the service would outlive this process.
+    /// Checks that the service would survive the end of this process.
     ///
     /// # Errors
-    /// systemd started this process as the main process of a unit, and is not told of its successors. Or this is the first
-    /// process of a PID namespace.
+    /// systemd started this process as the main process of a unit and gets no notification of its successors, or this
+    /// is the first process of a PID namespace.
     pub(crate) fn check_unit(&self) -> io::Result<()> {
         let dead = |why| Err(io::Error::new(io::ErrorKind::Unsupported, why));
         if std::process::id() == 1 {
@@ -107,18 +108,18 @@ impl Reporter {
         }
     }
 
-    /// Warns of an upgrade that would end the service.
+    /// Logs a warning if an upgrade would end the service.
     pub(crate) fn warn_of_the_end(&self) {
         if let Err(e) = self.check_unit() {
             logging::warn!("upgrades by a child will fail: {e}");
         }
     }
 
-    /// Announces the process that serves now, before this one may end. Our child becomes the main process of the service.
-    /// A process that took over belongs to another unit or to none, so for this one it is the end.
+    /// Announces the process that serves now, before this one may end. A child becomes the main process of the service.
+    /// A process that took over belongs to another unit or to none, so this service ends.
     pub(crate) fn announce(&self, upgraded: &Upgraded, child_id: Option<impl FnOnce() -> Option<u64>>) {
         let Some(manager) = self.manager.get() else { return };
-        // This process may be a child whose own parent is about to announce it.
+        // This process may itself be a child that its parent is about to announce.
         if let Some(parent) = self.ancestors.parent.as_ref().filter(|_| !manager.is_main()) {
             parent.wait_for(ANNOUNCE, |state| state.announced || state.ended);
         }
@@ -127,14 +128,14 @@ impl Reporter {
         }
     }
 
-    /// This process is the main process again: the child that it has announced has died.
+    /// Announces this process as the main process again, because the child that it has announced has died.
     pub(crate) fn announce_self(&self) {
         if let Some(manager) = self.main() {
             manager.become_main(false);
         }
     }
 
-    /// Sends the watchdog's sign of life if one is due; returns when the next one is due.
+    /// Sends a watchdog message if one is due. Returns when the next one is due.
     pub(crate) fn watchdog_tick(&self) -> Option<Instant> {
         self.manager.get()?.watchdog_tick(&|| self.main().is_some())
     }

@@ -35,7 +35,7 @@ impl UnixSeqpacketListener {
 pub struct UnixSeqpacketConn(OwnedFd);
 
 impl UnixSeqpacketConn {
-    /// Connects to the socket file `path`, or to the abstract name after the `@` of a path that begins with one.
+    /// Connects to the socket file `path`, or to the abstract name in a path that begins with `@`.
     ///
     /// # Errors
     ///

@@ -1,4 +1,4 @@
-//! The older generations that still run, and the links to them: to the parent, and to those before it.
+//! The older generations that still run, and the links to them: the parent, and the generations before it.
 
 use std::io;
 use std::mem;
@@ -17,12 +17,12 @@ use crate::sys::adopt::identity;
 use crate::sys::poll::{poll, wait_hangup, wait_readable, Deadline};
 use crate::sys::signal;
 
-/// The generations before this one that lived when it began.
+/// The generations before this one that were alive when it started.
 #[derive(Debug, Default)]
 pub(crate) struct Ancestors {
-    /// The one that handed over to this process.
+    /// The process that handed over to this one.
     pub(crate) parent: Option<ParentLink>,
-    /// Those before the parent, oldest first.
+    /// The generations before the parent, oldest first.
     pub(crate) older: Vec<DrainLink>,
     /// The pipe to a parent of version 1.1.1, which has no link.
     pub(crate) of_1_1_1: Option<OwnedFd>,
@@ -34,23 +34,23 @@ impl Ancestors {
         self.parent.is_some() || self.of_1_1_1.is_some()
     }
 
-    /// Those that still run, oldest first.
+    /// Returns those that still run, oldest first.
     pub(crate) fn draining(&self) -> impl Iterator<Item = &DrainLink> {
         let parent = self.parent.as_ref().map(|parent| &parent.writer);
         self.older.iter().chain(parent).filter(|link| link.is_alive())
     }
 
-    /// Whether the parent can still take back what it has handed over.
+    /// Whether the parent can still take the commit back.
     pub(crate) fn on_probation(&self) -> bool {
         self.parent.as_ref().is_some_and(|parent| !parent.state().free)
     }
 
-    /// Whether the parent has sent something, or ended, that [`ParentLink::take_requests`] has not been called for since.
+    /// Whether the parent has sent a message or ended since the last call of [`ParentLink::take_requests`].
     pub(crate) fn has_news(&self) -> bool {
         self.parent.as_ref().is_some_and(|parent| parent.receive().news)
     }
 
-    /// Sends a message to the parent. A parent that has ended does not need it.
+    /// Sends a message to the parent. If the parent has ended, the message is not needed.
     pub(crate) fn send_to_parent(&self, message: &FromChild) {
         if let Some(Err(e)) = self.parent.as_ref().map(|parent| parent.send(message)) {
             logging::debug!("cannot send {message:?} to the parent: {e}");
@@ -69,48 +69,50 @@ pub(crate) struct ParentLink {
 #[derive(Debug, Default)]
 struct Received {
     lines: Lines,
-    /// Not yet handled.
+    /// Requests that are not handled yet.
     requests: Vec<FromParent>,
-    /// Something was read that the event loop has not seen.
+    /// A message was read that the event loop has not handled.
     news: bool,
     state: ParentState,
 }
 
-/// What is known of the parent.
+/// What this process knows about its parent.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct ParentState {
     pub(crate) committed: bool,
-    /// The parent has given this process up. This process must not accept (again), also if the parent has ended since: it
-    /// may have stopped the service.
+    /// The parent has given up on this process. This process must not accept (again), even if the parent has ended
+    /// since then, because the parent may have stopped the service.
     pub(crate) given_up: bool,
     /// The parent has announced this process to the service manager.
     pub(crate) announced: bool,
     pub(crate) ended: bool,
-    /// This process is free to upgrade: the verdict has come, or the end of the parent.
+    /// This process may upgrade, because it has received the verdict or the parent has ended.
     pub(crate) free: bool,
 }
 
 impl ParentLink {
-    /// The link over these two descriptors, which may be one. `lines` holds what was read with the manifest.
+    /// Creates the link from two descriptors, which may be the same. `lines` contains bytes that were read together
+    /// with the manifest.
     pub(crate) fn new(generation: u64, reader: Arc<OwnedFd>, writer: Arc<OwnedFd>, lines: Lines) -> io::Result<Self> {
         let writer = DrainLink { generation, inode: identity(&writer)?, fd: writer };
         Ok(Self { reader, writer, received: Mutex::new(Received { lines, ..Received::default() }) })
     }
 
-    /// Reads everything that the parent has sent, and returns what is known.
+    /// Reads everything that the parent has sent, and returns the resulting state.
     pub(crate) fn state(&self) -> ParentState {
         self.receive().state
     }
 
-    /// What the parent was asked for and passes on. The rest of what it has sent is in [`state`](Self::state).
+    /// Returns the requests that the parent has forwarded. Its other messages determine [`state`](Self::state).
     pub(crate) fn take_requests(&self) -> Vec<FromParent> {
         let mut received = self.receive();
         received.news = false;
         mem::take(&mut received.requests)
     }
 
-    /// Reads everything that has arrived. Any thread may call this, also while the event loop waits for the parent's
-    /// messages, which would then never see a `stop` that is already read. So this wakes the loop.
+    /// Reads everything that has arrived, and wakes the event loop. Any thread may call this while the event loop waits
+    /// for the parent's messages. Without the wake-up the loop would never notice a `stop` that another thread has
+    /// read.
     fn receive(&self) -> MutexGuard<'_, Received> {
         let mut guard = self.received.lock().unwrap_or_else(PoisonError::into_inner);
         let Received { lines, requests, state, news } = &mut *guard;
@@ -126,7 +128,7 @@ impl ParentLink {
                     Some(FromParent::Main) => state.announced = true,
                     Some(FromParent::Verdict) => state.free = true,
                     Some(request) => requests.push(request),
-                    // A message that only later versions know.
+                    // A later version may send messages that this one does not know.
                     None => logging::debug!("the parent sent an unknown message {line:?}"),
                 },
                 Ok(Read::Wait) => break,
@@ -134,7 +136,7 @@ impl ParentLink {
                     state.ended = true;
                     state.free |= !state.given_up;
                 }
-                // A parent that breaks the protocol is not dead, but of no more use.
+                // A parent that breaks the protocol is not dead, but its messages are no longer usable.
                 Ok(Read::Garbage(_)) | Err(_) => {
                     state.given_up |= !state.free;
                     state.ended = true;
@@ -144,7 +146,7 @@ impl ParentLink {
         guard
     }
 
-    /// Waits until this is known of the parent, at most `time`. Returns what is known then.
+    /// Waits until the parent has this state, for at most `time`. Returns the state then.
     pub(crate) fn wait_for(&self, time: Duration, known: impl Fn(&ParentState) -> bool) -> ParentState {
         let deadline = Deadline::after(time);
         loop {
@@ -155,12 +157,13 @@ impl ParentLink {
         }
     }
 
-    /// Whether the parent has closed the end on which it receives: it is dead, or has given this process up.
+    /// Whether the parent has closed the end on which it receives. Then it is dead, or has given up on this process.
     pub(crate) fn is_deaf(&self) -> bool {
         !self.writer.is_alive()
     }
 
-    /// Tells the two apart: a parent that gives up sends that first and stays, one that is dead closes the link.
+    /// Distinguishes the two cases: a parent that gives up sends `stop` first and keeps its writing end open, whereas a
+    /// dead parent closes the link.
     pub(crate) fn is_dead(&self, time: Duration) -> bool {
         let state = self.wait_for(time, |state| state.given_up || state.ended);
         state.ended && !state.given_up
@@ -171,7 +174,7 @@ impl ParentLink {
         send(&self.writer.fd, &message.line())
     }
 
-    /// Sends a message, waiting for room in the link at most until `deadline`.
+    /// Sends a message, and waits for room in the link until `deadline`.
     pub(crate) fn send_by(&self, message: &FromChild, deadline: Deadline) -> io::Result<()> {
         loop {
             match self.send(message) {
@@ -183,20 +186,20 @@ impl ParentLink {
         }
     }
 
-    /// Waits until the parent has ended, which closes its end of the link, at most `time`. Messages stay unread.
+    /// Waits until the parent has ended, which closes its end of the link, for at most `time`. Leaves messages unread.
     pub(crate) fn wait_end(&self, time: Duration) -> io::Result<bool> {
         Ok(wait_hangup(&self.reader, Deadline::after(time))?)
     }
 
-    /// Keeps the link open until this process or the parent ends, whatever the program drops.
+    /// Keeps the link open until this process or the parent ends, regardless of what the program drops.
     pub(crate) fn hold_open(&self) {
         hold_open(self.reader.clone());
         hold_open(self.writer.fd.clone());
     }
 }
 
-/// The status pipe, or socket, of an older generation, on which it is asked to end its drain. Handed on from child to
-/// child.
+/// The status pipe or socket of an older generation, which can be asked on it to end its drain. It is passed from child
+/// to child.
 #[derive(Debug)]
 pub(crate) struct DrainLink {
     pub(crate) generation: u64,
@@ -211,7 +214,7 @@ impl DrainLink {
     }
 
     pub(crate) fn end_drain(&self, within: Duration) {
-        // An error means that it has ended, and its drain with it.
+        // An error means that the generation has ended, and so has its drain.
         let _ = send(&self.fd, &FromChild::EndDrain(within).line());
     }
 
@@ -226,7 +229,7 @@ mod tests {
     use super::*;
     use crate::sys::net::socketpair;
 
-    /// Read by another thread, say, just before the event loop waits.
+    /// For example, another thread reads it just before the event loop waits.
     #[test]
     fn what_was_read_and_not_seen_is_news() {
         let (ours, parents) = socketpair(rustix::net::SocketType::STREAM, crate::sys::Mode::Nonblocking).unwrap();

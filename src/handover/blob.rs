@@ -1,4 +1,4 @@
-//! State that a program hands to its next generation: bytes in a sealed memory file, which cannot change any more.
+//! State that a program hands to its next generation: bytes in a sealed memory file, which can no longer change.
 //!
 //! A blob is handed over as one descriptor. The parent writes and seals it. The child checks the seals before it uses
 //! the length or any byte: a file that can still shrink could end before the length that was read.

@@ -1,4 +1,4 @@
-//! A descriptor and what it is: in the registry, in a handover, and, by its number alone, in a manifest.
+//! A descriptor with its description: in the registry, in a handover, and, as only a number, in a manifest.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
@@ -11,18 +11,19 @@ use crate::listen::FileId;
 use crate::sys::adopt::identity;
 use crate::sys::stdio::above_stdio;
 
-/// A descriptor and what it is. In a manifest, `F` is its number.
+/// A descriptor with its description. In a manifest, `F` is its number.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Entry<F = Arc<OwnedFd>> {
     pub(crate) key: Key,
-    /// Shared with an upgrade that is under way: a socket that is retired meanwhile keeps its number until then.
+    /// Shared with a running upgrade: if a socket is retired during the upgrade, it keeps its number until the upgrade
+    /// ends.
     pub(crate) fd: F,
-    /// Proves that a number means this descriptor.
+    /// Verifies that a number refers to this descriptor.
     pub(crate) inode: u64,
-    /// The file of a Unix socket that some generation of this service bound.
+    /// The file of a Unix socket, if a generation of this service has bound it.
     pub(crate) file: Option<FileId>,
-    /// The name by which a unit of the service manager passed it. The manager keeps it open for as long as the unit is
-    /// active, whatever this process does.
+    /// The name by which a unit of the service manager passed it. The manager keeps it open while the unit is active,
+    /// regardless of this process.
     pub(crate) unit: Option<String>,
 }
 
@@ -68,7 +69,7 @@ impl FdRef {
     }
 }
 
-/// A copy with the lowest free number from 3 up, so that numbers do not climb with the generations.
+/// Returns a copy with the lowest free number from 3 up, so that numbers do not climb from generation to generation.
 pub(crate) fn duplicate(fd: impl AsFd) -> io::Result<OwnedFd> {
     Ok(fcntl_dupfd_cloexec(fd, 3)?)
 }

@@ -3,10 +3,10 @@
 use std::borrow::Cow;
 use std::fmt::Write;
 
-/// Appends `bytes` to `out`; everything but printable ASCII, and the percent sign, is escaped.
+/// Appends `bytes` to `out`. Percent signs, spaces and everything but printable ASCII are escaped.
 pub(crate) fn escape(bytes: &[u8], out: &mut String) {
     let is_plain = |byte: &u8| byte.is_ascii_graphic() && *byte != b'%';
-    // Nearly all names are plain, and there may be thousands of them.
+    // A fast path: nearly all names need no escape, and there may be thousands of them.
     if let (true, Ok(text)) = (bytes.iter().all(is_plain), std::str::from_utf8(bytes)) {
         return out.push_str(text);
     }

@@ -1,4 +1,4 @@
-//! The child's half of a handover from the `ecdysis` crate 1.1.1, so that migrating loses no connection either.
+//! The child's half of a handover from the `ecdysis` crate 1.1.1, so that a migration loses no connection.
 //!
 //! That version sets `ECDYSIS_RUST_UPGRADE=yes` and names two pipes by number. It writes the list of its sockets into
 //! one, in bincode 1 (little endian, fixed sizes), and waits for `OK` in the other. It has no commit and no verdict:
@@ -23,16 +23,17 @@ use crate::sys::adopt::{is_open, Adopter};
 use crate::sys::poll::{wait_readable, Deadline};
 use crate::sys::program::is_secure;
 
-/// Its variables. They are for one child, and its parent passes them on to nobody else.
+/// Its environment variables. They are meant for one child and must not be inherited by others.
 pub(crate) const VARIABLES: [&str; 3] = [UPGRADE, LIST_PIPE, READY_PIPE];
 const UPGRADE: &str = "ECDYSIS_RUST_UPGRADE";
 const LIST_PIPE: &str = "ECDYSIS_RUST_PIPE_FDS";
 const READY_PIPE: &str = "ECDYSIS_RUST_PIPE_READY";
 
-/// How long the list may take. The parent gives up after 5 seconds.
+/// How long the list may take to arrive. The parent gives up after 5 seconds.
 const LIST: Duration = Duration::from_secs(5);
 
-/// The sockets of a parent of version 1.1.1, and the pipe for [`ready`]. `None` if no such parent started this process.
+/// Returns the sockets of a parent of version 1.1.1, and the pipe for [`ready`]. `None` if no such parent started this
+/// process.
 pub(crate) fn inherit() -> Result<Option<(Vec<Entry>, OwnedFd)>, Error> {
     let number = |variable| env::var(variable).ok().and_then(|value| value.parse::<RawFd>().ok());
     if env::var_os(UPGRADE).is_none_or(|value| value != "yes") {
@@ -42,7 +43,8 @@ pub(crate) fn inherit() -> Result<Option<(Vec<Entry>, OwnedFd)>, Error> {
     let (Some(list), Some(ready)) = (number(LIST_PIPE), number(READY_PIPE)) else {
         return Err(failed(io::Error::new(io::ErrorKind::InvalidInput, "its pipes are not named")));
     };
-    // That version proves nothing about its numbers. A process that merely inherited the variables has no such pipes.
+    // Version 1.1.1 provides no way to verify its numbers. A process that merely inherited the variables has no such
+    // pipes.
     if !is_open(list, FileType::Fifo) && !is_open(ready, FileType::Fifo) {
         return Ok(None);
     }
@@ -67,13 +69,13 @@ pub(crate) fn inherit() -> Result<Option<(Vec<Entry>, OwnedFd)>, Error> {
     Ok(Some((entries, ready)))
 }
 
-/// Ends the upgrade well, for the parent.
+/// Reports to the parent that the upgrade has succeeded.
 pub(crate) fn ready(pipe: &OwnedFd) -> io::Result<()> {
     retry_on_intr(|| rustix::io::write(pipe, b"OK"))?;
     Ok(())
 }
 
-/// Everything up to the end of the pipe.
+/// Reads everything up to the end of the pipe.
 fn read(mut pipe: &File) -> io::Result<Vec<u8>> {
     let (deadline, mut list) = (Deadline::after(LIST), Vec::new());
     while wait_readable(pipe, deadline) {
@@ -86,8 +88,7 @@ fn read(mut pipe: &File) -> io::Result<Vec<u8>> {
     Err(io::ErrorKind::TimedOut.into())
 }
 
-/// Decodes the list: the number and the key of each socket. `None` if it is not such a list from the first byte to
-/// the last.
+/// Decodes the list into the number and the key of each socket. `None` if the bytes are not exactly such a list.
 pub(crate) fn decode(mut list: &[u8]) -> Option<Vec<(RawFd, Key)>> {
     let list = &mut list;
     let count = number::<8>(list).map(u64::from_le_bytes)?;
@@ -120,7 +121,7 @@ fn bytes<'a>(list: &mut &'a [u8]) -> Option<&'a [u8]> {
     Some(bytes)
 }
 
-/// An optional path. One without a path cannot be asked for by its address.
+/// Decodes an optional path. A socket without a path cannot be asked for by its address.
 fn path<'a>(list: &mut &'a [u8]) -> Option<&'a [u8]> {
     match number::<1>(list)? {
         [0] => Some(b""),

@@ -1,4 +1,4 @@
-//! How a connection to a control or takeover socket begins: its first line, and the answer to one that asks to take over.
+//! The start of a connection to a control or takeover socket: its first line, and the answer to a takeover request.
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -18,15 +18,15 @@ use crate::sys::poll::{wait_readable, Deadline};
 /// How long a peer may take to send its first line.
 pub(crate) const GREETING_TIME: Duration = Duration::from_secs(5);
 
-/// The longest first line, in bytes. A longer one is complete at this length, and means nothing.
+/// The longest first line, in bytes. A longer one counts as complete at this length, and is invalid.
 const MAX_LINE: usize = 512;
 
-/// A first line, which may come in pieces.
+/// A first line, which may arrive in pieces.
 #[derive(Debug, Default)]
 pub(crate) struct FirstLine(Vec<u8>);
 
 impl FirstLine {
-    /// Receives what is there, without waiting. Returns whether the line is complete.
+    /// Receives pending data without waiting. Returns whether the line is complete.
     ///
     /// # Errors
     ///
@@ -42,19 +42,19 @@ impl FirstLine {
         Ok(self.0.contains(&b'\n') || self.0.len() == MAX_LINE)
     }
 
-    /// Everything received, which may be more than the line.
+    /// Returns everything received, which may be more than the line.
     pub(crate) fn bytes(&self) -> &[u8] {
         &self.0
     }
 
-    /// Receives a whole line, or what came of it until the deadline or the end.
+    /// Receives a whole line, or its beginning if the deadline passes or the connection ends.
     pub(crate) fn wait(mut self, socket: impl AsFd, deadline: Deadline) -> Vec<u8> {
         while wait_readable(&socket, deadline) && matches!(self.receive(&socket), Ok(false)) {}
         self.0
     }
 }
 
-/// What a process that takes over sends first: `takeover 1`, and the name of its application if it has one.
+/// The takeover request: `takeover 1`, and the name of the application if it has one.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(crate) struct Greeting {
     pub(crate) app: Option<String>,
@@ -71,7 +71,7 @@ impl Greeting {
         line
     }
 
-    /// `None` for anything but exactly one such line. What a later version adds to it is skipped.
+    /// Returns `None` for anything but exactly one such line. Additions of later versions are ignored.
     pub(crate) fn parse(received: &[u8]) -> Option<Self> {
         let line = std::str::from_utf8(received).ok()?.strip_suffix('\n')?;
         let mut words = line.split(' ');
@@ -89,18 +89,19 @@ impl Greeting {
     }
 }
 
-/// Answers a process that will not get the handover: one line, and the line `end`.
+/// Answers a process that does not get the handover, with one line and the line `end`.
 pub(crate) fn refuse(socket: impl AsFd, why: &str) {
     let text = format!("{}\nend\n", why.trim_end());
     let _ = send(socket, text.as_bytes(), NOSIGNAL | SendFlags::DONTWAIT);
 }
 
-/// The name of the application at the other end, if that is another than ours. One without a name may be any.
+/// Returns the name of the application at the other end, if it differs from ours. An application without a name matches
+/// any other.
 pub(crate) fn another_app<'a>(ours: Option<&str>, theirs: Option<&'a str>) -> Option<&'a str> {
     theirs.filter(|theirs| ours.is_some_and(|ours| ours != *theirs))
 }
 
-/// Connects to the process that serves, and asks for the handover. `None` if no process listens there.
+/// Connects to the serving process, and requests the handover. `None` if no process listens there.
 pub(crate) fn connect(
     path: &Path,
     trust: impl Fn(&PeerCred) -> bool,
@@ -114,7 +115,7 @@ pub(crate) fn connect(
     }
     let greeting = Greeting { app: app.map(str::to_owned) }.line();
     match retry_on_intr(|| send(&socket, greeting.as_bytes(), NOSIGNAL)) {
-        // If the process has ended since, the wait for its answer reports it.
+        // If the process has ended in the meantime, the wait for its answer reports that.
         Ok(_) | Err(Errno::PIPE | Errno::CONNRESET) => Ok(Some(socket)),
         Err(e) => Err(failed(e.into())),
     }

@@ -1,7 +1,7 @@
 //! Ends of links that stay open while this process lives.
 //!
-//! A process takes the end of a link for the death of the other one. So a process never closes the end that it writes,
-//! whatever it has decided and whichever value the program drops, until the other process has closed its own end.
+//! A closed link means that the other process is dead. So a process must not close the end that it writes, regardless
+//! of its decisions and of values that the program drops, before the other process has closed its own end.
 
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -11,7 +11,7 @@ use crate::sys::poll::{wait_hangup, Deadline};
 
 static HELD: Mutex<Vec<Arc<OwnedFd>>> = Mutex::new(Vec::new());
 
-/// Keeps `fd` open until the other end is closed, which the event loop polls for.
+/// Keeps `fd` open until the other end is closed. The event loop polls for that.
 pub(crate) fn hold_open(fd: impl Into<Arc<OwnedFd>>) {
     HELD.lock().unwrap_or_else(PoisonError::into_inner).push(fd.into());
 }

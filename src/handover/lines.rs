@@ -1,4 +1,4 @@
-//! The messages between two generations, one a line, from the manifest to the end of the probation.
+//! The messages between two generations, one per line, from the manifest to the end of the probation.
 //!
 //! Lines starting with `?` are optional extensions; receivers ignore those they do not know. Any other unknown line is
 //! a protocol error.
@@ -16,21 +16,21 @@ use crate::sys::signal::without_sigpipe;
 /// A message from a child to its parent.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum FromChild {
-    /// The child does not ask for these listeners, which it names by their inodes in the manifest. Before `ready`; a long
-    /// list takes several lines.
+    /// The child does not ask for these listeners, which are named by their inodes in the manifest. Sent before
+    /// `ready`. A long list takes several lines.
     Dropped(Vec<u64>),
     /// The child can serve, and waits for [`FromParent::Commit`].
     Ready,
-    /// The child will not serve, or has stopped accepting because it was given up, and why.
+    /// The child will not serve, or has stopped accepting because it was given up. Contains the reason.
     Refused(String),
     /// A step between fork and execve failed with this errno.
     Failed { step: String, errno: i32 },
-    /// The child serves from here on: it has received [`FromParent::Commit`], or nothing for too long.
+    /// The child serves from here on, because it has received [`FromParent::Commit`], or nothing for too long.
     Serving,
     /// After `serving`: the service was asked to stop, and the child has stopped accepting.
     Stopping,
-    /// From any later generation: the receiver is to end its drain within that time, because too many generations drain or
-    /// the service stops.
+    /// From any later generation: the receiver must end its drain within this time, because too many generations drain
+    /// or the service stops.
     EndDrain(Duration),
 }
 
@@ -49,7 +49,7 @@ impl FromChild {
             Self::Ready => "ready\n".into(),
             Self::Refused(reason) => {
                 let mut line = String::from("refused ");
-                // People read the reason, and the beginning of a long one is better than none.
+                // The reason is for people. If it is too long, its beginning is better than nothing.
                 escape(truncate(reason, MAX_REASON).as_bytes(), &mut line);
                 line.push('\n');
                 line
@@ -87,11 +87,11 @@ impl FromChild {
 /// A message from a parent to its child, after the manifest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum FromParent {
-    /// The parent has stopped accepting, and the child may start.
+    /// The parent has stopped accepting, and the child may serve.
     Commit,
-    /// The parent has given the child up: it must never accept (again). This is not a stop of the service.
+    /// The parent has given up on the child, which must never accept (again). This is not a stop of the service.
     Stop,
-    /// During the probation the parent was asked for this, and the child is to do it.
+    /// The parent received this request during the probation, and forwards it to the child.
     RequestStop,
     RequestPartialStop,
     RequestUpgrade,
@@ -121,12 +121,12 @@ impl FromParent {
     }
 }
 
-/// How long a process may take to answer `ready` or `commit`, or to end. It does so at once, unless it is stopped.
+/// How long a process may take to answer `ready` or `commit`, or to end. It does so immediately, unless it is stopped.
 pub(crate) const COMMIT: Duration = Duration::from_secs(5);
 
 const MAX_REASON: usize = 1000;
 
-/// How many inodes fit into one line, of at most 20 digits each.
+/// The number of inodes that fit into one line, with at most 20 digits each.
 pub(crate) const MAX_DROPPED: usize = 150;
 
 /// No valid line is this long; a longer one is a protocol error.
@@ -146,25 +146,25 @@ pub(crate) struct Lines {
     buffer: Vec<u8>,
 }
 
-/// The next line, or why there is none.
+/// The next line, or the reason why there is none.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Read {
     Line(String),
-    /// Nothing more can be read now.
+    /// No complete line has arrived yet.
     Wait,
     /// The other side has closed.
     End,
-    /// Not UTF-8, or no line within the limit; the beginning of it.
+    /// Not UTF-8, or longer than a line may be. Contains the beginning.
     Garbage(String),
 }
 
 impl Lines {
-    /// Starts with bytes that were read together with what came before these lines.
+    /// Starts with bytes that were already read, after the data that precedes these lines.
     pub(crate) fn with(buffer: Vec<u8>) -> Self {
         Self { buffer }
     }
 
-    /// The next line that is not an optional extension.
+    /// Returns the next line that is not an optional extension.
     pub(crate) fn next(&mut self, fd: BorrowedFd<'_>) -> io::Result<Read> {
         loop {
             match self.buffered() {
@@ -178,7 +178,7 @@ impl Lines {
                 Ok(0) => return Ok(Read::Garbage(preview(&self.buffer))),
                 Ok(n) => self.buffer.extend_from_slice(&chunk[..n]),
                 Err(Errno::AGAIN) => return Ok(Read::Wait),
-                // The peer of a Unix socket closed with data unread.
+                // The peer of a Unix socket closed it with unread data.
                 Err(Errno::CONNRESET) => return Ok(Read::End),
                 Err(Errno::INTR) => {}
                 Err(e) => return Err(e.into()),
@@ -201,12 +201,12 @@ impl Lines {
     }
 }
 
-/// The beginning of what was received, for an error message.
+/// Returns the beginning of the received data, for an error message.
 pub(crate) fn preview(bytes: &[u8]) -> String {
     String::from_utf8_lossy(&bytes[..bytes.len().min(80)]).into_owned()
 }
 
-/// Writes one line. Every line is shorter than PIPE_BUF, so a pipe accepts it whole or not at all.
+/// Writes one line. Every line is shorter than PIPE_BUF, so a pipe accepts it either completely or not at all.
 pub(crate) fn send(fd: impl AsFd, line: &str) -> io::Result<()> {
     loop {
         match without_sigpipe(|| rustix::io::write(&fd, line.as_bytes())) {

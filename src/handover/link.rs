@@ -1,8 +1,8 @@
-//! The parent's end of a link: what carries a handover, and all that depends on it.
+//! The parent's end of a link: the carrier of a handover, and everything that depends on it.
 //!
-//! A child inherits: it gets the descriptors across execve under their own numbers, and two pipes for the rest. A
-//! process that takes over receives: one socket carries the manifest, the descriptors and the messages both ways. A
-//! child can be fed in this way too. Everything above this file is the same for both.
+//! A child inherits: it gets the descriptors across execve under their own numbers, and two pipes for everything else.
+//! A process that takes over receives: one socket carries the manifest, the descriptors and the messages in both
+//! directions. A child can also receive. The code above this file is the same in both cases.
 
 use std::io;
 use std::mem;
@@ -32,11 +32,11 @@ use crate::sys::Mode;
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Transport {
-    /// Descriptors are inherited under their own numbers, two pipes carry the rest.
+    /// Descriptors are inherited under their own numbers, and two pipes carry everything else.
     #[default]
     Pipes,
-    /// One inherited socket carries everything. When the child starts it holds no other descriptor of its parent. Choose
-    /// this if the program closes the descriptors that it does not know, or if a wrapper counts them.
+    /// One inherited socket carries everything. When the child starts, it has no other descriptor of its parent. Choose
+    /// this if the program closes descriptors that it does not know, or if a wrapper counts them.
     Socket,
 }
 
@@ -46,34 +46,36 @@ pub(crate) struct Handover {
     pub(crate) entries: Vec<Entry>,
 }
 
-/// The parent's end. Nothing in it ever waits.
+/// The parent's end. None of its methods blocks.
 pub(crate) struct ChildLink {
-    /// Carries the manifest, and messages after it. It stays open until this process ends, which the child sees.
+    /// Carries the manifest, followed by messages. It stays open until this process ends, and the child notices the
+    /// end.
     to: Arc<OwnedFd>,
-    /// Carries the child's messages. The same as `to` if it is a socket. `None` when this process has given the child up.
+    /// Carries the child's messages. The same as `to` if it is a socket. `None` once this process has given up on the
+    /// child.
     from: Option<Arc<OwnedFd>>,
     lines: Lines,
     unsent: Unsent,
 }
 
-/// What is not sent yet.
+/// The data that is not sent yet.
 enum Unsent {
     Nothing,
     /// For the pipe.
     Text(Vec<u8>),
     /// For the socket.
     Message(Sender<Arc<OwnedFd>>),
-    /// For the socket, after a pause: see [`Sent::Crowded`].
+    /// For the socket, to be retried after a pause: see [`Sent::Crowded`].
     Crowded(Sender<Arc<OwnedFd>>),
 }
 
-/// What a pipe must hold besides the manifest so that the last line goes in: a page that is free.
+/// The free space that a pipe needs beyond the manifest so that the last line fits: one page.
 const ROOM: usize = 8 * 1024;
 
-/// How long to wait when the kernel accepts no more descriptors. No event says when it does again.
+/// How long to wait when the kernel accepts no more descriptors. No event reports when it accepts them again.
 const CROWDED: Duration = Duration::from_millis(10);
 
-/// What a spawned child holds besides stdin, stdout and stderr.
+/// The descriptors that a spawned child gets besides stdin, stdout and stderr.
 ///
 /// Drop this after the spawn. Otherwise this process keeps the child's ends open and never sees the child's end.
 pub(crate) struct ChildEnd {
@@ -85,7 +87,7 @@ pub(crate) struct ChildEnd {
 }
 
 impl ChildEnd {
-    /// What survives the execve.
+    /// The descriptors that survive the execve.
     pub(crate) fn keep(&self) -> Vec<RawFd> {
         let inherited = self.inherited.iter().map(Entry::number);
         inherited.chain(self.ends.iter().map(AsRawFd::as_raw_fd)).collect()
@@ -93,8 +95,8 @@ impl ChildEnd {
 }
 
 impl ChildLink {
-    /// The link to a child that inherits. As much of the manifest as fits is already in the pipe, so that the child can
-    /// usually proceed on its own if this process dies.
+    /// Creates the link to a child that inherits. As much of the manifest as fits is already written to the pipe, so
+    /// that the child can usually proceed on its own if this process dies.
     pub(crate) fn pipes(handover: Handover) -> Result<(Self, ChildEnd), Error> {
         // Nonblocking at both ends: each process waits only in a poll with a deadline, never in a read or write.
         let pipe = |what| net::pipe().map_err(io::Error::from).map_err(prepare(what));
@@ -105,7 +107,8 @@ impl ChildLink {
         let status = FdRef::to(&status_write).map_err(prepare("status pipe"))?;
         let text = manifest::encode(&origin, entries.iter().map(|entry| (entry.number(), entry)));
         let text = manifest::with_nonce(text, nonce(manifest.inode)).into_bytes();
-        // A larger pipe only saves the child a wait. Without it the rest is sent while this process waits for `ready`.
+        // A larger pipe only saves the child a wait. If the manifest does not fit, the rest is sent while this process
+        // waits for `ready`.
         if text.len() + ROOM > 64 * 1024 {
             net::grow_pipe(&manifest_write, text.len() + ROOM);
         }
@@ -116,7 +119,7 @@ impl ChildLink {
         Ok((link, ChildEnd { carrier, status: status.fd, ends, inherited: entries }))
     }
 
-    /// The link to a child that receives.
+    /// Creates the link to a child that receives.
     pub(crate) fn socketpair(handover: Handover) -> Result<(Self, ChildEnd), Error> {
         let (ours, child_end) =
             net::socketpair(SocketType::STREAM, Mode::Nonblocking).map_err(|e| prepare("handover socket")(e.into()))?;
@@ -134,14 +137,14 @@ impl ChildLink {
         ))
     }
 
-    /// The link to the peer of a nonblocking socket. Nothing is sent yet.
+    /// Creates the link to the peer of a nonblocking socket. Sends nothing yet.
     pub(crate) fn socket(socket: Arc<OwnedFd>, handover: Handover) -> Result<Self, Error> {
         Self::over_socket(socket, handover, None)
     }
 
     fn over_socket(socket: Arc<OwnedFd>, handover: Handover, nonce: Option<u64>) -> Result<Self, Error> {
         let Handover { origin, entries } = handover;
-        // Numbers mean nothing in the other process, so the manifest names descriptors by their order.
+        // Descriptor numbers mean nothing in the other process, so the manifest names descriptors by their order.
         let text = manifest::with_nonce(manifest::encode(&origin, (0..).zip(&entries)), nonce).into_bytes();
         let descriptors = entries.into_iter().map(|entry| entry.fd).collect();
         let sender = Sender::new(text, descriptors).map_err(prepare("manifest"))?;
@@ -161,7 +164,7 @@ impl ChildLink {
                 write_some(&self.to, &mut text)?;
                 let rest = text.len();
                 text.extend(last_line);
-                // As over a socket, see `LAST_LINE`.
+                // The last line is sent separately, as over a socket: see `LAST_LINE`.
                 if rest == 0 && wait_writable(&self.to, Deadline::after(Duration::ZERO)) {
                     write_some(&self.to, &mut text)?;
                 }
@@ -184,10 +187,10 @@ impl ChildLink {
         matches!(self.unsent, Unsent::Nothing)
     }
 
-    /// What to poll for messages of the child, and for room to send more; and when to try again in any case.
+    /// Returns what to poll for messages of the child and for room to send more, and when to retry in any case.
     pub(crate) fn poll_for(&self) -> (Vec<(BorrowedFd<'_>, PollFlags)>, Deadline) {
         let mut fds: Vec<_> = self.from.iter().map(|from| (from.as_fd(), PollFlags::IN)).collect();
-        // The error of a pipe without a reader is reported without being asked for.
+        // poll(2) always reports the error of a pipe without a reader.
         let (room, again) = match self.unsent {
             Unsent::Nothing => (PollFlags::empty(), Deadline::NEVER),
             Unsent::Text(_) | Unsent::Message(_) => (PollFlags::OUT, Deadline::NEVER),
@@ -202,15 +205,15 @@ impl ChildLink {
         send(&self.to, message.line())
     }
 
-    /// From here on the child's messages fail, while the child still sees that this process lives.
+    /// Makes the child's messages fail from now on, while the child can still see that this process is alive.
     pub(crate) fn stop_receiving(&mut self) {
         if let Some(from) = self.from.take() {
-            // On a pipe this is an error, and closing is enough.
+            // On a pipe this fails, but closing is enough.
             let _ = shutdown(&from, Shutdown::Read);
         }
     }
 
-    /// The next line that the child has sent.
+    /// Returns the next line that the child has sent.
     pub(crate) fn next(&mut self) -> io::Result<Read> {
         match &self.from {
             Some(from) => self.lines.next(from.as_fd()),
@@ -218,7 +221,7 @@ impl ChildLink {
         }
     }
 
-    /// Whether the child has closed its end of a pipe: it is dead, or will not serve.
+    /// Whether the child has closed its end of a pipe. Then it is dead, or will not serve.
     pub(crate) fn is_deaf(&self) -> bool {
         wait_hangup(&self.to, Deadline::after(Duration::ZERO)) != Ok(false)
     }
@@ -227,7 +230,8 @@ impl ChildLink {
         hold_open(self.to.clone());
     }
 
-    /// The upgrade has succeeded. Keeps the link open while this process lives, and returns where later generations send.
+    /// Call this after a successful upgrade. Keeps the link open while this process lives, and returns the end on which
+    /// later generations send.
     pub(crate) fn keep(&mut self) -> Option<(Arc<OwnedFd>, Lines)> {
         let from = self.from.take()?;
         hold_open(self.to.clone());
@@ -262,7 +266,7 @@ pub(crate) fn nonblocking(fd: impl AsFd) -> io::Result<()> {
 mod tests {
     use super::*;
 
-    /// A child that was given up cannot send, and sees that this process lives.
+    /// A child that was given up cannot send, but can see that this process is alive.
     #[test]
     fn giving_up_closes_one_direction() {
         let handover = || Handover { origin: Origin::default(), entries: Vec::new() };

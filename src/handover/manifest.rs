@@ -1,4 +1,4 @@
-//! The manifest: what is handed over, as a small text. No descriptor is touched here.
+//! The manifest: a small text that describes what is handed over. This file uses no descriptors.
 //!
 //! ```text
 //! ecdysis 1
@@ -11,9 +11,9 @@
 //! end
 //! ```
 //!
-//! A `fd` line is: the descriptor's number (over a socket: its index among those sent), its inode, the kind, the
-//! name, percent-escaped, and attributes. A reader skips lines, kinds and attributes that it does not know, and closes
-//! the descriptors of unknown kinds. Later versions may add to all three, and never change what is here.
+//! An `fd` line contains the descriptor's number (over a socket: its index among those sent), its inode, the kind, the
+//! percent-escaped name, and attributes. A reader ignores lines, kinds and attributes that it does not know, and closes
+//! the descriptors of unknown kinds. Later versions may add to all three, but must not change existing ones.
 
 use std::fmt;
 use std::os::fd::RawFd;
@@ -24,25 +24,25 @@ use super::entry::{Entry, FdRef};
 use super::escape::{escape, unescape, unescape_text};
 use crate::key::{Key, Kind};
 
-/// What a process says of itself when it hands over.
+/// How a process identifies itself when it hands over.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Origin {
-    /// Its generation; the first is 1.
+    /// The number of its generation. The first is 1.
     pub(crate) generation: u64,
-    /// The application that it is a version of, if the program has named it.
+    /// The name of the application, if the program has set one.
     pub(crate) app: Option<String>,
-    /// Identifies its mount namespace and root: within the same ones a path leads to the same file.
+    /// Identifies its mount namespace and root. If both are the same, a path leads to the same file.
     pub(crate) mounts: Option<String>,
 }
 
-/// What one generation hands to the next, as the next one reads it.
+/// The decoded manifest of a parent.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(crate) struct Manifest {
     pub(crate) origin: Origin,
     pub(crate) entries: Vec<Entry<RawFd>>,
-    /// Descriptors of a kind that this version does not know, to be closed.
+    /// Descriptors of a kind that this version does not know. They must be closed.
     pub(crate) unknown: Vec<FdRef>,
-    /// What the variable says in place of inodes, where pipes and sockets have none.
+    /// The nonce that the variable contains on systems where pipes and sockets have no inodes.
     pub(crate) nonce: Option<u64>,
 }
 
@@ -54,9 +54,9 @@ pub(crate) const MAX_ENTRIES: usize = 1 << 16;
 const FIRST_LINE: &str = "ecdysis 1";
 const LAST_LINE: &str = "end";
 
-/// The text for these entries, each with the number that names its descriptor.
+/// Encodes these entries, each with the number of its descriptor.
 pub(crate) fn encode<'a, F: 'a>(origin: &Origin, entries: impl Iterator<Item = (RawFd, &'a Entry<F>)>) -> String {
-    // A service may have thousands of listeners, so nothing is formatted or allocated for each.
+    // A service may have thousands of listeners, so this neither formats nor allocates for each.
     let mut text = String::with_capacity(64 * (entries.size_hint().0 + 4));
     let number = |word: &str, number: u64, text: &mut String| {
         text.push_str(word);
@@ -99,7 +99,7 @@ pub(crate) fn encode<'a, F: 'a>(origin: &Origin, entries: impl Iterator<Item = (
     text
 }
 
-/// Puts the nonce, if there is one, into the text of a manifest.
+/// Inserts the nonce, if there is one, into the text of a manifest.
 pub(crate) fn with_nonce(mut text: String, nonce: Option<u64>) -> String {
     if let Some(nonce) = nonce {
         text.insert_str(FIRST_LINE.len() + 1, &format!("nonce {nonce}\n"));
@@ -113,7 +113,7 @@ impl Manifest {
         with_nonce(encode(&self.origin, self.entries.iter().map(|entry| (entry.fd, entry))), self.nonce)
     }
 
-    /// Decodes a whole manifest, from the first line to the last.
+    /// Decodes a complete manifest.
     pub(crate) fn decode(text: &[u8]) -> Result<Self, Malformed> {
         let text = std::str::from_utf8(text).map_err(|_| Malformed::new(0, "not UTF-8"))?;
         let mut lines = text.split('\n').enumerate().map(|(at, line)| (at + 1, line));
@@ -162,13 +162,13 @@ impl Manifest {
         Err(Malformed::new(0, "no end"))
     }
 
-    /// Returns whether the text is a manifest, of any version, and not an answer in words.
+    /// Returns whether the text is a manifest of any version, as opposed to an answer such as `busy`.
     pub(crate) fn is_meant(text: &[u8]) -> bool {
         text.starts_with(b"ecdysis ")
     }
 }
 
-/// The descriptor, and the entry if its kind is known; `None` if the line is malformed.
+/// Returns the descriptor, and the entry if its kind is known. `None` if the line is malformed.
 fn fd_line(line: &str) -> Option<(FdRef, Option<Entry<RawFd>>)> {
     let mut words = line.split(' ');
     let (fd, inode) = (number(words.next()?)?, number(words.next()?)?);
@@ -198,7 +198,7 @@ fn number<T: std::str::FromStr>(word: &str) -> Option<T> {
 /// Why a manifest could not be decoded.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Malformed {
-    /// 0 for the manifest as a whole.
+    /// The line number, or 0 for the manifest as a whole.
     line: usize,
     what: &'static str,
 }

@@ -1,4 +1,4 @@
-//! Everything that passes between two generations: the manifest, the descriptors, and the lines that go with them.
+//! Everything that passes between two generations: the manifest, the descriptors, and the messages.
 
 pub(crate) mod ancestors;
 pub(crate) mod blob;

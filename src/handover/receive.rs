@@ -1,4 +1,4 @@
-//! The child's half of a handover: reads the manifest, and owns the descriptors that it names.
+//! The child's half of a handover: reads the manifest, and takes ownership of the descriptors that it names.
 
 use std::io;
 use std::os::fd::{OwnedFd, RawFd};
@@ -19,32 +19,32 @@ use crate::logging;
 use crate::sys::adopt::{is_identical, nonce, Adopter};
 use crate::sys::poll::{wait_readable, Deadline};
 
-/// What came from the parent, before anything in it was used.
+/// The data received from the parent, before any of it is used.
 pub(crate) struct Arrived {
     manifest: Manifest,
     descriptors: Descriptors,
-    /// What was read after the manifest.
+    /// The bytes that were read after the manifest.
     rest: Vec<u8>,
 }
 
-/// What a child got from its parent.
+/// The handover that a child has received from its parent.
 pub(crate) struct Inherited {
-    /// What the parent says of itself.
+    /// The identification of the parent.
     pub(crate) origin: Origin,
-    /// This process takes over, and was not started by its parent.
+    /// This process takes over. Its parent did not start it.
     pub(crate) is_takeover: bool,
     pub(crate) entries: Vec<Entry>,
     pub(crate) ancestors: Ancestors,
 }
 
 impl Arrived {
-    /// Whether the manifest is the one that the variable means, as far as the inode in the variable did not prove it.
+    /// Whether the variable means this manifest, if the inode in the variable has not already verified that.
     pub(crate) fn is_of(&self, end: FdRef) -> bool {
         nonce(end.inode).is_none_or(|nonce| self.manifest.nonce == Some(nonce))
     }
 
-    /// Owns the descriptors that the manifest names. The link to the parent consists of `reader` and `writer`, which
-    /// may be one socket.
+    /// Takes ownership of the descriptors that the manifest names. The link to the parent consists of `reader` and
+    /// `writer`, which may be one socket.
     pub(crate) fn unpack(self, reader: Arc<OwnedFd>, writer: Arc<OwnedFd>) -> Result<Inherited, Error> {
         let (origin, lines) = (self.manifest.origin.clone(), Lines::with(self.rest.clone()));
         let parent = ParentLink::new(origin.generation, reader, writer, lines)
@@ -72,7 +72,7 @@ impl Arrived {
         })
     }
 
-    /// Owns the descriptors that the manifest names.
+    /// Takes ownership of the descriptors that the manifest names.
     pub(crate) fn into_entries(self) -> Result<Vec<Entry>, Error> {
         let Self { manifest: Manifest { entries: named, unknown, .. }, mut descriptors, .. } = self;
         let own = |entry: Entry<RawFd>| match descriptors.take(entry.fd_ref()) {
@@ -80,7 +80,7 @@ impl Arrived {
             Err(source) => Err(Error::Socket { key: entry.key, source }),
         };
         let entries = named.into_iter().map(own).collect::<Result<_, _>>()?;
-        // Owned in order to be closed: this version has no use for them.
+        // Take ownership to close them, because this version cannot use them.
         let unused: Vec<_> = unknown.into_iter().map(|fd| descriptors.take(fd)).collect();
         if let Descriptors::Inherited(adopter) = descriptors {
             adopter.close_on_exec().map_err(|source| Error::Handover { what: "descriptors", source })?;
@@ -94,14 +94,14 @@ impl Arrived {
 
 /// The descriptors that a manifest names.
 enum Descriptors {
-    /// They are open here under their own numbers.
+    /// They were inherited and are open under their own numbers.
     Inherited(Adopter),
-    /// They came with the manifest, in its order.
+    /// They were received with the manifest, in its order.
     Received(Vec<Option<OwnedFd>>),
 }
 
 impl Descriptors {
-    /// Owns the one that the manifest means. Each can be owned once.
+    /// Takes ownership of the descriptor that the manifest means. Works once for each.
     fn take(&mut self, fd: FdRef) -> io::Result<OwnedFd> {
         match self {
             Self::Inherited(adopter) => adopter.adopt(fd.fd, None, fd.inode),
@@ -123,7 +123,7 @@ impl Descriptors {
 pub(crate) fn read(pipe: &OwnedFd, adopter: Adopter, time: Duration) -> io::Result<Arrived> {
     let mut text = Vec::new();
     let deadline = Deadline::after(time);
-    // The end of what was searched for the last line, which may come in two pieces.
+    // The position up to which the last line was searched for. It may arrive in two pieces.
     let mut searched: usize = 0;
     let length = loop {
         if let Some(length) = scm::length(&text, searched.saturating_sub(scm::END.len())) {
@@ -145,7 +145,7 @@ pub(crate) fn read(pipe: &OwnedFd, adopter: Adopter, time: Duration) -> io::Resu
     Ok(Arrived { manifest: Manifest::decode(&text)?, descriptors: Descriptors::Inherited(adopter), rest })
 }
 
-/// Receives manifest and descriptors from a socket. A text that is no manifest is returned as the inner error.
+/// Receives manifest and descriptors from a socket. If the text is not a manifest, it is returned as the inner error.
 pub(crate) fn receive(socket: &OwnedFd, time: Duration) -> io::Result<Result<Arrived, String>> {
     let deadline = Deadline::after(time);
     let mut receiver = Receiver::new(Limits { bytes: MAX_SIZE, descriptors: MAX_ENTRIES });
@@ -161,8 +161,8 @@ pub(crate) fn receive(socket: &OwnedFd, time: Duration) -> io::Result<Result<Arr
     Ok(Ok(Arrived { manifest, descriptors: Descriptors::Received(received), rest }))
 }
 
-/// Receives what is sent at the commit, without waiting. The manifest is the first descriptor, a sealed memory file, so that
-/// all fit into the buffer of the socket.
+/// Receives the data that is sent at the commit, without waiting. The manifest is the first descriptor, a sealed memory
+/// file, so that everything fits into the buffer of the socket.
 pub(crate) fn receive_late(socket: &OwnedFd) -> io::Result<Arrived> {
     let mut receiver = Receiver::new(Limits { bytes: MAX_ENTRIES, descriptors: MAX_ENTRIES });
     if !receiver.step(socket)? {

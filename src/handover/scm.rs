@@ -1,13 +1,14 @@
-//! A text and any number of descriptors over a connected Unix stream socket (SCM_RIGHTS, unix(7)), one step at a time.
+//! Sends a text and any number of descriptors over a connected Unix stream socket (SCM_RIGHTS, unix(7)), one step at a
+//! time.
 //!
-//! Nothing here waits. `step` of a [`Sender`] or [`Receiver`] does what the socket allows at that moment and returns
-//! whether all is done, so that a stalled peer does not keep this process from serving its triggers. The caller has the
-//! deadline.
+//! Nothing here blocks. `step` of a [`Sender`] or [`Receiver`] does as much as the socket allows at that moment and
+//! returns whether everything is done, so that a stalled peer cannot keep this process from handling its triggers. The
+//! caller has the deadline.
 //!
 //! There is no header. The text ends with the line `end`, and the last byte of that line is sent after the last
-//! descriptor: a receiver that has the whole text has every descriptor. A message with descriptors carries one byte of
-//! the text, because the kernel delivers descriptors with the first byte that they were sent with. The rest of the text
-//! follows the last descriptor, in pieces as large as the socket accepts.
+//! descriptor, so a receiver that has the whole text has every descriptor. A message with descriptors carries one byte
+//! of the text, because the kernel delivers descriptors with the first byte that they were sent with. The rest of the
+//! text follows the last descriptor, in pieces as large as the socket accepts.
 
 use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
@@ -26,22 +27,22 @@ use crate::sys::poll::{wait_writable, Deadline};
 /// The kernel's limit (SCM_MAX_FD) on descriptors in one message.
 pub(crate) const DESCRIPTORS_PER_MESSAGE: usize = 253;
 
-/// The end of the line before the last, and the last line.
+/// The newline before the last line, and the last line.
 pub(super) const END: &[u8] = b"\nend\n";
 
-/// The length of the last line. It is sent when the socket has room again after all the rest, so that every message that
-/// follows fits: above all the one that gives the receiver up.
+/// The length of the last line. It is sent only when the socket has room again after everything else, so that every
+/// later message fits, most importantly `stop`.
 pub(super) const LAST_LINE: usize = b"end\n".len();
 
 /// The result of a sender's step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Sent {
-    /// Everything is sent.
+    /// Everything was sent.
     All,
-    /// The socket is full: step again when it is writable.
+    /// The socket is full. Step again when it is writable.
     Blocked,
-    /// The kernel accepts no more descriptors now (ETOOMANYREFS): too many descriptors of this user are in flight, in
-    /// all sockets together. The socket may be writable all the same, so step again after a pause.
+    /// The kernel accepts no more descriptors now (ETOOMANYREFS), because too many descriptors of this user are in
+    /// flight in all sockets together. The socket may still be writable, so step again after a pause.
     Crowded,
 }
 
@@ -96,7 +97,7 @@ impl<F: AsFd> Sender<F> {
                 control.push(SendAncillaryMessage::ScmRights(&batch));
             }
             match sendmsg(&socket, &[IoSlice::new(piece)], &mut control, NOSIGNAL | SendFlags::DONTWAIT) {
-                // The kernel sends the descriptors with the first byte, so one byte sent means that all of them are.
+                // The kernel sends the descriptors with the first byte, so if one byte was sent, all of them were.
                 Ok(count) => {
                     self.text_sent += count;
                     self.descriptors_sent += batch.len();
@@ -111,7 +112,7 @@ impl<F: AsFd> Sender<F> {
     }
 }
 
-/// How much a receiver accepts from its peer.
+/// The limits on what a receiver accepts from its peer.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Limits {
     /// Bytes of text.
@@ -134,7 +135,7 @@ impl Receiver {
         Receiver { limits, text: Vec::new(), length: None, descriptors: Vec::new() }
     }
 
-    /// Receives what is there. Returns true when the handover is complete.
+    /// Receives pending data. Returns true when the handover is complete.
     ///
     /// # Errors
     ///
@@ -159,7 +160,7 @@ impl Receiver {
                     }
                 }
             }
-            // The kernel drops descriptors for which this process has no free number. This flag is the only sign.
+            // The kernel drops descriptors for which this process has no free number. Only this flag reports it.
             if message.flags.contains(ReturnFlags::CTRUNC) {
                 return Err(io::Error::other(
                     "the kernel dropped descriptors: is the limit on open files too low here?",
@@ -185,14 +186,15 @@ impl Receiver {
         Ok(true)
     }
 
-    /// The text, what was received after it, and the descriptors in the order in which they were sent, close-on-exec.
+    /// Returns the text, the bytes after it, and the descriptors in the order in which they were sent, with
+    /// close-on-exec.
     pub(crate) fn into_parts(mut self) -> (Vec<u8>, Vec<u8>, Vec<OwnedFd>) {
         let rest = self.text.split_off(self.length.unwrap_or(self.text.len()));
         (self.text, rest, self.descriptors)
     }
 }
 
-/// The length of the text at the start of `bytes`; its end is looked for from `from` on.
+/// Returns the length of the text at the start of `bytes`. Searches for its end from `from` on.
 pub(crate) fn length(bytes: &[u8], from: usize) -> Option<usize> {
     bytes[from..].windows(END.len()).position(|window| window == END).map(|at| from + at + END.len())
 }
@@ -224,7 +226,7 @@ mod tests {
         text
     }
 
-    /// `count` descriptors, and the inodes that tell them apart.
+    /// Returns `count` descriptors, and the inodes that distinguish them.
     fn descriptors(count: usize) -> (Vec<OwnedFd>, Vec<u64>) {
         let all: Vec<OwnedFd> = (0..count).map(|_| OwnedFd::from(UnixStream::pair().unwrap().0)).collect();
         let inodes = all.iter().map(inode).collect();
@@ -241,7 +243,7 @@ mod tests {
         assert_eq!(ready, 1, "nothing came within 10 s");
     }
 
-    /// Runs both ends in turn, as two event loops would.
+    /// Runs both ends alternately, as two event loops would.
     fn transfer<F: AsFd>(mut sender: Sender<F>, limits: Limits) -> io::Result<(Vec<u8>, Vec<OwnedFd>)> {
         let (left, right) = pair();
         let mut receiver = Receiver::new(limits);
@@ -257,7 +259,7 @@ mod tests {
         }
     }
 
-    /// A limit on open files that leaves room for a test with `count` descriptors and its copies.
+    /// Sets a limit on open files that leaves room for a test with `count` descriptors and its copies.
     fn room_for(count: u64) {
         let mut limit = rustix::process::getrlimit(rustix::process::Resource::Nofile);
         if limit.current.is_some_and(|now| now < count) {
@@ -309,7 +311,7 @@ mod tests {
     #[test]
     fn the_last_byte_comes_after_the_last_descriptor() {
         let (all, _) = descriptors(254);
-        // Two messages and the text of five bytes: one byte with each, the rest last.
+        // Two messages and a text of five bytes: one byte with each message, and the rest last.
         let sender = Sender::new(b"\nend\n".to_vec(), all).unwrap();
         let (bytes, received) = transfer(sender, LIMITS).unwrap();
         assert_eq!(bytes, b"\nend\n");
@@ -366,7 +368,7 @@ mod tests {
         assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof);
         assert_eq!(receiver.descriptors.len(), 1);
         drop(receiver);
-        // The last copy of the far end is gone: its peer reads the end.
+        // The last copy of the other end is closed, so its peer reads EOF.
         wait_readable(&watch);
         assert_eq!(rustix::io::read(&watch, &mut [0; 1]).unwrap(), 0);
     }
@@ -406,7 +408,7 @@ mod tests {
         assert!(error.to_string().contains("299 descriptors"), "{error}");
     }
 
-    /// Some tests need a process with limits of its own: they run themselves again.
+    /// For tests that change the limits of their process: runs the test again in a separate process.
     fn in_a_process_of_its_own(name: &str, change: impl FnOnce(&mut Command)) -> bool {
         if std::env::var_os("ECDYSIS_TEST_ALONE").is_some() {
             return true;
@@ -461,8 +463,8 @@ mod tests {
         limit_open_files(100);
         let mut first = Sender::new(text(1), vec![one.as_fd(); 200]).unwrap();
         let mut second = Sender::new(text(1), vec![one.as_fd(); 10]).unwrap();
-        // Other tests of the same user may have descriptors in flight too, and the kernel collects what a closed socket
-        // held a moment later.
+        // Other tests of the same user may also have descriptors in flight, and the kernel frees those of a closed
+        // socket with a delay.
         let until_sent = |sender: &mut Sender<BorrowedFd<'_>>, socket: &UnixStream| {
             let begin = std::time::Instant::now();
             while sender.step(socket).unwrap() == Sent::Crowded {

@@ -1,9 +1,9 @@
-//! The environment variable that tells a child where its handover is, and whether it is meant for it.
+//! The environment variable that names a child's handover, and lets the child verify that the handover is meant for it.
 //!
-//! `v1:manifest=5@48211,status=7@48212`: two pipes by descriptor number and inode; or `v1:socket=5@48211`. The inode is
-//! the proof that the variable is for this process: in a grandchild that only inherited the variable, the numbers belong
-//! to other files or to none. Where pipes and sockets have no inodes, a nonce stands there that the manifest repeats in a
-//! line `nonce 48211`.
+//! `v1:manifest=5@48211,status=7@48212` names two pipes by descriptor number and inode; `v1:socket=5@48211` names a
+//! socket. The inode verifies that the variable is meant for this process: in a grandchild that only inherited the
+//! variable, the numbers belong to other files or to none. On systems where pipes and sockets have no inodes, a nonce
+//! replaces it, which the manifest repeats in a line `nonce 48211`.
 
 use std::iter;
 
@@ -11,7 +11,7 @@ use rustix::fs::FileType;
 
 use super::entry::FdRef;
 
-/// The variable's name: part of the contract between versions.
+/// The variable's name, which is part of the contract between versions.
 pub(crate) const VARIABLE: &str = "ECDYSIS_HANDOVER";
 
 /// What carries the messages between a child and its parent.
@@ -21,7 +21,7 @@ pub(crate) enum Carrier {
     Socket(FdRef),
 }
 
-/// Whether the value has the form of some version: then it is a handover, for this process or for another.
+/// Whether the value has the form of any version. Then it is a handover, for this process or for another.
 pub(crate) fn is_handover(value: &str) -> bool {
     let version = value.strip_prefix('v').and_then(|rest| rest.split_once(':'));
     version.is_some_and(|(number, _)| !number.is_empty() && number.bytes().all(|byte| byte.is_ascii_digit()))
@@ -37,12 +37,12 @@ impl Carrier {
         }
     }
 
-    /// `None` for anything but a value of this version that names two pipes or a socket.
+    /// Returns `None` for anything but a value of this version that names two pipes or a socket.
     pub(crate) fn parse(value: &str) -> Option<Self> {
         let (mut manifest, mut status, mut socket) = (None, None, None);
         for part in value.strip_prefix("v1:")?.split(',') {
             let (name, place) = part.split_once('=')?;
-            // Parts that a later version adds are skipped.
+            // Parts that a later version adds are ignored.
             let slot = match name {
                 "manifest" => &mut manifest,
                 "status" => &mut status,
@@ -58,7 +58,7 @@ impl Carrier {
         }
     }
 
-    /// The one that the child reads the manifest from.
+    /// Returns the descriptor from which the child reads the manifest.
     pub(crate) fn reader(&self) -> FdRef {
         match *self {
             Self::Pipes { manifest, .. } => manifest,
@@ -66,7 +66,7 @@ impl Carrier {
         }
     }
 
-    /// The descriptors, and what they must be.
+    /// Returns the descriptors, and their required types.
     pub(crate) fn descriptors(&self) -> impl Iterator<Item = (FdRef, FileType)> {
         let (first, second) = match *self {
             Self::Pipes { manifest, status } => ((manifest, FileType::Fifo), Some((status, FileType::Fifo))),
