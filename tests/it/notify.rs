@@ -11,7 +11,8 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use crate::support::{
-    ask, can_unshare, children, connect, example, field, generation, send_signal, tempdir, Server, DEADLINE,
+    ask, can_unshare, children, connect, eventually, example, field, generation, send_signal, tempdir, Load, Server,
+    DEADLINE,
 };
 use rustix::net::{recvmsg, sockopt, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags};
 use rustix::process::{pidfd_open, Pid, PidfdFlags, Signal};
@@ -267,6 +268,34 @@ fn listeners_go_into_the_store_by_name() {
             assert!(path.exists());
         }
     }
+}
+
+/// It reads nothing any more, and its queue is full.
+#[test]
+fn a_manager_that_hangs_costs_no_request() {
+    let manager = Manager::new();
+    let mut server = manager.server(&["--probation", "0"], &[("WATCHDOG_USEC", "1000000")]);
+    manager.expect(server.first_pid(), "READY=1");
+    let other = UnixDatagram::unbound().unwrap();
+    other.set_nonblocking(true).unwrap();
+    let address = SocketAddr::from_abstract_name(&manager.address[1..]).unwrap();
+    while other.send_to_addr(b"STATUS=x", &address).is_ok() {}
+    let load = Load::on(&server.addr(), 2);
+    server.upgrade();
+    load.stop().assert_none_failed();
+    let (mut open, load) = (connect(&server.addr()).unwrap(), Load::on(&server.addr(), 1));
+    open.write_all(b"w").unwrap();
+    let answered = load.answered();
+    eventually("load", || load.answered() > answered + 10);
+    server.signal(Signal::TERM);
+    eventually("it stops", || ask(&server.addr()).is_err());
+    open.write_all(b"ho\n").unwrap();
+    let mut answer = String::new();
+    open.read_to_string(&mut answer).unwrap();
+    assert!(answer.starts_with("gen=2 "), "{answer}");
+    server.wait_all_ended();
+    let counts = load.stop();
+    assert!(counts.failures.keys().all(|kind| kind.starts_with("Refused")), "{counts:?}");
 }
 
 #[test]
