@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use std::process::ExitStatus;
 use std::time::Duration;
 
+use crate::sys::child::explain_end;
 use crate::sys::signal::name as signal_name;
 use crate::Key;
 
@@ -267,7 +268,8 @@ impl Error {
             0 => "child of another PID namespace".to_owned(),
             pid => format!("child {pid}"),
         };
-        let how = |status: &Option<ExitStatus>| status.map(|status| format!(": {status}")).unwrap_or_default();
+        let how =
+            |status: &Option<ExitStatus>| status.map(|status| format!(": {}", explain_end(status))).unwrap_or_default();
         let text = match self {
             Self::Signal { signal, source } => {
                 return (format!("cannot handle {}", signal_name(*signal)), Some(source))

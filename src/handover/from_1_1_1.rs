@@ -19,7 +19,7 @@ use rustix::io::retry_on_intr;
 use super::entry::Entry;
 use crate::error::Error;
 use crate::key::{Key, Kind};
-use crate::sys::adopt::{is_open, Adopter};
+use crate::sys::adopt::{check, Adopter};
 use crate::sys::poll::{wait_readable, Deadline};
 use crate::sys::program::is_secure;
 
@@ -45,7 +45,7 @@ pub(crate) fn inherit() -> Result<Option<(Vec<Entry>, OwnedFd)>, Error> {
     };
     // Version 1.1.1 provides no way to verify its numbers. A process that merely inherited the variables has no such
     // pipes.
-    if !is_open(list, FileType::Fifo) && !is_open(ready, FileType::Fifo) {
+    if [list, ready].iter().all(|fd| check(*fd, Some(FileType::Fifo), None).is_err()) {
         return Ok(None);
     }
     if is_secure() {
@@ -55,13 +55,13 @@ pub(crate) fn inherit() -> Result<Option<(Vec<Entry>, OwnedFd)>, Error> {
         )));
     }
     let Some(mut adopter) = Adopter::take() else { return Ok(None) };
-    let list = adopter.adopt_as_it_is(list, FileType::Fifo).map_err(failed)?;
-    let ready = adopter.adopt_as_it_is(ready, FileType::Fifo).map_err(failed)?;
+    let list = adopter.adopt(list, Some(FileType::Fifo), None).map_err(failed)?;
+    let ready = adopter.adopt(ready, Some(FileType::Fifo), None).map_err(failed)?;
     let list = File::from(list);
     let sockets = decode(&read(&list).map_err(failed)?)
         .ok_or_else(|| failed(io::Error::new(io::ErrorKind::InvalidData, "malformed")))?;
     let entry = |(fd, key): (RawFd, Key)| {
-        let adopted = adopter.adopt_as_it_is(fd, FileType::Socket).and_then(|fd| Entry::new(key.clone(), fd));
+        let adopted = adopter.adopt(fd, Some(FileType::Socket), None).and_then(|fd| Entry::new(key.clone(), fd));
         adopted.map_err(|source| Error::Socket { key, source })
     };
     let entries = sockets.into_iter().map(entry).collect::<Result<_, _>>()?;

@@ -104,7 +104,7 @@ impl Descriptors {
     /// Takes ownership of the descriptor that the manifest means. Works once for each.
     fn take(&mut self, fd: FdRef) -> io::Result<OwnedFd> {
         match self {
-            Self::Inherited(adopter) => adopter.adopt(fd.fd, None, fd.inode),
+            Self::Inherited(adopter) => adopter.adopt(fd.fd, None, Some(fd.inode)),
             Self::Received(received) => {
                 let index = usize::try_from(fd.fd).map_err(|_| io::ErrorKind::InvalidInput)?;
                 let owned = received.get_mut(index).and_then(Option::take);

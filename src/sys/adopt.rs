@@ -39,33 +39,19 @@ impl Adopter {
     }
 
     /// Owns descriptor `fd` if it is open, of that type and [`identity`], and not adopted before. It gets close-on-exec
-    /// by [`close_on_exec`](Self::close_on_exec).
-    pub(crate) fn adopt(&mut self, fd: RawFd, file_type: Option<FileType>, wanted: u64) -> io::Result<OwnedFd> {
+    /// by [`close_on_exec`](Self::close_on_exec). Version 1.1.1 hands descriptors over without an identity.
+    pub(crate) fn adopt(&mut self, fd: RawFd, file_type: Option<FileType>, wanted: Option<u64>) -> io::Result<OwnedFd> {
         let index = usize::try_from(fd).unwrap_or_default();
         if fd <= libc::STDERR_FILENO || self.adopted.get(index) == Some(&true) {
             return Err(io::ErrorKind::InvalidInput.into());
         }
         check(fd, file_type, wanted)?;
-        Ok(self.own(fd, index))
-    }
-
-    /// The same for a number that nothing proves, as version 1.1.1 hands descriptors over.
-    pub(crate) fn adopt_as_it_is(&mut self, fd: RawFd, file_type: FileType) -> io::Result<OwnedFd> {
-        let index = usize::try_from(fd).unwrap_or_default();
-        if fd <= libc::STDERR_FILENO || self.adopted.get(index) == Some(&true) || !is_open(fd, file_type) {
-            return Err(io::Error::new(io::ErrorKind::NotFound, "the descriptor is missing, or another file"));
-        }
-        Ok(self.own(fd, index))
-    }
-
-    /// Owns an open descriptor that was not adopted before.
-    fn own(&mut self, fd: RawFd, index: usize) -> OwnedFd {
         // No longer than the table of descriptors, because this one is open.
         self.adopted.resize(self.adopted.len().max(index + 1), false);
         self.adopted[index] = true;
         // SAFETY: the parent left this descriptor, known by its inode, open over the execve for us to own, so nobody
         // else in this process opened it; `adopted` and the single `Adopter` see to it that it is owned once.
-        unsafe { OwnedFd::from_raw_fd(fd) }
+        Ok(unsafe { OwnedFd::from_raw_fd(fd) })
     }
 
     /// Sets close-on-exec on all that was adopted: thousands of listeners in one call, or one by one where the system does
@@ -85,19 +71,13 @@ impl Adopter {
     }
 }
 
-/// Whether `fd` is open and of that type.
-pub(crate) fn is_open(fd: RawFd, file_type: FileType) -> bool {
-    // SAFETY: used for a call that is harmless on any number; a closed one gives EBADF.
-    let stat = fstat(unsafe { BorrowedFd::borrow_raw(fd) });
-    stat.is_ok_and(|stat| FileType::from_raw_mode(stat.st_mode) == file_type)
-}
-
 /// Checks that `fd` is open, and of that type and [`identity`]. Owns nothing.
-pub(crate) fn check(fd: RawFd, file_type: Option<FileType>, wanted: u64) -> io::Result<()> {
+pub(crate) fn check(fd: RawFd, file_type: Option<FileType>, wanted: Option<u64>) -> io::Result<()> {
     // SAFETY: used for a call that is harmless on any number; a closed one gives EBADF.
     let stat = fstat(unsafe { BorrowedFd::borrow_raw(fd) })?;
     let actual = FileType::from_raw_mode(stat.st_mode);
-    if !identity::is(&stat, wanted) || file_type.is_some_and(|wanted| wanted != actual) {
+    let is_another = wanted.is_some_and(|wanted| !identity::is(&stat, wanted));
+    if is_another || file_type.is_some_and(|wanted| wanted != actual) {
         return Err(io::Error::new(io::ErrorKind::NotFound, "the descriptor is another file"));
     }
     Ok(())

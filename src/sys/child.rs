@@ -95,6 +95,16 @@ impl Spawned {
     }
 }
 
+/// How a child ended, and what to look at if nobody has killed it.
+pub(crate) fn explain_end(status: ExitStatus) -> String {
+    match status.signal() {
+        Some(libc::SIGKILL) => {
+            format!("{status}, which the kernel sends if memory is short: memory.max of the cgroup, or the machine's")
+        }
+        _ => status.to_string(),
+    }
+}
+
 /// Children that are yet to be reaped.
 static LATE: Mutex<Vec<Pid>> = Mutex::new(Vec::new());
 

@@ -36,6 +36,8 @@ pub(crate) use system::{blob, flag, net, watch};
 pub(crate) mod adopt;
 pub(crate) mod attributes;
 pub(crate) mod child;
+#[cfg(feature = "systemd_notify")]
+pub(crate) mod clock;
 #[cfg(feature = "systemd_sockets")]
 pub(crate) mod listen_fds;
 pub(crate) mod peer;

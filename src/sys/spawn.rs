@@ -8,7 +8,7 @@
 //! In the child, before execve: no allocation, no lock, no panic, no Drop, no errno.
 
 use std::ffi::{c_int, c_void, CStr};
-use std::io;
+use std::io::{self, Write};
 use std::ptr;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -105,7 +105,10 @@ extern "C" fn child(memory: *mut c_void) -> c_int {
 fn run(memory: &Memory) -> ! {
     let (step, errno) = execute(memory);
     let mut report = [0_u8; 32];
-    let length = failed_line(&mut report, step, errno);
+    let mut rest = &mut report[..];
+    // The formatting of a number and the copy into a slice do not allocate.
+    let _ = writeln!(rest, "failed {step} {errno}");
+    let length = 32 - rest.len();
     // SAFETY: `report` holds `length` bytes.
     let _ = unsafe { calls::write(memory.plan.status, report.as_ptr(), length) };
     calls::exit(127)
@@ -155,29 +158,4 @@ fn execve(memory: &Memory) -> i32 {
         tries += 1;
         calls::pause(BUSY_PAUSE);
     }
-}
-
-/// Writes `failed STEP ERRNO\n`, the status line for a failure before the new program runs.
-fn failed_line(buffer: &mut [u8; 32], step: &str, errno: i32) -> usize {
-    let mut digits = [0_u8; 10];
-    let mut first = digits.len();
-    let mut rest = errno.unsigned_abs();
-    loop {
-        first -= 1;
-        digits[first] = b'0' + (rest % 10) as u8;
-        rest /= 10;
-        if rest == 0 {
-            break;
-        }
-    }
-    let mut length = 0;
-    for part in [b"failed ", step.as_bytes(), b" ", &digits[first..], b"\n"] {
-        for &byte in part {
-            if let Some(slot) = buffer.get_mut(length) {
-                *slot = byte;
-                length += 1;
-            }
-        }
-    }
-    length
 }

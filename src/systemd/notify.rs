@@ -15,8 +15,8 @@ use rustix::net::{
     sendmsg_addr, sockopt, AddressFamily, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketAddrUnix,
     SocketType,
 };
-use rustix::time::{clock_gettime, ClockId};
 
+use crate::sys::clock::monotonic_usec;
 use crate::sys::poll::{wait_hangup, Deadline};
 use crate::sys::{net, Mode};
 
@@ -106,11 +106,9 @@ impl Notifier {
     /// [`ready`](Self::ready) or [`new_main`](Self::new_main) afterwards, whatever the outcome: `systemctl reload` waits
     /// for it. `at_most` is how long the reload may take, if the manager's limit is lower (`TimeoutStartSec=`).
     pub fn reloading(&self, status: &str, at_most: Duration) -> Result<(), NotifyError> {
-        let now = clock_gettime(ClockId::Monotonic);
-        let microseconds = now.tv_sec as i128 * 1_000_000 + now.tv_nsec as i128 / 1000;
         let message = Message::new()
             .with("RELOADING", "1")
-            .with("MONOTONIC_USEC", &microseconds.to_string())
+            .with("MONOTONIC_USEC", &monotonic_usec().to_string())
             .with("EXTEND_TIMEOUT_USEC", &usec(at_most))
             // The manager extends the watchdog's time as well; WATCHDOG=1 resets that.
             .with("WATCHDOG", "1")
@@ -402,16 +400,12 @@ mod tests {
     #[test]
     fn a_reload_carries_the_time_of_its_beginning() {
         let (manager, notifier) = pair("reload");
-        let now_usec = || {
-            let now = clock_gettime(ClockId::Monotonic);
-            now.tv_sec as u64 * 1_000_000 + now.tv_nsec as u64 / 1000
-        };
-        let before = now_usec();
+        let before = monotonic_usec();
         notifier.reloading("upgrading", Duration::from_secs(2)).unwrap();
         let text = receive(&manager).0;
         let (time, rest) = text.strip_prefix("RELOADING=1\nMONOTONIC_USEC=").unwrap().split_once('\n').unwrap();
         assert_eq!(rest, "EXTEND_TIMEOUT_USEC=2000000\nWATCHDOG=1\nSTATUS=upgrading\n");
-        assert!((before..=now_usec()).contains(&time.parse().unwrap()), "{text}");
+        assert!((before..=monotonic_usec()).contains(&time.parse().unwrap()), "{text}");
     }
 
     #[test]

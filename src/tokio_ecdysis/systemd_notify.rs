@@ -6,6 +6,7 @@ use std::ops::Deref;
 use std::process;
 use std::time::Duration;
 
+use crate::sys::clock::monotonic_usec;
 use crate::systemd::{Notifier, NotifyError};
 
 /// Sends notifications to the service manager. It derefs to [`systemd::Notifier`](crate::systemd::Notifier).
@@ -47,9 +48,7 @@ impl SystemdNotifier {
 
     /// Sends `RELOADING=1` with the time.
     pub async fn notify_reloading(&mut self) -> io::Result<()> {
-        let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
-        let now = now.tv_sec as i128 * 1_000_000 + now.tv_nsec as i128 / 1000;
-        self.notify([("RELOADING", "1"), ("MONOTONIC_USEC", &now.to_string())].into_iter()).await
+        self.notify([("RELOADING", "1"), ("MONOTONIC_USEC", &monotonic_usec().to_string())].into_iter()).await
     }
 
     /// Sends `STOPPING=1`.

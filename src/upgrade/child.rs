@@ -69,7 +69,8 @@ fn from_environment() -> Result<Option<Inherited>, Error> {
     if !may_bring_a_manifest(end.fd) {
         return Ok(another_process());
     }
-    let missing = carrier.descriptors().filter(|(fd, file_type)| check(fd.fd, Some(*file_type), fd.inode).is_err());
+    let missing =
+        carrier.descriptors().filter(|(fd, file_type)| check(fd.fd, Some(*file_type), Some(fd.inode)).is_err());
     match (missing.count(), carrier.descriptors().count()) {
         (0, _) => {}
         (missing, all) if missing == all => {
@@ -82,7 +83,7 @@ fn from_environment() -> Result<Option<Inherited>, Error> {
     }
     let Some(mut adopter) = Adopter::take() else { return Ok(None) };
     let failed = |source| Error::Handover { what: "manifest", source };
-    let mut adopt = |fd: FdRef| adopter.adopt(fd.fd, None, fd.inode).map(Arc::new).map_err(failed);
+    let mut adopt = |fd: FdRef| adopter.adopt(fd.fd, None, Some(fd.inode)).map(Arc::new).map_err(failed);
     let (reader, writer, arrived) = match carrier {
         Carrier::Pipes { manifest, status } => {
             let (reader, writer) = (adopt(manifest)?, adopt(status)?);

@@ -4,13 +4,14 @@ use std::fs::{self, OpenOptions, Permissions};
 use std::io;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::CommandExt;
-use std::process::Command;
+use std::path::{Path, PathBuf};
+use std::process::{self, Command, Stdio};
 use std::thread;
 use std::time::Duration;
 
 use rustix::process::Signal;
 
-use crate::support::{example, fds, install, status_field, tempdir, Load, Server};
+use crate::support::*;
 
 const ARGS: [&str; 4] = ["--listen", "127.0.0.1:0", "--probation", "20"];
 const WAYS: [&[&str]; 4] = [&[], &["--fork"], &["--transport", "socket"], &["--fork", "--transport", "socket"]];
@@ -44,13 +45,42 @@ fn upgrades(server: &mut Server) {
 #[test]
 fn no_descriptor_is_a_standard_stream() {
     for way in WAYS {
-        let mut server = Server::whoami([&ARGS, way, &["--close-stdin"]].concat());
+        let mut server = Server::whoami([&ARGS, way, &["--close", "0"]].concat());
         for _ in 0..2 {
             let open = fds(server.pid());
             assert!(!open.contains_key(&0), "{way:?}: {:?}", open.get(&0));
             server.upgrade();
         }
     }
+}
+
+/// With all three closed, nothing can be read of them; so the clients ask.
+#[test]
+fn a_takeover_needs_no_standard_streams() {
+    let dir = tempdir();
+    let [socket, takeover] = ["socket", "takeover"].map(|name| dir.path().join(name).to_str().unwrap().to_owned());
+    let addr = format!("unix:{socket}");
+    let start = || {
+        let mut command = Command::new(example("whoami"));
+        command.args(["--close", "0", "--close", "1", "--close", "2", "--listen", &addr, "--probation", "20"]);
+        command.args(["--take-over", &takeover, "--takeover-socket", &takeover]);
+        Server::start(command)
+    };
+    let serves = |generation: u64| -> u32 {
+        let answers = || ask(&addr).is_ok_and(|answer| try_field(&answer, "gen") == Some(generation));
+        eventually("the next generation answers", answers);
+        let pid = field(&ask(&addr).unwrap(), "pid");
+        assert!(fds(pid).keys().all(|fd| *fd > 2), "generation {generation}: {:?}", fds(pid));
+        pid
+    };
+    let _first = start();
+    send_signal(serves(1), Signal::HUP);
+    serves(2);
+    let _second = start();
+    let third = serves(3);
+    // It upgrades after its own verdict.
+    send_signal(third, Signal::HUP);
+    serves(4);
 }
 
 #[cfg(not(ecdysis_unix))]
@@ -187,15 +217,164 @@ fn a_limit_on_processes_is_named() {
         fs::set_permissions(dir.path(), Permissions::from_mode(0o777)).unwrap();
         let program = dir.path().join("whoami");
         install("whoami", &program);
-        let mut command = Command::new(&program);
-        command.args(ARGS).args((!way.is_empty()).then_some(way)).uid(60_017).gid(60_017);
-        // Exactly the number of its threads.
-        let limit = libc::rlimit { rlim_cur: 2, rlim_max: 2 };
-        // SAFETY: a system call only.
-        unsafe { command.pre_exec(move || ok(libc::setrlimit(libc::RLIMIT_NPROC, &limit))) };
-        let line = Server::serving(command).fail_to_upgrade();
+        let server = |limit: libc::rlim_t| {
+            let limit = libc::rlimit { rlim_cur: limit, rlim_max: limit };
+            let mut command = Command::new(&program);
+            command.args(ARGS).args((!way.is_empty()).then_some(way)).uid(60_017).gid(60_017);
+            // SAFETY: a system call only.
+            unsafe { command.pre_exec(move || ok(libc::setrlimit(libc::RLIMIT_NPROC, &limit))) };
+            Server::serving(command)
+        };
+        let unlimited = server(100);
+        let has = threads(unlimited.pid()).len();
+        drop(unlimited);
+        let line = server(has as libc::rlim_t).fail_to_upgrade();
         assert!(line.contains("RLIMIT_NPROC"), "{way}: {line}");
     }
+}
+
+/// A cgroup with one controller. Removed when dropped, after the server in it.
+struct Cgroup(PathBuf);
+
+impl Cgroup {
+    /// Of version 2, or of version 1, where each controller has a tree of its own.
+    fn new(controller: &str, limits: &[&'static str]) -> Option<(Self, &'static str)> {
+        let root = Path::new("/sys/fs/cgroup");
+        let _ = fs::write(root.join("cgroup.subtree_control"), format!("+{controller}"));
+        for tree in [root.to_owned(), root.join(controller)] {
+            let cgroup = Self(tree.join(format!("ecdysis-test-{}-{controller}", process::id())));
+            let made = fs::create_dir(&cgroup.0).is_ok();
+            if let Some(limit) = limits.iter().find(|limit| made && cgroup.0.join(limit).exists()) {
+                return Some((cgroup, limit));
+            }
+        }
+        eprintln!("not run: needs root and the cgroup controller {controller}");
+        None
+    }
+
+    fn set(&self, name: &str, value: impl ToString) {
+        fs::write(self.0.join(name), value.to_string()).unwrap_or_else(|e| panic!("{name}: {e}"));
+    }
+}
+
+impl Drop for Cgroup {
+    fn drop(&mut self) {
+        let _ = try_eventually("the cgroup is empty", || fs::remove_dir(&self.0).is_ok() || !self.0.exists());
+    }
+}
+
+#[test]
+fn a_limit_on_processes_of_the_cgroup_is_named() {
+    let Some((cgroup, _)) = Cgroup::new("pids", &["pids.max"]) else { return };
+    for way in WAYS {
+        let mut server = Server::whoami([&ARGS, way].concat());
+        cgroup.set("cgroup.procs", server.pid());
+        cgroup.set("pids.max", 1);
+        let line = server.fail_to_upgrade();
+        assert!(line.contains("pids.max"), "{way:?}: {line}");
+        // Before it answers, since its threads count as well.
+        cgroup.set("pids.max", "max");
+        assert_eq!(generation(&server.addr()), 1);
+        upgrades(&mut server);
+    }
+}
+
+/// In a cgroup of its own, since in a common one the kernel may as well end the old version, or both.
+#[test]
+fn a_new_version_for_which_there_is_no_memory_does_no_harm() {
+    let Some((cgroup, limit)) = Cgroup::new("memory", &["memory.max", "memory.limit_in_bytes"]) else { return };
+    cgroup.set(limit, 64 << 20);
+    // One of them is there, if the machine swaps.
+    let _ = fs::write(cgroup.0.join("memory.swap.max"), "0");
+    let _ = fs::write(cgroup.0.join("memory.memsw.limit_in_bytes"), (64 << 20).to_string());
+    for way in WAYS {
+        let dir = tempdir();
+        let [misbehave, wrapper] = ["misbehave", "wrapper"].map(|name| dir.path().join(name));
+        let moved = format!("echo $$ >{}/cgroup.procs", cgroup.0.display());
+        fs::write(&wrapper, format!("#!/bin/sh\n{moved}\nexec {} \"$@\"\n", example("whoami").display())).unwrap();
+        fs::set_permissions(&wrapper, Permissions::from_mode(0o755)).unwrap();
+        let more = ["--exec", wrapper.to_str().unwrap(), "--misbehave", misbehave.to_str().unwrap()];
+        let mut server = Server::whoami([&ARGS, way, &more].concat());
+        let load = Load::on(&server.addr(), 1);
+        fs::write(&misbehave, "memory=200").unwrap();
+        let line = server.fail_to_upgrade();
+        assert!(line.contains("memory.max"), "{way:?}: {line}");
+        fs::write(&misbehave, "").unwrap();
+        server.upgrade();
+        load.stop().assert_none_failed();
+    }
+}
+
+/// A fork must reserve as much as the parent has; the clone reserves nothing. Changed for the whole machine, so it runs
+/// where somebody has set it, as `tests/platforms/aarch64` does.
+#[test]
+fn strict_overcommit_is_named() {
+    let field = |name: &str| {
+        let memory = fs::read_to_string("/proc/meminfo").unwrap();
+        let line = memory.lines().find(|line| line.starts_with(name)).unwrap();
+        line.split_whitespace().nth(1).unwrap().parse::<usize>().unwrap() << 10
+    };
+    if fs::read_to_string("/proc/sys/vm/overcommit_memory").unwrap().trim() != "2" {
+        eprintln!("not run: vm.overcommit_memory is not 2");
+        return;
+    }
+    const HEAP: usize = 400;
+    let heap = HEAP.to_string();
+    let [mut cloning, mut forking] =
+        [&[][..], &["--fork"]].map(|way| Server::whoami([&ARGS, way, &["--heap", &heap]].concat()));
+    let rest = field("CommitLimit:") - field("Committed_AS:") - (HEAP << 19);
+    let reserved = Vec::<u8>::with_capacity(rest);
+    let line = forking.fail_to_upgrade();
+    assert!(line.contains("overcommit"), "{line}");
+    assert_eq!(generation(&forking.addr()), 1);
+    cloning.upgrade();
+    drop(reserved);
+    forking.upgrade();
+}
+
+/// A program that traces the server sees each signal and each new process first.
+#[test]
+fn a_traced_server_is_upgraded() {
+    let tracers: [&[&str]; 3] = [
+        &["strace", "-o", "/dev/null", "-p"],
+        &["strace", "-f", "-o", "/dev/null", "-p"],
+        &["gdb", "--batch", "-ex", "handle SIGHUP nostop noprint pass", "-ex", "continue", "-p"],
+    ];
+    for tracer in tracers {
+        if Command::new(tracer[0]).arg("--version").stdout(Stdio::null()).status().is_err() || !has_strace() {
+            eprintln!("not run: needs {}", tracer[0]);
+            continue;
+        }
+        for way in [&[][..], &["--fork"]] {
+            let mut server = Server::whoami([&ARGS, way].concat());
+            let pid = server.pid();
+            let mut command = Command::new(tracer[0]);
+            command.args(&tracer[1..]).arg(pid.to_string()).stdin(Stdio::null()).stdout(Stdio::null());
+            let mut tracer = guard::mark(&mut command, 0).stderr(Stdio::null()).spawn().unwrap();
+            eventually("it is traced", || status_field(pid, "TracerPid") != "0");
+            upgrades(&mut server);
+            drop(server);
+            let _ = tracer.kill();
+            tracer.wait().unwrap();
+        }
+    }
+}
+
+/// It knows no clone but those of the C library, so a server under it has to choose fork.
+#[test]
+fn a_server_under_valgrind_is_upgraded() {
+    let valgrind = || Command::new("valgrind");
+    if !valgrind().args(["-q", "true"]).status().is_ok_and(|status| status.success()) {
+        eprintln!("not run: needs a valgrind that works for this processor");
+        return;
+    }
+    let mut command = valgrind();
+    command.args(["-q", "--error-exitcode=9"]).arg(example("whoami")).args(ARGS).arg("--fork");
+    let mut server = Server::serving(command);
+    upgrades(&mut server);
+    server.signal(Signal::TERM);
+    server.wait_all_ended();
+    assert_eq!(server.exit_code(), Some(0), "an error of memory");
 }
 
 /// mlockall applies only to the calling process, and is not inherited.
@@ -244,11 +423,11 @@ fn a_server_in_a_changed_root_is_upgraded() {
         return;
     }
     let root = tempdir();
-    for dir in ["bin", "usr", "lib", "lib64", "proc", "dev", "tmp"] {
+    for dir in ["bin", "usr", "lib", "lib32", "lib64", "proc", "dev", "tmp"] {
         fs::create_dir(root.path().join(dir)).unwrap();
     }
     install("whoami", root.path().join("bin/whoami"));
-    let script = "for dir in usr lib lib64 dev; do [ ! -d /$dir ] || mount --rbind /$dir $0/$dir || exit; done; \
+    let script = "for dir in usr lib lib32 lib64 dev; do [ ! -d /$dir ] || mount --rbind /$dir $0/$dir || exit; done; \
                   root=$0; exec chroot $root /bin/whoami \"$@\"";
     let mut command = Command::new("unshare");
     command.args(["--mount", "sh", "-c", script]).arg(root.path()).args(ARGS).env("TMPDIR", "/tmp");

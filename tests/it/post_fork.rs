@@ -114,6 +114,9 @@ fn serve(switches: &str) -> Result<(), Box<dyn std::error::Error>> {
         }
         assert!(!(panic || panic_at_end && matches!(event, Event::Ended(_))), "as asked");
     });
+    if is("missing") {
+        builder.exec("/no/such/program");
+    }
     if is("fork") {
         builder.spawn(Spawn::Fork);
     }
@@ -261,6 +264,10 @@ fn nothing_uses_the_allocator_between_fork_and_execve() {
         let mut bed = Bed::new(switches);
         bed.server.upgrade();
         assert_eq!(generation(&bed.server.addr()), 2);
+        // Nor if it fails there.
+        let mut bed = Bed::new(&format!("missing {switches}"));
+        let line = bed.server.fail_to_upgrade();
+        assert!(line.contains("execve: No such file"), "{line}");
     }
 }
 
@@ -278,6 +285,10 @@ fn the_environment_stays_as_it_is() {
 
 /// A fork copies the page tables while every thread is stalled, and later copies each page that is written to.
 #[test]
+#[cfg_attr(
+    any(ecdysis_unix, not(any(target_arch = "x86_64", target_arch = "aarch64", target_arch = "riscv64"))),
+    ignore = "only the clone of Linux shares them, on these processors"
+)]
 fn a_spawn_leaves_the_pages_of_the_parent_alone() {
     let faults = |switches: &str| {
         let mut bed = Bed::new(switches);

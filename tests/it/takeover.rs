@@ -4,6 +4,7 @@
 use std::ffi::OsStr;
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::os::unix::process::CommandExt;
@@ -14,6 +15,20 @@ use std::time::Duration;
 
 use crate::support::*;
 use rustix::process::Signal;
+
+/// Whether the end of a process that takes over can be seen (SO_PEERPIDFD, Linux 6.5).
+fn has_peer_pidfd() -> bool {
+    const SO_PEERPIDFD: libc::c_int = 77;
+    let (socket, _peer) = UnixStream::pair().unwrap();
+    let (mut fd, mut size) = (-1_i32, 4);
+    // SAFETY: the kernel writes four bytes into a number of four, and makes a descriptor that nobody else has.
+    unsafe {
+        let place = (&raw mut fd).cast();
+        let has = libc::getsockopt(socket.as_raw_fd(), libc::SOL_SOCKET, SO_PEERPIDFD, place, &mut size) == 0;
+        drop(has.then(|| OwnedFd::from_raw_fd(fd)));
+        has && cfg!(not(ecdysis_unix))
+    }
+}
 
 /// A directory with a takeover socket, and the servers that use it.
 struct Meeting {
@@ -290,7 +305,10 @@ fn a_bad_successor_costs_nothing() {
         ("signal=9", "ended before it was ready"),
         ("panic", "child "),
         ("refuse=bad config", "refused: bad config"),
-        ("close-status", "closed its link but did not end"),
+        (
+            "close-status",
+            if has_peer_pidfd() { "closed its link but did not end" } else { "ended before it was ready" },
+        ),
     ];
     for (words, expected) in cases {
         let _bad = meeting.misbehaving(words);
@@ -409,6 +427,10 @@ fn a_successor_that_stands_still_for_a_moment_serves() {
 /// serving and reports it.
 #[test]
 fn a_successor_that_closes_its_link_and_lives_on_is_named() {
+    if !has_peer_pidfd() {
+        eprintln!("not run: needs SO_PEERPIDFD, to see that a stranger lives");
+        return;
+    }
     let meeting = Meeting::new(&["--probation", "5000"]);
     let mut server = meeting.serving();
     let addr = server.addr();

@@ -21,7 +21,8 @@
 //!       --upgrade-socket P  --stop-socket P  --partial-stop-socket P  --control-socket P  --pid-file P  --exec P
 //!       --ready-timeout MS|max  --probation MS|max  --overlap allow|refuse|N  --fork
 //!       --drop-early                      drop the handle before the drain
-//!       --close-stdin  --mlockall         do this first
+//!       --close N  --mlockall             do this first: close a standard stream, lock the memory
+//!       --heap MB                         the first generation allocates this much
 //!       --next FILE                       read at each upgrade: `exec=PATH`, or `NAME=VALUE` for the environment
 //!       --verify FILE                     at each upgrade the new version is kept if the file contains `ok`, and rolled back
 //!                                         otherwise; waits until the file exists
@@ -168,7 +169,9 @@ impl log::Log for Log {
 fn report(event: &Event) {
     match event {
         Event::Committed(u) => {
-            let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
+            let mut now = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+            // SAFETY: writes one timespec. Not by rustix, which reads the vDSO: Valgrind hides it.
+            unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &mut now) };
             let (at, ms) = (now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64, u.commit.as_secs_f64() * 1e3);
             say(format!("committed pid={} gen={} ms={ms:.3} at={at}", u.pid, u.generation));
         }
@@ -276,8 +279,14 @@ impl Options {
                 Long("probation") => drop(builder.probation(ms(args.value()?)?)),
                 Long("drop-early") => options.drop_early = true,
                 Long("fork") => drop(builder.spawn(Spawn::Fork)),
-                // SAFETY: nothing here reads stdin.
-                Long("close-stdin") => drop(unsafe { libc::close(0) }),
+                // SAFETY: the first three, which nothing here owns.
+                Long("close") => drop(unsafe { libc::close(args.value()?.parse::<u8>()?.min(2).into()) }),
+                Long("heap") => {
+                    let megabytes: usize = args.value()?.parse()?;
+                    if std::env::var_os("ECDYSIS_HANDOVER").is_none() {
+                        std::mem::forget(Vec::<u8>::with_capacity(megabytes << 20));
+                    }
+                }
                 // SAFETY: plain numbers.
                 Long("mlockall") => drop(unsafe { libc::mlockall(libc::MCL_CURRENT | libc::MCL_FUTURE) }),
                 Long("overlap") => drop(builder.overlap(match args.value()?.string()?.as_str() {
@@ -488,6 +497,7 @@ impl Misbehavior {
             match name.as_str() {
                 "helper" => helper(),
                 "slow-listen" | "sleep" | "no-run" | "die-after-ready" | "stop-after-ready" | "freeze-after-ready" => {}
+                "memory" => std::mem::forget(vec![1_u8; value.parse::<usize>()? << 20]),
                 "exit" => process::exit(value.parse()?),
                 "signal" => kill_self(value.parse()?)?,
                 "stop-self" => kill_self(libc::SIGSTOP)?,

@@ -57,26 +57,11 @@ impl Stack {
         child: extern "C" fn(*mut c_void) -> c_int,
         argument: *mut c_void,
     ) -> io::Result<Cloned> {
-        if sibling && pidfd_open(getpid(), PidfdFlags::empty()).is_ok() {
-            // SAFETY: as for this function.
-            if let Ok((pid, Some(pidfd))) = unsafe { self.clone_with(libc::CLONE_PARENT, child, argument) } {
-                return Ok(Cloned { pid, pidfd: Some(pidfd), is_sibling: true });
-            }
-        }
-        // SAFETY: as for this function.
-        let (pid, pidfd) = unsafe { self.clone_with(0, child, argument) }?;
-        Ok(Cloned { pid, pidfd, is_sibling: false })
-    }
-
-    unsafe fn clone_with(
-        &self,
-        flags: c_int,
-        child: extern "C" fn(*mut c_void) -> c_int,
-        argument: *mut c_void,
-    ) -> io::Result<(c_int, Option<OwnedFd>)> {
+        let is_sibling = sibling && pidfd_open(getpid(), PidfdFlags::empty()).is_ok();
         let mut pidfd: RawFd = -1;
         self.in_use.store(1, Ordering::Relaxed);
-        let flags = flags | libc::CLONE_VM | libc::CLONE_PIDFD | libc::SIGCHLD;
+        let parent = if is_sibling { libc::CLONE_PARENT } else { 0 };
+        let flags = parent | libc::CLONE_VM | libc::CLONE_PIDFD | libc::SIGCHLD;
         // SAFETY: the stack's top is aligned and belongs to this child alone (clone(2)); the rest as for this function.
         let pid = unsafe {
             let top = self.room.as_ptr().add(SIZE);
@@ -86,11 +71,12 @@ impl Stack {
         if pid < 0 {
             let error = io::Error::last_os_error();
             self.in_use.store(0, Ordering::Relaxed);
-            return Err(error);
+            // SAFETY: as for this function; there is no child yet.
+            return if is_sibling { unsafe { self.clone(false, child, argument) } } else { Err(error) };
         }
         // SAFETY: the kernel made this descriptor for this call; kernels that do not know CLONE_PIDFD leave -1.
         let pidfd = (pidfd >= 0).then(|| unsafe { OwnedFd::from_raw_fd(pidfd) });
-        Ok((pid, pidfd.and_then(|pidfd| above_stdio(pidfd).ok())))
+        Ok(Cloned { pid, pidfd: pidfd.and_then(|pidfd| above_stdio(pidfd).ok()), is_sibling })
     }
 
     /// In the child: makes the kernel mark the stack as free when this process executes a program or ends. (The flag
