@@ -15,23 +15,24 @@ use super::listener::Accept;
 use crate::sys::poll::{poll, wait_readable, Deadline, SCARCE};
 use crate::sys::watch::Watch;
 
-/// After an attempt on an empty queue, the number of connections that are waited for before they are accepted: such an
-/// attempt makes the kernel create a socket and discard it, which costs more than a wait that returns at once.
+/// After an attempt on an empty queue, the number of connections for which a loop waits before it accepts. An attempt
+/// on an empty queue makes the kernel create and discard a socket, which costs more than a wait that returns
+/// immediately.
 const WAIT_FIRST: u32 = 8;
 
-/// How one loop waits, and what it remembers.
+/// The state of one loop.
 #[derive(Debug)]
 pub(crate) struct AcceptLoop {
     readiness: Readiness,
     tries: Tries,
-    /// The number of waits to come before an attempt.
+    /// The remaining number of accepts that wait first.
     wait_first: u32,
 }
 
-/// How a loop waits for its listener or the gate.
+/// How a loop waits for its listener and the gate.
 #[derive(Debug)]
 enum Readiness {
-    /// Not chosen yet.
+    /// No way of waiting is chosen yet.
     Unused,
     /// EPOLLEXCLUSIVE: one connection wakes one thread. With poll it would wake all of them.
     Watch(Watch),
@@ -44,15 +45,15 @@ impl AcceptLoop {
         Self { readiness: Readiness::Unused, tries: Tries::default(), wait_first: 0 }
     }
 
-    /// For one connection, for which an epoll is not worth its cost.
+    /// For a single connection, for which an epoll is not worth its cost.
     pub(crate) fn once() -> Self {
         Self { readiness: Readiness::Poll, ..Self::new() }
     }
 
     /// Calls `attempt`, which must not block, until it returns a connection or datagram of `fd`. Returns `None` when
-    /// accepting is over, and an error only if `fd` is of no more use.
+    /// accepting is over, and an error only if `fd` can no longer be used.
     ///
-    /// Attempts come before waits: a busy server makes one system call for each connection.
+    /// It attempts first and waits later, so a busy server makes one system call per connection.
     pub(crate) fn next<T>(
         &mut self,
         gate: &Gate,
@@ -104,27 +105,27 @@ impl AcceptLoop {
 
     /// Wakes the other processes and threads that wait for the listener, if a connection is queued.
     ///
-    /// A connection wakes one of the threads that wait exclusively, in whichever process. Suppose that this one was woken,
-    /// and paused before it could accept. The connection would stay in the queue, and a thread of the other generation,
-    /// which accepts, would sleep until the next one arrived. shutdown(2) of the sending side means nothing to a listener,
-    /// but it wakes everyone who waits for it.
+    /// A connection wakes one of the threads that wait exclusively, in any process. Suppose that it woke this thread,
+    /// and that this process paused before the thread could accept. The connection would stay in the queue, and a
+    /// thread of the other generation, which accepts, would sleep until the next connection arrived. shutdown(2) of the
+    /// sending side has no other effect on a listener, but wakes all waiting threads.
     fn pass_on(&self, fd: BorrowedFd<'_>) {
         if matches!(self.readiness, Readiness::Watch(_)) && wait_readable(fd, Deadline::after(Duration::ZERO)) {
             let _ = rustix::net::shutdown(fd, rustix::net::Shutdown::Write);
         }
     }
 
-    /// Returns when there may be something. Errors show at the next attempt.
+    /// Returns when there may be something to accept. The next attempt reports errors.
     fn wait(&mut self, fd: BorrowedFd<'_>, gate: &Gate) {
         let closed = gate.closed();
         if gate.is_paused() {
-            // The next generation does not have this listener. The other flag is raised all the time now.
+            // The next generation does not have this listener, and the gate's flag is always raised now.
             let mut fds = [PollFd::from_borrowed_fd(fd, PollFlags::IN), PollFd::new(gate.over(), PollFlags::IN)];
             let _ = poll(&mut fds, Deadline::NEVER);
             return;
         }
         if let Readiness::Unused = self.readiness {
-            // Without a spare descriptor, poll does the same at a higher cost.
+            // If no descriptor is free, poll does the same at a higher cost.
             self.readiness = Watch::new(fd, closed.as_fd()).map_or(Readiness::Poll, Readiness::Watch);
         }
         match &self.readiness {
@@ -142,7 +143,7 @@ impl AcceptLoop {
 pub struct Incoming<'a, L> {
     listener: &'a L,
     gate: Arc<Gate>,
-    /// Until the end.
+    /// `None` after the end.
     accept_loop: Option<(AcceptLoop, LoopGuard)>,
 }
 

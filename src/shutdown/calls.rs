@@ -1,8 +1,8 @@
-//! Accept loops that a program writes itself, as calls of `Shutdown::accept` or `Shutdown::recv_from`.
+//! Accept loops that a program writes itself with `Shutdown::accept` or `Shutdown::recv_from`.
 //!
-//! Between two calls the thread may hold a connection for which it has not taken a guard yet, and more may be queued. A
-//! drain that did not know of the loop would return, the process would end, and all of them would be reset. So a thread
-//! counts as a loop from its first call until a call ends the loop, or until the thread ends.
+//! Between two calls the thread may have a connection for which it has not created a guard yet, and more may be queued.
+//! If the drain did not know about the loop, it would return, the process would end, and all of these connections would
+//! be reset. So a thread counts as a loop from its first call until a call ends the loop, or until the thread ends.
 
 use std::cell::RefCell;
 use std::io;
@@ -33,7 +33,7 @@ pub(super) fn next<T>(
             loops.push((number, drain.count_loop()));
         }
     });
-    // Only for this call if the thread is ending and its list is gone.
+    // If the thread is ending and its list is already gone, the loop counts only for this call.
     let _guard = listed.is_err().then(|| drain.count_loop());
     let next = AcceptLoop::once().next(gate, fd, attempt);
     if !matches!(next, Some(Ok(_))) {
@@ -42,7 +42,7 @@ pub(super) fn next<T>(
     next
 }
 
-/// Ends this thread's loops: a thread that drains does not accept.
+/// Ends this thread's loops, because a thread that drains does not accept.
 pub(super) fn end(drain: &Arc<Drain>) {
     let _ = LOOPS.try_with(|loops| loops.borrow_mut().retain(|(_, guard)| !guard.is_of(drain)));
 }

@@ -1,4 +1,4 @@
-//! What an accept loop does next: one decision for threads and for Tokio.
+//! The next step of an accept loop: one decision for threads and for Tokio.
 
 use std::io;
 
@@ -7,44 +7,45 @@ use rustix::io::Errno;
 use super::gate::Phase;
 use crate::logging;
 
-/// Failures in a row after which a loop pauses before it tries again.
+/// The number of consecutive failures after which a loop pauses before it retries.
 const MAX_FAILED: u32 = 16;
 
-/// What one accept loop remembers from one attempt to the next.
+/// The memory of one accept loop between attempts.
 #[derive(Debug, Default)]
 pub(crate) struct Tries {
-    /// Attempts that have failed one after the other, except for an empty queue.
+    /// The number of consecutive failures. An empty queue does not count.
     failed: u32,
     /// A pause was logged.
     logged: bool,
 }
 
-/// What an accept loop does after an attempt.
+/// The next step of an accept loop after an attempt.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Step {
     /// Return the result, a connection or datagram.
     Return,
-    /// Try again at once.
+    /// Retry immediately.
     Retry,
-    /// Try again when there is something or the phase changes.
+    /// Retry when there is something to accept or the phase changes.
     Wait,
-    /// Try again when there is something, or when the stop has [settled](super::gate::Gate::settled).
+    /// Retry when there is something to accept, or when the stop has [settled](super::gate::Gate::settled).
     Linger,
-    /// Try again after [`SCARCE`](crate::sys::poll::SCARCE). The listener stays readable meanwhile, so polling it would be a
-    /// busy loop.
+    /// Retry after [`SCARCE`](crate::sys::poll::SCARCE). The listener stays readable during that time, so polling it
+    /// would be a busy loop.
     Pause,
-    /// End.
+    /// End the loop.
     End,
-    /// Return the error, and end.
+    /// Return the error, and end the loop.
     Fail,
 }
 
 /// Decides what follows from `result` in `phase`, which is [`Phase::Accept`] or [`Phase::AcceptQueued`]. `settled`:
 /// [`Gate::settled`](super::gate::Gate::settled) has passed.
 ///
-/// A client may take itself for connected before its last packet has put it into the queue, so a queue that is empty at the
-/// stop says nothing yet. One that is empty later ends the loop. If it had to stay empty for a while, a steady load would
-/// keep the loop accepting, and those that it accepts last would be cut at the end of the drain.
+/// A client may consider itself connected before its last packet has put the connection into the queue, so a queue that
+/// is empty right at the stop proves nothing. A queue that is empty later ends the loop. If the queue had to stay empty
+/// for a while, a steady load would keep the loop accepting, and the last connections would be cut at the end of the
+/// drain.
 pub(crate) fn decide<T>(phase: Phase, settled: bool, result: &io::Result<T>, tries: &mut Tries) -> Step {
     let failure = match result {
         Ok(_) => {
@@ -64,7 +65,7 @@ pub(crate) fn decide<T>(phase: Phase, settled: bool, result: &io::Result<T>, tri
     }
 }
 
-/// As [`decide`], and logs what an operator should know.
+/// Like [`decide`], and logs what an operator should know.
 pub(crate) fn decide_and_log<T>(phase: Phase, settled: bool, result: &io::Result<T>, tries: &mut Tries) -> Step {
     let step = decide(phase, settled, result, tries);
     match (step, result) {
@@ -81,28 +82,28 @@ pub(crate) fn decide_and_log<T>(phase: Phase, settled: bool, result: &io::Result
     step
 }
 
-/// What a failed accept means.
+/// The meaning of a failed accept.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum AcceptFailure {
     /// Nothing is queued.
     Empty,
     /// One connection is lost; the listener works.
     Connection,
-    /// No descriptor or memory is left.
+    /// The process is out of descriptors or memory.
     Exhausted,
-    /// The descriptor is not a listener, or no longer.
+    /// The descriptor is not a listener, or no longer one.
     Listener,
 }
 
 impl AcceptFailure {
-    /// accept(2) reports errors of the new connection as its own, and the list of those is open: firewalls (EPERM) and
-    /// security modules (EACCES) add to it. recvfrom(2) reports in the same way what an earlier answer met. A loop that
-    /// ended because of one of them would leave every later client unserved. So only the errors that name the descriptor
-    /// itself end it, and those of Tokio that have no number: its runtime is gone.
+    /// accept(2) reports errors of the new connection as its own, and the list of these errors is open: firewalls
+    /// (EPERM) and security modules (EACCES) add to it. In the same way recvfrom(2) reports errors of earlier answers.
+    /// A loop that ended because of one of them would leave every later client unserved. So a loop ends only on errors
+    /// about the descriptor itself, and on errors of Tokio without an errno, which mean that its runtime is gone.
     fn of(error: &io::Error) -> Self {
         match Errno::from_io_error(error) {
             Some(Errno::AGAIN) => Self::Empty,
-            // ENOSPC: epoll is out of watches, of which an asynchronous runtime needs one for each connection.
+            // ENOSPC: epoll is out of watches. An asynchronous runtime needs one for each connection.
             Some(Errno::MFILE | Errno::NFILE | Errno::NOMEM | Errno::NOBUFS | Errno::NOSPC) => Self::Exhausted,
             Some(Errno::BADF | Errno::FAULT | Errno::INVAL | Errno::NOTSOCK | Errno::NOSYS) | None => Self::Listener,
             Some(_) => Self::Connection,

@@ -1,4 +1,4 @@
-//! Waiting until every accept loop has ended and every connection is done.
+//! The drain: waits until every accept loop has ended and every connection is done.
 
 use std::fmt;
 use std::io;
@@ -15,10 +15,10 @@ use super::sync::{AtomicBool, AtomicUsize, Flag, Mutex};
 use crate::handover::ancestors::{Ancestors, DrainLink};
 use crate::sys::poll::{poll, Deadline};
 
-/// How often a stop that waits for older generations reports progress: theirs cannot be seen from here.
+/// How often a stop that waits for older generations reports progress, because it cannot see theirs.
 const OLDER: Duration = Duration::from_secs(1);
 
-/// A later generation, which may ask this one to end its drain.
+/// A source of requests to end the drain, such as a later generation.
 pub(crate) trait EndSignal: fmt::Debug + Send + Sync {
     /// Readable when there is something to [`read`](Self::read).
     fn fd(&self) -> BorrowedFd<'_>;
@@ -27,32 +27,32 @@ pub(crate) trait EndSignal: fmt::Debug + Send + Sync {
     fn read(&self) -> End;
 }
 
-/// What an [`EndSignal`] asks for.
+/// The request of an [`EndSignal`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum End {
-    /// Nothing yet.
+    /// No request yet.
     Continue,
     Within(Duration),
-    /// Nothing ever: every later generation has ended.
+    /// There will be no request, because every later generation has ended.
     Gone,
 }
 
 type Progress = Box<dyn Fn(usize) + Send + Sync>;
 
-/// The accept loops and connections that are left.
+/// The remaining accept loops and connections.
 pub(crate) struct Drain {
     loops: AtomicUsize,
     guards: AtomicUsize,
-    /// Set by the first drain: before, nobody waits for `look`.
+    /// Set by the first drain. Before that, no thread waits for `look`.
     draining: AtomicBool,
-    /// Raised when the drains must look again.
+    /// Raised when the drains must check again.
     look: Flag,
-    /// When the drains must return even if connections are left.
+    /// The time at which the drains must return even if connections are left.
     end: Mutex<Deadline>,
-    /// The older generations, which are to end with this one. Set by a stop of the service.
+    /// The older generations, which must end with this one. Set by a stop of the service.
     older: OnceLock<Arc<Ancestors>>,
     signal: Mutex<Option<Arc<dyn EndSignal>>>,
-    /// Counts when there is no `signal`, or no longer.
+    /// Used if there is no `signal`, or no longer one.
     last_signal: OnceLock<Arc<dyn EndSignal>>,
     progress: OnceLock<Progress>,
 }
@@ -92,7 +92,7 @@ impl Drain {
         self.guards.load(Ordering::SeqCst)
     }
 
-    /// Ends every drain within that time, also those that begin later.
+    /// Ends every drain within this time, including later ones.
     pub(crate) fn end(&self, within: Duration) {
         let mut end = self.end.lock().unwrap_or_else(PoisonError::into_inner);
         *end = end.min(Deadline::after(within));
@@ -100,13 +100,13 @@ impl Drain {
         self.look_again();
     }
 
-    /// Makes the drains end those of the older generations too, within the same time, and wait for them. A service manager
-    /// takes the service for stopped when this process has ended, and would kill them.
+    /// Makes the drains end those of the older generations too, within the same time, and wait for them. When this
+    /// process has ended, a service manager considers the service stopped, and would kill the older generations.
     pub(crate) fn end_older(&self, older: Arc<Ancestors>) {
         let _ = self.older.set(older);
     }
 
-    /// Lets `signal` end the drains, also one that has begun.
+    /// Lets `signal` end the drains, including one that has already begun.
     pub(crate) fn set_end_signal(&self, signal: Arc<dyn EndSignal>) {
         *self.signal.lock().unwrap_or_else(PoisonError::into_inner) = Some(signal);
         self.look_again();
@@ -118,24 +118,25 @@ impl Drain {
         self.look_again();
     }
 
-    /// Calls `progress` with the number that is left whenever a drain of a stopped generation sees it fall. Only the first
-    /// such function counts.
+    /// Calls `progress` with the remaining number whenever it falls during the drain of a stopped generation. Only the
+    /// first such function is used.
     pub(crate) fn on_progress(&self, progress: Progress) {
         let _ = self.progress.set(progress);
     }
 
-    /// Blocks until accepting is over and nothing is left, the drain is ended, or `time` has passed. Returns what is left.
+    /// Blocks until accepting is over and nothing is left, the drain is ended, or `time` has passed. Returns the
+    /// remaining number.
     ///
-    /// Several threads may drain at once, each with its own `time`, and long before accepting is over. So no lock is held
-    /// over the wait: one who needs it would wait with them.
+    /// Several threads may drain at the same time, each with its own `time`, and long before accepting is over. So no
+    /// lock is held during the wait. Otherwise a thread that needs the lock would wait too.
     pub(crate) fn wait(&self, time: Duration, gate: &Gate) -> usize {
         let whole = Deadline::after(time);
         self.draining.store(true, Ordering::SeqCst);
         let (mut least, mut older_ended) = (None, false);
         loop {
             let deadline = whole.min(*self.end.lock().unwrap_or_else(PoisonError::into_inner));
-            // The loops first: a guard that is taken in a loop's body counts before that loop ends.
-            // Each is read by a read-modify-write: then whoever counts down later sees that a drain waits.
+            // Read the loops first, because a guard that is created in a loop's body counts before that loop ends. Each
+            // is read by a read-modify-write, so that a thread that counts down later sees that a drain waits.
             let left = self.loops.fetch_add(0, Ordering::SeqCst);
             let left = left + self.guards.fetch_add(0, Ordering::SeqCst);
             let state = gate.state();
@@ -145,7 +146,7 @@ impl Drain {
                 older.iter().for_each(|link| link.end_drain(deadline.time_left()));
             }
             if (left == 0 && older.is_empty() && state.is_over()) || deadline.has_passed() {
-                // They have the same deadline, unless this drain was ended before.
+                // They have the same deadline, unless this drain was ended earlier.
                 older.iter().for_each(|link| link.end_drain(Duration::ZERO));
                 // This thread may have lowered the flag before another one saw it raised.
                 self.look.raise();
@@ -208,7 +209,7 @@ impl fmt::Debug for Drain {
     }
 }
 
-/// One accept loop.
+/// Counts one accept loop until it is dropped.
 #[derive(Debug)]
 pub(crate) struct LoopGuard(Arc<Drain>);
 
@@ -226,7 +227,7 @@ impl Drop for LoopGuard {
     }
 }
 
-/// One connection being served: [`Shutdown::drain`](crate::Shutdown::drain) waits until it is dropped.
+/// Counts one connection that is being served: [`Shutdown::drain`](crate::Shutdown::drain) waits until this is dropped.
 #[derive(Debug)]
 #[must_use = "a connection counts only while its guard lives"]
 pub struct Guard(Arc<Drain>);

@@ -19,9 +19,9 @@ pub(crate) enum State {
     Starting,
     Accepting,
     Paused,
-    /// Over; connections in the accept queue belong to the next generation.
+    /// Over. Connections in the accept queue belong to the next generation.
     HandedOver,
-    /// Over; connections in the accept queue would be reset, so they are accepted first.
+    /// Over. Connections in the accept queue would be reset, so they are accepted first.
     Stopped,
 }
 
@@ -33,22 +33,22 @@ impl State {
     }
 }
 
-/// What an accept loop does in a state.
+/// The behavior of an accept loop in a state.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Phase {
     /// Wait for the next state.
     Wait,
     Accept,
-    /// Accept what is queued, and end when the queue is empty.
+    /// Accept the queued connections, and end when the queue is empty.
     AcceptQueued,
     End,
 }
 
-/// At a stop, the number of accept calls after which the queue counts as empty. New connections may keep arriving, and a
-/// queue is seldom longer than the system's default limit of 4096.
+/// At a stop, the number of accept calls after which the queue counts as empty, because new connections may keep
+/// arriving. A queue is rarely longer than the system's default limit of 4096.
 const MAX_QUEUED: usize = 1 << 14;
 
-/// The time that a handshake under way at a stop may need to reach the accept queue.
+/// How long a handshake that is in progress at a stop may need to reach the accept queue.
 const HANDSHAKE: Duration = Duration::from_millis(20);
 
 #[derive(Debug)]
@@ -62,13 +62,13 @@ pub(crate) struct Gate {
     /// Raised once over, and never lowered.
     over: Flag,
     over_since: OnceLock<Instant>,
-    /// Accept calls since the stop.
+    /// The number of accept calls since the stop.
     queued: AtomicUsize,
-    /// The listeners that the next generation does not have, by identity. This one serves them until it is over.
+    /// The listeners that the next generation does not have, by identity. This generation serves them until it is over.
     orphans: RwLock<HashSet<u64>>,
-    /// The window in which idle connections close, after their grace.
+    /// The window after the grace period in which idle connections close.
     spread: OnceLock<Duration>,
-    /// A stop was requested, and accepting goes on for its delay.
+    /// A stop was requested, and accepting continues for its delay.
     leaving: AtomicBool,
 }
 
@@ -92,7 +92,7 @@ impl Gate {
         State::ALL[self.state.load(Ordering::SeqCst) as usize]
     }
 
-    /// Changes the state, unless this generation is over: that is final. Returns whether the state has changed.
+    /// Changes the state, unless this generation is over, which is final. Returns whether the state has changed.
     pub(crate) fn set(&self, state: State) -> bool {
         let _change = self.change.lock().unwrap_or_else(PoisonError::into_inner);
         if self.state().is_over() {
@@ -113,7 +113,8 @@ impl Gate {
         true
     }
 
-    /// What a loop on this listener does now. The listener counts only where it may be an orphan.
+    /// Returns what a loop on this listener does now. The listener matters only if the next generation does not have
+    /// it.
     pub(crate) fn phase(&self, listener: Option<BorrowedFd<'_>>) -> Phase {
         let is_orphan = || listener.is_some_and(|listener| self.is_orphan(listener));
         match self.state() {
@@ -145,7 +146,7 @@ impl Gate {
         self.queued.fetch_add(1, Ordering::Relaxed);
     }
 
-    /// Blocks while the state fulfils `condition`.
+    /// Blocks while the state satisfies `condition`.
     pub(crate) fn wait_while(&self, condition: impl Fn(State) -> bool) {
         let mut change = self.change.lock().unwrap_or_else(PoisonError::into_inner);
         while condition(self.state()) {
@@ -153,7 +154,7 @@ impl Gate {
         }
     }
 
-    /// The instant of a pause in which no thread has been woken yet.
+    /// For tests of the moment of a pause at which no thread has been woken yet.
     #[cfg(test)]
     pub(crate) fn pause_unnoticed(&self) {
         self.state.store(State::Paused as u8, Ordering::SeqCst);
@@ -163,12 +164,12 @@ impl Gate {
         &self.closed
     }
 
-    /// When the handshakes that were under way at the end of accepting have put their connections into the queue.
+    /// Returns the time at which all handshakes that were in progress at the end of accepting have reached the queue.
     pub(crate) fn settled(&self) -> Deadline {
         self.over_since().map_or(Deadline::NEVER, |over| Deadline::since(over, HANDSHAKE))
     }
 
-    /// When accepting ended.
+    /// Returns when accepting ended.
     pub(crate) fn over_since(&self) -> Option<Instant> {
         self.over_since.get().copied()
     }
@@ -181,7 +182,7 @@ impl Gate {
         let _ = self.spread.set(window);
     }
 
-    /// `grace`, and a random part of the window: another at each call.
+    /// Returns `grace` plus a random part of the window, which differs at each call.
     pub(crate) fn spread(&self, grace: Duration) -> Duration {
         let window = self.spread.get().copied().unwrap_or_default();
         if window.is_zero() {

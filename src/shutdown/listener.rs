@@ -11,7 +11,7 @@ use crate::sys::{net, Mode};
 /// A listener for [`Shutdown::accept`](crate::Shutdown::accept) and [`Shutdown::incoming`](crate::Shutdown::incoming). It
 /// must be nonblocking, as every listener of [`Sockets`](crate::Sockets) is.
 pub trait Accept: AsFd + sealed::Sealed {
-    /// What it accepts.
+    /// The type of its connections.
     type Stream;
 
     /// Accepts one connection, without waiting.
@@ -22,7 +22,7 @@ pub trait Accept: AsFd + sealed::Sealed {
 /// A datagram socket for [`Shutdown::recv_from`](crate::Shutdown::recv_from): [`UdpSocket`] or [`UnixDatagram`]. It must
 /// be nonblocking, as every socket of [`Sockets`](crate::Sockets) is.
 pub trait Datagram: AsFd + sealed::Sealed {
-    /// Where a datagram came from.
+    /// The type of a sender's address.
     type Address;
 
     /// Receives one datagram, without waiting.

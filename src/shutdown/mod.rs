@@ -1,7 +1,7 @@
-//! The shutdown handle: whether this generation accepts, and how every thread and task learns that it no longer does.
+//! The shutdown handle: whether this generation accepts, and how threads and tasks are notified when it no longer does.
 //!
-//! [`gate`] holds the state, [`accept`] the accept loop of a thread, [`drain`] the wait for what is left, and `watch` wakes
-//! tasks. `decide` says what follows from an accept call, for threads and for Tokio.
+//! [`gate`] contains the state, [`accept`] the accept loop of a thread, [`drain`] the wait for the remaining
+//! connections, and `watch` wakes tasks. `decide` decides what follows from an accept call, for threads and for Tokio.
 
 mod accept;
 mod calls;
@@ -42,7 +42,7 @@ pub use self::readable::Readable;
 #[cfg(feature = "tokio_ecdysis")]
 pub(crate) use self::watch::{Slot, Watchers};
 
-/// Tells every thread whether this generation accepts, and when that is over.
+/// Tells every thread whether this generation accepts, and when accepting is over.
 ///
 /// Clones share the same state. A generation goes through four states:
 ///
@@ -53,7 +53,7 @@ pub(crate) use self::watch::{Slot, Watchers};
 /// | paused, while a new generation is on probation | wait |
 /// | over, after an upgrade or at a stop | end |
 ///
-/// Threads may therefore start before `ready`: they accept nothing that this generation may never serve.
+/// So threads may start before `ready`: they accept no connection that this generation might never serve.
 ///
 /// The descriptor ([`AsFd`]) becomes readable when accepting is over, and stays readable. Add it to any poll, select or
 /// epoll of your own, but do not read from it.
@@ -111,13 +111,13 @@ impl Shutdown {
 
     /// Blocks until there is a connection, and returns it, or `None` when accepting is over.
     ///
-    /// Errors of a single connection, and a lack of descriptors or memory, are handled: only an error of the listener
-    /// itself is returned, after which it is useless to accept again. At a stop, the connections that wait in the queue
-    /// come before the `None`; after an upgrade they belong to the next generation.
+    /// Errors of a single connection, and a lack of descriptors or memory, are handled. Only an error of the listener
+    /// itself is returned, and another accept would fail too. At a stop, the queued connections are returned before the
+    /// `None`. After an upgrade they belong to the next generation.
     ///
-    /// For a loop of calls. From the first call on, the calling thread counts as an accept loop of this listener, for which
-    /// [`drain`](Self::drain) waits: until a call returns `None` or an error, or the thread ends or itself calls `drain`. To
-    /// accept one connection only, take one from [`incoming`](Self::incoming) and drop the iterator.
+    /// Call this in a loop. From the first call on, the calling thread counts as an accept loop of this listener, for
+    /// which [`drain`](Self::drain) waits, until a call returns `None` or an error, or the thread ends or itself calls
+    /// `drain`. To accept only one connection, take one from [`incoming`](Self::incoming) and drop the iterator.
     ///
     /// Several threads may accept from one listener. The stream is blocking and close-on-exec
     /// ([accept4(2)](https://man7.org/linux/man-pages/man2/accept4.2.html)).
@@ -125,19 +125,19 @@ impl Shutdown {
         calls::next(&self.0.gate, &self.0.drain, listener.as_fd(), || listener.try_accept())
     }
 
-    /// Returns an iterator over the connections until accepting is over, each as from [`accept`](Self::accept). It ends
-    /// after an error.
+    /// Returns an iterator over the connections until accepting is over, which it accepts like
+    /// [`accept`](Self::accept). It ends after an error.
     ///
-    /// Each iterator waits with its own epoll, so a connection wakes one of the threads on a listener and not all of them.
-    /// [`drain`](Self::drain) waits until every iterator has ended or was dropped, so a [`guard`](Self::guard) that is
-    /// taken in the body of the loop is never missed. An iterator that is kept but not polled makes `drain` wait for its
-    /// full deadline, because what is in its queue at a stop would be reset.
+    /// Each iterator waits with its own epoll, so a connection wakes one of the threads on a listener and not all of
+    /// them. [`drain`](Self::drain) waits until every iterator has ended or was dropped, so it never misses a
+    /// [`guard`](Self::guard) that is created in the body of the loop. An iterator that is kept but not polled makes
+    /// `drain` wait for its full deadline, because connections in its queue at a stop would be reset.
     pub fn incoming<'a, L: Accept>(&self, listener: &'a L) -> Incoming<'a, L> {
         Incoming::new(listener, self.0.gate.clone(), self.count_loop())
     }
 
-    /// Blocks until there is a datagram, and returns its length and sender, or `None` when accepting is over: as
-    /// [`UdpSocket::recv_from`](std::net::UdpSocket::recv_from), with the states of this handle. Also for
+    /// Blocks until there is a datagram, and returns its length and sender, or `None` when accepting is over. It is
+    /// [`UdpSocket::recv_from`](std::net::UdpSocket::recv_from) with the states of this handle, and also works for
     /// [`UnixDatagram`](std::os::unix::net::UnixDatagram).
     ///
     /// The calling thread counts as an accept loop, as with [`accept`](Self::accept), so the last answer is sent before the
@@ -149,28 +149,30 @@ impl Shutdown {
     /// Blocks until `fd` is readable or accepting is over, whichever comes first, for at most `timeout`
     /// ([poll(2)](https://man7.org/linux/man-pages/man2/poll.2.html)). A pause does not end this wait.
     ///
-    /// For waits of other kinds than that between two requests, for which [`next_request`](Self::next_request) is made: a
-    /// connection that is closed on `Over` loses the request that is on its way.
+    /// Do not use this to wait between two requests: a connection that is closed on `Over` loses a request that is on
+    /// its way. Use [`next_request`](Self::next_request) for that.
     ///
     /// # Errors
     ///
-    /// That of poll(2). An interrupted wait goes on.
+    /// That of poll(2). An interrupted wait continues.
     pub fn readable(&self, fd: impl AsFd, timeout: Option<Duration>) -> io::Result<Readable> {
         readable::readable(&self.0.gate, fd.as_fd(), timeout)
     }
 
-    /// Blocks between two requests on a connection that stays open. Returns true when the next request has begun to arrive:
+    /// Blocks between two requests on a persistent connection. Returns true when the next request has begun to arrive;
     /// read and answer it. Returns false when it is time to close the connection.
     ///
-    /// That is when the peer has closed it, when no request has arrived for `idle`, and, once accepting is over, when none
-    /// has arrived for `grace`, counted from the end of accepting or of the last answer. So a connection in use is never closed
-    /// between two requests. If [`is_over`](Self::is_over) when you answer, tell the client in the protocol's way to send no
-    /// more, such as `Connection: close`, and close after the answer. A client of a protocol without such a way keeps its
-    /// connection until it pauses for `grace`, or until the drain's deadline.
+    /// It is time to close when the peer has closed the connection, when no request has arrived for `idle`, and, once
+    /// accepting is over, when none has arrived for `grace`, counted from the end of accepting or of the last answer.
+    /// So a connection in use is never closed between two requests. If [`is_over`](Self::is_over) returns true when you
+    /// answer, tell the client to send no more requests, for example with `Connection: close`, and close the connection
+    /// after the answer. If the protocol cannot express that, the connection stays open until the client pauses for
+    /// `grace`, or until the drain's deadline.
     ///
-    /// On a blocking TCP connection this costs no system call. Leave it blocking, and set a read timeout, if any, that fits
-    /// the parts of one request; with a shorter one this still waits for `idle`. The times are kept to within a second. A
-    /// request that has begun may take longer than any of them: only a read timeout of your own cuts it.
+    /// On a blocking TCP connection this adds no system call. Leave it blocking. If you set a read timeout, choose one
+    /// that fits the parts of one request; this method still waits for `idle`, even if that is longer. The times are
+    /// accurate to one second. A request that has begun may take longer than any of them; only your own read timeout
+    /// limits it.
     ///
     /// ```
     /// use std::io::{BufRead, BufReader, Write};
@@ -205,7 +207,7 @@ impl Shutdown {
         self.0.gate.wait_while(|state| !state.is_over());
     }
 
-    /// Blocks while this generation does not accept yet, or is paused. Returns true when it accepts, and false when
+    /// Blocks while this generation does not accept yet or is paused. Returns true when it accepts, and false when
     /// accepting is over.
     pub fn wait_accepting(&self) -> bool {
         self.0.gate.wait_while(|state| matches!(state, State::Starting | State::Paused));
@@ -217,8 +219,8 @@ impl Shutdown {
         self.state().is_over()
     }
 
-    /// Returns whether a readiness probe should succeed: this generation accepts, and no stop was requested. It fails from
-    /// a stop on, also while accepting goes on for [`Builder::stop_delay`](crate::Builder::stop_delay).
+    /// Returns whether a readiness probe should succeed: this generation accepts, and no stop was requested. It returns
+    /// false from a stop on, even while accepting continues for [`Builder::stop_delay`](crate::Builder::stop_delay).
     pub fn is_ready(&self) -> bool {
         self.state() == State::Accepting && !self.0.gate.is_leaving()
     }
@@ -231,18 +233,18 @@ impl Shutdown {
     /// Returns a descriptor that is readable while this generation does not accept: before `ready`, during a pause, and
     /// once accepting is over.
     ///
-    /// For accept loops that are not written in terms of this handle: add it to their poll, and accept only while it is not
+    /// For accept loops that do not use this handle: add the descriptor to their poll, and accept only while it is not
     /// readable. Do not read from it.
     pub fn gate(&self) -> BorrowedFd<'_> {
         self.0.gate.closed().as_fd()
     }
 
-    /// Counts a connection until the guard is dropped. Call this before the connection goes to another thread.
+    /// Counts a connection until the guard is dropped. Call this before you pass the connection to another thread.
     pub fn guard(&self) -> Guard {
         Guard::new(&self.0.drain)
     }
 
-    /// Returns the number of guards that exist now.
+    /// Returns the current number of guards.
     pub fn guarded(&self) -> usize {
         self.0.drain.connections()
     }
@@ -250,9 +252,9 @@ impl Shutdown {
     /// Blocks until accepting is over, every accept loop has ended and every guard is dropped, for at most `deadline`.
     /// Returns the number of loops and guards that are left.
     ///
-    /// Several threads may call this, before or after accepting is over. A loop counts from [`incoming`](Self::incoming), or
-    /// the first [`accept`](Self::accept), on. A thread that was spawned and has not come so far counts only if it was given
-    /// a guard.
+    /// Several threads may call this, before or after accepting is over. A loop counts from
+    /// [`incoming`](Self::incoming), or from its first [`accept`](Self::accept), on. A spawned thread that has not
+    /// reached that point counts only if it has a guard.
     ///
     /// Also returns when a later generation with [`Overlap::AtMost`](crate::Overlap::AtMost) asks this one to end.
     pub fn drain(&self, deadline: Duration) -> usize {
@@ -260,7 +262,7 @@ impl Shutdown {
         self.0.drain.wait(deadline, &self.0.gate)
     }
 
-    /// Ends every drain although connections are left.
+    /// Ends every drain even if connections are left.
     pub(crate) fn end_drain(&self) {
         self.0.drain.end(Duration::ZERO);
     }
@@ -285,13 +287,13 @@ impl Shutdown {
         self.0.drain.on_progress(Box::new(progress));
     }
 
-    /// Sets which listeners the next generation does not have, by identity. Their loops go on during the pause, and empty
-    /// their queues after an upgrade as at a stop.
+    /// Sets which listeners the next generation does not have, by identity. Their loops continue during the pause, and
+    /// after an upgrade they empty their queues as at a stop.
     pub(crate) fn set_orphans(&self, orphans: HashSet<u64>) {
         self.0.gate.set_orphans(orphans);
     }
 
-    /// Changes the state, unless accepting is over: that is final.
+    /// Changes the state, unless accepting is over, which is final.
     pub(crate) fn set(&self, state: State) {
         if self.0.gate.set(state) {
             #[cfg(feature = "tokio_ecdysis")]
@@ -312,7 +314,7 @@ impl Shutdown {
         self.0.gate.set_spread(window);
     }
 
-    /// A stop was requested, and waits for its delay.
+    /// Records that a stop was requested and waits for its delay.
     pub(crate) fn leave(&self) {
         self.0.gate.leave();
     }
@@ -323,7 +325,7 @@ impl Shutdown {
         self.state() == State::HandedOver
     }
 
-    /// When an accept loop may accept.
+    /// Returns when an accept loop may accept.
     #[cfg(feature = "tokio_ecdysis")]
     pub(crate) fn accept_gate(&self) -> &Gate {
         &self.0.gate

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use super::*;
 
-/// Far more than anything here takes, also on a loaded machine.
+/// Far longer than anything here takes, even on a loaded machine.
 const LONG: Duration = Duration::from_secs(30);
 
 fn accepting() -> Shutdown {
@@ -113,8 +113,8 @@ fn a_drain_that_began_before_the_upgrade_can_be_ended_by_the_successor() {
     assert_eq!(early.join().unwrap(), 1);
 }
 
-/// Everything that was queued at a stop has been served when the drain returns, though each takes its time and its guard
-/// is taken late.
+/// Everything that was queued at a stop has been served when the drain returns, even if each connection takes time and
+/// its guard is created late.
 #[test]
 fn a_drain_waits_for_a_loop_of_accept_calls() {
     let (shutdown, listener) = (accepting(), listener());
@@ -177,7 +177,7 @@ fn a_thread_that_drains_does_not_wait_for_itself() {
     assert_eq!(shutdown.drain(LONG), 0);
 }
 
-/// Two generations on one listener: this one's thread is woken for a connection, and paused before it accepts.
+/// Two generations share a listener. A thread of this one is woken for a connection, and paused before it accepts.
 #[test]
 fn a_paused_thread_passes_its_wakeup_on() {
     let path = std::env::temp_dir().join(format!("ecdysis-pass-on-{}", std::process::id()));
@@ -194,7 +194,7 @@ fn a_paused_thread_passes_its_wakeup_on() {
 fn passes_on<L: Accept + Send + Sync + 'static>(listener: L, connect: impl FnOnce()) {
     let listener = Arc::new(listener);
     let (old, new) = (accepting(), accepting());
-    // The kernel wakes the one that came first.
+    // The kernel wakes the thread that waited first.
     let old_thread = accepting_thread(&old, &listener).0;
     let (new_thread, accepted) = accepting_thread(&new, &listener);
     old.0.gate.pause_unnoticed();
@@ -208,7 +208,7 @@ fn passes_on<L: Accept + Send + Sync + 'static>(listener: L, connect: impl FnOnc
     }
 }
 
-/// A thread that sleeps in its wait for a connection.
+/// Starts a thread that sleeps while it waits for a connection.
 fn accepting_thread<L: Accept + Send + Sync + 'static>(
     shutdown: &Shutdown,
     listener: &Arc<L>,

@@ -1,7 +1,7 @@
-//! Waking the tasks that wait for a change of the state, as the condition variable does for threads.
+//! Wakes the tasks that wait for a change of the state, like a condition variable for threads.
 //!
-//! Each request of each connection may come and go here, so the wakers lie in several parts, each with its own lock and
-//! cache lines. A thread uses the same part for all its tasks.
+//! Each request of each connection may register and unregister here, so the wakers are split into several parts, each
+//! with its own lock and cache lines. A thread uses the same part for all its tasks.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -37,7 +37,7 @@ pub(crate) struct Slot {
 }
 
 impl Watchers {
-    /// Wakes every task. Not under a lock: a waker may run any code, and leave a slot.
+    /// Wakes every task. Holds no lock, because a waker may run any code, including code that leaves a slot.
     pub(crate) fn wake(&self) {
         for part in 0..PARTS {
             let wakers: Vec<_> = self.part(part).slots.iter().flatten().cloned().collect();
@@ -45,7 +45,8 @@ impl Watchers {
         }
     }
 
-    /// Calls `waker` at every change from now on, in place of the one that was in `slot`. Look at the state after this call.
+    /// Calls `waker` at every change from now on, instead of the previous waker in `slot`. Check the state after this
+    /// call.
     pub(crate) fn register(&self, slot: &mut Option<Slot>, waker: &Waker) {
         match slot {
             None => *slot = Some(self.insert(waker.clone())),
@@ -57,7 +58,7 @@ impl Watchers {
                 }
                 let former = registered.replace(waker.clone());
                 drop(wakers);
-                // Outside the lock, as above: it may be the last owner of a task, which leaves its slots when dropped.
+                // Drop it outside the lock: it may be the last owner of a task, which leaves its slots when dropped.
                 drop(former);
             }
         }
@@ -84,7 +85,7 @@ impl Watchers {
         let former = wakers.slots[index].take();
         wakers.free.push(index);
         drop(wakers);
-        // Outside the lock, too.
+        // Drop it outside the lock too.
         drop(former);
     }
 
@@ -108,7 +109,7 @@ mod tests {
         }
     }
 
-    /// Leaves its slot when it is dropped, as a task does that owns a watch.
+    /// Leaves its slot when it is dropped, like a task that owns a watch.
     struct Leaves(Arc<Watchers>, Mutex<Option<Slot>>);
 
     impl Wake for Leaves {

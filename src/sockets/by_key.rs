@@ -1,4 +1,4 @@
-//! Descriptors that a program hands over under a key or a name of its choice.
+//! Descriptors that a program hands over under a key or name that it chooses.
 
 use std::ffi::OsStr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -9,9 +9,9 @@ use crate::key::Key;
 use crate::logging;
 
 impl Sockets {
-    /// Hands a socket that the program made itself to the next generation, under a key of the program's choice. There
-    /// [`claim`](Self::claim) returns it; so do `listen_tcp` and the like if the key is theirs. A listener or a bound
-    /// datagram socket becomes nonblocking, through every handle to it.
+    /// Hands a socket that the program has created itself to the next generation, under a key that the program chooses.
+    /// There [`claim`](Self::claim) returns it, and so do `listen_tcp` and similar methods if the key is theirs. A
+    /// listener or a bound datagram socket becomes nonblocking, for every handle to it.
     ///
     /// ```
     /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -37,33 +37,33 @@ impl Sockets {
         self.hold(key, socket.into().as_fd())
     }
 
-    /// Returns what the parent handed over under this key, and keeps it in the registry for the next generation. `None`
-    /// if nothing (more) was handed over, or if no descriptor is free; in that case `ready` fails.
+    /// Returns a socket that the parent handed over under this key, and keeps it in the registry for the next
+    /// generation. `None` if there is none (left), or if no descriptor is free; in the latter case `ready` fails.
     pub fn claim(&self, key: &Key) -> Option<OwnedFd> {
         let mut registry = self.registry();
         registry.claim(key).unwrap_or_else(|e| {
             logging::error!("cannot duplicate the descriptor of {key}: {e}");
-            // A program that binds anew after this would lose the clients in the queue of the old socket.
+            // If the program then bound a new socket, the clients in the queue of the old one would be lost.
             registry.failed.get_or_insert((key.clone(), e));
             None
         })
     }
 
     /// Removes every socket with this key from the registry, so that the next generation does not get it, and returns
-    /// how many there were. The program keeps its own handle until it closes it, and then removes the file of a Unix
+    /// how many there were. The program keeps its own handle. When it closes that, it must remove the file of a Unix
     /// socket itself.
     pub fn retire(&self, key: &Key) -> usize {
         self.registry().retire(key)
     }
 
-    /// Returns the keys of everything that the parent, or the service manager, handed over and that is not claimed or taken.
-    /// For connections and state under names that this process cannot know.
+    /// Returns the keys of everything that the parent or the service manager handed over and that is not claimed or
+    /// taken yet. Use it for connections and state under names that this process cannot know.
     pub fn inherited(&self) -> Vec<Key> {
         self.registry().inherited.iter().map(|entry| entry.key.clone()).collect()
     }
 
-    /// Declares that this version drops every listener of its parent on purpose. Otherwise [`Starting::ready`] fails if none
-    /// of them was asked for, because a version with an empty configuration would leave the clients to nobody. Call this
+    /// Declares that this version intentionally drops every listener of its parent. Otherwise [`Starting::ready`] fails
+    /// if none of them was asked for, because a version with an empty configuration would serve no client. Call this
     /// before `ready`.
     ///
     /// [`Starting::ready`]: crate::Starting::ready
@@ -72,7 +72,7 @@ impl Sockets {
     }
 
     /// Hands any descriptor to the next generation, by name: a lock file, a timer, shared memory. The registry keeps a
-    /// duplicate, which replaces an earlier one of the same name.
+    /// duplicate, which replaces an earlier one with the same name.
     ///
     /// ```
     /// # fn main() -> Result<(), Box<dyn std::error::Error>> {

@@ -12,7 +12,8 @@ use crate::key::Key;
 use crate::listen;
 
 impl Registry {
-    /// Moves the first inherited socket that `wanted` picks to ours, and returns a duplicate for the program.
+    /// Moves the first inherited socket that `wanted` accepts to the registry's own, and returns a duplicate for the
+    /// program.
     #[cfg(feature = "systemd_sockets")]
     pub(crate) fn claim_if(&mut self, wanted: impl Fn(&Entry) -> bool) -> io::Result<Option<(Key, OwnedFd)>> {
         let Some(at) = self.inherited.iter().position(wanted) else { return Ok(None) };
@@ -24,14 +25,14 @@ impl Registry {
         self.position(key).map(|at| self.claim_at(at, key.clone())).transpose()
     }
 
-    /// Where the inherited socket is that a program gets if it asks for `key`.
+    /// Returns the position of the inherited socket that a program gets if it asks for `key`.
     fn position(&self, key: &Key) -> Option<usize> {
         let exact = self.inherited.iter().position(|entry| entry.key == *key);
         exact.or_else(|| self.inherited.iter().position(|entry| key.falls_back_to(&entry.key)))
     }
 
-    /// Takes the inherited socket with this key out, if its path does not lead to it any more: a client could not find it.
-    /// The caller makes another, or returns this one to [`claim_lost`](Self::claim_lost).
+    /// Removes and returns the inherited socket with this key, if its path no longer leads to it, so that clients
+    /// cannot reach it. The caller creates another, or passes this one to [`claim_lost`](Self::claim_lost).
     pub(super) fn take_lost(&mut self, key: &Key) -> Option<Entry> {
         let at = self.position(key)?;
         let file = self.inherited[at].file.filter(|_| self.same_paths)?;
@@ -39,7 +40,7 @@ impl Registry {
         (listen::file_id(path).ok() != Some(file)).then(|| self.inherited.remove(at))?
     }
 
-    /// Claims a socket that [`take_lost`](Self::take_lost) returned, because no other could be made.
+    /// Claims a socket that [`take_lost`](Self::take_lost) returned, because no other could be created.
     pub(super) fn claim_lost(&mut self, key: &Key, entry: Entry) -> io::Result<OwnedFd> {
         self.inherited.push_front(Entry { key: key.clone(), ..entry });
         self.claim_at(0, key.clone())
@@ -53,15 +54,15 @@ impl Registry {
         Ok(fd)
     }
 
-    /// Removes what the parent handed over under this key.
+    /// Removes and returns a descriptor that the parent handed over under this key.
     pub(super) fn take(&mut self, key: &Key) -> Option<OwnedFd> {
         let at = self.inherited.iter().position(|entry| entry.key == *key)?;
         let entry = self.inherited.remove(at)?;
-        // Shared only with an upgrade that is handing it on at this moment.
+        // It is shared only if a running upgrade is handing it over.
         Arc::try_unwrap(entry.fd).or_else(duplicate).ok()
     }
 
-    /// Why an address is in use.
+    /// Explains why an address is in use.
     pub(super) fn causes_in_use(&mut self, key: &Key) -> Vec<String> {
         let is_child = self.pending.is_some();
         let mut causes = in_use::causes(key, self.inherited.make_contiguous(), &self.ours, is_child);
@@ -73,7 +74,7 @@ impl Registry {
         causes
     }
 
-    /// What a unit passed and nobody claimed, as text.
+    /// Returns the unclaimed sockets of a unit, as text.
     pub(crate) fn passed(&self) -> String {
         let units = self.inherited.iter();
         let mut list: Vec<_> =
@@ -82,7 +83,7 @@ impl Registry {
         list.join(", ")
     }
 
-    /// Returns whether something is left that a unit passed by this name.
+    /// Returns whether an unclaimed socket is left that a unit passed by this name.
     #[cfg(all(feature = "systemd_sockets", feature = "tokio_ecdysis"))]
     pub(crate) fn has_passed(&self, name: &str) -> bool {
         self.inherited.iter().any(|entry| entry.unit.as_deref() == Some(name))

@@ -1,4 +1,4 @@
-//! Why an address is in use: names the socket that has it, where this process can know it.
+//! Explains why an address is in use: names the other socket, if this process can know it.
 
 use std::env;
 use std::net::SocketAddr;
@@ -9,8 +9,8 @@ use rustix::net::{getsockname, sockopt};
 use crate::handover::entry::Entry;
 use crate::key::{Key, Kind};
 
-/// What makes bind(2) for `key` fail with "address in use": `inherited` sockets that nobody has asked for, sockets that
-/// are `ours`, or those that a service manager passed to somebody else.
+/// Explains why bind(2) for `key` fails with "address in use": unclaimed `inherited` sockets, sockets that are `ours`,
+/// or those that a service manager passed to another process.
 pub(super) fn causes(key: &Key, inherited: &[Entry], ours: &[Entry], is_child: bool) -> Vec<String> {
     let mut causes: Vec<String> = Vec::new();
     let overlapping = |entry: &&Entry| entry.key.kind() == key.kind() && overlaps(key, entry);
@@ -33,7 +33,7 @@ pub(super) fn causes(key: &Key, inherited: &[Entry], ours: &[Entry], is_child: b
     causes
 }
 
-/// Whether a socket is bound to an address that bind(2) for `key` meets.
+/// Whether a socket is bound to an address that conflicts with bind(2) for `key`.
 fn overlaps(key: &Key, entry: &Entry) -> bool {
     if !matches!(key.kind(), Kind::Tcp | Kind::Udp) {
         return false;
@@ -52,7 +52,8 @@ fn overlaps(key: &Key, entry: &Entry) -> bool {
         }
 }
 
-/// What the variables of a service manager say of sockets that this process did not take.
+/// Describes the sockets that a service manager has passed and that this process did not take, according to its
+/// variables.
 fn passed_elsewhere(variable: impl Fn(&str) -> Option<String>, me: u32) -> Option<String> {
     let count = variable("LISTEN_FDS").filter(|count| count != "0")?;
     Some(match variable("LISTEN_PID") {
@@ -81,7 +82,7 @@ mod tests {
         let any = TcpListener::bind("0.0.0.0:0").unwrap();
         let port = any.local_addr().unwrap().port();
         let key = |addr: &str| Key::tcp(format!("{addr}:{port}").parse().unwrap());
-        // As asked for, with port 0.
+        // The key has port 0, as asked for.
         let inherited = [of(any, "0.0.0.0:0")];
         for wanted in ["127.0.0.1", "0.0.0.0", "[::]"] {
             let causes = causes(&key(wanted), &inherited, &[], true);

@@ -1,4 +1,4 @@
-//! What a descriptor must be, and how long its name may be, to be handed over under a key.
+//! Checks of a descriptor before it is handed over under a key: its kind, and the length of its name.
 
 use std::io;
 use std::os::fd::BorrowedFd;
@@ -8,7 +8,7 @@ use rustix::net::{sockopt, AddressFamily, SocketType};
 use crate::key::{Key, Kind};
 use crate::sys;
 
-/// The longest name of a program's choice, in bytes.
+/// The longest name that a program may choose, in bytes.
 const MAX_NAME: usize = 255;
 
 pub(super) fn check_name(key: &Key) -> io::Result<()> {

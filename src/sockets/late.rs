@@ -1,8 +1,9 @@
-//! What is handed over at the commit: state and descriptors that must be as fresh as the commit itself.
+//! The handover at the commit: state and descriptors that must be as current as the commit itself.
 //!
-//! The child runs already, so they cannot be inherited. They travel over a socket pair that is made with the handover: a
-//! text in the form of the manifest, as a sealed memory file, and the descriptors. The parent sends them after it has
-//! paused and before `commit`, so a child that has received `commit` can receive all of them without waiting.
+//! The child already runs, so they cannot be inherited. They are sent over a socket pair that is created with the
+//! handover: a text in the form of the manifest, as a sealed memory file, and the descriptors. The parent sends them
+//! after it has paused and before `commit`, so a child that has received `commit` can receive all of them without
+//! waiting.
 
 use std::collections::HashSet;
 use std::io;
@@ -27,18 +28,18 @@ use crate::sys::{net, Mode};
 /// How long all callbacks and the sending may take together. The child waits five seconds for the commit.
 pub(super) const TIME: Duration = Duration::from_secs(3);
 
-/// How long to wait when the kernel accepts no more descriptors. No event says when it does again.
+/// How long to wait when the kernel accepts no more descriptors. No event reports when it accepts them again.
 const CROWDED: Duration = Duration::from_millis(10);
 
-/// The send buffer that is asked for, in bytes.
+/// The size of the send buffer that is requested, in bytes.
 const BUFFER: usize = 8 << 20;
 
-/// What is to be sent at the commit of one upgrade.
+/// Everything that must be sent at the commit of one upgrade.
 #[derive(Debug)]
 pub(crate) struct Late {
     socket: OwnedFd,
     producers: Vec<Producer>,
-    /// The descriptors that are handed over anyway.
+    /// The descriptors that are part of the handover already.
     known: HashSet<u64>,
 }
 
@@ -46,14 +47,14 @@ impl Late {
     /// Adds the child's end to `entries`.
     pub(super) fn new(producers: Vec<Producer>, entries: &mut Vec<Entry>) -> io::Result<Self> {
         let (socket, child_end) = net::socketpair(SocketType::STREAM, Mode::Nonblocking)?;
-        // As much as the system allows (net.core.wmem_max), because the child reads only after the commit.
+        // The largest buffer that the system allows (net.core.wmem_max), because the child reads only after the commit.
         let _ = set_socket_send_buffer_size(&socket, BUFFER);
         let known = entries.iter().map(|entry| entry.inode).collect();
         entries.push(Entry::new(Key::late(), child_end)?);
         Ok(Self { socket, producers, known })
     }
 
-    /// Calls the callbacks, and sends what they return and what was passed since the upgrade began.
+    /// Calls the callbacks, and sends their results and everything that was passed since the upgrade began.
     ///
     /// # Errors
     ///
@@ -73,7 +74,7 @@ impl Late {
     }
 }
 
-/// Calls the callbacks in a thread of their own, so that one that hangs cannot keep this process from serving.
+/// Calls the callbacks in a separate thread, so that one that hangs cannot keep this process from serving.
 pub(super) fn produce(producers: Vec<Producer>, end: Instant) -> Result<Vec<Entry>, Error> {
     let (results, produced) = mpsc::channel();
     let called = producers.clone();
@@ -89,7 +90,7 @@ pub(super) fn produce(producers: Vec<Producer>, end: Instant) -> Result<Vec<Entr
     producers.iter().map(wait).collect()
 }
 
-/// Sends descriptors, with as few bytes as they need: all must fit into the socket's buffer.
+/// Sends descriptors with as few bytes as possible, because everything must fit into the socket's buffer.
 fn send(socket: &OwnedFd, descriptors: Vec<Arc<OwnedFd>>, end: Instant) -> io::Result<()> {
     let bytes = "-".repeat(descriptors.len().div_ceil(DESCRIPTORS_PER_MESSAGE)) + "\nend\n";
     let mut sender = Sender::new(bytes.into_bytes(), descriptors)?;
@@ -97,7 +98,7 @@ fn send(socket: &OwnedFd, descriptors: Vec<Arc<OwnedFd>>, end: Instant) -> io::R
         match sender.step(socket)? {
             Sent::All => return Ok(()),
             Sent::Crowded if Instant::now() < end => thread::sleep(CROWDED),
-            // The child reads only after `commit`, so a socket that is full stays full.
+            // The child reads only after `commit`, so a full socket stays full.
             Sent::Blocked | Sent::Crowded => {
                 return Err(io::Error::new(io::ErrorKind::OutOfMemory, "more than a socket's buffer can hold"));
             }
@@ -113,7 +114,7 @@ mod tests {
     #[test]
     fn the_default_buffer_holds_thousands_of_descriptors() {
         if !rustix::process::geteuid().is_root() {
-            // In flight, they count against the limit on open files of any other user.
+            // For users other than root, descriptors in flight count against the limit on open files.
             return;
         }
         let (socket, _child_end) = net::socketpair(SocketType::STREAM, Mode::Nonblocking).unwrap();

@@ -1,7 +1,6 @@
-//! How a program asks for its sockets.
+//! The calls with which a program asks for its sockets.
 //!
-//! Asking is the same line of code in every generation: a socket that the parent handed over is claimed, any other is
-//! made.
+//! They are the same in every generation: a socket that the parent handed over is claimed, and any other is created.
 
 mod by_key;
 mod claim;
@@ -35,48 +34,49 @@ use crate::logging;
 use crate::seqpacket::UnixSeqpacketListener;
 use crate::triggers::control::TakeoverSocket;
 
-/// The sockets of this generation: makes them, or claims what the parent handed over.
+/// The sockets of this generation: creates them, or claims those that the parent handed over.
 ///
 /// [`Starting`](crate::Starting) and [`Ecdysis`](crate::Ecdysis) deref to this. It is a handle: clones share one registry.
 ///
-/// Every listener is a plain std value, close-on-exec, and **nonblocking**: parent and child share the socket and its
-/// mode, so a child that changed it would change the parent's accept loop. Accept through
+/// Every listener is a plain std value, close-on-exec, and **nonblocking**. Parent and child share the socket and its
+/// mode, so a child that changed the mode would change the parent's accept loop. Accept through
 /// [`Shutdown`](crate::Shutdown).
 ///
 /// # In the other generation
 ///
 /// Every socket that is asked for here is handed to the next generation, which gets it by the same call. Order matters
 /// only among sockets with the same address. A socket that the next generation has not asked for when it calls `ready`
-/// is closed there. A socket that is asked for while an upgrade is under way is not part of that upgrade.
+/// is closed there. A socket that is asked for during an upgrade is not part of that upgrade.
 #[derive(Clone, Debug)]
 pub struct Sockets {
     registry: Arc<Mutex<Registry>>,
-    /// The name of what is asked for through this handle.
+    /// The name that sockets of this handle have.
     label: Option<Arc<str>>,
 }
 
 impl Sockets {
-    /// In a child (`is_child`), new listeners start to listen at the commit. With `same_paths`, a path leads to the same file
-    /// here and in the parent.
+    /// In a child (`is_child`), new listeners start to listen at the commit. With `same_paths`, a path leads to the
+    /// same file here and in the parent.
     pub(crate) fn new(inherited: Vec<Entry>, is_child: bool, same_paths: bool) -> Self {
         Self { registry: Arc::new(Mutex::new(Registry::new(inherited, is_child, same_paths))), label: None }
     }
 
     pub(crate) fn registry(&self) -> MutexGuard<'_, Registry> {
-        // No code of the program runs under the lock, so the registry is whole even after a panic.
+        // No code of the program runs under the lock, so the registry is consistent even after a panic.
         self.registry.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Returns a handle whose listeners have this name, which tells several sockets on one address apart.
+    /// Returns a handle whose listeners have this name, which distinguishes several sockets on one address.
     ///
-    /// Without a name they are matched in the order in which they are asked for: if a new version asks in another order,
-    /// which nothing can detect, or for fewer, it gets one in place of another. A socket with a name is handed to the listener of the same name alone. If
-    /// the parent has none of that name, one on this address without a name is handed over.
+    /// Without names, sockets are matched in the order in which they are asked for. If a new version asks in another
+    /// order or for fewer, it gets the wrong sockets, and the library cannot detect that. A named socket is handed over
+    /// only to the listener with the same name. If the parent has no socket with that name, one on this address without
+    /// a name is handed over.
     ///
     /// ```
     /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
     /// # let starting = ecdysis::Ecdysis::builder().start()?;
-    /// // Two ports of the kernel's choice.
+    /// // Two ports that the kernel chooses.
     /// let public = starting.named("public").listen_tcp("127.0.0.1:0".parse()?)?;
     /// let admin = starting.named("admin").listen_tcp("127.0.0.1:0".parse()?)?;
     /// # Ok(())
@@ -90,15 +90,16 @@ impl Sockets {
     /// Returns a TCP listener on `addr`, with SO_REUSEADDR and the system's largest backlog
     /// ([listen(2)](https://man7.org/linux/man-pages/man2/listen.2.html)).
     ///
-    /// The listener is nonblocking. std's own [`accept`](TcpListener::accept) and [`incoming`](TcpListener::incoming) fail
-    /// with `WouldBlock` whenever no connection waits, and a crate that accepts by them ends its loop at once, or spins: the
-    /// process is ready, and serves nobody. Accept with [`Shutdown::incoming`](crate::Shutdown::incoming), and give the
-    /// *connections* to such a crate; [the guide](crate::guide::threaded) shows how. Do not make the listener blocking: an
-    /// old generation would then keep accepting after an upgrade, because all generations share the mode.
+    /// The listener is nonblocking. std's own [`accept`](TcpListener::accept) and [`incoming`](TcpListener::incoming)
+    /// fail with `WouldBlock` whenever no connection is queued. A crate that uses them ends its loop immediately, or
+    /// spins: the process is ready, but serves no client. Accept with
+    /// [`Shutdown::incoming`](crate::Shutdown::incoming), and pass the *connections* to such a crate; [the
+    /// guide](crate::guide::threaded) shows how. Do not make the listener blocking: an old generation would then keep
+    /// accepting after an upgrade, because all generations share the mode.
     ///
-    /// If a program asks for several listeners on one address, the next generation gets them in the order in which they were
-    /// asked for. It logs a warning if it asks for more or fewer. That it asks in another order cannot be detected: use
-    /// [`named`](Self::named) to tell them apart.
+    /// If a program asks for several listeners on one address, the next generation gets them in the order in which they
+    /// were asked for, and logs a warning if it asks for more or fewer. Another order cannot be detected. Use
+    /// [`named`](Self::named) to distinguish them.
     ///
     /// ```
     /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -120,8 +121,8 @@ impl Sockets {
         })
     }
 
-    /// Returns a TCP listener on `addr`, made by `build` unless the parent handed it over. `build` may ignore the socket
-    /// that it gets and return another listener. [`Socket`] has an example.
+    /// Returns a TCP listener on `addr`. `build` creates it unless the parent handed it over. `build` may ignore its
+    /// socket argument and return another listener. [`Socket`] has an example.
     ///
     /// # Errors
     ///
@@ -137,14 +138,14 @@ impl Sockets {
         .map(TcpListener::from)
     }
 
-    /// Returns a UDP socket on `addr`, made by `build` unless the parent handed it over.
+    /// Returns a UDP socket on `addr`. `build` creates it unless the parent handed it over.
     ///
     /// During an upgrade both generations hold it. Receive through
     /// [`Shutdown::recv_from`](crate::Shutdown::recv_from), which leaves datagrams to the generation that serves.
     ///
-    /// A socket that is new in this version receives from its bind(2) on: unlike a listener, it cannot wait for the commit.
-    /// With SO_REUSEPORT the kernel sends it a part of the datagrams at once, and they are lost if the upgrade fails. Keep
-    /// the number of UDP sockets on one address the same in all versions.
+    /// A socket that this version adds receives from its bind(2) on. Unlike a listener, it cannot wait for the commit.
+    /// With SO_REUSEPORT the kernel immediately sends some of the datagrams to it, and they are lost if the upgrade
+    /// fails. So keep the number of UDP sockets on one address the same in all versions.
     ///
     /// ```
     /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -255,7 +256,7 @@ impl Sockets {
             .map(UnixDatagram::from)
     }
 
-    /// Returns a takeover socket at `path` for a program with a loop of its own, which calls
+    /// Returns a takeover socket at `path` for a program with its own event loop, which calls
     /// [`Ecdysis::hand_over`](crate::Ecdysis::hand_over) when it is readable. Other programs use
     /// [`Builder::takeover_on_socket`](crate::Builder::takeover_on_socket). Its mode is 0600 from the start.
     ///
@@ -268,7 +269,7 @@ impl Sockets {
         Ok(TakeoverSocket { path: path.to_owned(), listener })
     }
 
-    /// The inherited socket with this key, or else the one that `make` makes: the fork in a listener's life.
+    /// Returns the inherited socket with this key, or otherwise the one that `make` creates.
     fn claim_or(
         &self,
         key: Key,
@@ -283,8 +284,8 @@ impl Sockets {
             if let Some(lost) = lost {
                 return self.replace_lost(&key, lost, make);
             }
-            // The inode proves that it is what the parent held under this key, and `hold` checked its kind there. A
-            // failed claim must not become a bind: on port 0 that would succeed, on another port.
+            // The inode verifies that it is the parent's socket with this key, whose kind `hold` has checked there. A
+            // failed claim must not lead to a bind: for port 0 that would succeed, on another port.
             let inherited = self.registry().claim(&key)?;
             if let Some(fd) = inherited {
                 logging::debug!("claimed {key} from the parent");
@@ -307,8 +308,8 @@ impl Sockets {
         Ok(fd)
     }
 
-    /// Makes a socket at a path that no longer leads to the inherited one. If that fails, the inherited one is better than
-    /// none: clients that have connected to it are in its queue.
+    /// Creates a socket at a path that no longer leads to the inherited one. If that fails, keeps the inherited one,
+    /// because clients that have connected to it are in its queue.
     fn replace_lost(
         &self,
         key: &Key,
@@ -318,7 +319,7 @@ impl Sockets {
         match self.make(key, make) {
             Ok(fd) => {
                 logging::warn!("{key} no longer leads to the inherited socket: opened it anew");
-                // The parent serves the old one until it is over.
+                // The parent serves the old socket until it is over.
                 let mut registry = self.registry();
                 registry.claimed = true;
                 registry.retired.push(lost);
@@ -331,7 +332,7 @@ impl Sockets {
         }
     }
 
-    /// Names the causes in an "address in use" error, which would be hard to explain without them.
+    /// Adds the causes to an "address in use" error, which would be hard to explain without them.
     fn explain(&self, key: &Key, error: io::Error) -> io::Error {
         if error.kind() != io::ErrorKind::AddrInUse {
             return error;

@@ -1,4 +1,4 @@
-//! What a program hands on besides its listeners: connections, bytes, and a pair that links two generations.
+//! State that a program hands over besides its listeners: connections, bytes, and a pair that links two generations.
 
 use std::error::Error as StdError;
 use std::ffi::OsStr;
@@ -20,9 +20,10 @@ use crate::logging;
 use crate::sys;
 
 impl Sockets {
-    /// Hands bytes to the next generation, where [`take_bytes`](Self::take_bytes) returns them: a cache, counters, the
-    /// list of what else was passed. `produce` is called once in every upgrade, before the child is started, in the
-    /// thread that upgrades. Changes after that call are not included. An earlier callback of the same name is replaced.
+    /// Hands bytes to the next generation, where [`take_bytes`](Self::take_bytes) returns them: a cache, counters, a
+    /// list of other passed items. `produce` is called once in every upgrade, before the child is started, in the
+    /// thread that upgrades. Changes after that call are not included. An earlier callback with the same name is
+    /// replaced.
     ///
     /// The bytes are handed over in a sealed memory file, at most 64 MiB. If `produce` fails or panics, the upgrade fails
     /// with [`Error::State`], and this process keeps serving.
@@ -57,19 +58,20 @@ impl Sockets {
         self.produce(name.as_ref(), false, move || produce().map_err(Into::into))
     }
 
-    /// Hands bytes to the next generation as [`pass_bytes`](Self::pass_bytes) does, but produced at the commit: after this
-    /// process has stopped accepting, and before the child may start. So they can be exact: nothing that was accepted,
-    /// read or written is missing in them. The child gets them from [`take_bytes`](Self::take_bytes) once `ready` has
-    /// returned, and not before.
+    /// Hands bytes to the next generation like [`pass_bytes`](Self::pass_bytes), but produces them at the commit: after
+    /// this process has stopped accepting, and before the child may serve. So they can be exact: they include
+    /// everything that was accepted, read or written. The child gets them from [`take_bytes`](Self::take_bytes) only
+    /// after `ready` has returned.
     ///
-    /// `produce` runs in a thread of its own. While accepting is paused (`Shutdown`), it may wait until the program's own
-    /// threads have put their connections down, and then pass them: what [`pass_stream`](Self::pass_stream) and
-    /// [`pass_fd`](Self::pass_fd) get until the last of these callbacks returns goes along with this upgrade, and is taken
-    /// by the child after `ready` too ([`inherited`](Self::inherited) lists it). If the upgrade fails it stays passed:
-    /// [`retire`](Self::retire) it, at [`Event::UpgradeFailed`](crate::Event::UpgradeFailed).
+    /// `produce` runs in a separate thread. While accepting is paused (`Shutdown`), it may wait until the program's own
+    /// threads no longer use their connections, and then pass them. Everything that is passed with
+    /// [`pass_stream`](Self::pass_stream) and [`pass_fd`](Self::pass_fd) before the last of these callbacks returns is
+    /// part of this upgrade, and the child takes it after `ready` too ([`inherited`](Self::inherited) lists it). If the
+    /// upgrade fails, it stays passed: [`retire`](Self::retire) it at
+    /// [`Event::UpgradeFailed`](crate::Event::UpgradeFailed).
     ///
     /// All callbacks together have 3 seconds. If one fails, panics or takes longer, the upgrade fails with
-    /// [`Error::State`], and this process keeps serving; the thread of one that hangs remains.
+    /// [`Error::State`], and this process keeps serving. The thread of a callback that hangs remains.
     ///
     /// ```
     /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -116,13 +118,13 @@ impl Sockets {
     }
 
     /// Returns the bytes that the parent passed by this name; `None` if there are none. The next generation gets only
-    /// what is passed here. Call this before `ready`, which drops what was not taken; but after `ready` for bytes that
-    /// were passed [at the commit](Self::pass_bytes_at_commit).
+    /// what this one passes. Call this before `ready`, which drops everything that was not taken. For bytes that were
+    /// passed [at the commit](Self::pass_bytes_at_commit), call it after `ready`.
     ///
     /// # Errors
     ///
-    /// [`Error::Socket`] if the parent did not pass a sealed memory file of at most 64 MiB, or there is no memory for it;
-    /// or if the parent ended, or did not answer, before it could pass what it passes at the commit.
+    /// [`Error::Socket`] if the parent did not pass a sealed memory file of at most 64 MiB, or there is no memory for
+    /// it; or if the parent ended, or did not answer, before it could pass its state at the commit.
     pub fn take_bytes(&self, name: impl AsRef<OsStr>) -> Result<Option<Vec<u8>>, Error> {
         let key = Key::bytes(name);
         let bytes = match self.take(&key) {
@@ -136,19 +138,20 @@ impl Sockets {
         bytes.map_err(|source| Error::Socket { key, source })
     }
 
-    /// Hands a connection to the next generation, by name. The registry keeps a duplicate, which replaces an earlier one
-    /// of the same name.
+    /// Hands a connection to the next generation, by name. The registry keeps a duplicate, which replaces an earlier
+    /// one with the same name.
     ///
-    /// The program must see to three things, because only it knows its protocol:
+    /// The program is responsible for three things, because only it knows its protocol:
     ///
     /// - The duplicate keeps the connection open. When the connection ends, [`retire`](Self::retire) it by
     ///   [`Key::stream`]; otherwise its peer never sees the end.
-    /// - From the commit on the connection belongs to the child. [`Event::Committed`](crate::Event::Committed) says when
-    ///   to stop reading and writing; an [`Event::UpgradeFailed`](crate::Event::UpgradeFailed) after it returns the
-    ///   connection to this process. The child does not touch it until `ready` has returned. Data that was read and not
-    ///   yet handled, and data that waits in a buffer to be written, must be passed with
-    ///   [`pass_bytes`](Self::pass_bytes), or must not exist.
-    /// - Both processes hold one connection with one blocking mode. Never call `shutdown` on one that was passed.
+    /// - From the commit on the connection belongs to the child. Stop reading and writing at
+    ///   [`Event::Committed`](crate::Event::Committed). An [`Event::UpgradeFailed`](crate::Event::UpgradeFailed) after
+    ///   it returns the connection to this process. The child must not use it until `ready` has returned. If there is
+    ///   data that was read but not handled, or that is buffered for writing, pass it with
+    ///   [`pass_bytes`](Self::pass_bytes).
+    /// - Both processes share the connection and its blocking mode. Never call `shutdown` on a connection that was
+    ///   passed.
     ///
     /// ```
     /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -171,11 +174,11 @@ impl Sockets {
     }
 
     /// Returns the connection that the parent passed by this name; `None` if there is none. The next generation gets it
-    /// only if it is passed again. Call this before `ready`, which closes what was not taken.
+    /// only if it is passed again. Call this before `ready`, which closes connections that were not taken.
     ///
     /// # Errors
     ///
-    /// [`Error::Socket`] if it is not a connection of the type asked for.
+    /// [`Error::Socket`] if it is not a connection of the requested type.
     pub fn take_stream<S: Stream>(&self, name: impl AsRef<OsStr>) -> Result<Option<S>, Error> {
         let key = Key::stream(name);
         let stream = self.take(&key).map(|fd| {
@@ -190,11 +193,12 @@ impl Sockets {
         stream.transpose().map_err(|source| Error::Socket { key, source })
     }
 
-    /// Makes a link of a chain of Unix datagram pairs through the generations. The first socket returned is connected to
-    /// the parent, if the parent made a pair of this name; the second to the next child, if that asks for this name.
+    /// Creates a link in a chain of Unix datagram pairs through the generations. The first returned socket is connected
+    /// to the parent, if the parent has created a pair with this name. The second is connected to the next child, if
+    /// that asks for this name.
     ///
-    /// After a failed upgrade the next child gets the same end, with the datagrams in it. Called again with the same
-    /// name, it makes a new pair in the place of the former one.
+    /// After a failed upgrade the next child gets the same end, with the datagrams in it. Another call with the same
+    /// name replaces the pair with a new one.
     ///
     /// ```
     /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -211,7 +215,7 @@ impl Sockets {
     /// # Errors
     ///
     /// The second is [`Error::Socket`] if no descriptor is free for a pair, or the name is longer than 255 bytes. The
-    /// first is valid all the same.
+    /// first is still valid in that case.
     pub fn unix_datagram_pair(&self, name: impl AsRef<OsStr>) -> (Option<UnixDatagram>, Result<UnixDatagram, Error>) {
         let key = Key::from_parts(Kind::DatagramPair, name.as_ref().as_encoded_bytes());
         let to_parent = self.take(&key).and_then(|fd| match check_kind(Kind::DatagramPair, fd.as_fd(), false) {

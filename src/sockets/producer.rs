@@ -16,14 +16,14 @@ type Callback = dyn Fn() -> Result<Vec<u8>, Box<dyn StdError + Send + Sync>> + S
 #[derive(Clone)]
 pub(crate) struct Producer {
     pub(super) key: Key,
-    /// It is called at the commit, and not when the upgrade begins.
+    /// It is called at the commit and not when the upgrade begins.
     pub(super) at_commit: bool,
     pub(super) callback: Arc<Callback>,
 }
 
 impl Producer {
     pub(super) fn produce(&self) -> Result<Entry, Error> {
-        // A panic that went on would end the service because of data that is only handed on.
+        // Otherwise a panic would end the service, only because of data for the next generation.
         let produced = panic::catch_unwind(AssertUnwindSafe(|| (self.callback)()));
         let bytes = produced.unwrap_or_else(|_| Err("the callback panicked".into())).map_err(|e| self.failed(e))?;
         let fd = blob::seal(&bytes, blob::LIMIT).map_err(|e| self.failed(e))?;

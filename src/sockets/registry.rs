@@ -1,5 +1,5 @@
-//! The registry: every descriptor that the next generation is to get, and what the parent handed over until it is
-//! claimed. Each socket is held twice, once here for the handover and once by the program.
+//! The registry: every descriptor for the next generation, and every descriptor from the parent until it is claimed.
+//! Each socket is held twice, once here for the handover and once by the program.
 
 use std::collections::{HashSet, VecDeque};
 use std::ffi::OsStr;
@@ -24,7 +24,7 @@ use crate::manager::Store;
 /// All descriptors of a generation that take part in a handover.
 #[derive(Debug, Default)]
 pub(crate) struct Registry {
-    /// Handed to the next generation, in the order asked for.
+    /// The entries for the next generation, in the order in which they were asked for.
     pub(super) ours: Vec<Entry>,
     /// Make something for the next generation when an upgrade begins, or at its commit.
     pub(super) producers: Vec<Producer>,
@@ -32,28 +32,28 @@ pub(crate) struct Registry {
     pub(super) late: Option<Arc<OwnedFd>>,
     /// Not everything came over it.
     pub(super) late_is_incomplete: bool,
-    /// From the parent or the service manager, until claimed. In the order of the handover, which is usually the order
-    /// of the claims as well, so that each claim finds its entry at the front.
+    /// The entries from the parent or the service manager, until they are claimed. They are in the order of the
+    /// handover, which is usually also the order of the claims, so that each claim finds its entry at the front.
     pub(super) inherited: VecDeque<Entry>,
-    /// What was inherited and closed, for the service manager to forget.
+    /// Inherited entries that were closed, which the service manager must remove from its store.
     pub(super) closed: Vec<(Key, Option<FileId>)>,
     /// What an earlier stop has passed at its commit, for after `ready`; and the names of all that it has stored.
     pub(super) kept_late: Vec<Entry>,
     kept_names: Vec<String>,
-    /// Keeps copies of what is ours.
+    /// The service manager's store, which keeps copies of the entries.
     pub(super) store: Option<Arc<dyn Store>>,
     /// The first claim that failed for lack of descriptors.
     pub(super) failed: Option<(Key, io::Error)>,
-    /// New listeners, with their backlogs, until they start to listen. `None` once new listeners do so at once.
+    /// New listeners, with their backlogs, until they start to listen. `None` once new listeners listen immediately.
     ///
-    /// The kernel completes handshakes from listen(2) on, and spreads connections over all SO_REUSEPORT sockets that
-    /// listen. A child that listened before the commit would keep clients waiting, and reset them if it then failed.
+    /// From listen(2) on, the kernel completes handshakes and spreads connections over all listening SO_REUSEPORT
+    /// sockets. If a child listened before the commit, clients would wait, and would be reset if the child then failed.
     pub(super) pending: Option<Vec<(Key, Arc<OwnedFd>, i32)>>,
-    /// A path leads to the same file here and in the parent.
+    /// Whether a path leads to the same file here and in the parent.
     pub(super) same_paths: bool,
-    /// The program has claimed a socket that has an address.
+    /// Whether the program has claimed a socket that has an address.
     pub(super) claimed: bool,
-    /// The program means to drop every listener of its parent.
+    /// Whether the program intentionally drops every listener of its parent.
     pub(super) discards: bool,
     /// Inherited, and retired before `ready`.
     pub(super) retired: Vec<Entry>,
@@ -76,7 +76,7 @@ impl Registry {
                 self.late = Some(entry.fd);
                 continue;
             }
-            // Two sources may know the very same socket.
+            // Two sources may have the same socket.
             let is_new = |known: &Entry| known.inode != entry.inode || known.key != entry.key;
             if inodes.insert(entry.inode) || self.inherited.iter().all(is_new) {
                 self.inherited.push_back(entry);
@@ -86,7 +86,7 @@ impl Registry {
 
     // ---- hold -------------------------------------------------------------------------------------------------------
 
-    /// When a listener that is made now starts to listen.
+    /// Returns when a listener that is created now starts to listen.
     pub(super) fn start(&self) -> Start {
         if self.pending.is_some() {
             Start::at_commit()
@@ -95,7 +95,7 @@ impl Registry {
         }
     }
 
-    /// Starts to listen on all new listeners; those to come do so at once.
+    /// Starts to listen on all new listeners. Later ones listen immediately.
     pub(super) fn start_listening(&mut self) -> Result<(), Error> {
         for (key, fd, backlog) in self.pending.take().into_iter().flatten() {
             rustix::net::listen(&fd, backlog).map_err(|e| Error::Socket { key, source: e.into() })?;
@@ -103,14 +103,14 @@ impl Registry {
         Ok(())
     }
 
-    /// Makes every socket nonblocking that others reach by its address.
+    /// Makes every socket nonblocking that peers reach by its address.
     pub(crate) fn make_nonblocking(&self) -> io::Result<()> {
         let mut sockets = self.ours.iter().filter(|entry| entry.key.kind().has_address());
         sockets.try_for_each(|entry| Ok(ioctl_fionbio(&entry.fd, true)?))
     }
 
-    /// Holds a duplicate of a socket that is of the key's kind, and makes it nonblocking. One with a backlog does not listen
-    /// yet.
+    /// Holds a duplicate of a socket after a check of its kind, and makes it nonblocking. A socket with a backlog does
+    /// not listen yet.
     pub(super) fn hold(
         &mut self,
         key: &Key,
@@ -120,13 +120,13 @@ impl Registry {
     ) -> io::Result<()> {
         check_kind(key.kind(), fd, backlog.is_some())?;
         if key.kind().has_address() {
-            // Before any other generation has it: the mode is that of all who hold the socket.
+            // Do this before another generation has it, because all processes that hold the socket share the mode.
             ioctl_fionbio(fd, true)?;
         }
         let entry = Entry { file, ..Entry::duplicate(key.clone(), fd)? };
         match (backlog, &mut self.pending) {
             (Some(backlog), Some(pending)) => pending.push((key.clone(), entry.fd.clone(), backlog)),
-            // The commit came while the socket was made.
+            // The commit happened while the socket was created.
             (Some(backlog), None) => rustix::net::listen(&entry.fd, backlog)?,
             (None, _) => {}
         }
@@ -137,7 +137,7 @@ impl Registry {
         Ok(())
     }
 
-    /// Holds a duplicate of `fd`, replacing what had the same key.
+    /// Holds a duplicate of `fd`, replacing any with the same key.
     pub(super) fn replace(&mut self, key: &Key, fd: BorrowedFd<'_>) -> io::Result<()> {
         check_name(key)?;
         let entry = Entry::duplicate(key.clone(), fd)?;
@@ -146,7 +146,7 @@ impl Registry {
         Ok(())
     }
 
-    /// Has `producer` make a descriptor at every upgrade, replacing the one for the same key and moment.
+    /// Makes `producer` produce a descriptor at every upgrade, replacing the one for the same key and moment.
     pub(super) fn produce(&mut self, producer: Producer) -> io::Result<()> {
         check_name(&producer.key)?;
         self.producers.retain(|held| held.key != producer.key || held.at_commit != producer.at_commit);
@@ -154,7 +154,7 @@ impl Registry {
         Ok(())
     }
 
-    /// Drops everything with this key, and returns how many of ours there were.
+    /// Drops everything with this key, and returns how many entries for the next generation there were.
     pub(super) fn retire(&mut self, key: &Key) -> usize {
         let Self { ours, producers, inherited, retired, store, .. } = self;
         let before = ours.len() + producers.len();
@@ -181,25 +181,25 @@ impl Registry {
 
     // ---- snapshot ---------------------------------------------------------------------------------------------------
 
-    /// The keys of what an upgrade would hand over.
+    /// Returns the keys of everything that an upgrade would hand over.
     pub(crate) fn keys(&self) -> impl Iterator<Item = &Key> {
         self.ours.iter().map(|entry| &entry.key).chain(self.producers.iter().map(|producer| &producer.key))
     }
 
-    /// What an upgrade hands over.
+    /// Returns everything that an upgrade hands over.
     pub(super) fn snapshot(&self) -> Vec<Entry> {
-        // What a unit passed and nobody has asked for yet may be asked for by a later version.
+        // A later version may ask for an unclaimed socket of a unit.
         let unclaimed = self.inherited.iter().filter(|entry| entry.unit.is_some());
         self.ours.iter().chain(unclaimed).cloned().collect()
     }
 
-    /// The connections and other descriptors of ours that are not `known`.
+    /// Returns the connections and other descriptors that are not `known`.
     pub(super) fn passed_since(&self, known: &HashSet<u64>) -> Vec<Entry> {
         let ours = self.ours.iter().filter(|entry| matches!(entry.key.kind(), Kind::Stream | Kind::Fd));
         ours.filter(|entry| !known.contains(&entry.inode)).cloned().collect()
     }
 
-    /// The files of our Unix sockets that this process cannot replace or remove.
+    /// Returns the files of Unix sockets that this process cannot replace or remove.
     pub(crate) fn out_of_reach(&self) -> Vec<PathBuf> {
         let files = self.ours.iter().filter(|entry| entry.file.is_some()).map(|entry| Path::new(entry.key.name()));
         files.filter(|path| listen::is_out_of_reach(path)).map(Path::to_owned).collect()
@@ -207,12 +207,12 @@ impl Registry {
 
     // ---- close ------------------------------------------------------------------------------------------------------
 
-    /// From here on claims are the program's. Those before were made for the control sockets.
+    /// Call this before the program claims its sockets, after the claims of the control sockets.
     pub(crate) fn begin_claims(&mut self) {
         self.claimed = false;
     }
 
-    /// The next generation does not have these listeners, and this one is over.
+    /// Removes listeners that the next generation does not have, once this one is over.
     pub(crate) fn unlink_orphans(&self, orphans: &HashSet<u64>) {
         for entry in self.ours.iter().filter(|entry| orphans.contains(&entry.inode)) {
             unlink(entry);
@@ -226,7 +226,7 @@ impl Registry {
         self.inherited.clear();
     }
 
-    /// At a stop: removes the files of those of our Unix sockets, unless the sockets outlive this process in a store.
+    /// At a stop, removes the files of the Unix sockets, unless the sockets survive in a store.
     pub(crate) fn unlink(&self, which: impl Fn(&Key) -> bool) {
         if self.store.is_some() {
             return;
@@ -244,16 +244,16 @@ impl Registry {
         self.inherit(entries);
     }
 
-    /// Has the store forget these, too, which are of no use.
+    /// Also removes these, which cannot be used, from the store.
     #[cfg(feature = "systemd_sockets")]
     pub(crate) fn forget_later(&mut self, stale: Vec<(Key, Option<FileId>)>) {
         self.closed.extend(stale);
     }
 
-    /// From now on `store` keeps a copy of every socket that is made here, and forgets what is retired. It does not keep
-    /// what a unit keeps.
+    /// From now on `store` keeps a copy of every socket that is created here, and drops retired ones. It does not keep
+    /// sockets of a unit.
     pub(crate) fn store_in(&mut self, store: Arc<dyn Store>) {
-        // The store forgets by name, and one of ours may have the same name, so this comes first.
+        // The store removes by name, and a current socket may have the same name, so remove first.
         for (key, file) in mem::take(&mut self.closed) {
             store.forget(&key, file);
         }

@@ -1,4 +1,4 @@
-//! What becomes of the sockets that a new version does not ask for.
+//! Sockets that a new version does not ask for.
 
 use std::collections::HashSet;
 use std::mem;
@@ -7,7 +7,7 @@ use super::registry::Registry;
 use crate::error::Error;
 use crate::key::Key;
 
-/// What became of the sockets that nobody claimed.
+/// The outcome for the unclaimed sockets.
 #[derive(Debug, Default)]
 pub(super) struct Unclaimed {
     /// The inodes of the parent's listeners that this version does not have.
@@ -17,13 +17,13 @@ pub(super) struct Unclaimed {
 }
 
 impl Registry {
-    /// Closes what nobody claimed. Otherwise the kernel would complete handshakes that nobody serves. What a unit passed
-    /// stays for the next generation: the manager keeps it open anyway, and passes it only once.
+    /// Closes unclaimed sockets. Otherwise the kernel would complete handshakes that no process serves. Sockets of a
+    /// unit are kept for the next generation, because the manager keeps them open anyway, and passes them only once.
     ///
     /// # Errors
     ///
-    /// [`Error::NoListener`] if the parent has listeners and none of them was asked for, unless the program has said that
-    /// this is meant; and a claim that failed.
+    /// [`Error::NoListener`] if the parent has listeners and none of them was asked for, unless the program has
+    /// declared that this is intended; and the error of a failed claim.
     pub(super) fn close_unclaimed(&mut self) -> Result<Unclaimed, Error> {
         if let Some((key, source)) = self.failed.take() {
             return Err(Error::Socket { key, source });
@@ -67,7 +67,7 @@ impl Registry {
             }
         }
         unclaimed.warnings.dedup();
-        // The same socket may have been inherited twice, and claimed once.
+        // The same socket may have been inherited twice but claimed once.
         unclaimed.dropped = closed.iter().map(|entry| entry.inode).collect();
         for ours in &self.ours {
             unclaimed.dropped.remove(&ours.inode);

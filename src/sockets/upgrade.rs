@@ -1,4 +1,4 @@
-//! What an upgrade does with the sockets: what the parent hands over, and what the child does before and at the commit.
+//! The sockets in an upgrade: what the parent hands over, and what the child does before and at the commit.
 
 use std::io;
 
@@ -11,10 +11,11 @@ use crate::handover::receive;
 use crate::logging;
 
 impl Sockets {
-    /// Closes what nobody claimed, and returns the inodes of listeners among it, which the parent serves until it is over.
+    /// Closes unclaimed sockets, and returns the inodes of the listeners among them, which the parent serves until it
+    /// is over.
     pub(crate) fn close_unclaimed(&self) -> Result<Vec<u64>, Error> {
         let unclaimed = self.registry().close_unclaimed()?;
-        // Not under the lock, because the logger is the program's.
+        // Log without the lock, because the logger belongs to the program.
         for line in &unclaimed.infos {
             logging::info!("{line}");
         }
@@ -24,8 +25,8 @@ impl Sockets {
         Ok(unclaimed.dropped.into_iter().collect())
     }
 
-    /// What an upgrade hands over when it begins, and what is to be sent at its commit. State is produced now, so that it
-    /// is fresh.
+    /// Returns everything that an upgrade hands over when it begins, and what must be sent at its commit. State is
+    /// produced now, so that it is current.
     pub(crate) fn snapshot(&self) -> Result<(Vec<Entry>, Option<Late>), Error> {
         let producers = self.registry().producers.clone();
         let (late, now): (Vec<_>, Vec<_>) = producers.into_iter().partition(|producer| producer.at_commit);
@@ -40,7 +41,7 @@ impl Sockets {
         Ok((entries, Some(late)))
     }
 
-    /// At the commit: starts to listen on new listeners, and receives what the parent has sent for this moment.
+    /// At the commit, starts to listen on new listeners, and receives what the parent has sent for this moment.
     ///
     /// # Errors
     ///
@@ -60,7 +61,7 @@ impl Sockets {
         Ok(())
     }
 
-    /// At the commit: sends what is handed over only now.
+    /// At the commit, sends what is handed over only now.
     pub(crate) fn send_late(&self, late: Late, generation: u64) -> Result<(), Error> {
         late.send(&self.registry, generation)
     }

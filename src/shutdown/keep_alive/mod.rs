@@ -1,11 +1,11 @@
-//! The wait of a thread between two requests on a connection that stays open.
+//! The wait of a thread between two requests on a persistent connection.
 //!
-//! It costs no system call: the thread blocks in the very read that receives the next request. What wakes it when the
-//! connection has been idle for too long is `shutdown(2)` of the receiving side, which on Linux ends a blocked read of a TCP
-//! connection while everything that arrives is still delivered. One thread does this for all connections, and only while
+//! It adds no system call, because the thread blocks in the read that receives the next request. When the connection
+//! has been idle for too long, `shutdown(2)` of the receiving side wakes it. On Linux this ends a blocked read of a TCP
+//! connection, but everything that arrives is still delivered. One thread does this for all connections, and only while
 //! some are idle.
 //!
-//! On Unix sockets the peer would see EPIPE, and on other systems data would be lost. There the wait is a poll(2).
+//! On Unix sockets the peer would get EPIPE, and on other systems data would be lost. There the wait is a poll(2).
 
 use std::collections::HashMap;
 use std::io::{self, BufRead, BufReader, ErrorKind, Read};
@@ -48,20 +48,21 @@ macro_rules! connections {
 }
 connections!(TcpStream: true, UnixStream: false);
 
-/// The longest sleep of the thread that wakes idle connections, which thus may last so much longer.
+/// The longest sleep of the thread that wakes idle connections. An idle connection may last longer by this time.
 const LONGEST_SLEEP: Duration = Duration::from_secs(1);
 
-/// How long ago the last byte must have arrived before a reader is woken: one that has received something needs a moment to
-/// leave its place among the idle ones, also on a busy machine.
+/// How long ago the last byte must have arrived before a reader is woken. A reader that has just received something
+/// needs a moment to leave the list of idle connections, especially on a busy machine.
 const RECENT: Duration = Duration::from_millis(250);
 
-/// The time without a new byte after which a request counts as received whole, if its first bytes and the wake-up crossed.
+/// How long no byte must arrive before a request counts as complete, if its first bytes arrived just as its reader was
+/// woken.
 const QUIET: Duration = Duration::from_secs(1);
 
-/// How often to look for more of it.
+/// How often to check for more of it.
 const MAX_QUIET: u32 = 5;
 
-/// The connections that are idle now. In several parts, because each request comes and goes here.
+/// The connections that are idle now, in several parts, because each request enters and leaves here.
 #[derive(Debug, Default)]
 pub(super) struct IdleConnections {
     parts: [Mutex<HashMap<RawFd, Idle>>; 16],
@@ -78,7 +79,7 @@ struct Idle {
 }
 
 impl Idle {
-    /// When the connection closes, given the time since which accepting is over.
+    /// Returns when the connection closes, given the time at which accepting ended.
     fn until(&self, over: Option<Instant>) -> Deadline {
         let end = Deadline::since(self.since, self.longest);
         over.map_or(end, |over| end.min(Deadline::since(over.max(self.since), self.grace)))
@@ -106,7 +107,7 @@ pub(super) fn next_request<S: Connection>(
         // Also in a later turn: once woken, a read that finds nothing returns 0.
         woken |= entry.leave();
         match received {
-            // What arrived in the meantime is still delivered.
+            // Data that arrived in the meantime is still delivered.
             Ok(0) if woken && unread(requests) > 0 => {}
             Ok(0) => return Ok(false),
             Ok(_) => {
@@ -116,7 +117,7 @@ pub(super) fn next_request<S: Connection>(
                 return Ok(true);
             }
             Err(e) if e.kind() == ErrorKind::Interrupted => {}
-            // The program has set a timeout, or the connection does not block.
+            // The program has set a timeout, or the connection is nonblocking.
             Err(e) if e.kind() == ErrorKind::WouldBlock => break,
             Err(e) => return Err(e),
         }
@@ -143,9 +144,9 @@ fn poll_for_request<S: Connection>(gate: &Gate, requests: &mut BufReader<S>, idl
     }
 }
 
-/// A request began to arrive in the microsecond between the decision to wake its reader and the wake-up. From now on a read
-/// that finds nothing returns 0, which the program would take for the end of the connection, so let the rest of the request
-/// arrive first.
+/// A request began to arrive in the microsecond between the decision to wake its reader and the wake-up. From now on a
+/// read without data returns 0, which the program would mistake for the end of the connection. So wait until the rest
+/// of the request has arrived.
 fn wait_for_the_rest<S: Connection>(requests: &BufReader<S>, quiet: Duration) {
     let mut before = None;
     for _ in 0..MAX_QUIET {
@@ -162,7 +163,8 @@ fn unread<S: Connection>(requests: &BufReader<S>) -> u64 {
     ioctl_fionread(requests.get_ref()).unwrap_or(0)
 }
 
-/// One connection's place among the idle ones. It is left on every way out of the read, a panic included.
+/// One connection's place in the list of idle connections. Dropping it leaves the list on every way out of the read,
+/// including a panic.
 struct Entry<'a> {
     connections: &'a IdleConnections,
     fd: RawFd,
@@ -188,11 +190,11 @@ impl IdleConnections {
         self.parts[fd as usize % self.parts.len()].lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// `None` if there can be no thread to wake the reader.
+    /// Returns `None` if no thread can be created to wake the reader.
     fn enter(self: &Arc<Self>, gate: &Arc<Gate>, fd: RawFd, idle: Idle) -> Option<Entry<'_>> {
         self.part(fd).insert(fd, idle);
         let entry = Entry { connections: self, fd };
-        // After the entry is in: the thread looks once more after it has cleared this.
+        // Check this after the entry is added, because the thread checks the list once more after it has cleared this.
         if !self.watched.load(Ordering::SeqCst) && !self.watched.swap(true, Ordering::SeqCst) {
             let (connections, gate) = (self.clone(), gate.clone());
             let watch = move || while connections.watch(&gate) {};
@@ -204,12 +206,13 @@ impl IdleConnections {
         Some(entry)
     }
 
-    /// Wakes the readers whose time is over, and sleeps until the next one's. Returns false when no connection is idle.
+    /// Wakes the readers whose time is over, and sleeps until the next one is due. Returns false when no connection is
+    /// idle.
     fn watch(&self, gate: &Gate) -> bool {
         let over = gate.over_since();
         let Some(next) = self.wake(over).or_else(|| {
             self.watched.store(false, Ordering::SeqCst);
-            // A connection that came before this was cleared counts on this thread.
+            // A connection that was added before this was cleared relies on this thread.
             self.wake(over).filter(|_| !self.watched.swap(true, Ordering::SeqCst))
         }) else {
             return false;
@@ -222,16 +225,16 @@ impl IdleConnections {
         true
     }
 
-    /// Wakes the readers whose time is over. Returns when the next one's is, or `None` if no connection is idle.
+    /// Wakes the readers whose time is over. Returns when the next one is due, or `None` if no connection is idle.
     fn wake(&self, over: Option<Instant>) -> Option<Deadline> {
         let mut next = None;
         for part in &self.parts {
             for (fd, idle) in part.lock().unwrap_or_else(PoisonError::into_inner).iter_mut() {
                 let mut until = idle.until(over);
                 if until.has_passed() && !idle.woken {
-                    // Under the lock, which the reader takes before it lets go of the connection.
+                    // Hold the lock, which the reader takes before it can close the connection.
                     idle.woken = wake_reader(*fd, RECENT);
-                    // One with a new request leaves by itself.
+                    // A reader with a new request leaves the list on its own.
                     until = Deadline::after(RECENT);
                 }
                 let until = if idle.woken { Deadline::NEVER } else { until };

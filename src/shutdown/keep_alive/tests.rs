@@ -7,11 +7,11 @@ use std::sync::mpsc;
 use super::super::gate::State;
 use super::*;
 
-/// Far more than anything here takes, also on a loaded machine.
+/// Far longer than anything here takes, even on a loaded machine.
 const LONG: Duration = Duration::from_secs(30);
 const SHORT: Duration = Duration::from_millis(20);
 
-/// The wait on a connection, in a thread of its own; what it returns arrives at the receiver.
+/// Waits on a connection in a separate thread, which sends the result to the receiver.
 struct Waiting<S: Connection> {
     gate: Arc<Gate>,
     connections: Arc<IdleConnections>,
@@ -58,7 +58,7 @@ fn a_life<C: Read + Write, S: Connection + Send + 'static>(mut client: C, server
     client.write_all(b"onetwo").unwrap();
     let (more, waiting) = soon(&waiting.wait(LONG, LONG));
     assert!(more);
-    // Pipelined: what is in the buffer needs no wait.
+    // With pipelining, data in the buffer needs no wait.
     let (more, waiting) = soon(&waiting.consume(b"one").wait(Duration::ZERO, LONG));
     assert!(more);
     let told = waiting.consume(b"two").wait(LONG, LONG);
@@ -68,7 +68,7 @@ fn a_life<C: Read + Write, S: Connection + Send + 'static>(mut client: C, server
     client.write_all(b"three").unwrap();
     let (more, waiting) = soon(&told);
     assert!(more);
-    // Since its last answer it has been idle for the grace.
+    // It has been idle for the grace period since its last answer.
     let (more, waiting) = soon(&waiting.consume(b"three").wait(LONG, SHORT));
     assert!(!more);
     drop(waiting);
@@ -81,7 +81,7 @@ fn a_busy_connection_stays_and_an_idle_one_closes_after_the_grace() {
     a_life(client, server);
     let (client, server) = UnixStream::pair().unwrap();
     a_life(client, server);
-    // It does not block, or not for long: the wait is the same.
+    // A nonblocking connection, or one with a short timeout, waits in the same way.
     let (client, server) = tcp();
     server.set_nonblocking(true).unwrap();
     a_life(client, server);
@@ -102,7 +102,7 @@ fn a_connection_closes_after_its_idle_time_or_when_its_peer_has_closed() {
     assert!(!soon(&told).0);
 }
 
-/// Each has its own time, and the thread that wakes them ends with the last one.
+/// Each connection has its own time, and the thread that wakes them ends after the last one.
 #[test]
 fn many_connections_close_by_one_thread() {
     let gate = Arc::new(Gate::new().unwrap());
@@ -125,7 +125,7 @@ fn many_connections_close_by_one_thread() {
     assert!(connections.parts.iter().all(|part| part.lock().unwrap().is_empty()));
 }
 
-/// The first bytes of a request and the wake-up have crossed. What follows is read, and not taken for the end.
+/// The first bytes of a request arrive just as its reader is woken. The rest is read, and the connection does not end.
 #[test]
 fn a_request_that_is_half_read_is_read_whole() {
     let (mut client, server) = tcp();
@@ -147,7 +147,7 @@ fn a_request_that_is_half_read_is_read_whole() {
     drop(sender.join().unwrap());
 }
 
-/// Its thread has not yet left its place among the idle ones.
+/// Its thread has not left the list of idle connections yet.
 #[test]
 fn a_connection_with_a_byte_of_a_request_is_not_idle() {
     let deadline = Deadline::after(LONG);
@@ -162,7 +162,7 @@ fn a_connection_with_a_byte_of_a_request_is_not_idle() {
         client.write_all(b"half").unwrap();
         assert!(wait_readable(&server, deadline));
         connections.wake(None);
-        // The first part is read, and nothing is left that shows it.
+        // The first part has been read, so nothing in the socket shows it any more.
         server.read_exact(&mut [0; 4]).unwrap();
         connections.wake(None);
         if sent.elapsed() < RECENT {

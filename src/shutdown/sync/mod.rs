@@ -1,5 +1,5 @@
-//! What the gate and the drain synchronize with. `--cfg ecdysis_loom` puts loom's doubles in its place, with which the tests
-//! beside this file try every order of the threads' steps.
+//! The synchronization primitives of the gate and the drain. `--cfg ecdysis_loom` replaces them with loom's, with which
+//! the tests beside this file try every interleaving of the threads.
 
 #[cfg(not(all(test, ecdysis_loom)))]
 pub(super) use std::sync::{

@@ -1,8 +1,8 @@
-//! The gate and the drain in every order of their threads' steps, by loom:
+//! The gate and the drain with every interleaving of their threads, by loom:
 //!
 //!     RUSTFLAGS="--cfg ecdysis_loom" cargo test --lib --target-dir target/loom shutdown::sync
 //!
-//! A wake-up that is lost shows as a deadlock.
+//! A lost wake-up shows up as a deadlock.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -17,7 +17,7 @@ use loom::thread;
 use crate::shutdown::drain::Drain;
 use crate::shutdown::gate::{Gate, Phase, State};
 
-/// The double of the flag that threads poll.
+/// The replacement for the flag that threads poll.
 #[derive(Debug)]
 pub(crate) struct Flag {
     raised: Mutex<bool>,
@@ -38,7 +38,7 @@ impl Flag {
         *self.raised.lock().unwrap() = false;
     }
 
-    /// What poll(2) does with one.
+    /// The equivalent of poll(2) on a flag.
     pub(crate) fn wait(&self) {
         let mut raised = self.raised.lock().unwrap();
         while !*raised {
@@ -63,7 +63,7 @@ fn drains(gate: &Arc<Gate>, drain: &Arc<Drain>) -> usize {
     drain.wait(Duration::MAX, gate)
 }
 
-/// Three preemptions in one run are more than any known fault needs.
+/// Three preemptions per run are more than any known bug needs.
 fn model(run: impl Fn() + Send + Sync + 'static) {
     let mut builder = loom::model::Builder::new();
     builder.preemption_bound = Some(3);
@@ -103,7 +103,7 @@ fn two_drains_see_the_last_guard_go() {
     });
 }
 
-/// The guard is taken in the body of a loop that ends then.
+/// The guard is created in the body of a loop that then ends.
 #[test]
 fn a_drain_misses_no_connection_of_a_loop() {
     model(|| {
@@ -133,7 +133,7 @@ fn an_accepting_thread_follows_every_change() {
             let gate = gate.clone();
             move || loop {
                 match gate.phase(None) {
-                    // No connection comes. Between the change and the lowered flag this is a short busy loop.
+                    // No connection arrives. Between the change and the lowered flag this is a short busy loop.
                     Phase::Accept => {
                         gate.closed().wait();
                         thread::yield_now();
