@@ -14,7 +14,7 @@
 
 use axum::extract::ws::{CloseFrame, Message, WebSocketUpgrade};
 use axum::extract::{ConnectInfo, Path, State};
-use axum::http::{header::CONNECTION, HeaderValue, Request, Version};
+use axum::http::{header::CONNECTION, HeaderValue, Request, StatusCode, Version};
 use axum::middleware::{from_fn_with_state, Next};
 use axum::response::Response;
 use axum::{body::Body, routing::get, Router};
@@ -44,7 +44,7 @@ async fn main() -> io::Result<()> {
     let mut builder = TokioEcdysisBuilder::new(SignalKind::hangup())?;
     builder.stop_on_signal(SignalKind::terminate())?;
     builder.stop_on_signal(SignalKind::interrupt())?;
-    let mut connections = builder.listen_tcp(StopOnShutdown::Yes, addr.parse().map_err(io::Error::other)?)?;
+    let connections = builder.listen_tcp(StopOnShutdown::Yes, addr.parse().map_err(io::Error::other)?)?;
     let (gen, pid) = (builder.generation(), std::process::id());
     say(format_args!("listening {} gen={gen} pid={pid}", connections.local_addr()?));
     let (ecdysis, exit) = builder.ready()?;
@@ -84,7 +84,7 @@ async fn main() -> io::Result<()> {
 async fn say_close(State(shutdown): State<Shutdown>, request: Request<Body>, next: Next) -> Response {
     let version = request.version();
     let mut response = next.run(request).await;
-    if shutdown.is_over() {
+    if shutdown.is_over() && response.status() != StatusCode::SWITCHING_PROTOCOLS {
         response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
     }
     if version == Version::HTTP_10 {

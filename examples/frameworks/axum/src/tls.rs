@@ -24,10 +24,8 @@ use say::say;
 use std::io;
 use std::sync::Arc;
 use std::time::Duration;
+use tls::{ProducesTickets, TlsAcceptor};
 use tokio::time::{sleep, timeout};
-use tokio_rustls::rustls::pki_types::{pem::PemObject, CertificateDer, PrivateKeyDer};
-use tokio_rustls::rustls::{server::ProducesTickets, ServerConfig};
-use tokio_rustls::TlsAcceptor;
 
 /// How long an idle connection stays open after the upgrade.
 const GRACE: Duration = Duration::from_secs(2);
@@ -49,15 +47,12 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
         Some(secret) => secret,
         None => ring::rand::generate::<[u8; 32]>(&SystemRandom::new()).map_err(|_| "no randomness")?.expose().to_vec(),
     };
-    let chain = CertificateDer::pem_file_iter(cert)?.collect::<Result<Vec<_>, _>>()?;
-    let key = PrivateKeyDer::from_pem_file(key)?;
-    let mut tls = ServerConfig::builder().with_no_client_auth().with_single_cert(chain, key)?;
-    tls.alpn_protocols = vec![b"h2".into(), b"http/1.1".into()];
+    let mut tls = tls::config(cert, key, &["h2", "http/1.1"])?;
     tls.ticketer = Arc::new(Tickets::new(&secret)?);
     let tls = TlsAcceptor::from(Arc::new(tls));
     builder.std_ecdysis().pass_bytes("ticket key", move || Ok::<_, io::Error>(secret.clone()))?;
 
-    let mut connections = builder.listen_tcp(StopOnShutdown::Yes, addr.parse()?)?;
+    let connections = builder.listen_tcp(StopOnShutdown::Yes, addr.parse()?)?;
     let (gen, pid) = (builder.generation(), std::process::id());
     say(format_args!("listening {} gen={gen} pid={pid}", connections.local_addr()?));
     let (ecdysis, exit) = builder.ready()?;

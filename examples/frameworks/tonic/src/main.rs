@@ -3,6 +3,8 @@
 //!     cargo run -p ecdysis-tonic -- 127.0.0.1:50051   # in examples/frameworks
 //!     kill -HUP 4711
 //!
+//! With a certificate and its key as second and third argument it speaks TLS.
+//!
 //! After GOAWAY, a client that follows the protocol, such as grpcio, sends its next call on a new connection, so no call is
 //! lost. The server ends endless streams with a status that tells the client to try again.
 
@@ -14,7 +16,8 @@ use std::future::pending;
 use std::io;
 use std::time::Duration;
 use tokio::time::{sleep, timeout};
-use tonic::{transport::Server, Request, Response, Status};
+use tonic::transport::{Identity, Server, ServerTlsConfig};
+use tonic::{Request, Response, Status};
 
 mod generated {
     include!(concat!(env!("OUT_DIR"), "/demo.Whoami.rs"));
@@ -35,7 +38,13 @@ const DRAIN: Duration = Duration::from_secs(30);
 
 #[tokio::main]
 async fn main() -> Result<(), Box<dyn std::error::Error>> {
-    let addr = std::env::args().nth(1).unwrap_or("127.0.0.1:50051".into());
+    let mut args = std::env::args().skip(1);
+    let addr = args.next().unwrap_or("127.0.0.1:50051".into());
+    let mut server = Server::builder();
+    if let (Some(cert), Some(key)) = (args.next(), args.next()) {
+        let identity = Identity::from_pem(std::fs::read(cert)?, std::fs::read(key)?);
+        server = server.tls_config(ServerTlsConfig::new().identity(identity))?;
+    }
 
     let mut builder = TokioEcdysisBuilder::new(SignalKind::hangup())?;
     builder.stop_on_signal(SignalKind::terminate())?;
@@ -48,7 +57,7 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
     let service = WhoamiServer::new(Service { who: who.clone(), shutdown: ecdysis.shutdown() });
     // The end of `connections` starts the graceful shutdown, so no other signal is needed. `serve_with_incoming` would
     // return at that point and cut every connection.
-    let server = Server::builder().add_service(service).serve_with_incoming_shutdown(connections, pending());
+    let server = server.add_service(service).serve_with_incoming_shutdown(connections, pending());
     let server = tokio::spawn(server);
     say(format!("serving {who}"));
 

@@ -3,14 +3,18 @@
 //!
 //!     cargo run -p ecdysis-tungstenite -- 127.0.0.1:9001      # in examples/frameworks
 //!     kill -HUP 4711
+//!
+//! With a certificate and its key as second and third argument it speaks TLS.
 
 use ecdysis::tokio_ecdysis::{SignalKind, StopOnShutdown, TokioEcdysisBuilder};
-use futures::{FutureExt, SinkExt, StreamExt};
+use futures::{SinkExt, StreamExt};
 use say::say;
 use std::future::Future;
 use std::io;
+use std::sync::Arc;
 use std::time::Duration;
-use tokio::net::TcpStream;
+use tls::TlsAcceptor;
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio_tungstenite::tungstenite::protocol::{frame::coding::CloseCode, CloseFrame, Message};
 use tokio_tungstenite::tungstenite::Error;
 
@@ -18,13 +22,18 @@ use tokio_tungstenite::tungstenite::Error;
 const DRAIN: Duration = Duration::from_secs(10);
 
 #[tokio::main]
-async fn main() -> io::Result<()> {
-    let addr = std::env::args().nth(1).unwrap_or("127.0.0.1:9001".into());
+async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    let mut args = std::env::args().skip(1);
+    let addr = args.next().unwrap_or("127.0.0.1:9001".into());
+    let tls = match (args.next(), args.next()) {
+        (Some(cert), Some(key)) => Some(TlsAcceptor::from(Arc::new(tls::config(&cert, &key, &["http/1.1"])?))),
+        _ => None,
+    };
 
     let mut builder = TokioEcdysisBuilder::new(SignalKind::hangup())?;
     builder.stop_on_signal(SignalKind::terminate())?;
     builder.stop_on_signal(SignalKind::interrupt())?;
-    let mut connections = builder.listen_tcp(StopOnShutdown::Yes, addr.parse().map_err(io::Error::other)?)?;
+    let connections = builder.listen_tcp(StopOnShutdown::Yes, addr.parse()?)?;
     let who = format!("gen={} pid={}", builder.generation(), std::process::id());
     say(format!("listening {} {who}", connections.local_addr()?));
     let (ecdysis, exit) = builder.ready()?;
@@ -33,8 +42,14 @@ async fn main() -> io::Result<()> {
     let shutdown = ecdysis.shutdown();
     while let Some(Ok((stream, _peer))) = connections.accept().await {
         // The guard is created before the handshake, so that `drain` waits for the handshake too.
-        let guard = shutdown.guard();
-        tokio::spawn(echo(stream, shutdown.over()).map(|_| drop(guard)));
+        let (guard, over, tls) = (shutdown.guard(), shutdown.over(), tls.clone());
+        tokio::spawn(async move {
+            let _guard = guard;
+            match tls {
+                Some(tls) => echo(tls.accept(stream).await?, over).await,
+                None => echo(stream, over).await,
+            }
+        });
     }
     let exit = exit.await.map_err(io::Error::from)?;
     let left = ecdysis.drain(DRAIN).await?;
@@ -42,7 +57,10 @@ async fn main() -> io::Result<()> {
     Ok(())
 }
 
-async fn echo(stream: TcpStream, mut over: impl Future<Output = ()> + Unpin) -> Result<(), Error> {
+async fn echo<S>(stream: S, mut over: impl Future<Output = ()> + Unpin) -> Result<(), Error>
+where
+    S: AsyncRead + AsyncWrite + Unpin,
+{
     let mut socket = tokio_tungstenite::accept_async(stream).await?;
     loop {
         tokio::select! {

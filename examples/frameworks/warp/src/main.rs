@@ -6,16 +6,19 @@
 //!     kill -HUP 4711
 
 use ecdysis::tokio_ecdysis::{SignalKind, StopOnShutdown, TokioEcdysisBuilder};
+use futures::{FutureExt, SinkExt, StreamExt};
 use hyper::{body::Incoming, service::service_fn};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::{conn::auto, graceful::GracefulShutdown};
 use say::say;
 use std::convert::Infallible;
+use std::future::Future;
 use std::io;
 use std::time::Duration;
 use tokio::time::{sleep, timeout};
 use tower_service::Service;
-use warp::http::{header::CONNECTION, HeaderValue, Request, Version};
+use warp::http::{header::CONNECTION, HeaderValue, Request, StatusCode, Version};
+use warp::ws::{Message, WebSocket, Ws};
 use warp::Filter;
 
 /// How long an idle connection stays open after the upgrade.
@@ -32,16 +35,19 @@ async fn main() -> io::Result<()> {
     let mut builder = TokioEcdysisBuilder::new(SignalKind::hangup())?;
     builder.stop_on_signal(SignalKind::terminate())?;
     builder.stop_on_signal(SignalKind::interrupt())?;
-    let mut connections = builder.listen_tcp(StopOnShutdown::Yes, addr.parse().map_err(io::Error::other)?)?;
+    let connections = builder.listen_tcp(StopOnShutdown::Yes, addr.parse().map_err(io::Error::other)?)?;
     let who = format!("gen={} pid={}", builder.generation(), std::process::id());
     say(format!("listening {} {who}", connections.local_addr()?));
     let (ecdysis, exit) = builder.ready()?;
     say(format!("serving {who}"));
 
-    let routes = warp::service(warp::path::end().map({
-        let body = format!("{who}\n");
-        move || body.clone()
-    }));
+    let (body, shutdown) = (format!("{who}\n"), ecdysis.shutdown());
+    let index = warp::path::end().map(move || body.clone());
+    let websocket = warp::path("echo").and(warp::ws()).map(move |upgrade: Ws| {
+        let (guard, over) = (shutdown.guard(), shutdown.over());
+        upgrade.on_upgrade(|socket| echo(socket, over).map(|()| drop(guard)))
+    });
+    let routes = warp::service(index.or(websocket));
     let (mut http, graceful) = (auto::Builder::new(TokioExecutor::new()), GracefulShutdown::new());
     http.http1().timer(TokioTimer::new()).header_read_timeout(HEAD);
     let shutdown = ecdysis.shutdown();
@@ -49,7 +55,7 @@ async fn main() -> io::Result<()> {
         let (version, answer, shutdown) = (request.version(), routes.clone().call(request), shutdown.clone());
         async move {
             let mut response = answer.await?;
-            if shutdown.is_over() {
+            if shutdown.is_over() && response.status() != StatusCode::SWITCHING_PROTOCOLS {
                 response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
             }
             if version == Version::HTTP_10 {
@@ -64,7 +70,26 @@ async fn main() -> io::Result<()> {
         tokio::spawn(graceful.watch(connection.into_owned()));
     }
     sleep(GRACE).await;
-    let left = timeout(DRAIN, graceful.shutdown()).await.is_err();
-    say(format!("ended {who} left={left} {:?}", exit.await.map_err(io::Error::from)?));
+    let cut = timeout(DRAIN, graceful.shutdown()).await.is_err();
+    // hyper no longer knows the WebSockets. Their guards make this wait for them.
+    let left = ecdysis.drain(DRAIN).await?;
+    say(format!("ended {who} left={} {:?}", cut || left > 0, exit.await.map_err(io::Error::from)?));
     Ok(())
+}
+
+/// An echo WebSocket, until this generation is over.
+async fn echo(mut socket: WebSocket, mut over: impl Future<Output = ()> + Unpin) {
+    loop {
+        tokio::select! {
+            message = socket.next() => match message {
+                Some(Ok(message)) if message.is_text() || message.is_binary() => drop(socket.send(message).await),
+                Some(Ok(_)) => {}
+                _ => return,
+            },
+            () = &mut over => break,
+        }
+    }
+    let _ = socket.send(Message::close_with(1012_u16, "service restart")).await;
+    // Wait for the client's own close frame. Closing before it arrives would reset the connection.
+    while let Some(Ok(_)) = socket.next().await {}
 }
