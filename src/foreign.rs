@@ -1,4 +1,4 @@
-//! Foreign code, such as a logger or an observer, in a thread of its own: it may block without limit, and it may panic.
+//! Runs foreign code, such as a logger or an observer, in a separate thread, because it may block forever or panic.
 
 use std::panic::{self, AssertUnwindSafe};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -7,16 +7,16 @@ use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
-/// How long a call may take before the ones that follow are no longer waited for.
+/// How long a call may take. If it takes longer, later calls are not waited for.
 const PATIENCE: Duration = Duration::from_secs(1);
 
-/// How many calls may wait while one blocks. More are lost.
+/// The number of calls that are queued while one blocks. Further ones are lost.
 const WAITING: usize = 256;
 
-/// A function that is not ours. Calls are made in order.
+/// A foreign function. Calls are made in order.
 pub(crate) struct Foreign<T> {
     function: Arc<dyn Fn(T) + Send + Sync>,
-    /// `None` if no thread could be made. The second part closes when the call has returned.
+    /// `None` if no thread could be created. The second part closes when the call has returned.
     calls: Option<SyncSender<(T, SyncSender<()>)>>,
     /// Whether a call has taken longer than [`PATIENCE`], and none has returned since.
     blocked: Arc<AtomicBool>,

@@ -1,4 +1,4 @@
-//! What the decoders promise about any bytes, for the fuzz targets and, over their corpus, for the tests.
+//! The properties of the decoders for arbitrary bytes, for the fuzz targets and, with their corpus, for the tests.
 
 use std::os::fd::AsFd;
 
@@ -9,19 +9,19 @@ use crate::handover::scm::{length, Limits, Receiver};
 use crate::handover::variable::Carrier;
 use crate::key::{Key, Kind};
 
-/// Any bytes are a manifest or an error; what was understood is said again in the same words.
+/// Any bytes are either a manifest or an error. A decoded manifest is encoded again in the same form.
 pub fn manifest(data: &[u8]) {
     let Ok(manifest) = Manifest::decode(data) else { return };
     assert!(manifest.entries.len() + manifest.unknown.len() <= data.len());
     let known = Manifest { unknown: Vec::new(), ..manifest };
     let text = known.encode();
-    // Escapes make a line longer, so what just fitted may not fit again.
+    // Escapes make a line longer, so a line that just fitted may not fit again.
     if text.lines().all(|line| line.len() <= 4096) {
         assert_eq!(Manifest::decode(text.as_bytes()), Ok(known));
     }
 }
 
-/// Any bytes are cut into lines that end; a line is a word of ours or garbage.
+/// Any bytes are split into a finite number of lines, each of which is a known message or garbage.
 pub fn frames(data: &[u8]) {
     let Ok(nothing) = std::fs::File::open("/dev/null") else { return };
     let mut lines = Lines::with(data.to_vec());
@@ -31,7 +31,7 @@ pub fn frames(data: &[u8]) {
         assert!(taken <= data.len());
         let _ = FromParent::parse(&line);
         if let Some(status) = FromChild::parse(&line) {
-            // A reason is cut, and a number loses its zeros; what is left then stays.
+            // A long reason is cut, and a number loses leading zeros. Encoding the result again changes nothing.
             let again = status.line();
             let status = FromChild::parse(again.trim_end_matches('\n'));
             assert_eq!(status.map(|status| status.line()), Some(again));
@@ -50,13 +50,13 @@ pub fn variable(data: &[u8]) {
     assert_eq!(Carrier::parse(&carrier.value()), Some(carrier));
 }
 
-/// Any bytes over a takeover socket are a text with an end, or an error within the limits.
+/// Any bytes over a takeover socket are either a complete text or an error within the limits.
 pub fn receive(data: &[u8]) {
     use std::io::Write;
     let Ok((mut sender, receiver)) = std::os::unix::net::UnixStream::pair() else { return };
     let limits = Limits { bytes: 2_000, descriptors: 3 };
     let mut arrived = Receiver::new(limits);
-    // Few pieces, because each is three system calls, and they would be nearly all that a fuzzer does.
+    // Use few pieces, because each needs three system calls, which would take nearly all of the fuzzer's time.
     let piece = 1 + data.len() / 32 + usize::from(data.first().copied().unwrap_or(0)) * 16;
     for piece in data.chunks(piece) {
         if sender.write_all(piece).is_err() {
@@ -74,15 +74,15 @@ pub fn receive(data: &[u8]) {
         }
     }
     drop(sender);
-    assert!(arrived.step(&receiver).is_err(), "the end of the peer");
+    assert!(arrived.step(&receiver).is_err(), "the peer has closed");
 }
 
-/// Any first line of a control connection.
+/// Any first line of a control connection is handled.
 pub fn command(data: &[u8]) {
     let _ = crate::triggers::control::command(data);
 }
 
-/// Any manifest survives the trip, whatever its names are, and its end is found.
+/// Any manifest, whatever its names are, is decoded to the same entries, and its end is found.
 pub fn round_trip(data: &[u8]) {
     let mut manifest = Manifest {
         origin: Origin {
@@ -120,7 +120,7 @@ mod tests {
     use std::fs;
     use std::path::Path;
 
-    /// What the fuzzers have found worth keeping, without the fuzzers.
+    /// Replays the corpus without a fuzzer.
     #[test]
     fn the_corpus_holds() {
         type Target = (&'static str, fn(&[u8]));
@@ -143,7 +143,7 @@ mod tests {
         }
     }
 
-    /// A manifest that was ever right stays right: what an old version sends, a new one reads.
+    /// A manifest of a released version stays valid, so that a new version can read it.
     #[test]
     fn golden_manifests_are_read_for_ever() {
         let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden");
@@ -156,7 +156,7 @@ mod tests {
         }
     }
 
-    /// What this version sends is, byte for byte, what the golden file of this version says.
+    /// This version sends exactly the bytes of its golden file.
     #[test]
     fn the_manifest_of_this_version_is_golden() {
         let entry = |fd, inode, key, file| Entry { key, fd, inode, file, unit: None };
@@ -187,7 +187,7 @@ mod tests {
         assert_eq!(Manifest::decode(manifest.encode().as_bytes()), Ok(manifest));
     }
 
-    /// Lines, kinds and attributes of a later version are skipped, and the descriptors of unknown kinds are told.
+    /// Lines, kinds and attributes of a later version are ignored, and the descriptors of unknown kinds are reported.
     #[test]
     fn a_later_version_may_say_more() {
         let later = Manifest::decode(include_bytes!("../tests/golden/later.manifest")).unwrap();

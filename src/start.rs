@@ -1,4 +1,4 @@
-//! The start of a generation: what it inherits, its signal handlers, its control sockets.
+//! The start of a generation: its handover, its signal handlers, its control sockets.
 
 use crate::builder::Builder;
 use crate::ecdysis::Starting;
@@ -34,8 +34,8 @@ use std::sync::Arc;
 use std::time::Instant;
 
 impl Builder {
-    /// Starts: takes over what the parent handed over, if there is one, handles the chosen signals, opens the control
-    /// sockets. Call it early, before other threads run and before descriptors are opened.
+    /// Starts this generation: adopts the handover of the parent, if there is one, installs the signal handlers, and
+    /// opens the control sockets. Call this early, before other threads run and before descriptors are opened.
     ///
     /// # Errors
     ///
@@ -49,7 +49,7 @@ impl Builder {
         };
         #[cfg_attr(not(feature = "systemd_notify"), allow(unused_mut))]
         let mut launch = Launch {
-            // First of all, because only now these are as the parent made them.
+            // Read these first, while they are still as the parent set them.
             attributes: Attributes::of_this_thread().map_err(prepare("signal mask"))?,
             program: Program::running().with(&self.changes),
             before_upgrade: self.before_upgrade.clone(),
@@ -69,7 +69,8 @@ impl Builder {
                 origin.generation = parent.generation + 1;
                 same_paths = match (&parent.mounts, &origin.mounts) {
                     (Some(parent), Some(own)) => parent == own,
-                    // A child is usually where its parent is. A process that takes over may be anywhere.
+                    // A child usually sees the same files as its parent. A process that takes over may be in another
+                    // mount namespace.
                     _ => !is_takeover,
                 };
                 (entries, ancestors)
@@ -167,8 +168,8 @@ fn find_manager(_: &Generation) -> Result<Option<Arc<dyn ServiceManager>>, Error
     Ok(None)
 }
 
-/// Takes what the service manager passed, in addition to what the parent handed over. Returns false if that was done
-/// before.
+/// Takes the sockets that the service manager passed, in addition to those of the parent. Returns false if that was
+/// already done.
 #[cfg(feature = "systemd_sockets")]
 fn inherit_from_manager(generation: &Generation) -> Result<bool, Error> {
     if generation.reporter.take_sockets() {
@@ -186,10 +187,10 @@ fn inherit_from_manager(generation: &Generation) -> Result<bool, Error> {
     Ok(true)
 }
 
-/// For the asynchronous face: its builder starts first, and the program chooses triggers later.
+/// For the asynchronous interface, whose builder starts first and lets the program choose triggers later.
 #[cfg(feature = "tokio_ecdysis")]
 impl Starting {
-    /// The handle that this generation will have. Before `ready` it upgrades nothing.
+    /// Returns the future handle of this generation. Before `ready` it refuses upgrades.
     pub(crate) fn handle(&self) -> crate::Ecdysis {
         crate::Ecdysis(self.0.clone())
     }

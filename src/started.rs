@@ -2,7 +2,7 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
-/// There is one start at a time in a process: signals belong to the process, and so does the handover.
+/// A process can have only one started service at a time, because signals and the handover belong to the process.
 pub(crate) struct Started;
 
 static STARTED: AtomicBool = AtomicBool::new(false);

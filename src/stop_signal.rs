@@ -1,5 +1,6 @@
-//! A stop signal that ends a drain: a second one, of a program that chose so; or one after the crash of every later
-//! generation. A service manager that starts the service again after that crash sends it, and waits for this process.
+//! A stop signal that ends a drain: a second stop signal, if the program chose that; or a stop signal after the crash
+//! of every later generation. A service manager that restarts the service after that crash sends it, and waits for this
+//! process.
 
 use std::io;
 use std::os::fd::BorrowedFd;
@@ -9,7 +10,7 @@ use crate::logging;
 use crate::shutdown::{End, EndSignal};
 use crate::sys::signal::{clear_wake, name, put_back, take_pending, wake_fd};
 
-/// Set once the service is over here: then only `wait_for_stop` takes pending signals too.
+/// Set once the service is over in this process. After that only `wait_for_stop` takes pending signals as well.
 #[derive(Debug)]
 pub(crate) struct StopSignal {
     signals: Vec<i32>,
@@ -30,7 +31,7 @@ impl EndSignal for StopSignal {
     }
 
     fn read(&self) -> End {
-        // First: a signal that arrives after the next line makes the descriptor readable again.
+        // Do this first, so that a signal that arrives after the next line makes the descriptor readable again.
         clear_wake();
         match take_pending().find(|signal| self.signals.contains(signal)) {
             Some(signal) => {

@@ -1,4 +1,4 @@
-//! A service: which thread leads the event loop, and what each request does.
+//! A service: which thread leads the event loop, and the effect of each request.
 
 mod probation;
 
@@ -23,22 +23,22 @@ use crate::triggers::request::{take_outcome, Action, Outcome, Reply, Request};
 use crate::triggers::Triggers;
 use crate::upgrade::parent::{upgrade, Paused};
 
-/// What all handles of a generation share.
+/// The state that all handles of a generation share.
 pub(crate) struct Service {
     pub(crate) generation: Generation,
     lead: Mutex<Lead>,
-    /// A thread has stopped leading, or a call has its outcome.
+    /// Notified when a thread has stopped leading, or a call has its outcome.
     changed: Condvar,
     trust: Trust,
     _started: Option<Started>,
 }
 
-/// Who leads the event loop, and how the service ended.
+/// Which thread leads the event loop, and how the service ended.
 pub(crate) struct Lead {
     /// `None` while a thread leads.
     pub(crate) triggers: Option<Triggers>,
     exit: Option<Exit>,
-    /// What has requested a stop although this process was replaced.
+    /// The source of a stop request that came after this process was replaced.
     stop: Option<ExitReason>,
     /// A stop that waits for its delay.
     delayed: Option<(Request, Deadline)>,
@@ -59,15 +59,16 @@ impl Service {
         self.lead.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Returns when `done` returns a value. Until then this thread leads, `turn` by `turn`, or waits while another does.
+    /// Returns when `done` returns a value. Until then this thread leads, `turn` by `turn`, or waits while another
+    /// thread leads.
     ///
-    /// A thread that leads does not stop while a stop is queued. So a caller of `stop` need not wait for it.
+    /// A leading thread does not stop leading while a stop is queued, so a caller of `stop` need not wait.
     fn lead_until<T>(
         &self,
         mut turn: impl FnMut(&mut EventLoop<'_>) -> Result<(), Error>,
         mut done: impl FnMut(&Lead) -> Option<T>,
     ) -> Result<T, Error> {
-        /// Gives the triggers back, also after a panic.
+        /// Returns the triggers, even after a panic.
         struct Turn<'a>(&'a Service, Option<Triggers>);
         impl Drop for Turn<'_> {
             fn drop(&mut self) {
@@ -119,13 +120,13 @@ impl Service {
         Ok(upgraded)
     }
 
-    /// Hands over to the process that has connected to `socket` and asks for it, if one has.
+    /// Hands over to the process that has connected to `socket` and requests it, if there is one.
     pub(crate) fn hand_over(&self, socket: &TakeoverSocket) -> Result<Option<Upgraded>, Error> {
         let Some(request) = socket.accept(&self.trust, self.generation.origin.app.as_deref())? else { return Ok(None) };
         self.upgrade(|outcome| Reply::Takeover(request, Some(outcome))).map(Some)
     }
 
-    /// Requests a stop. If another thread leads, that does it; otherwise it is done here.
+    /// Requests a stop. If another thread leads, that thread performs it; otherwise this one does.
     pub(crate) fn stop(&self) {
         self.generation.calls.post(Request::new(Action::Stop, ExitReason::Call, Reply::Nobody));
         if self.check_ready().is_ok() {
@@ -156,10 +157,10 @@ impl Service {
         }
     }
 
-    /// Does what the next request asks for, or waits for one.
+    /// Carries out the next request, or waits for one.
     fn serve(&self, event_loop: &mut EventLoop<'_>) -> Result<(), Error> {
         let generation = &self.generation;
-        // A stop comes before an upgrade, because it wins.
+        // A stop takes precedence over an upgrade.
         let on_probation = generation.ancestors.on_probation();
         let next = event_loop.triggers.take_request(Action::stops);
         let next =
@@ -167,7 +168,7 @@ impl Service {
         let Some(Request { action, reason, reply, .. }) = self.after_delay(next) else {
             return self.wait(event_loop);
         };
-        // Accepting ends when this is dropped, which is after everyone has been notified.
+        // Accepting ends when this is dropped, after everyone has been notified.
         let mut _paused = None;
         let mode = match action {
             Action::Stop | Action::PartialStop if self.stop_was_taken_back(event_loop) => return Ok(()),
@@ -189,7 +190,7 @@ impl Service {
                 ExitMode::PartiallyStopped
             }
             Action::Upgrade => {
-                // A request that had to wait has its whole time after that.
+                // The time limit of a queued request starts after its wait.
                 let since = Instant::now();
                 let succeeded = if generation.may_overlap() {
                     upgrade(event_loop, reply.takeover(), since)
@@ -223,16 +224,16 @@ impl Service {
         Ok(())
     }
 
-    /// Has the service manager store what was passed, for its next start, if the program chose that. Accepting is paused for
-    /// it and does not go on.
+    /// Makes the service manager store everything that was passed, for the next start, if the program chose that.
+    /// Accepting is paused for this, and is not resumed.
     fn keep_passed(&self) -> Option<Paused<'_>> {
         let generation = &self.generation;
         let store = generation.reporter.store().filter(|_| generation.limits.keep_passed)?;
         let mut paused = Paused::begin(&generation.shutdown);
         paused.end(State::Stopped);
         match generation.sockets.keep_passed(&*store, generation.number) {
-            Ok(count) => logging::info!("stored what was passed, for the next start: descriptors={count}"),
-            Err(e) => logging::error!("stored nothing of what was passed, for the next start: {e}"),
+            Ok(count) => logging::info!("stored the passed state for the next start: descriptors={count}"),
+            Err(e) => logging::error!("cannot store the passed state for the next start: {e}"),
         }
         Some(paused)
     }
@@ -250,7 +251,7 @@ impl Service {
         Ok(())
     }
 
-    /// Holds a stop back for its delay. What comes meanwhile is done if it is a stop, and answered otherwise.
+    /// Delays a stop. During the delay another stop takes effect immediately, and other requests are answered.
     fn after_delay(&self, next: Option<Request>) -> Option<Request> {
         let generation = &self.generation;
         let mut lead = self.lead();
@@ -280,7 +281,8 @@ impl Service {
         }
     }
 
-    /// The service is over; or only this process is, and what waits in the accept queue is another's.
+    /// Ends the service, or only this process; in the latter case the connections in the accept queue belong to another
+    /// process.
     fn end(&self, triggers: &mut Triggers, exit: Exit, handed_over: bool) {
         let generation = &self.generation;
         generation.sockets.registry().close_all();
@@ -295,8 +297,9 @@ impl Service {
         }
         generation.reporter.emit(&Event::Ended(&exit));
         let state = if handed_over { State::HandedOver } else { State::Stopped };
-        // Last: a program that waits for the shutdown handle may end the process at once, so everyone else must have been
-        // notified before. After an upgrade nothing is accepted meanwhile, because accepting is paused since the commit.
+        // This comes last, because a program that waits for the shutdown handle may end the process immediately, so
+        // everyone else must have been notified before. After an upgrade nothing is accepted until then, because
+        // accepting has been paused since the commit.
         generation.shutdown.set(state);
         self.lead().exit = Some(exit);
         self.changed.notify_all();

@@ -1,4 +1,4 @@
-//! A generation on probation: what its parent passes on, and how the service goes back to the parent.
+//! A generation on probation: requests that its parent forwards, and how it gives the service back.
 
 use std::sync::Arc;
 use std::thread;
@@ -15,8 +15,8 @@ use crate::triggers::request::{Action, Reply, Request};
 use crate::upgrade::parent::Paused;
 
 impl Service {
-    /// Does what the parent asks for during the probation, and ends the service if the parent takes it back, in a program
-    /// that does not call `run`. Otherwise two processes could serve.
+    /// Handles the parent's messages during the probation in a program that does not call `run`: carries out forwarded
+    /// requests, and ends the service if the parent takes it back. Otherwise two processes could serve.
     pub(crate) fn watch_probation(self: &Arc<Self>) {
         if !self.generation.ancestors.on_probation() {
             return;
@@ -36,11 +36,11 @@ impl Service {
             }
         };
         if let Err(e) = thread::Builder::new().name("ecdysis-probation".into()).spawn(watch) {
-            logging::warn!("only `run` reads what the parent sends: cannot create a thread: {e}");
+            logging::warn!("only `run` handles the parent's messages: cannot create a thread: {e}");
         }
     }
 
-    /// Queues what the parent passes on, and ends the service if the parent has taken it back.
+    /// Queues requests that the parent forwards, and ends the service if the parent has taken it back.
     pub(super) fn take_from_parent(&self, event_loop: &mut EventLoop<'_>) {
         for request in self.generation.ancestors.parent.iter().flat_map(ParentLink::take_requests) {
             let action = match request {
@@ -61,9 +61,9 @@ impl Service {
         let Some(parent) = parent else {
             return reply.status("failed: not on probation; upgrade to the earlier version instead\n");
         };
-        // First this process stops accepting, then the parent accepts again, and confirms it by `stop`. One that has ended
-        // instead, or has just sent the verdict, accepts nothing, so this process must go on. One that does not answer takes
-        // the service back when it continues, and `stop` arrives then.
+        // First this process stops accepting. Then the parent accepts again, and confirms that with `stop`. If the
+        // parent has ended instead, or has just sent the verdict, it does not accept, so this process must continue. If
+        // the parent does not answer, it takes the service back when it continues, and `stop` arrives then.
         let mut paused = Paused::begin(&generation.shutdown);
         let _ = parent.send(&refused);
         logging::info!("rollback requested by {reason}, waiting for the parent");
@@ -79,24 +79,24 @@ impl Service {
         }
         paused.end(State::HandedOver);
         logging::warn!("rolled back by {reason}: the parent serves again");
-        // At the end this process may exit at once.
+        // This comes last, because after it this process may exit immediately.
         reply.status("rolled back\n");
         self.end(event_loop.triggers, Exit { mode: ExitMode::PartiallyStopped, reason }, true);
     }
 
-    /// Tells the parent that the service stops. Returns true if the parent has given this process up just before: then
-    /// the stop is the parent's to do, and the socket files and the PID file are the parent's.
+    /// Notifies the parent that the service stops. Returns true if the parent has just given up on this process: then
+    /// the parent performs the stop, and owns the socket files and the PID file.
     pub(super) fn stop_was_taken_back(&self, event_loop: &mut EventLoop<'_>) -> bool {
         self.generation.ancestors.send_to_parent(&FromChild::Stopping);
         self.check_given_up(event_loop)
     }
 
-    /// Ends the service of this process if the parent has given it up, and returns whether it has.
+    /// Ends the service of this process if the parent has given up on it, and returns whether that is so.
     fn check_given_up(&self, event_loop: &mut EventLoop<'_>) -> bool {
         let ancestors = &self.generation.ancestors;
         let given_up = ancestors.parent.as_ref().is_some_and(|parent| parent.state().given_up);
         if given_up {
-            logging::error!("the parent has given this process up and serves again");
+            logging::error!("the parent has given up on this process and serves again");
             self.end(event_loop.triggers, Exit { mode: ExitMode::PartiallyStopped, reason: ExitReason::Parent }, true);
             ancestors.send_to_parent(&FromChild::Refused("taken back".into()));
         }

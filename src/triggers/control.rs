@@ -1,4 +1,4 @@
-//! Control and takeover sockets: accepts connections, checks who connects, and reads the first line.
+//! Control and takeover sockets: accepts connections, checks the peer's user, and reads the first line.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -19,23 +19,23 @@ use crate::logging;
 use crate::sys::peer::{peer, PeerCred};
 use crate::sys::poll::Deadline;
 
-/// Who may be at the other end of a takeover socket.
+/// Decides which users may be at the other end of a takeover socket.
 pub(crate) type Trust = Arc<dyn Fn(&PeerCred) -> bool + Send + Sync>;
 
-/// How many connections may be open without having sent their command.
+/// The maximum number of open connections that have not sent their command yet.
 const MAX_PENDING: usize = 16;
 
-/// How long a socket is not polled after a failed accept, which may be for lack of descriptors.
+/// How long a socket is not polled after a failed accept, which may be due to a lack of descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
-/// What a connection to a control socket means.
+/// The meaning of a connection to a control socket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Purpose {
     /// The connection itself is the request.
     Connect(Action),
     /// The first line is the request.
     Command,
-    /// The first line says that the peer wants to take over.
+    /// The first line is a takeover request.
     Takeover,
 }
 
@@ -86,14 +86,14 @@ impl ControlSockets {
         self.pending.clear();
     }
 
-    /// Ends the connections that were silent for too long. Returns when to call this again.
+    /// Closes connections that were idle for too long. Returns when to call this again.
     pub(super) fn expire(&mut self) -> Deadline {
         self.pending.retain(|pending| !pending.deadline.has_passed());
         let pause = if self.accept_again.has_passed() { Deadline::NEVER } else { self.accept_again };
         self.pending.iter().fold(pause, |first, pending| first.min(pending.deadline))
     }
 
-    /// What to poll: the pending connections, and the sockets if connections are accepted now.
+    /// Returns what to poll: the pending connections, and the sockets if connections are accepted now.
     pub(super) fn poll_for(&self, accept: bool) -> impl Iterator<Item = PollFd<'_>> {
         let accept = accept && self.accept_again.has_passed();
         let sockets = self.sockets.iter().filter(move |_| accept);
@@ -101,11 +101,11 @@ impl ControlSockets {
         pending.chain(sockets.map(|socket| PollFd::new(&socket.listener, PollFlags::IN)))
     }
 
-    /// Handles what is ready, in the order of [`poll_for`](Self::poll_for), and returns the requests.
+    /// Handles the ready descriptors, in the order of [`poll_for`](Self::poll_for), and returns the requests.
     pub(super) fn handle(&mut self, ready: &[bool]) -> Vec<Request> {
         let pending = self.pending.len();
         let mut requests = Vec::new();
-        // From the end, because a connection that is done is removed, and an accept may remove the oldest.
+        // Iterate from the end, because a finished connection is removed, and an accept may remove the oldest.
         for at in (0..pending).rev().filter(|at| ready[*at]) {
             requests.extend(self.read(at));
         }
@@ -145,7 +145,8 @@ impl ControlSockets {
         None
     }
 
-    /// Reads more of a first line. When it is complete the connection is no longer pending, whatever it says.
+    /// Reads more of a first line. Once the line is complete, the connection is no longer pending, whatever the line
+    /// contains.
     fn read(&mut self, at: usize) -> Option<Request> {
         let pending = &mut self.pending[at];
         let complete = pending.line.receive(&pending.stream);
@@ -167,7 +168,7 @@ impl ControlSockets {
     }
 }
 
-/// `None` if nobody has connected (any more).
+/// Returns `None` if no peer is connected (any more).
 fn accept(listener: &UnixListener) -> io::Result<Option<UnixStream>> {
     match listener.accept() {
         Ok((stream, _)) => Ok(Some(stream)),
@@ -176,7 +177,7 @@ fn accept(listener: &UnixListener) -> io::Result<Option<UnixStream>> {
     }
 }
 
-/// The peer, if it may be there. Otherwise that is logged, and answered if it wants to take over.
+/// Returns the peer, if it is allowed. Otherwise logs that, and answers it if it wants to take over.
 fn trusted(stream: &UnixStream, path: &Path, trust: impl Fn(&PeerCred) -> bool, is_takeover: bool) -> Option<PeerCred> {
     let who = match peer(stream) {
         Ok(peer) if trust(&peer) => return Some(peer),
@@ -190,7 +191,7 @@ fn trusted(stream: &UnixStream, path: &Path, trust: impl Fn(&PeerCred) -> bool, 
     None
 }
 
-/// The command in the first line of `received`.
+/// Returns the command in the first line of `received`.
 pub(crate) fn command(received: &[u8]) -> Option<Action> {
     match received.split(|byte| *byte == b'\n').next()?.trim_ascii() {
         b"upgrade" => Some(Action::Upgrade),
@@ -202,7 +203,7 @@ pub(crate) fn command(received: &[u8]) -> Option<Action> {
     }
 }
 
-/// A takeover socket for programs with a loop of their own, from
+/// A takeover socket for programs with their own event loop, from
 /// [`Sockets::listen_takeover`](crate::Sockets::listen_takeover). When it is readable, call
 /// [`Ecdysis::hand_over`](crate::Ecdysis::hand_over). It is nonblocking.
 #[derive(Debug)]
@@ -218,7 +219,8 @@ impl AsFd for TakeoverSocket {
 }
 
 impl TakeoverSocket {
-    /// The next process that asks to take over; `None` if nobody has connected. Waits only for the first line.
+    /// Returns the next process that requests a takeover; `None` if no process has connected. Waits only for the first
+    /// line.
     pub(crate) fn accept(&self, trust: &Trust, app: Option<&str>) -> Result<Option<TakeoverRequest>, Error> {
         let accepted = accept(&self.listener).map_err(|source| Error::Connect { path: self.path.clone(), source })?;
         let Some(stream) = accepted else { return Ok(None) };

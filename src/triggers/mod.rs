@@ -1,4 +1,4 @@
-//! Triggers: what requests an upgrade or a stop. Signals, control sockets and calls, waited for in one poll.
+//! Triggers, which request an upgrade or a stop: signals, control sockets and calls, all in one poll.
 
 pub(crate) mod control;
 pub(crate) mod request;
@@ -20,13 +20,13 @@ use crate::logging;
 use crate::sys::poll::{poll, Deadline};
 use crate::sys::signal::{self, Handlers};
 
-/// All triggers of a process. One thread at a time owns them and waits on them.
+/// All triggers of a process. Only one thread at a time owns them and waits for them.
 pub(crate) struct Triggers {
     signals: Vec<(i32, Action)>,
     handlers: Handlers,
     control: ControlSockets,
     calls: Arc<Calls>,
-    /// Not yet handled.
+    /// Requests that are not handled yet.
     requests: VecDeque<Request>,
 }
 
@@ -43,7 +43,8 @@ impl Triggers {
         Self { signals, handlers, control, calls, requests: VecDeque::new() }
     }
 
-    /// Keeps the handlers while this process lives, whatever the program drops: a late SIGHUP must not end the drain.
+    /// Keeps the handlers installed while this process lives, regardless of what the program drops, because a late
+    /// SIGHUP must not end the drain.
     pub(crate) fn keep_handlers(&mut self) {
         self.handlers.keep();
     }
@@ -70,7 +71,7 @@ impl Triggers {
         self.control.listens_on(key)
     }
 
-    /// Queues a request. An upgrade that nobody waits for is queued once, however often it is requested.
+    /// Queues a request. An upgrade without a waiting caller is queued only once, however often it is requested.
     pub(crate) fn push(&mut self, request: Request) {
         if !(request.is_signal() && self.requests.iter().any(Request::is_signal)) {
             self.requests.push_back(request);
@@ -81,14 +82,14 @@ impl Triggers {
         self.requests.iter().any(|request| wanted(request.action))
     }
 
-    /// The first request for such an action.
+    /// Removes and returns the first request with such an action.
     pub(crate) fn take_request(&mut self, wanted: impl Fn(Action) -> bool) -> Option<Request> {
         let at = self.requests.iter().position(|request| wanted(request.action))?;
         self.requests.remove(at)
     }
 
-    /// Keeps upgrades for later: one that nobody waits for, and those whose callers have waited for less than `time`.
-    /// Answers the others that this process is busy. Returns when to call this again.
+    /// Keeps upgrades for later: one without a waiting caller, and those whose callers have waited for less than
+    /// `time`. Answers the others with `busy`. Returns when to call this again.
     pub(crate) fn keep_upgrades(&mut self, time: Duration) -> Deadline {
         let mut again = Deadline::NEVER;
         for request in std::mem::take(&mut self.requests) {
@@ -106,12 +107,12 @@ impl Triggers {
         again
     }
 
-    /// What has requested a stop.
+    /// Returns the source of a stop request.
     pub(crate) fn stop_reason(&self) -> Option<ExitReason> {
         self.requests.iter().find(|request| request.action.stops()).map(|request| request.reason.clone())
     }
 
-    /// Answers everything that was requested after the service ended.
+    /// Answers requests that arrived after the service ended.
     pub(crate) fn answer_over(&mut self) {
         self.take_calls();
         while let Some(request) = self.take_request(|action| !action.stops()) {
@@ -128,13 +129,13 @@ impl Triggers {
         self.control.close();
     }
 
-    /// The requests that were posted by calls.
+    /// Returns the queue of requests from calls.
     pub(crate) fn take_calls(&mut self) {
         self.calls.take().into_iter().for_each(|request| self.push(request));
     }
 
-    /// The one poll: waits for triggers, for one of `fds`, or for the deadline, and queues what was requested. Returns
-    /// whether one of `fds` is ready. `accept` is false while the control sockets are another process's to answer.
+    /// The one poll: waits for triggers, for one of `fds`, or for the deadline, and queues requests. Returns whether
+    /// one of `fds` is ready. `accept` is false while another process serves the control sockets.
     pub(crate) fn poll(
         &mut self,
         fds: &[(BorrowedFd<'_>, PollFlags)],
@@ -165,7 +166,7 @@ impl Triggers {
             return;
         }
         for signal in signal::take_pending() {
-            // A signal may have several actions. Each is requested, and stops win.
+            // A signal may have several actions. All are requested, and stops take precedence.
             for (_, action) in self.signals.clone().into_iter().filter(|(chosen, _)| *chosen == signal) {
                 self.push(Request::new(action, ExitReason::Signal(signal), Reply::Nobody));
             }

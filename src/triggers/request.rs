@@ -16,13 +16,13 @@ use crate::sys::flag::Flag;
 use crate::sys::net::NOSIGNAL;
 use crate::sys::signal;
 
-/// What is requested.
+/// A requested action.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Action {
     Upgrade,
     Stop,
     PartialStop,
-    /// Gives the service back to the parent, which can take it during the probation.
+    /// Gives the service back to the parent, which is possible during the probation.
     Rollback,
     /// Reports the state and changes nothing.
     Status,
@@ -47,13 +47,13 @@ impl Request {
         Self { action, reason, since: Instant::now(), reply }
     }
 
-    /// Whether it asks for an upgrade without waiting for the outcome, as a signal does.
+    /// Whether it requests an upgrade without waiting for the outcome, like a signal.
     pub(super) fn is_signal(&self) -> bool {
         self.action == Action::Upgrade && matches!(self.reply, Reply::Nobody)
     }
 }
 
-/// Who receives the outcome.
+/// The receiver of the outcome.
 #[derive(Debug)]
 pub(crate) enum Reply {
     Nobody,
@@ -63,7 +63,7 @@ pub(crate) enum Reply {
     Takeover(TakeoverRequest, Option<Outcome>),
 }
 
-/// Where a call finds its outcome.
+/// The place where a call finds its outcome.
 pub(crate) type Outcome = Arc<Mutex<Option<Result<Upgraded, Error>>>>;
 
 pub(crate) fn take_outcome(outcome: &Outcome) -> Option<Result<Upgraded, Error>> {
@@ -88,7 +88,7 @@ impl Reply {
         }
     }
 
-    /// The process to hand over to, if it runs already.
+    /// Returns the process to hand over to, if it already runs.
     pub(crate) fn takeover(&self) -> Option<&TakeoverRequest> {
         match self {
             Self::Takeover(request, _) => Some(request),
@@ -113,7 +113,7 @@ impl Reply {
     }
 }
 
-/// The outcome in one line.
+/// Formats the outcome as one line.
 fn in_words(outcome: &Result<Upgraded, Error>) -> String {
     match outcome {
         Ok(Upgraded { pid, generation, commit }) => {
@@ -126,21 +126,21 @@ fn in_words(outcome: &Result<Upgraded, Error>) -> String {
     }
 }
 
-/// Sends one line if the socket has room for it. No peer is waited for.
+/// Sends one line if the socket has room for it, without waiting for the peer.
 pub(super) fn send_line(stream: &UnixStream, line: &str) {
     let _ = send(stream, line.as_bytes(), NOSIGNAL | SendFlags::DONTWAIT);
 }
 
-/// Requests that other threads posted, and what wakes the thread that waits for them.
+/// Requests that other threads have posted, and the descriptor that wakes the waiting thread.
 #[derive(Debug, Default)]
 pub(crate) struct Calls {
     posted: Mutex<Vec<Request>>,
-    /// `None` for the one of the process, which its signals wake too.
+    /// `None` for the process's own descriptor, which its signals also make readable.
     own: Option<Flag>,
 }
 
 impl Calls {
-    /// For a service that shares its process with others.
+    /// For a service that shares its process with other services.
     pub(crate) fn standalone() -> io::Result<Self> {
         Ok(Self { posted: Mutex::default(), own: Some(Flag::new(false)?) })
     }
@@ -154,7 +154,7 @@ impl Calls {
         std::mem::take(&mut *self.posted.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// Readable when there is something to take.
+    /// Returns the descriptor that is readable when there is a request.
     pub(super) fn fd(&self) -> io::Result<BorrowedFd<'_>> {
         match &self.own {
             Some(own) => Ok(own.as_fd()),

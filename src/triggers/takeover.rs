@@ -1,4 +1,4 @@
-//! A process that has asked to take over, until the handover begins or is refused.
+//! A process that has requested a takeover, until the handover begins or is refused.
 
 use std::cell::Cell;
 use std::os::fd::OwnedFd;
@@ -9,17 +9,17 @@ use crate::handover::link::nonblocking;
 use crate::logging;
 use crate::sys::peer::PeerCred;
 
-/// A process that has asked to take over.
+/// A process that has requested a takeover.
 #[derive(Debug)]
 pub(crate) struct TakeoverRequest {
     pub(crate) socket: Arc<OwnedFd>,
     pub(crate) peer: PeerCred,
-    /// Whether the handover has begun. From then on the socket carries messages, and no answer.
+    /// Whether the handover has begun. From then on the socket carries messages, and no answer may be sent.
     begun: Cell<bool>,
 }
 
 impl TakeoverRequest {
-    /// `None` for a connection whose first line asks for something else.
+    /// Returns `None` for a connection whose first line is another request.
     pub(super) fn new(socket: OwnedFd, peer: PeerCred, line: &[u8], app: Option<&str>) -> Option<Self> {
         let Some(greeting) = Greeting::parse(line) else {
             refuse(&socket, "failed: this is a takeover socket");
@@ -43,7 +43,7 @@ impl TakeoverRequest {
         self.socket.clone()
     }
 
-    /// Answers why there is no handover, unless it has begun.
+    /// Answers with the reason why there is no handover, unless the handover has begun.
     pub(crate) fn refuse(&self, why: &str) {
         if !self.begun.get() {
             refuse(&self.socket, why);

@@ -23,14 +23,14 @@ use crate::sys::poll::Deadline;
 use crate::sys::program;
 use crate::triggers::control::Trust;
 
-/// How long the manifest may take, which the parent has written before the child began.
+/// How long reading the manifest may take. The parent has written it before the child started.
 const MANIFEST: Duration = Duration::from_secs(10);
 
-/// How often, and after what time, to connect again when a takeover was cut off.
+/// How often, and after which delay, to reconnect when a takeover was cut off.
 const ATTEMPTS: u32 = 5;
 const ATTEMPT_PAUSE: Duration = Duration::from_millis(20);
 
-/// Step 5: takes what another generation hands over to this process. `None` means that this is a first generation.
+/// Step 5: takes the handover of another generation. `None` means that this is a first generation.
 pub(crate) fn inherit(
     take_over: Option<&Path>,
     trust: &Trust,
@@ -41,7 +41,7 @@ pub(crate) fn inherit(
         return Ok(Some(inherited));
     }
     if let Some((entries, pipe)) = from_1_1_1::inherit()? {
-        // It does not count its generations.
+        // That version does not count its generations.
         let ancestors = Ancestors { of_1_1_1: Some(pipe), ..Ancestors::default() };
         return Ok(Some(Inherited {
             origin: Origin { generation: 1, ..Origin::default() },
@@ -56,8 +56,8 @@ pub(crate) fn inherit(
     }
 }
 
-/// From the parent that started this process. A handover that is for this process and cannot be used is an error:
-/// otherwise this process would become a first generation, beside the one that serves.
+/// Takes the handover of the parent that started this process. A handover that is meant for this process but cannot be
+/// used is an error. Otherwise this process would become a first generation beside the one that serves.
 fn from_environment() -> Result<Option<Inherited>, Error> {
     let value = env::var_os(VARIABLE);
     let Some(value) = value.as_ref().and_then(|value| value.to_str()).filter(|value| is_handover(value)) else {
@@ -110,7 +110,7 @@ fn another_process() -> Option<Inherited> {
     None
 }
 
-/// From the process that listens at `path`, if one does.
+/// Takes the handover of the process that listens at `path`, if there is one.
 fn from_socket(
     path: &Path,
     trust: &Trust,
@@ -134,8 +134,8 @@ fn from_socket(
                 let answer = answer.lines().next().unwrap_or_default().to_owned();
                 return Err(Error::NotHandedOver { path: path.to_owned(), answer });
             }
-            // The process has ended, or turned this one away. If it has ended, then now or soon nobody listens, because a
-            // process closes its descriptors one after the other; and this is a first generation.
+            // The process has ended, or has turned this one away. If it has ended, no process listens now or soon (a
+            // process closes its descriptors one after the other), and this is a first generation.
             Err(e) if attempts < ATTEMPTS && greeting::is_end(&e) => {
                 attempts += 1;
                 thread::sleep(ATTEMPT_PAUSE);
@@ -146,10 +146,10 @@ fn from_socket(
     Ok(None)
 }
 
-/// Step 6, after the claims: closes what is unclaimed, sends `ready`, and waits for the commit.
+/// Step 6, after the claims: closes unclaimed sockets, sends `ready`, and waits for the commit.
 ///
-/// This process serves after the commit, or after the end of its parent, or after the parent, which must live, has
-/// received its `serving`. In every other case it is given up and must not serve, because the parent may.
+/// This process serves after the commit, or after the end of its parent, or after a living parent has received its
+/// `serving`. In every other case it was given up and must not serve, because the parent may serve.
 pub(crate) fn ready(generation: &Generation) -> Result<(), Error> {
     let dropped = generation.sockets.close_unclaimed()?;
     if let Some(pipe) = &generation.ancestors.of_1_1_1 {
@@ -157,7 +157,7 @@ pub(crate) fn ready(generation: &Generation) -> Result<(), Error> {
         generation.sockets.begin_serving()?;
         from_1_1_1::ready(pipe).map_err(|source| Error::Ready { source })?;
         pid_file.keep();
-        // Not before: the mode is the parent's too, whose threads may accept by blocking calls.
+        // Not earlier, because the parent shares the mode, and its threads may accept with blocking calls.
         return generation.sockets.registry().make_nonblocking().map_err(|source| Error::Ready { source });
     }
     let Some(parent) = &generation.ancestors.parent else { return generation.pid_file.write() };
@@ -176,15 +176,16 @@ pub(crate) fn ready(generation: &Generation) -> Result<(), Error> {
         ParentState { ended: true, .. } => {
             logging::warn!("the parent ended before it could commit: serving without it")
         }
-        // It is stopped or hangs, and so accepts nothing. When it continues it reads `serving` first.
+        // It is stopped or hangs, so it accepts nothing. When it continues, it reads `serving` first.
         _ => logging::warn!("the parent did not answer within {COMMIT:?}: serving without it"),
     }
-    // If this process does not serve in the end, the file names the parent again.
+    // If this process does not serve in the end, the file will name the parent again.
     let pid_file = generation.pid_file.replace()?;
     generation.sockets.begin_serving()?;
-    // Before the first accept. If it cannot be sent, the parent has ended or has given this process up.
+    // Send this before the first accept. If it cannot be sent, the parent has ended or has given up on this process.
     let sent = parent.send(&FromChild::Serving).is_ok();
-    // The parent may have given this process up just before that arrived. Or it has given the verdict, and may end.
+    // The parent may have given up on this process just before that arrived. Or it has already sent the verdict, and
+    // may end.
     let state = parent.state();
     if state.given_up || (!state.free && (!sent || parent.is_deaf()) && !parent.is_dead(COMMIT)) {
         return Err(Error::GivenUp);

@@ -25,8 +25,8 @@ use crate::sys::spawn::{explain, spawn};
 use crate::triggers::request::{Action, Request};
 use crate::triggers::takeover::TakeoverRequest;
 
-/// Replaces this process, by a child or by the process that requests to take over. On an error this process serves as
-/// before, and the child is gone. On success accepting ends for good when the [`Paused`] is dropped.
+/// Replaces this process with a child or with the process that requests a takeover. On an error this process keeps
+/// serving, and the child is gone. On success accepting ends permanently when the [`Paused`] is dropped.
 pub(crate) fn upgrade<'a>(
     event_loop: &mut EventLoop<'a>,
     target: Option<&TakeoverRequest>,
@@ -43,7 +43,7 @@ pub(crate) fn upgrade<'a>(
     commit(successor, late, event_loop, since)
 }
 
-/// Step 2: everything that is handed over, whatever carries it; and what is to be sent at the commit.
+/// Step 2: collects everything that is handed over, for any carrier, and everything that must be sent at the commit.
 fn pack(generation: &Generation) -> Result<(Handover, Option<Late>), Error> {
     let (mut entries, late) = generation.sockets.snapshot()?;
     entries.extend(generation.ancestors.draining().map(DrainLink::entry));
@@ -69,7 +69,7 @@ fn start(generation: &Generation, handover: Handover) -> Result<Successor<'_>, E
         keep: child_end.keep(),
         status: child_end.status,
         attributes: launch.attributes.clone(),
-        // systemd waits at a stop for its own children only; it kills all others at once (`unit_kill_context`).
+        // At a stop systemd waits only for its own children, and kills all others immediately (`unit_kill_context`).
         parent: match generation.reporter.main() {
             Some(manager) if manager.is_parent() => Parentage::OurParent,
             _ => Parentage::Us,
@@ -84,7 +84,7 @@ fn start(generation: &Generation, handover: Handover) -> Result<Successor<'_>, E
     Ok(successor)
 }
 
-/// Step 3 with a process that runs already.
+/// Step 3 with a process that already runs.
 fn begin<'a>(
     generation: &'a Generation,
     request: &TakeoverRequest,
@@ -104,7 +104,7 @@ fn wait_ready(successor: &mut Successor<'_>, event_loop: &mut EventLoop<'_>, sin
     let mut wake = Wake::Ready;
     loop {
         let sent = successor.link.send_some();
-        // What the child has sent comes first. It may be ready although the deadline has passed.
+        // Read the child's messages first. It may be ready although the deadline has passed.
         match successor.next_message()? {
             Some(FromChild::Ready) if successor.link.is_sent() => return Ok(()),
             Some(FromChild::Dropped(inodes)) => {
@@ -133,7 +133,7 @@ fn wait_ready(successor: &mut Successor<'_>, event_loop: &mut EventLoop<'_>, sin
 }
 
 /// Step 7. The child serves after `commit`, so accepting is paused first. During the probation this process keeps its
-/// sockets, and if the child dies it accepts again: the connections of that time wait in the queue.
+/// sockets. If the child dies, it accepts again, and connections that have arrived in between wait in the queue.
 fn commit<'a>(
     successor: Successor<'a>,
     late: Option<Late>,
@@ -143,7 +143,7 @@ fn commit<'a>(
     let generation = event_loop.generation;
     generation.shutdown.set_orphans(successor.dropped.clone());
     let mut paused = Paused::begin(&generation.shutdown);
-    // Declared after `paused`, so that on every way out the child is given up before this process accepts again.
+    // Declared after `paused`, so that on every exit path the child is given up before this process accepts again.
     let mut successor = successor;
     let mut passed_on = PassedOn { generation, requests: Vec::new() };
     let committed = Instant::now();
@@ -166,7 +166,7 @@ fn commit<'a>(
     let mut verification = None;
     let (mut until, mut wake) = (Deadline::since(committed, COMMIT), Wake::Ready);
     loop {
-        // Read first, whatever the clock says: this process may have been stopped meanwhile, and the child serves.
+        // Read first, even if the deadline has passed: this process may have been stopped, while the child serves.
         match successor.next_message() {
             Ok(Some(FromChild::Serving)) => {
                 serving = true;
@@ -179,7 +179,7 @@ fn commit<'a>(
                 break;
             }
             Ok(Some(FromChild::Refused(reason))) => {
-                // It has stopped accepting, and keeps what it has accepted until its drain ends.
+                // It has stopped accepting, and keeps its connections until its drain ends.
                 successor.drains = serving;
                 return Err(Error::Refused { pid, reason });
             }
@@ -205,8 +205,8 @@ fn commit<'a>(
             Wake::Deadline if until.has_passed() => return Err(Error::Timeout { pid, after: COMMIT }),
             Wake::Stop | Wake::Ready | Wake::Deadline => passed_on.pass(event_loop, &successor),
         }
-        // A process that took over has its own supervisor, which may have caused this stop: a new container is ready, and
-        // the old one ends.
+        // A process that took over has its own supervisor, which may have caused this stop: when a new container is
+        // ready, the old one is stopped.
         if !is_child && serving && passed_on.requests.iter().any(|request| request.action.stops()) {
             break;
         }
@@ -214,7 +214,7 @@ fn commit<'a>(
         wake = match event_loop.wait(Phase::Probation, &fds, until.min(again)) {
             Ok(wake) => wake,
             Err(e) if serving => {
-                // A failing poll of this process is no reason to end a child that serves.
+                // A failing poll in this process must not end a child that serves.
                 logging::warn!("{e}");
                 break;
             }
@@ -226,11 +226,12 @@ fn commit<'a>(
     if is_child {
         let _ = successor.link.send(FromParent::Main);
     }
-    // What arrived during the announcement: after the verdict it would ask the wrong process.
+    // Forward requests that arrived during the announcement. After the verdict they would have reached the wrong
+    // process.
     let _ = event_loop.wait(Phase::Probation, &[], Deadline::after(Duration::ZERO));
     passed_on.pass(event_loop, &successor);
-    // The link of a dead child is broken. A child that lives is kept, whatever the error was: it serves, and is free at the
-    // latest when this process ends.
+    // If the send fails, the child is dead. A living child is kept despite any other error: it serves, and is free at
+    // the latest when this process ends.
     if successor.link.send(FromParent::Verdict).is_err() && !stopping && successor.link.is_deaf() {
         generation.reporter.announce_self();
         return Err(died(successor.link_ended()));
@@ -242,8 +243,8 @@ fn commit<'a>(
     Ok((upgraded, paused))
 }
 
-/// What was requested of this process during the probation and passed on to the child. If the child does not live to do
-/// it, this process does.
+/// Requests that reached this process during the probation and were forwarded to the child. If the child dies before it
+/// carries them out, this process does.
 struct PassedOn<'a> {
     generation: &'a Generation,
     requests: Vec<Request>,
@@ -253,7 +254,7 @@ impl PassedOn<'_> {
     fn pass(&mut self, event_loop: &mut EventLoop<'_>, successor: &Successor<'_>) {
         while let Some(request) = event_loop.triggers.take_request(|_| true) {
             let is_first = self.requests.iter().all(|passed| passed.action != request.action);
-            // The stop is for the service, and that is the child now; but not if it belongs to another supervisor.
+            // The stop is meant for the service, which is now the child, unless that belongs to another supervisor.
             if is_first && (successor.is_child() || !request.action.stops()) {
                 let message = match request.action {
                     Action::Stop => FromParent::RequestStop,
@@ -261,17 +262,17 @@ impl PassedOn<'_> {
                     _ => FromParent::RequestUpgrade,
                 };
                 let Request { action, reason, .. } = &request;
-                logging::info!("passed on to pid {}: {action:?} requested by {reason}", successor.pid());
+                logging::info!("forwarded to pid {}: {action:?} requested by {reason}", successor.pid());
                 let _ = successor.link.send(message);
             }
-            // One upgrade is enough. Each stop may have somebody who waits for the answer.
+            // One upgrade is enough. Each stop may have a peer that waits for the answer.
             if is_first || request.action.stops() {
                 self.requests.push(request);
             }
         }
     }
 
-    /// The upgrade has succeeded. What requested a stop is answered when this process ends.
+    /// Call this after a successful upgrade. Stop requests are answered when this process ends.
     fn done(mut self, event_loop: &mut EventLoop<'_>) {
         for request in self.requests.drain(..).filter(|request| request.action.stops()) {
             event_loop.triggers.push(request);
@@ -285,7 +286,7 @@ impl Drop for PassedOn<'_> {
     }
 }
 
-/// Accepting is paused while this lives.
+/// Accepting is paused while this exists.
 pub(crate) struct Paused<'a> {
     shutdown: &'a Shutdown,
     then: State,
@@ -297,7 +298,7 @@ impl<'a> Paused<'a> {
         Self { shutdown, then: State::Accepting }
     }
 
-    /// This process never accepts again: another one does, or none.
+    /// Call this if this process never accepts again, because another one serves or the service has stopped.
     pub(crate) fn end(&mut self, then: State) {
         self.then = then;
     }

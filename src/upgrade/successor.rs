@@ -1,4 +1,4 @@
-//! The new process of an upgrade, and the link to it. Dropping it gives the process up.
+//! The new process of an upgrade, and the link to it. Dropping it gives up on the process.
 
 use std::collections::HashSet;
 use std::mem;
@@ -23,31 +23,31 @@ use crate::sys::child::{Spawned, LOOK};
 use crate::sys::poll::{poll, wait_readable, Deadline};
 use crate::triggers::request::{Action, Reply, Request};
 
-/// How long a child that has closed its status pipe may take to end by itself.
+/// How long a child that has closed its status pipe may take to exit.
 const ENDING: Duration = Duration::from_millis(200);
 
-/// How long a child that has refused may take to end by itself.
+/// How long a child that has refused may take to exit.
 const LAST_WORDS: Duration = Duration::from_secs(1);
 
 /// The new process, and the link to it.
 ///
-/// While it is `armed`, dropping it gives the process up: no early return and no panic leaves one behind.
+/// While it is `armed`, dropping it gives up on the process, so that no early return or panic leaves a process behind.
 pub(super) struct Successor<'a> {
     generation: &'a Generation,
     process: Process,
     pub(super) link: ChildLink,
-    /// What a child was started to run.
+    /// The program that a child was started to run.
     pub(super) program: PathBuf,
-    /// The listeners that it does not ask for, by inode.
+    /// The listeners that it has not claimed, by inode.
     pub(super) dropped: HashSet<u64>,
-    /// It has stopped accepting and finishes what it has accepted, so it must not be killed.
+    /// It has stopped accepting and finishes its connections, so it must not be killed.
     pub(super) drains: bool,
     armed: bool,
 }
 
 pub(super) enum Process {
     Child(Spawned),
-    /// It takes over, and belongs to another supervisor. The pid is 0 if it is not visible here.
+    /// A process that takes over, which belongs to another supervisor. Its pid is 0 if it is not visible here.
     Takeover {
         pid: u32,
         pidfd: Option<OwnedFd>,
@@ -77,20 +77,20 @@ impl<'a> Successor<'a> {
         }
     }
 
-    /// What to poll for messages and for the end of the process; and when to look again in any case.
+    /// Returns what to poll for messages and for the end of the process, and when to check again in any case.
     pub(super) fn poll_for(&self) -> (Vec<(BorrowedFd<'_>, PollFlags)>, Deadline) {
         let (mut fds, mut again) = self.link.poll_for();
-        // Usually the link ends with the process. But a process that it has made may hold the link open.
+        // Usually the link ends with the process. But one of its children may hold the link open.
         match self.pidfd() {
             Some(pidfd) => fds.push((pidfd.as_fd(), PollFlags::IN)),
-            // No event reports the end of this child, so look at times.
+            // No event reports the end of this child, so check periodically.
             None if self.is_child() => again = again.min(Deadline::after(LOOK)),
             None => {}
         }
         (fds, again)
     }
 
-    /// The next message, if there is one. The end of the process is an error.
+    /// Returns the next message, if there is one. The end of the process is an error.
     pub(super) fn next_message(&mut self) -> Result<Option<FromChild>, Error> {
         let pid = self.pid();
         let garbage = |received| Err(Error::Garbage { pid, received });
@@ -101,7 +101,7 @@ impl<'a> Successor<'a> {
             },
             Ok(Read::Garbage(received)) => garbage(received),
             Ok(Read::Wait) if !self.link.is_deaf() && !self.ends_within(Duration::ZERO) => Ok(None),
-            // What it has sent before its end is read first.
+            // Messages that it sent before its end are read first.
             Ok(Read::Wait) => match self.link.next() {
                 Ok(Read::Line(line)) => FromChild::parse(&line).map(Some).ok_or_else(|| self.link_ended()),
                 _ => Err(self.link_ended()),
@@ -110,10 +110,10 @@ impl<'a> Successor<'a> {
         }
     }
 
-    /// The link has ended, and so must the process.
+    /// Handles the end of the link, which should mean the end of the process.
     pub(super) fn link_ended(&mut self) -> Error {
         let pid = self.pid();
-        // A process closes its descriptors a little before it has ended.
+        // A process closes its descriptors shortly before it has ended.
         let by_itself = self.ends_within(ENDING);
         let lives_on = !by_itself && matches!(self.process, Process::Takeover { pidfd: Some(_), .. });
         match self.give_up() {
@@ -123,7 +123,7 @@ impl<'a> Successor<'a> {
         }
     }
 
-    /// The upgrade has succeeded: the process is no longer ours to end.
+    /// Call this after a successful upgrade. From then on the process is not ended any more.
     pub(super) fn keep(mut self) {
         self.armed = false;
         if let Some((from, lines)) = self.link.keep() {
@@ -131,7 +131,7 @@ impl<'a> Successor<'a> {
         }
     }
 
-    /// Whether the process ends within that time.
+    /// Returns whether the process ends within this time.
     fn ends_within(&self, time: Duration) -> bool {
         let deadline = Deadline::after(time);
         match &self.process {
@@ -140,8 +140,8 @@ impl<'a> Successor<'a> {
         }
     }
 
-    /// A child that has refused is about to end by itself. What it writes until then, to its log or stderr, is what its
-    /// operator needs to read, so it is not killed at once. Requests are handled meanwhile, and a stop ends the wait.
+    /// A child that has refused is about to exit. It is not killed immediately, because the operator needs its last log
+    /// lines. Requests are handled during this wait, and a stop ends it.
     pub(super) fn let_end(&self, event_loop: &mut EventLoop<'_>) {
         let deadline = Deadline::after(LAST_WORDS);
         while self.is_child() && !deadline.has_passed() && !self.ends_within(Duration::ZERO) {
@@ -174,13 +174,13 @@ impl<'a> Successor<'a> {
         poll(&mut polled, deadline).is_ok_and(|ready| ready > 0)
     }
 
-    /// Gives the process up, whatever it is and wherever it is. Returns how a child ended, unless it was given up before
+    /// Gives up on the process, whatever its state. Returns the exit status of a child, unless it was already given up
     /// or another part of the program has reaped it.
     ///
-    /// The process that was started need not be the one that received the handover: it may be a shell that waits for its
-    /// child, or have daemonized. Killing it does not reach that one, which would take a closed link for the death of this
-    /// process, and serve. So it receives `stop`, nothing that it sends arrives any more, and the link stays open until it
-    /// has closed its own end.
+    /// The started process is not always the one that received the handover: it may be a shell that waits for its
+    /// child, or it may have daemonized. Killing it does not reach the receiver, which would mistake a closed link for
+    /// the death of this process, and serve. So the receiver gets `stop`, its further messages fail, and the link stays
+    /// open until it has closed its own end.
     fn give_up(&mut self) -> Option<ExitStatus> {
         if !mem::replace(&mut self.armed, false) {
             return None;
@@ -188,7 +188,7 @@ impl<'a> Successor<'a> {
         let told = self.link.is_sent() && self.link.send(FromParent::Stop).is_ok();
         while let Ok(Read::Line(line)) = self.link.next() {
             if FromChild::parse(&line) == Some(FromChild::Stopping) {
-                // The service was asked to stop, by a request that has reached only that process.
+                // The service was asked to stop by a request that has reached only the child.
                 self.generation.calls.post(Request::new(Action::Stop, ExitReason::Call, Reply::Nobody));
             }
         }
@@ -201,7 +201,7 @@ impl<'a> Successor<'a> {
         if told {
             self.link.hold_open();
         }
-        // The process may have written its PID file already.
+        // The process may already have written its PID file.
         self.generation.pid_file.rewrite();
         status
     }
@@ -213,7 +213,7 @@ impl Drop for Successor<'_> {
     }
 }
 
-/// The child's end of the link, on which every later generation may ask this one to end its drain.
+/// The child's end of the link, on which any later generation can ask this one to end its drain.
 #[derive(Debug)]
 struct LaterGenerations {
     from: Arc<OwnedFd>,

@@ -1,4 +1,4 @@
-//! The program's own check of a new process that serves, in a thread of its own.
+//! The program's own check of a new process that serves, in a separate thread.
 
 use std::panic::{self, AssertUnwindSafe};
 use std::sync::mpsc::{self, Receiver, TryRecvError};
@@ -8,7 +8,7 @@ use crate::exit::Upgraded;
 use crate::options::Verify;
 use crate::sys::poll::Deadline;
 
-/// A check that runs. It may hang, so nobody waits for its thread.
+/// A running check. It may hang, so its thread is never joined.
 pub(super) struct Verification(Receiver<Result<(), String>>);
 
 impl Verification {
@@ -25,7 +25,7 @@ impl Verification {
         Self(results)
     }
 
-    /// `None` while it runs, until `deadline`.
+    /// Returns `None` while it runs, until `deadline`.
     pub(super) fn outcome(&self, deadline: Deadline) -> Option<Result<(), String>> {
         match self.0.try_recv() {
             Ok(checked) => Some(checked.map_err(|why| format!("not verified: {why}"))),
