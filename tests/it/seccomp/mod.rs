@@ -163,6 +163,21 @@ fn what_is_optional_may_be_refused() {
         let command = SeccompCmpOp::Eq;
         BTreeMap::from([(libc::SYS_fcntl, vec![argument(1, command, libc::F_SETPIPE_SZ as u64)])])
     };
+    // Everything of the table that came after Linux 4.5, and what std and the C library would rather use.
+    let newer = || {
+        let mut rules = all(&[libc::SYS_close_range, libc::SYS_pidfd_open, libc::SYS_pidfd_send_signal]);
+        rules.extend(all(&[
+            libc::SYS_statx,
+            libc::SYS_clone3,
+            libc::SYS_rseq,
+            libc::SYS_openat2,
+            libc::SYS_faccessat2,
+        ]));
+        rules.extend(clone_vm());
+        rules
+    };
+    let server = start(&[], refusing(newer(), libc::ENOSYS));
+    upgrades(&server, 2).unwrap_or_else(|e| panic!("an old kernel: {e}"));
     for errno in [libc::ENOSYS, libc::EPERM] {
         for (what, rules) in [
             ("close_range", all(&[libc::SYS_close_range])),
@@ -171,7 +186,13 @@ fn what_is_optional_may_be_refused() {
             ("clone with CLONE_VM", clone_vm()),
             ("epoll_create1", all(&[libc::SYS_epoll_create1])),
             ("epoll_ctl", all(&[libc::SYS_epoll_ctl])),
+            ("pidfd_open", all(&[libc::SYS_pidfd_open])),
             ("pidfd_send_signal", all(&[libc::SYS_pidfd_send_signal])),
+            ("pidfd_open, pidfd_send_signal, clone with CLONE_VM", {
+                let mut rules = all(&[libc::SYS_pidfd_open, libc::SYS_pidfd_send_signal]);
+                rules.extend(clone_vm());
+                rules
+            }),
             ("F_SETPIPE_SZ", set_pipe_size()),
         ] {
             let server = start(&[], refusing(rules, errno));
