@@ -1,4 +1,4 @@
-//! Turning a descriptor number from the parent into an owned descriptor, after a proof that it is the one meant.
+//! Turns a descriptor number from the parent into an owned descriptor, after verifying that it is the intended one.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
@@ -9,69 +9,72 @@ use rustix::io::{fcntl_setfd, ioctl_fionread, FdFlags};
 
 use super::system::{identity, sweep};
 
-/// What, besides the number, stands for a descriptor: the inode where it has one, otherwise a number made now.
+/// Returns the identity of a descriptor besides its number: its inode if it has one, otherwise a number that is made up
+/// now.
 pub(crate) fn identity(fd: impl AsFd) -> io::Result<u64> {
     Ok(identity::of(&fstat(fd)?))
 }
 
-/// Whether this can be the descriptor with that identity.
+/// Returns whether this can be the descriptor with that identity.
 pub(crate) fn is_identical(fd: impl AsFd, to: u64) -> io::Result<bool> {
     Ok(identity::is(&fstat(fd)?, to))
 }
 
-/// The nonce for a manifest: the identity of what carries it, unless the carrier itself proves it.
+/// Returns the nonce for a manifest: the identity of its carrier, unless the carrier itself can be verified.
 pub(crate) fn nonce(carrier: u64) -> Option<u64> {
     (!identity::IS_A_PROOF).then_some(carrier)
 }
 
-/// The right to adopt descriptors by number. There is one in a process, because a number may be adopted once.
+/// The right to adopt descriptors by number. A process has only one, because a number may be adopted only once.
 pub(crate) struct Adopter {
-    /// By number.
+    /// Whether a descriptor was adopted, by number.
     adopted: Vec<bool>,
 }
 
 impl Adopter {
-    /// `None` when this process had its adopter already.
+    /// Returns `None` if this process already has its adopter.
     pub(crate) fn take() -> Option<Self> {
         static TAKEN: AtomicBool = AtomicBool::new(false);
         let free = !TAKEN.swap(true, Ordering::AcqRel);
         free.then(|| Self { adopted: Vec::new() })
     }
 
-    /// Owns descriptor `fd` if it is open, of that type and [`identity`], and not adopted before. It gets close-on-exec
-    /// by [`close_on_exec`](Self::close_on_exec). Version 1.1.1 hands descriptors over without an identity.
+    /// Takes ownership of descriptor `fd` if it is open, has this type and [`identity`], and was not adopted before.
+    /// [`close_on_exec`](Self::close_on_exec) must set close-on-exec on it. Version 1.1.1 hands descriptors over
+    /// without an identity.
     pub(crate) fn adopt(&mut self, fd: RawFd, file_type: Option<FileType>, wanted: Option<u64>) -> io::Result<OwnedFd> {
         let index = usize::try_from(fd).unwrap_or_default();
         if fd <= libc::STDERR_FILENO || self.adopted.get(index) == Some(&true) {
             return Err(io::ErrorKind::InvalidInput.into());
         }
         check(fd, file_type, wanted)?;
-        // No longer than the table of descriptors, because this one is open.
+        // This is no longer than the descriptor table, because this descriptor is open.
         self.adopted.resize(self.adopted.len().max(index + 1), false);
         self.adopted[index] = true;
-        // SAFETY: the parent left this descriptor, known by its inode, open over the execve for us to own, so nobody
-        // else in this process opened it; `adopted` and the single `Adopter` see to it that it is owned once.
+        // SAFETY: the parent left this descriptor, which its inode identifies, open across execve for this process to
+        // own, so no other code in this process has opened it. `adopted` and the single `Adopter` ensure that it is
+        // owned only once.
         Ok(unsafe { OwnedFd::from_raw_fd(fd) })
     }
 
-    /// Sets close-on-exec on all that was adopted: thousands of listeners in one call, or one by one where the system does
-    /// not have it.
+    /// Sets close-on-exec on all adopted descriptors: on thousands of listeners in one call, or one by one if the
+    /// system does not have that call.
     ///
-    /// Between their numbers may be others that this program has opened before its start. They get it as well, as they
-    /// would at its next upgrade.
+    /// Descriptors in between that the program has opened before `start` get close-on-exec as well, as they would at
+    /// the next upgrade.
     pub(crate) fn close_on_exec(&self) -> io::Result<()> {
         let mut adopted = (0..).zip(&self.adopted).filter(|(_, adopted)| **adopted).map(|(fd, _)| fd);
         let Some(first) = adopted.clone().next() else { return Ok(()) };
-        // SAFETY: closes nothing before an execve.
+        // SAFETY: this closes nothing before an execve.
         if unsafe { sweep::close_on_exec(first as u32, self.adopted.len() as u32 - 1) }.is_ok() {
             return Ok(());
         }
-        // SAFETY: a closed one gives EBADF, and no caller has closed any yet.
+        // SAFETY: a closed number returns EBADF, and no caller has closed any yet.
         Ok(adopted.try_for_each(|fd| fcntl_setfd(unsafe { BorrowedFd::borrow_raw(fd) }, FdFlags::CLOEXEC))?)
     }
 }
 
-/// Checks that `fd` is open, and of that type and [`identity`]. Owns nothing.
+/// Checks that `fd` is open and has that type and [`identity`]. Takes no ownership.
 pub(crate) fn check(fd: RawFd, file_type: Option<FileType>, wanted: Option<u64>) -> io::Result<()> {
     // SAFETY: used for a call that is harmless on any number; a closed one gives EBADF.
     let stat = fstat(unsafe { BorrowedFd::borrow_raw(fd) })?;
@@ -83,8 +86,8 @@ pub(crate) fn check(fd: RawFd, file_type: Option<FileType>, wanted: Option<u64>)
     Ok(())
 }
 
-/// Whether `fd` may bring a manifest. The parent writes some of it before the child starts, so a pipe that is empty is
-/// another process's. Only a look, because that one must stay open.
+/// Returns whether `fd` can contain a manifest. The parent writes part of it before the child starts, so an empty pipe
+/// belongs to another process. This only checks, because that pipe must stay open.
 pub(crate) fn may_bring_a_manifest(fd: RawFd) -> bool {
     // SAFETY: used for a call that is harmless on any number; a closed one gives EBADF.
     let bytes = || unsafe { ioctl_fionread(BorrowedFd::borrow_raw(fd)) };

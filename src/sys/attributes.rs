@@ -1,11 +1,12 @@
-//! What a process inherits from the thread that starts it, by accident: the next generation gets what the first had.
+//! Attributes that a process inherits from the thread that starts it. The next generation gets those that the first one
+//! had.
 
 use std::io;
 
 use super::signal::{self, Mask};
 pub(crate) use super::system::scheduling::Scheduling;
 
-/// The attributes with which a generation was started, and every later one will be.
+/// The attributes with which a generation was started, and with which every later one will be started.
 #[derive(Clone, Debug)]
 pub(crate) struct Attributes {
     pub(super) mask: Mask,
@@ -13,7 +14,7 @@ pub(crate) struct Attributes {
 }
 
 impl Attributes {
-    /// Those of the calling thread, which is the main thread of a program that has just started.
+    /// Returns those of the calling thread, which is the main thread of a program that has just started.
     pub(crate) fn of_this_thread() -> io::Result<Self> {
         Ok(Self { mask: signal::mask()?, scheduling: Scheduling::of_this_thread() })
     }

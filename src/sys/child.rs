@@ -1,4 +1,4 @@
-//! A child process: whether it has ended, how, and how it is made to.
+//! A child process: whether it has ended, its exit status, and killing it.
 
 use std::os::fd::OwnedFd;
 use std::os::unix::process::ExitStatusExt;
@@ -15,22 +15,22 @@ use super::poll::{wait_hangup, wait_readable, Deadline};
 use super::system::clone;
 use crate::logging;
 
-/// How often to look whether a child has ended for which there is no pidfd.
+/// How often to check whether a child without a pidfd has ended.
 pub(crate) const LOOK: Duration = Duration::from_millis(50);
 
 /// How long a killed child may take to end.
 const KILLING: Duration = Duration::from_secs(5);
 
-/// How long a killed child may take to be reaped, by our own parent or after a debugger.
+/// How long it may take until a killed child is reaped by our own parent, or released by a debugger.
 const REAPING: Duration = Duration::from_millis(200);
 
 /// A child process.
 pub(crate) struct Spawned {
     pub(crate) pid: Pid,
-    /// Readable once the child has ended. `None` where the kernel did not provide one.
+    /// A descriptor that is readable once the child has ended. `None` if the kernel did not provide one.
     pub(crate) pidfd: Option<OwnedFd>,
     pub(crate) parent: Parentage,
-    /// What the child still reads until its execve.
+    /// The memory that the child reads until its execve.
     pub(super) _memory: SharedMemory,
 }
 
@@ -51,22 +51,23 @@ impl Spawned {
         }
     }
 
-    /// Whether the child has ended and waits to be reaped; ECHILD if it is not ours to reap (any more).
+    /// Returns whether the child has ended and waits to be reaped; ECHILD if this process cannot reap it (any more).
     fn is_unreaped(&self) -> rustix::io::Result<bool> {
         let options = WaitIdOptions::EXITED | WaitIdOptions::NOHANG | WaitIdOptions::NOWAIT;
         waitid(WaitId::Pid(self.pid), options).map(|status| status.is_some())
     }
 
-    /// Lets the child end by itself, and reaps it some time after that.
+    /// Lets the child run until it exits, and reaps it later.
     pub(crate) fn reap_later(&self) -> Option<ExitStatus> {
         reap_later(self.pid)
     }
 
-    /// Kills and reaps the child. Returns how it ended, unless another process or another part of this one has reaped it.
+    /// Kills and reaps the child. Returns its exit status, unless another process or another part of this one has
+    /// reaped it.
     pub(crate) fn kill_and_reap(&self) -> Option<ExitStatus> {
         let pid = self.pid;
         reap_late();
-        // A filter may know only the older call. Before its end nobody has reaped the child, so its number is its own.
+        // A filter may allow only the older call. The child is not reaped before its end, so its PID cannot be reused.
         let killed = self.pidfd.as_ref().is_some_and(|pidfd| clone::kill(pidfd).is_ok());
         if !killed && !self.ends_before(Deadline::after(Duration::ZERO)) {
             let _ = kill_process(pid, Signal::KILL);
@@ -76,7 +77,7 @@ impl Spawned {
             return survives(pid);
         }
         if let (Some(pidfd), Parentage::OurParent) = (&self.pidfd, self.parent) {
-            // Our parent reaps it, and only then does the kernel say how it ended.
+            // Our parent reaps it, and only then does the kernel report its exit status.
             let _ = wait_hangup(pidfd, Deadline::after(REAPING));
             return clone::exit_status(pidfd);
         }
@@ -85,7 +86,7 @@ impl Spawned {
             match waitpid(Some(pid), WaitOptions::NOHANG) {
                 Err(Errno::INTR) => {}
                 Ok(Some((_, status))) => return Some(ExitStatus::from_raw(status.as_raw())),
-                // A debugger that traces the child receives its status first, and may take its time.
+                // A debugger that traces the child receives its status first, and may delay it.
                 Ok(None) if deadline.has_passed() => return survives(pid),
                 Ok(None) => thread::sleep(Duration::from_millis(2)),
                 // SIGCHLD is ignored, or another part of the program waits for any child.
@@ -105,7 +106,7 @@ pub(crate) fn explain_end(status: ExitStatus) -> String {
     }
 }
 
-/// Children that are yet to be reaped.
+/// Children that must still be reaped.
 static LATE: Mutex<Vec<Pid>> = Mutex::new(Vec::new());
 
 fn survives(pid: Pid) -> Option<ExitStatus> {
@@ -118,7 +119,7 @@ fn reap_later(pid: Pid) -> Option<ExitStatus> {
     None
 }
 
-/// Reaps those children that have ended since. Returns when to look again, because no event reports their end.
+/// Reaps those children that have ended. Returns when to check again, because no event reports their end.
 pub(crate) fn reap_late() -> Deadline {
     let mut late = LATE.lock().unwrap_or_else(PoisonError::into_inner);
     late.retain(|pid| matches!(waitpid(Some(*pid), WaitOptions::NOHANG), Ok(None)));

@@ -1,4 +1,4 @@
-//! Taking over the descriptors that the service manager passed, which are known by number only.
+//! Adopts the descriptors that the service manager passed, which are known only by number.
 
 use std::io;
 use std::os::fd::{BorrowedFd, FromRawFd, OwnedFd, RawFd};
@@ -9,24 +9,25 @@ use rustix::io::{fcntl_getfd, fcntl_setfd, FdFlags};
 /// The first descriptor that a service manager passes, SD_LISTEN_FDS_START.
 const FIRST: RawFd = 3;
 
-/// Owns the descriptors 3 to 3 + `count`, which the environment says were passed to this very process, and marks them
-/// close-on-exec. A second call is refused.
+/// Takes ownership of descriptors 3 to 3 + `count`, which were passed to this process according to its environment, and
+/// sets close-on-exec on them. A second call is refused.
 ///
 /// # Errors
-/// One of them is not open, or is somebody's already; then none is owned. Each is named.
+/// One of them is not open, or other code already owns it. Then this takes no ownership. The error names each of them.
 pub(crate) fn take(count: usize) -> Result<Vec<OwnedFd>, (RawFd, io::Error)> {
     static TAKEN: AtomicBool = AtomicBool::new(false);
-    // A count beyond what a process can have open is caught at the first number that is not.
+    // If the count is larger than a process can have open, the first number that is not open is an error.
     let numbers = (FIRST..).take(count);
     if TAKEN.swap(true, Ordering::AcqRel) {
         return Err((FIRST, io::Error::new(io::ErrorKind::AlreadyExists, "it was taken before")));
     }
     for fd in numbers.clone() {
-        // SAFETY: used for one call that is harmless on any number; a closed one gives EBADF.
+        // SAFETY: used for one call that is harmless on any number; a closed one returns EBADF.
         let borrowed = unsafe { BorrowedFd::borrow_raw(fd) };
         match fcntl_getfd(borrowed) {
             Err(e) => return Err((fd, e.into())),
-            // What came over an execve cannot be close-on-exec; what is was opened, or taken, by somebody here.
+            // A descriptor that has survived execve cannot have close-on-exec. If it has, code in this process has
+            // opened or taken it.
             Ok(flags) if flags.contains(FdFlags::CLOEXEC) => {
                 let why = "it is close-on-exec, so other code in this process owns it";
                 return Err((fd, io::Error::new(io::ErrorKind::AlreadyExists, why)));
@@ -36,8 +37,9 @@ pub(crate) fn take(count: usize) -> Result<Vec<OwnedFd>, (RawFd, io::Error)> {
     }
     numbers
         .map(|fd| {
-            // SAFETY: the manager opened these numbers for this process to own, and named it (LISTEN_PID); they came
-            // over the execve, so nobody in this process opened them, and `TAKEN` sees to it that they are owned once.
+            // SAFETY: the manager opened these numbers for this process to own, and named it (LISTEN_PID). They have
+            // survived execve, so no code in this process has opened them, and `TAKEN` ensures that they are owned only
+            // once.
             let owned = unsafe { OwnedFd::from_raw_fd(fd) };
             fcntl_setfd(&owned, FdFlags::CLOEXEC).map_err(|e| (fd, e.into()))?;
             Ok(owned)

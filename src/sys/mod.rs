@@ -1,24 +1,25 @@
-//! The only unsafe code of the crate, and the only code that knows on which system it runs.
+//! The only unsafe code of the crate, and the only code that depends on the operating system.
 //!
-//! `linux` and `unix` are two sides of one face: the same modules with the same names. `unix` is for every other Unix, and
-//! stands in for `linux` too if the crate is built with `--cfg ecdysis_unix`: so its fallbacks are tested.
+//! `linux` and `unix` are two implementations of one interface: the same modules with the same names. `unix` is for
+//! every other Unix. If the crate is built with `--cfg ecdysis_unix`, it also replaces `linux`, so that its fallbacks
+//! can be tested on Linux.
 //!
 //! | module | `linux` | `unix` |
 //! |---|---|---|
 //! | `blob` | sealed memory files | unlinked files in the directory for temporary ones |
 //! | `calls` | system calls that leave `errno` alone | libc, which restores `errno` |
-//! | `clone` | clone(2) that shares memory; pidfds | none: spawn.rs forks, and looks for the end of a child |
+//! | `clone` | clone(2) that shares memory; pidfds | none: spawn.rs forks, and checks periodically for the end of a child |
 //! | `flag` | eventfd(2) | a pipe |
-//! | `identity` | inodes | none for pipes and sockets: a nonce proves the handover |
+//! | `identity` | inodes | none for pipes and sockets: a nonce verifies the handover |
 //! | `mask` | rt_sigprocmask(2), every signal there is | sigset_t, without the C library's own signals |
-//! | `net` | accept4(2), pipe2(2) and flags for socket(2) | fcntl(2) afterwards |
+//! | `net` | accept4(2), pipe2(2) and flags for socket(2) | a later fcntl(2) |
 //! | `peer` | SO_PEERCRED, SO_PEERPIDFD | getpeereid(3) or getpeerucred(3C), no pidfd |
 //! | `program` | /proc/self/exe, AT_SECURE | std's `current_exe`, issetugid(2) |
 //! | `scheduling` | CPU affinity and nice value of a thread | nice value of the process |
 //! | `sweep` | close_range(2) or /proc/self/fd | every number up to the limit |
 //! | `watch` | epoll(7) with EPOLLEXCLUSIVE | none: poll(2) |
 //!
-//! What a system does not have is an error that names it.
+//! A feature that a system lacks is an error that names the feature.
 
 #![allow(unsafe_code)]
 
@@ -49,7 +50,7 @@ pub(crate) mod spawn;
 pub(crate) mod stdio;
 pub(crate) mod wake;
 
-/// Whether calls on a socket wait.
+/// Whether calls on a socket block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Mode {
     Blocking,

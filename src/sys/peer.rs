@@ -1,4 +1,4 @@
-//! Who is at the other end of a Unix socket.
+//! The process and user at the other end of a Unix socket.
 
 use std::io;
 use std::os::fd::AsFd;
@@ -8,12 +8,11 @@ use super::system::peer::{credentials, Credentials};
 
 /// The process, user and group at the other end of a connected Unix socket.
 ///
-/// They are those of the moment in which it connected, or, for a listener, called listen. The kernel vouches for them.
-/// User and group are translated into the user namespace of the reader; the ones that have no number there are
-/// all 65534.
+/// The kernel recorded them when the peer connected, or, for a listener, when it called listen. User and group are
+/// translated into the reader's user namespace. Those without a number there are 65534.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct PeerCred {
-    /// The process, or `None` if it lives in a PID namespace that cannot be seen from here.
+    /// The process, or `None` if its PID namespace is not visible here.
     pub pid: Option<u32>,
     /// Its effective user.
     pub uid: u32,
@@ -22,14 +21,14 @@ pub struct PeerCred {
 }
 
 impl PeerCred {
-    /// Whether the peer runs as the same effective user as this process, or as root: the rule that the library
-    /// goes by unless it is given another.
+    /// Returns whether the peer runs as the same effective user as this process, or as root. This is the library's
+    /// default rule.
     pub fn is_same_user_or_root(&self) -> bool {
         self.uid == 0 || self.uid == rustix::process::geteuid().as_raw()
     }
 }
 
-/// Asks the kernel who is at the other end of `socket`.
+/// Asks the kernel for the peer of `socket`.
 pub(crate) fn peer(socket: impl AsFd) -> io::Result<PeerCred> {
     let Credentials { pid, uid, gid } = credentials(socket)?;
     Ok(PeerCred { pid: u32::try_from(pid).ok().filter(|&pid| pid != 0), uid, gid })

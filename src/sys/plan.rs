@@ -1,4 +1,4 @@
-//! What the child of a spawn needs, made before it exists, and kept while it may read it.
+//! The plan for the child of a spawn: created before the child exists, and kept while it may read it.
 
 use std::ffi::{c_char, CString};
 use std::mem;
@@ -9,53 +9,53 @@ use std::sync::Arc;
 use super::attributes::{Attributes, Scheduling};
 use super::system::clone::Stack;
 
-/// Everything the child needs, made before it exists.
+/// Everything that the child needs, created before it exists.
 pub(crate) struct Plan {
     pub(crate) program: CString,
     pub(crate) argv: Vec<CString>,
     pub(crate) envp: Vec<CString>,
-    /// Where the child starts, and whether it may start where the parent stands if that cannot be entered.
+    /// The child's directory, and whether it may start in the parent's if it cannot enter that.
     pub(crate) directory: Option<(CString, IfMissing)>,
-    /// What survives the execve, besides stdin, stdout and stderr.
+    /// The descriptors that survive the execve, besides stdin, stdout and stderr.
     pub(crate) keep: Vec<RawFd>,
-    /// Where the child reports a failure before the new program runs. One of `keep`.
+    /// The descriptor on which the child reports a failure before the new program runs. One of `keep`.
     pub(crate) status: RawFd,
-    /// What the new program starts with.
+    /// The attributes with which the new program starts.
     pub(crate) attributes: Attributes,
-    /// Whose child it is to be.
+    /// The future parent of the child.
     pub(crate) parent: Parentage,
 }
 
-/// Whether a directory that is gone, or may not be entered, is an error or means "stay where we are". To stay needs no
-/// right; to enter by name needs the right to search every part of the path.
+/// Whether it is an error if the directory is gone or cannot be entered, or whether the child then stays in the current
+/// one. Staying needs no permission, whereas entering needs search permission for every part of the path.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum IfMissing {
     Fail,
     Stay,
 }
 
-/// Whose child a new process is to be.
+/// The parent of a new process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Parentage {
-    /// Ours.
+    /// The calling process.
     Us,
-    /// Our own parent's, where the kernel allows it; that reaps it then. For a service manager which at a stop waits for
-    /// its own children only.
+    /// The parent of the calling process, if the kernel allows it. That parent then reaps the new process. For a
+    /// service manager that waits only for its own children at a stop.
     OurParent,
 }
 
-/// What the child reads before its execve, and the stack it runs on.
+/// The memory that the child reads before its execve, and its stack.
 pub(super) struct Memory {
     pub(super) plan: Plan,
-    /// The pointers that execve takes, into `plan`, null at the end.
+    /// The pointers into `plan` that execve needs, with a null at the end.
     pub(super) argv: Vec<*const c_char>,
     pub(super) envp: Vec<*const c_char>,
-    /// What the thread that spawns has other than the plan says.
+    /// The attributes of the spawning thread that differ from the plan.
     pub(super) restore: Scheduling,
     pub(super) stack: Stack,
 }
 
-// SAFETY: the raw pointers lead into `plan`, which moves with them and which nobody changes.
+// SAFETY: the raw pointers refer to `plan`, which moves with them and never changes.
 unsafe impl Send for Memory {}
 // SAFETY: as above.
 unsafe impl Sync for Memory {}
@@ -82,7 +82,7 @@ impl SharedMemory {
 
 impl Drop for SharedMemory {
     fn drop(&mut self) {
-        // A child that is stuck before its execve, and survived even SIGKILL, still reads this: then it is leaked.
+        // A child that is stuck before its execve, and has survived even SIGKILL, still reads this, so it is leaked.
         if self.0.stack.is_in_use() {
             mem::forget(self.0.clone());
         }

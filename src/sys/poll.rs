@@ -1,4 +1,4 @@
-//! Waiting with a deadline: poll(2), tried again after the errors that pass.
+//! Waiting with a deadline: poll(2), retried after transient errors.
 
 use std::os::fd::AsFd;
 use std::thread;
@@ -9,15 +9,15 @@ use rustix::io::{self, Errno};
 
 /// A point in time, or never.
 ///
-/// A program may choose any [`Duration`] for a timeout, up to `MAX`, and `Instant + Duration` panics where the sum
-/// cannot be represented. Such a point is further away than any process lives, so here it is [`NEVER`](Self::NEVER).
+/// A program may choose any [`Duration`] up to `MAX` as a timeout, and `Instant + Duration` panics if the sum cannot be
+/// represented. Such a time is later than the end of any process, so it becomes [`NEVER`](Self::NEVER).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Deadline(Option<Instant>);
 
 impl Deadline {
     pub(crate) const NEVER: Self = Self(None);
 
-    /// `time` from now.
+    /// Returns the deadline `time` from now.
     pub(crate) fn after(time: Duration) -> Self {
         Self::since(Instant::now(), time)
     }
@@ -30,7 +30,7 @@ impl Deadline {
         Self(Some(time))
     }
 
-    /// The earlier of the two.
+    /// Returns the earlier of the two.
     pub(crate) fn min(self, other: Self) -> Self {
         Self([self.0, other.0].into_iter().flatten().min())
     }
@@ -39,26 +39,26 @@ impl Deadline {
         self.0.is_some_and(|at| at <= Instant::now())
     }
 
-    /// The time left, `MAX` for never.
+    /// Returns the time left; `MAX` for never.
     pub(crate) fn time_left(self) -> Duration {
         self.0.map_or(Duration::MAX, |at| at.saturating_duration_since(Instant::now()))
     }
 
-    /// The time left as poll(2) accepts it; `None` to wait without limit.
+    /// Returns the time left in the form of poll(2); `None` for no limit.
     pub(crate) fn left(self) -> Option<Timespec> {
         let left = self.0?.saturating_duration_since(Instant::now());
-        // More than the kernel can count is no limit.
+        // A time that is too long for the kernel means no limit.
         Timespec::try_from(left).ok()
     }
 }
 
-/// How long to wait before the next try when the kernel is short of memory or descriptors.
+/// How long to wait before a retry when the kernel is short of memory or descriptors.
 pub(crate) const SCARCE: Duration = Duration::from_millis(50);
 
-/// Waits until one of `fds` is ready or the deadline has passed; returns how many are ready.
+/// Waits until one of `fds` is ready or the deadline has passed. Returns how many are ready.
 ///
-/// An interrupted wait continues. So does one for which the kernel has no memory, after a pause: a server that ended
-/// because of that would take the service down.
+/// An interrupted wait continues. So does a wait for which the kernel has no memory, after a pause, because such an
+/// error must not end the server.
 pub(crate) fn poll(fds: &mut [PollFd<'_>], deadline: Deadline) -> io::Result<usize> {
     loop {
         match rustix::event::poll(fds, deadline.left().as_ref()) {
@@ -67,7 +67,7 @@ pub(crate) fn poll(fds: &mut [PollFd<'_>], deadline: Deadline) -> io::Result<usi
             result => return result,
         }
         if deadline.has_passed() {
-            // What became ready meanwhile still counts, but nothing more is waited for.
+            // Descriptors that have become ready still count, but there is no further wait.
             return match rustix::event::poll(fds, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })) {
                 Err(Errno::INTR | Errno::NOMEM | Errno::AGAIN) => Ok(0),
                 result => result,
@@ -76,17 +76,17 @@ pub(crate) fn poll(fds: &mut [PollFd<'_>], deadline: Deadline) -> io::Result<usi
     }
 }
 
-/// Waits until `fd` is readable or at its end. False if the deadline passes first, or poll(2) fails.
+/// Waits until `fd` is readable or at its end. Returns false if the deadline passes first, or poll(2) fails.
 pub(crate) fn wait_readable(fd: impl AsFd, deadline: Deadline) -> bool {
     poll(&mut [PollFd::new(&fd, PollFlags::IN)], deadline).is_ok_and(|ready| ready > 0)
 }
 
-/// Waits until `fd` is writable. False if the deadline passes first, or poll(2) fails.
+/// Waits until `fd` is writable. Returns false if the deadline passes first, or poll(2) fails.
 pub(crate) fn wait_writable(fd: impl AsFd, deadline: Deadline) -> bool {
     poll(&mut [PollFd::new(&fd, PollFlags::OUT)], deadline).is_ok_and(|ready| ready > 0)
 }
 
-/// Waits for a hangup or an error, which poll(2) reports without being asked. What is there to be read stays unread.
+/// Waits for a hangup or an error, which poll(2) always reports. Leaves pending data unread.
 pub(crate) fn wait_hangup(fd: impl AsFd, deadline: Deadline) -> io::Result<bool> {
     Ok(poll(&mut [PollFd::new(&fd, PollFlags::empty())], deadline)? > 0)
 }
@@ -103,7 +103,7 @@ mod tests {
             assert!(!deadline.has_passed());
             let (reader, writer) = pipe().unwrap();
             drop(writer);
-            // Returns because the pipe has ended, whatever is left of the time.
+            // This returns because of the end of the pipe, long before the deadline.
             assert!(wait_readable(&reader, deadline), "{time:?}");
         }
         assert!(Deadline::after(Duration::ZERO).has_passed());

@@ -1,4 +1,4 @@
-//! Signals: the handler that turns one into a readable descriptor, and guards for masks.
+//! Signals: the handler that makes a descriptor readable, and guards for masks.
 
 use std::io;
 use std::mem::MaybeUninit;
@@ -12,21 +12,21 @@ use super::system::calls;
 pub(crate) use super::system::mask::Mask;
 use super::system::mask::{self, change};
 
-/// Signals are numbered from 1 to this.
+/// The highest signal number. The lowest is 1.
 const LAST: usize = 64;
 
-/// What arrived and nobody took yet. One bit per signal.
+/// Signals that have arrived and were not taken yet, with one bit per signal.
 static PENDING: AtomicU64 = AtomicU64::new(0);
 
-/// The actions that were there before ours, by signal. They are leaked: a handler may read one at any time.
+/// The previous actions, by signal. They are leaked, because a handler may read one at any time.
 static FORMER: [AtomicPtr<libc::sigaction>; LAST + 1] = [const { AtomicPtr::new(ptr::null_mut()) }; LAST + 1];
 
-/// The descriptor that the handler writes to; -1 until there is one. It is never closed, because a handler may run at
+/// The descriptor to which the handler writes; -1 until there is one. It is never closed, because a handler may run at
 /// any time in any thread.
 static WAKE: AtomicI32 = AtomicI32::new(-1);
 static WAKE_OWNER: OnceLock<Flag> = OnceLock::new();
 
-/// The signal's name, as operators write it.
+/// Returns the signal's name, as operators write it.
 pub(crate) fn name(signal: i32) -> String {
     let name = match signal {
         libc::SIGHUP => "SIGHUP",
@@ -41,7 +41,7 @@ pub(crate) fn name(signal: i32) -> String {
     name.into()
 }
 
-/// The descriptor that becomes readable when a signal arrives or [`wake`] is called.
+/// Returns the descriptor that becomes readable when a signal arrives or [`wake`] is called.
 pub(crate) fn wake_fd() -> io::Result<BorrowedFd<'static>> {
     wake_flag().map(AsFd::as_fd)
 }
@@ -49,7 +49,7 @@ pub(crate) fn wake_fd() -> io::Result<BorrowedFd<'static>> {
 fn wake_flag() -> io::Result<&'static Flag> {
     if WAKE_OWNER.get().is_none() {
         let flag = Flag::new(false)?;
-        // If two threads make one at the same time, the second is closed here, before anyone used it.
+        // If two threads create one at the same time, the second is closed here, before it is used.
         let _ = WAKE_OWNER.set(flag);
     }
     let flag = WAKE_OWNER.get().ok_or(io::ErrorKind::Other)?;
@@ -61,19 +61,19 @@ fn wake_flag() -> io::Result<&'static Flag> {
 pub(crate) fn wake() {
     let one = 1_u64.to_ne_bytes();
     let fd = WAKE.load(Ordering::Acquire);
-    // SAFETY: `one` is eight bytes, as an eventfd requires; `fd` is -1 or never closed. Async-signal-safe, and it
-    // leaves errno alone, which matters in the handler.
+    // SAFETY: `one` has eight bytes, as an eventfd requires, and `fd` is -1 or never closed. This is async-signal-safe
+    // and leaves errno alone, which matters in the handler.
     let _ = unsafe { calls::write(fd, one.as_ptr(), one.len()) };
 }
 
-/// Takes back what made the descriptor readable. What arrives later makes it readable again.
+/// Makes the descriptor unreadable. Later signals and calls make it readable again.
 pub(crate) fn clear_wake() {
     if let Some(flag) = WAKE_OWNER.get() {
         flag.lower();
     }
 }
 
-/// Takes the signals that arrived out of the pending set.
+/// Removes and returns the signals in the pending set.
 pub(crate) fn take_pending() -> impl Iterator<Item = i32> {
     let pending = PENDING.swap(0, Ordering::AcqRel);
     (1..=LAST as i32).filter(move |signal| pending & (1 << (signal - 1)) != 0)
@@ -87,8 +87,8 @@ pub(crate) fn put_back(signal: i32) {
 
 extern "C" fn handler(signal: libc::c_int, info: *mut libc::siginfo_t, context: *mut libc::c_void) {
     put_back(signal);
-    // SAFETY: the place is null or a sigaction that is never freed, and that sigaction(2) has returned for this signal.
-    // Its handler was installed to be called with these arguments.
+    // SAFETY: the pointer is null or refers to a sigaction that is never freed, and that sigaction(2) has returned for
+    // this signal. Its handler was installed to be called with these arguments.
     unsafe {
         let former = FORMER.get(signal as usize).map_or(ptr::null_mut(), |former| former.load(Ordering::Acquire));
         let Some(former) = former.as_ref() else { return };
@@ -103,20 +103,20 @@ extern "C" fn handler(signal: libc::c_int, info: *mut libc::siginfo_t, context: 
     }
 }
 
-/// The handler's address, as it stands in a sigaction.
+/// Returns the handler's address, as stored in a sigaction.
 fn address() -> usize {
     handler as extern "C" fn(libc::c_int, *mut libc::siginfo_t, *mut libc::c_void) as usize
 }
 
-/// Signals whose handler is ours. Restores the former handlers when dropped, unless somebody has installed another
-/// since, who may call ours.
+/// Signals with our handler. Restores the former handlers when dropped, unless other code has installed another handler
+/// since then, which may call ours.
 #[derive(Default)]
 pub(crate) struct Handlers(Vec<(i32, libc::sigaction)>);
 
 impl Handlers {
-    /// Makes `signal` wake [`wake_fd`] from now on. System calls that it interrupts are restarted (SA_RESTART), and it
-    /// runs on the alternate stack of a thread that has one (SA_ONSTACK), since the other may be used up. A handler that
-    /// is there already is called after ours.
+    /// Makes `signal` wake [`wake_fd`] from now on. System calls that it interrupts are restarted (SA_RESTART), and the
+    /// handler runs on the thread's alternate stack if it has one (SA_ONSTACK), because the normal stack may be
+    /// exhausted. A previously installed handler is called after ours.
     pub(crate) fn install(&mut self, signal: i32) -> io::Result<()> {
         let Some(place) = usize::try_from(signal).ok().filter(|&signal| signal > 0).and_then(|at| FORMER.get(at))
         else {
@@ -130,9 +130,9 @@ impl Handlers {
         if former.sa_sigaction == address() {
             return Ok(());
         }
-        // Before ours is installed, because it may run at once.
+        // Do this before our handler is installed, because it may run immediately.
         place.store(Box::into_raw(Box::new(former)), Ordering::Release);
-        // The signals that the former handler must not be interrupted by stay blocked.
+        // Signals that must not interrupt the former handler stay blocked.
         let mut ours = former;
         ours.sa_sigaction = address();
         ours.sa_flags = libc::SA_RESTART | libc::SA_ONSTACK | libc::SA_SIGINFO;
@@ -143,17 +143,17 @@ impl Handlers {
 }
 
 impl Handlers {
-    /// Leaves the handlers installed for good.
+    /// Leaves the handlers installed permanently.
     pub(crate) fn keep(&mut self) {
         self.0.clear();
     }
 }
 
-/// Returns the action of `signal`, and sets another if there is one.
+/// Returns the action of `signal`, and sets a new one if given.
 fn action(signal: i32, new: Option<&libc::sigaction>) -> io::Result<libc::sigaction> {
     let mut former = MaybeUninit::<libc::sigaction>::zeroed();
-    // SAFETY: `new` is null or valid for every field that sigaction(2) reads, and its handler is async-signal-safe, or
-    // was there before; `former` is written, or zero, which is valid too.
+    // SAFETY: `new` is null or valid for every field that sigaction(2) reads, and its handler is async-signal-safe or
+    // was installed before. `former` is either written or zero, which is valid too.
     unsafe {
         match libc::sigaction(signal, new.map_or(ptr::null(), ptr::from_ref), former.as_mut_ptr()) {
             0 => Ok(former.assume_init()),
@@ -178,17 +178,17 @@ impl Drop for Handlers {
     }
 }
 
-/// The calling thread's signal mask.
+/// Returns the calling thread's signal mask.
 pub(crate) fn mask() -> io::Result<Mask> {
     change(libc::SIG_BLOCK, Mask::none()).map_err(io::Error::from_raw_os_error)
 }
 
-/// For the child of a spawn too: no errno.
+/// Also for the child of a spawn, so it does not use errno.
 pub(super) fn set_mask_raw(mask: Mask) -> Result<(), i32> {
     change(libc::SIG_SETMASK, mask).map(drop)
 }
 
-/// Signals that the calling thread blocks. Restores the former mask when dropped.
+/// Signals that the calling thread has blocked. Restores the former mask when dropped.
 pub(super) struct Blocked(Mask);
 
 impl Blocked {
@@ -199,20 +199,19 @@ impl Blocked {
 
 impl Drop for Blocked {
     fn drop(&mut self) {
-        // The very call that blocked them, so it is allowed, and its arguments are right.
+        // This cannot fail: the same call with valid arguments has blocked the signals.
         let _ = set_mask_raw(self.0);
     }
 }
 
-/// Runs `write`, which may find no reader at the other end of a pipe: that is an error to be returned, whatever the
-/// program's disposition for SIGPIPE is.
+/// Runs `write`. If the pipe has no reader, this returns an error, whatever the program's disposition for SIGPIPE is.
 pub(crate) fn without_sigpipe<T>(write: impl FnOnce() -> rustix::io::Result<T>) -> rustix::io::Result<T> {
     let sigpipe = Mask::of(libc::SIGPIPE);
     let blocked = Blocked::new(sigpipe);
     let written = write();
     if let Ok(Blocked(former)) = &blocked {
         if matches!(written, Err(rustix::io::Errno::PIPE)) && !former.has(libc::SIGPIPE) {
-            // The signal that the write made is pending for this thread alone.
+            // The signal of the write is pending only for this thread.
             mask::take_pending(sigpipe);
         }
     }
@@ -231,7 +230,7 @@ mod tests {
     }
 
     extern "C" fn with_info(signal: libc::c_int, info: *mut libc::siginfo_t, _context: *mut libc::c_void) {
-        // SAFETY: the kernel passes a siginfo.
+        // SAFETY: the kernel passes a valid siginfo.
         let from_signal = unsafe { (*info).si_signo };
         CALLED.fetch_add((signal + from_signal) as usize, Ordering::SeqCst);
     }
@@ -242,7 +241,7 @@ mod tests {
         let signal = libc::SIGWINCH;
         let raise = || {
             CALLED.store(0, Ordering::SeqCst);
-            // SAFETY: a signal that has a handler in this test.
+            // SAFETY: the signal has a handler in this test.
             unsafe { libc::raise(signal) };
             CALLED.load(Ordering::SeqCst)
         };
@@ -270,7 +269,7 @@ mod tests {
         (later.sa_sigaction, later.sa_flags) = (plain as extern "C" fn(libc::c_int) as usize, 0);
         let ours = action(signal, Some(&later)).unwrap();
         drop(handlers);
-        assert_eq!(action(signal, None).unwrap().sa_sigaction, later.sa_sigaction, "somebody else's stays");
+        assert_eq!(action(signal, None).unwrap().sa_sigaction, later.sa_sigaction, "a foreign handler stays");
         action(signal, Some(&ours)).unwrap();
     }
 

@@ -1,9 +1,9 @@
-//! Step 3 of an upgrade: fork and execve, in two ways that run the same child code.
+//! Step 3 of an upgrade: creates the child by clone or fork. Both run the same child code.
 //!
-//! The clone way shares the parent's memory until execve, so it costs the same at any heap size. Unlike vfork(2) it
-//! does not suspend the parent: a child that is stopped, or whose execve hangs on a dead file system, must not take
-//! the parent's deadline and triggers with it. The fork way is fork(3), for profiles that look at clone's flags and for
-//! systems that have no such clone.
+//! With clone, the child shares the parent's memory until execve, so the cost is the same for any heap size. Unlike
+//! vfork(2), this does not suspend the parent: a child that is stopped, or whose execve hangs on a dead file system,
+//! must not block the parent's deadline and triggers. fork(3) is for profiles that check clone's flags and for systems
+//! without such a clone.
 //!
 //! In the child, before execve: no allocation, no lock, no panic, no Drop, no errno.
 
@@ -21,32 +21,33 @@ use super::system::clone::{self, Cloned};
 use super::system::{calls, mask, sweep};
 use crate::logging;
 
-/// How the new process is made.
+/// How the new process is created.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Spawn {
-    /// On Linux (x86-64, aarch64, riscv64) `clone(CLONE_VM)`, which takes the same time at any heap size; `fork` on other
-    /// systems and processors, and where the kernel or a filter refuses that with an error, which is logged once.
+    /// `clone(CLONE_VM)` on Linux (x86-64, aarch64, riscv64), which takes the same time for any heap size. `fork` on
+    /// other systems and processors, and if the kernel or a filter refuses the clone with an error, which is logged
+    /// once.
     #[default]
     Auto,
-    /// `fork` alone: for seccomp profiles that end a process which calls clone with flags they do not know. Copies
-    /// page tables: every thread stands still for 10 to 20 ms per GiB of touched memory.
+    /// Only `fork`: for seccomp profiles that kill a process for unknown flags of clone. It copies page tables, which
+    /// stalls every thread for 10 to 20 ms per GiB of touched memory.
     Fork,
 }
 
-/// How often, and how many milliseconds apart, a program file that is open for writing is tried again.
+/// How often, and how many milliseconds apart, to retry a program file that is open for writing.
 const BUSY_TRIES: u32 = 100;
 const BUSY_PAUSE: std::ffi::c_long = 10;
 
-/// Makes a child that executes the plan. Returns without waiting for its execve; what fails before that comes as a
-/// `failed` line over the plan's status descriptor.
+/// Creates a child that executes the plan. Returns without waiting for its execve. A failure before that is reported as
+/// a `failed` line on the plan's status descriptor.
 pub(crate) fn spawn(plan: Plan, how: Spawn) -> io::Result<Spawned> {
     static LOGGED: AtomicBool = AtomicBool::new(false);
     let shared = SharedMemory::new(plan);
     let cloned = match how {
         Spawn::Auto if clone::WORKS => match clone(&shared.0) {
             Err(e) if matches!(e.raw_os_error(), Some(libc::EPERM | libc::ENOSYS | libc::EINVAL)) => {
-                // Before there is a child, since a logger may panic.
+                // Log this before there is a child, because a logger may panic.
                 if !LOGGED.swap(true, Ordering::Relaxed) {
                     logging::warn!("clone with CLONE_VM refused, using fork error={e:?}");
                 }
@@ -62,7 +63,7 @@ pub(crate) fn spawn(plan: Plan, how: Spawn) -> io::Result<Spawned> {
     Ok(Spawned { pid, pidfd, parent, _memory: shared })
 }
 
-/// Adds to an error of [`spawn`] or of a `failed` line what to look at.
+/// Adds a hint about the likely cause to an error of [`spawn`] or of a `failed` line.
 pub(crate) fn explain(error: io::Error) -> io::Error {
     let hint = match error.raw_os_error() {
         Some(libc::EAGAIN) => "a limit on processes is reached: RLIMIT_NPROC of the user, or pids.max of the cgroup",
@@ -78,15 +79,15 @@ pub(crate) fn explain(error: io::Error) -> io::Error {
 
 fn clone(memory: &Memory) -> io::Result<Cloned> {
     let sibling = memory.plan.parent == Parentage::OurParent;
-    // The child must not run a handler of the parent's; it lifts the mask when it has reset them.
+    // The child must not run a handler of the parent. It lifts the mask once it has reset the handlers.
     let _blocked = Blocked::new(Mask::all())?;
-    // SAFETY: `child` does what is asked of it, and `memory` outlives the child's use of it, see `SharedMemory`.
+    // SAFETY: `child` meets the conditions, and `memory` outlives the child's use of it, see `SharedMemory`.
     unsafe { memory.stack.clone(sibling, child, ptr::from_ref(memory).cast_mut().cast()) }
 }
 
 fn fork(memory: &Memory) -> io::Result<Cloned> {
     let _blocked = Blocked::new(Mask::all())?;
-    // SAFETY: the child runs async-signal-safe code only and never returns (fork(2)).
+    // SAFETY: the child runs only async-signal-safe code and never returns (fork(2)).
     match unsafe { libc::fork() } {
         -1 => Err(io::Error::last_os_error()),
         0 => run(memory),
@@ -95,13 +96,13 @@ fn fork(memory: &Memory) -> io::Result<Cloned> {
 }
 
 extern "C" fn child(memory: *mut c_void) -> c_int {
-    // SAFETY: `memory` is what `clone` above passes, alive until our execve or exit.
+    // SAFETY: `clone` above passes this `memory`, which lives until our execve or exit.
     let memory = unsafe { &*memory.cast::<Memory>() };
     memory.stack.release_at_exec();
     run(memory)
 }
 
-/// The child, from fork to execve.
+/// Runs the child from fork to execve.
 fn run(memory: &Memory) -> ! {
     let (step, errno) = execute(memory);
     let mut report = [0_u8; 32];
@@ -124,8 +125,8 @@ fn execute(memory: &Memory) -> (&'static str, i32) {
 
 fn prepare(memory: &Memory) -> Result<(), (&'static str, i32)> {
     let plan = &memory.plan;
-    // SAFETY: this process's signal dispositions and descriptor table are its own, because neither CLONE_SIGHAND nor
-    // CLONE_FILES was asked for.
+    // SAFETY: this process has its own signal dispositions and descriptor table, because neither CLONE_SIGHAND nor
+    // CLONE_FILES was requested.
     unsafe {
         mask::reset_all();
         sweep::sweep().map_err(|e| ("sweep", e))?;
@@ -144,13 +145,13 @@ fn prepare(memory: &Memory) -> Result<(), (&'static str, i32)> {
     signal::set_mask_raw(plan.attributes.mask).map_err(|e| ("sigmask", e))
 }
 
-/// Executes the program. A file that is open for writing (a copy that is just being closed, another thread's child before
-/// its execve) is usually free again within milliseconds.
+/// Executes the program. A file that is open for writing (a copy that is just being closed, or another thread's child
+/// before its execve) is usually available again within milliseconds.
 fn execve(memory: &Memory) -> i32 {
     let program: &CStr = &memory.plan.program;
     let mut tries = 0;
     loop {
-        // SAFETY: both arrays lead into `memory` and end with null.
+        // SAFETY: both arrays point into `memory` and end with null.
         let errno = unsafe { calls::execve(program, memory.argv.as_ptr(), memory.envp.as_ptr()) };
         if errno != libc::ETXTBSY || tries == BUSY_TRIES {
             return errno;

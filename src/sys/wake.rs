@@ -1,23 +1,24 @@
-//! Waking a thread that is blocked in a read of a TCP connection.
+//! Wakes a thread that is blocked in a read of a TCP connection.
 
 use std::mem::size_of_val;
 use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 use std::time::Duration;
 
-/// Whether a TCP connection whose receiving side is shut down still delivers what arrives. Elsewhere it is discarded.
+/// Whether a TCP connection whose receiving side is shut down still delivers new data. On other systems the data is
+/// discarded.
 pub(crate) const STILL_RECEIVES: bool = cfg!(target_os = "linux");
 
-/// Makes a blocked read(2) of connection `fd` return, and every later one that finds nothing to read (shutdown(2)). That
-/// cannot be undone, so this does nothing if bytes have arrived within the last `quiet`, or are still unread. Returns
-/// whether the reader was woken.
+/// Makes a blocked read(2) of connection `fd` return, and every later read without data (shutdown(2)). That cannot be
+/// undone, so this does nothing if bytes have arrived within the last `quiet`, or are still unread. Returns whether the
+/// reader was woken.
 ///
-/// `fd` must be open and be this connection, or another one is woken: call this under a lock that the reading thread takes
-/// before it lets go of the connection.
+/// `fd` must be open and refer to this connection. Otherwise another one is woken. So call this under a lock that the
+/// reading thread takes before it closes the connection.
 pub(crate) fn wake_reader(fd: RawFd, quiet: Duration) -> bool {
     if fd < 0 {
         return false;
     }
-    // SAFETY: the caller keeps it open, and -1, which `BorrowedFd` excludes, is ruled out.
+    // SAFETY: the caller keeps it open, and it is not -1, which `BorrowedFd` excludes.
     let connection = unsafe { BorrowedFd::borrow_raw(fd) };
     let unread = rustix::io::ioctl_fionread(connection).unwrap_or(0);
     if unread > 0 || last_received(connection).is_some_and(|ago| ago < quiet) {
@@ -26,9 +27,9 @@ pub(crate) fn wake_reader(fd: RawFd, quiet: Duration) -> bool {
     rustix::net::shutdown(connection, rustix::net::Shutdown::Read).is_ok()
 }
 
-/// How long ago the last byte arrived ([tcp(7)](https://man7.org/linux/man-pages/man7/tcp.7.html), `TCP_INFO`).
+/// Returns how long ago the last byte arrived ([tcp(7)](https://man7.org/linux/man-pages/man7/tcp.7.html), `TCP_INFO`).
 fn last_received(connection: BorrowedFd<'_>) -> Option<Duration> {
-    /// `tcpi_last_data_recv` of `struct tcp_info`: after eight bytes, each field has four.
+    /// The position of `tcpi_last_data_recv` in `struct tcp_info`, where four-byte fields follow after eight bytes.
     const LAST_RECEIVED: usize = 13;
     let mut info = [0_u32; LAST_RECEIVED + 1];
     let mut size = size_of_val(&info) as libc::socklen_t;
@@ -42,6 +43,6 @@ fn last_received(connection: BorrowedFd<'_>) -> Option<Duration> {
 
 #[cfg(target_os = "linux")]
 use libc::TCP_INFO;
-/// Elsewhere no reader is woken in this way.
+/// On other systems no reader is woken in this way.
 #[cfg(not(target_os = "linux"))]
 const TCP_INFO: libc::c_int = 0;

@@ -9,15 +9,15 @@ use rustix::io::Errno;
 
 use crate::sys::stdio::above_stdio;
 
-/// Nobody can change, shorten or lengthen the file, or lift the seals.
+/// With these seals the file can no longer be changed, shortened or extended, and the seals cannot be lifted.
 fn seals() -> SealFlags {
     SealFlags::SEAL | SealFlags::SHRINK | SealFlags::GROW | SealFlags::WRITE
 }
 
-/// Returns a close-on-exec descriptor of a file that holds `bytes` and cannot be changed any more.
+/// Returns a close-on-exec descriptor of a file that contains `bytes` and can no longer be changed.
 pub(crate) fn create(bytes: &[u8]) -> io::Result<OwnedFd> {
     let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
-    // Kernels before 6.3 do not know the flag that says "never a program"; some later ones are set up to demand it.
+    // Kernels before 6.3 do not know the flag that forbids execution. Some later ones are configured to require it.
     let fd = match memfd_create("ecdysis-state", flags | MemfdFlags::NOEXEC_SEAL) {
         Err(Errno::INVAL) => memfd_create("ecdysis-state", flags)?,
         result => result?,
@@ -28,12 +28,12 @@ pub(crate) fn create(bytes: &[u8]) -> io::Result<OwnedFd> {
     Ok(file.into())
 }
 
-/// Returns an error unless [`create`] made the file. A file that can still be shortened would return less than was
-/// measured.
+/// Returns an error unless [`create`] created the file. A file that can still be shortened could end before the length
+/// that was read.
 pub(crate) fn check(fd: impl AsFd) -> io::Result<()> {
     match fcntl_get_seals(fd) {
         Ok(found) if found.contains(seals()) => Ok(()),
-        // Files of any other type answer EINVAL.
+        // Files of any other type return EINVAL.
         Ok(_) | Err(Errno::INVAL) => {
             Err(io::Error::new(io::ErrorKind::InvalidData, "the descriptor is not a sealed memory file"))
         }

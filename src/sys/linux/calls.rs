@@ -1,12 +1,12 @@
-//! System calls that touch no thread-local storage.
+//! System calls that use no thread-local storage.
 //!
-//! The child of a `clone(CLONE_VM)` shares its memory, and so the `errno`, with the thread that made it and that
-//! continues to run. libc's wrappers write `errno`; these return the error as a value.
+//! The child of a `clone(CLONE_VM)` shares memory, and so `errno`, with the thread that created it and that continues
+//! to run. libc's wrappers write `errno`. These functions return the error as a value.
 
 use std::ffi::{c_char, c_int, c_long, CStr};
 
-/// Whether this architecture has a system call of ours that leaves `errno` alone. A sanitizer's runtime has more such
-/// storage, and would use it in two processes at a time (tests/sanitizers.sh sets the cfg).
+/// Whether this file has a system call for this architecture that leaves `errno` alone. A sanitizer's runtime has more
+/// thread-local storage, and would use it in two processes at the same time (tests/sanitizers.sh sets the cfg).
 pub(crate) const LEAVES_ERRNO_ALONE: bool =
     cfg!(all(any(target_arch = "x86_64", target_arch = "aarch64", target_arch = "riscv64"), not(sanitized)));
 
@@ -14,38 +14,40 @@ pub(crate) const LEAVES_ERRNO_ALONE: bool =
 ///
 /// # Safety
 ///
-/// The arguments must be what that system call asks for; pointers must stay valid while it runs.
+/// The arguments must be valid for that system call, and pointers must stay valid while it runs.
 #[inline]
 pub(crate) unsafe fn call(number: c_long, args: [usize; 4]) -> Result<usize, i32> {
     let result: isize;
     #[cfg(target_arch = "x86_64")]
-    // SAFETY: the x86-64 system call convention; the kernel clobbers rcx and r11. The caller vouches for the arguments.
+    // SAFETY: the x86-64 system call convention, in which the kernel clobbers rcx and r11. The caller guarantees valid
+    // arguments.
     unsafe {
         std::arch::asm!("syscall", inlateout("rax") number as isize => result,
             in("rdi") args[0], in("rsi") args[1], in("rdx") args[2], in("r10") args[3],
             lateout("rcx") _, lateout("r11") _, options(nostack));
     }
     #[cfg(target_arch = "aarch64")]
-    // SAFETY: the aarch64 system call convention. The caller vouches for the arguments.
+    // SAFETY: the aarch64 system call convention. The caller guarantees valid arguments.
     unsafe {
         std::arch::asm!("svc 0", in("x8") number, inlateout("x0") args[0] as isize => result,
             in("x1") args[1], in("x2") args[2], in("x3") args[3], options(nostack));
     }
     #[cfg(target_arch = "riscv64")]
-    // SAFETY: the RISC-V system call convention. The caller vouches for the arguments.
+    // SAFETY: the RISC-V system call convention. The caller guarantees valid arguments.
     unsafe {
         std::arch::asm!("ecall", in("a7") number, inlateout("a0") args[0] as isize => result,
             in("a1") args[1], in("a2") args[2], in("a3") args[3], options(nostack));
     }
     #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64", target_arch = "riscv64")))]
-    // SAFETY: the caller vouches for the arguments. Writes errno: only a forked child, with its own memory, gets here.
+    // SAFETY: the caller guarantees valid arguments. This writes errno, but only a forked child with its own memory
+    // gets here.
     unsafe {
         result = match libc::syscall(number, args[0], args[1], args[2], args[3]) {
             -1 => -(*libc::__errno_location() as isize),
             result => result as isize,
         };
     }
-    // The kernel keeps the last page of the number space for errors.
+    // The kernel reserves the highest 4095 values for errors.
     if (-4095..0).contains(&result) {
         Err(-result as i32)
     } else {
@@ -55,7 +57,7 @@ pub(crate) unsafe fn call(number: c_long, args: [usize; 4]) -> Result<usize, i32
 
 /// # Safety
 ///
-/// `bytes` points at `length` bytes.
+/// `bytes` points to `length` bytes.
 pub(crate) unsafe fn write(fd: c_int, bytes: *const u8, length: usize) -> Result<usize, i32> {
     // SAFETY: as for this function (write(2)).
     unsafe { call(libc::SYS_write, [fd as usize, bytes as usize, length, 0]) }
@@ -84,7 +86,7 @@ pub(crate) fn exit(status: c_int) -> ! {
     }
 }
 
-/// Blocks for so many milliseconds, fewer than a thousand.
+/// Blocks for this many milliseconds, which must be fewer than a thousand.
 pub(crate) fn pause(milliseconds: c_long) {
     // The kernel's timespec for this call has two longs on every architecture (nanosleep(2)).
     let time: [c_long; 2] = [0, milliseconds * 1_000_000];

@@ -1,4 +1,4 @@
-//! A new process by clone(2) that shares the memory of its parent until it executes another program.
+//! Creates a process with clone(2) that shares the memory of its parent until it executes another program.
 
 use std::ffi::{c_int, c_void};
 use std::io;
@@ -13,7 +13,7 @@ use rustix::process::{getpid, pidfd_open, pidfd_send_signal, Pid, PidfdFlags, Si
 use super::calls::{self, call};
 use crate::sys::stdio::above_stdio;
 
-/// Whether a child may share the memory of its parent here. It must not write the parent's `errno`.
+/// Whether a child can share the memory of its parent on this system. It must not write the parent's `errno`.
 pub(crate) const WORKS: bool = calls::LEAVES_ERRNO_ALONE;
 
 /// The child needs a few KiB, more in a debug build.
@@ -21,13 +21,14 @@ const SIZE: usize = 64 * 1024;
 
 /// The stack of the child.
 pub(crate) struct Stack {
-    /// Room of [`SIZE`] bytes, not touched before the child does: to zero it would be 16 page faults.
+    /// [`SIZE`] bytes, which are not touched before the child uses them, because zeroing them would cause 16 page
+    /// faults.
     room: Vec<u8>,
-    /// Not 0 while a child may use the stack, and whatever else of its parent's it reads.
+    /// Not 0 while a child may use the stack and the other memory of its parent that it reads.
     in_use: AtomicU32,
 }
 
-/// A child, the descriptor that polls as readable once it has ended, and whether our own parent is its parent.
+/// A child, the descriptor that polls as readable once it has ended, and whether its parent is our own parent.
 pub(crate) struct Cloned {
     pub(crate) pid: c_int,
     pub(crate) pidfd: Option<OwnedFd>,
@@ -43,14 +44,14 @@ impl Stack {
         self.in_use.load(Ordering::Acquire) != 0
     }
 
-    /// Makes a child that runs `child(argument)` on this stack. With `sibling` it becomes a child of our own parent if the
-    /// kernel allows that: the first process of a PID namespace cannot have siblings (EINVAL), and without a pidfd we could
-    /// neither see nor end what is not our child.
+    /// Creates a child that runs `child(argument)` on this stack. With `sibling` it becomes a child of our own parent
+    /// if possible: the first process of a PID namespace cannot have siblings (EINVAL), and without a pidfd this
+    /// process could neither watch nor end a process that is not its child.
     ///
     /// # Safety
     ///
-    /// `child` calls [`release_at_exec`](Self::release_at_exec) first, touches no thread-local storage and does not
-    /// return. What `argument` leads to, and this stack, live until [`is_in_use`](Self::is_in_use) is false.
+    /// `child` calls [`release_at_exec`](Self::release_at_exec) first, uses no thread-local storage and does not
+    /// return. The data behind `argument`, and this stack, live until [`is_in_use`](Self::is_in_use) is false.
     pub(crate) unsafe fn clone(
         &self,
         sibling: bool,
@@ -62,7 +63,8 @@ impl Stack {
         self.in_use.store(1, Ordering::Relaxed);
         let parent = if is_sibling { libc::CLONE_PARENT } else { 0 };
         let flags = parent | libc::CLONE_VM | libc::CLONE_PIDFD | libc::SIGCHLD;
-        // SAFETY: the stack's top is aligned and belongs to this child alone (clone(2)); the rest as for this function.
+        // SAFETY: the top of the stack is aligned, and only this child uses the stack (clone(2)). The rest is as for
+        // this function.
         let pid = unsafe {
             let top = self.room.as_ptr().add(SIZE);
             let top = (top as usize & !15) as *mut c_void;
@@ -74,31 +76,32 @@ impl Stack {
             // SAFETY: as for this function; there is no child yet.
             return if is_sibling { unsafe { self.clone(false, child, argument) } } else { Err(error) };
         }
-        // SAFETY: the kernel made this descriptor for this call; kernels that do not know CLONE_PIDFD leave -1.
+        // SAFETY: the kernel created this descriptor for this call. Kernels that do not know CLONE_PIDFD leave -1.
         let pidfd = (pidfd >= 0).then(|| unsafe { OwnedFd::from_raw_fd(pidfd) });
         Ok(Cloned { pid, pidfd: pidfd.and_then(|pidfd| above_stdio(pidfd).ok()), is_sibling })
     }
 
-    /// In the child: makes the kernel mark the stack as free when this process executes a program or ends. (The flag
-    /// CLONE_CHILD_CLEARTID does the same from the start, but musl's clone refuses it. A child that is killed before this
-    /// call leaks its stack.)
+    /// Call this in the child. Makes the kernel mark the stack as free when this process executes a program or ends.
+    /// (The flag CLONE_CHILD_CLEARTID does the same from the start, but musl's clone refuses it. A child that is killed
+    /// before this call leaks its stack.)
     pub(crate) fn release_at_exec(&self) {
-        // SAFETY: the kernel writes four bytes there (set_tid_address(2)), and the parent frees them only afterwards.
+        // SAFETY: the kernel writes four bytes there (set_tid_address(2)), and the parent frees them only after that.
         let _ = unsafe { call(libc::SYS_set_tid_address, [self.in_use.as_ptr() as usize, 0, 0, 0]) };
     }
 }
 
-/// A descriptor that polls as readable once the child `pid` has ended. `None` before Linux 5.3.
+/// Returns a descriptor that polls as readable once the child `pid` has ended. `None` before Linux 5.3.
 pub(crate) fn pidfd(pid: Pid) -> Option<OwnedFd> {
     pidfd_open(pid, PidfdFlags::empty()).and_then(above_stdio).ok()
 }
 
-/// Sends SIGKILL. A filter may know only the older call, kill(2).
+/// Sends SIGKILL. If a filter refuses this, use the older call, kill(2).
 pub(crate) fn kill(pidfd: &OwnedFd) -> rustix::io::Result<()> {
     pidfd_send_signal(pidfd, Signal::KILL)
 }
 
-/// How a process ended that another process has reaped. `None` before Linux 6.15, and while it is not reaped.
+/// Returns the exit status of a process that another process has reaped. `None` before Linux 6.15, and while it is not
+/// reaped.
 pub(crate) fn exit_status(pidfd: &OwnedFd) -> Option<ExitStatus> {
     /// `struct pidfd_info` in its first version.
     #[repr(C)]
@@ -111,7 +114,7 @@ pub(crate) fn exit_status(pidfd: &OwnedFd) -> Option<ExitStatus> {
     const EXIT: u64 = 1 << 3;
     const GET_INFO: Opcode = ioctl::opcode::read_write::<Info>(0xff, 11);
     let mut info = Info { mask: EXIT, cgroup: 0, ids: [0; 11], exit_code: 0 };
-    // SAFETY: PIDFD_GET_INFO takes a structure of the size that its number says, and writes no more than that.
+    // SAFETY: PIDFD_GET_INFO expects a structure of the size in its number, and writes no more than that.
     unsafe { ioctl::ioctl(pidfd, ioctl::Updater::<GET_INFO, Info>::new(&mut info)) }.ok()?;
     (info.mask & EXIT != 0).then(|| ExitStatus::from_raw(info.exit_code))
 }

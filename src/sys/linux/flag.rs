@@ -24,7 +24,7 @@ impl Flag {
         let _ = rustix::io::read(&self.0, &mut [0; 8]);
     }
 
-    /// What a signal handler writes eight bytes to, to raise the flag.
+    /// Returns the descriptor to which a signal handler writes eight bytes to raise the flag.
     pub(crate) fn writable(&self) -> BorrowedFd<'_> {
         self.0.as_fd()
     }

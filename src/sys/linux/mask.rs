@@ -5,7 +5,7 @@ use std::mem::size_of;
 
 use super::calls::call;
 
-/// A set of signals as the kernel has it: bit n - 1 is signal n.
+/// A set of signals in the kernel's form: bit n - 1 is signal n.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Mask(u64);
 
@@ -35,7 +35,7 @@ fn bit(signal: i32) -> u64 {
 pub(crate) fn change(how: i32, mask: Mask) -> Result<Mask, i32> {
     let mut former = Mask(0);
     let (new, old) = (&raw const mask as usize, &raw mut former as usize);
-    // SAFETY: both point at 8 bytes, and 8 is the size of the kernel's set (rt_sigprocmask(2)).
+    // SAFETY: both point to 8 bytes, and 8 is the size of the kernel's set (rt_sigprocmask(2)).
     unsafe { call(libc::SYS_rt_sigprocmask, [how as usize, new, old, size_of::<u64>()])? };
     Ok(former)
 }
@@ -48,16 +48,16 @@ pub(crate) fn take_pending(mask: Mask) {
     let _ = unsafe { call(libc::SYS_rt_sigtimedwait, [set, 0, time, size_of::<u64>()]) };
 }
 
-/// Sets every signal to its default: execve alone would leave ignored ones ignored, and before the execve a handler
-/// of the parent's must not run in the child.
+/// Sets every signal to its default. execve alone would leave ignored signals ignored, and a handler of the parent must
+/// not run in the child before the execve.
 ///
 /// # Safety
 ///
-/// Only for the child of a spawn, whose dispositions are its own.
+/// Only for the child of a spawn, which has its own dispositions.
 pub(crate) unsafe fn reset_all() {
     // The kernel's sigaction, all zeros: SIG_DFL, no flags, empty mask.
     let default = [0_u64; 8];
-    // To ask /proc which ones are not at their default takes longer than to set all.
+    // Asking /proc which signals are not at their default would take longer than setting all.
     for signal in (1..=64).filter(|signal| !matches!(*signal, libc::SIGKILL | libc::SIGSTOP)) {
         let arguments = [signal as usize, default.as_ptr() as usize, 0, size_of::<u64>()];
         // SAFETY: `default` is as large as the kernel's struct on every architecture (rt_sigaction(2)).

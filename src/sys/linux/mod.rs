@@ -1,4 +1,4 @@
-//! Linux: what it has beyond POSIX.
+//! Linux: system calls beyond POSIX.
 
 pub(crate) mod blob;
 pub(crate) mod calls;

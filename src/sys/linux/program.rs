@@ -1,4 +1,4 @@
-//! The running program and its rights.
+//! The running program and its privileges.
 
 use std::fs;
 use std::os::fd::OwnedFd;
@@ -7,36 +7,38 @@ use std::path::{Path, PathBuf};
 use rustix::fs::getxattr;
 use rustix::process::getuid;
 
-/// A path that leads to the file of the running program, whatever its name is now.
+/// Returns a path that leads to the file of the running program, whatever its name is now.
 pub(crate) fn running() -> PathBuf {
     Path::new("/proc/self/exe").to_owned()
 }
 
-/// The path of the running program, as far as the kernel knows it.
+/// Returns the path of the running program, as far as the kernel knows it.
 pub(crate) fn path() -> Option<PathBuf> {
     fs::read_link("/proc/self/exe").ok()
 }
 
-/// Whether this process has more rights than its caller, who then must not choose its descriptors.
+/// Returns whether this process has more privileges than its caller, which then must not choose its descriptors.
 pub(crate) fn is_secure() -> bool {
-    // SAFETY: getauxval(3) reads a table that the kernel made.
+    // SAFETY: getauxval(3) reads a table that the kernel created.
     unsafe { libc::getauxval(libc::AT_SECURE) != 0 }
 }
 
-/// Whether the file at `path` has capabilities that count: they are looked for only by a process that may have got its own
-/// from them.
+/// Returns whether the file at `path` has capabilities that matter. Checks them only in a process that may have its own
+/// privileges from them.
 pub(crate) fn has_capabilities(path: &Path) -> bool {
     is_secure() && !getuid().is_root() && getxattr(path, "security.capability", &mut [0_u8; 0][..]).is_ok()
 }
 
-/// Whether this process is in the first PID namespace of the system, and has the same number for every other process in it.
+/// Returns whether this process is in the first PID namespace of the system, where its PID is the same for every other
+/// process.
 #[cfg(feature = "systemd_notify")]
 pub(crate) fn in_first_pid_namespace() -> bool {
     // PROC_PID_INIT_INO in the kernel's proc_ns.h.
     fs::read_link("/proc/self/ns/pid").is_ok_and(|namespace| namespace.as_os_str() == "pid:[4026531836]")
 }
 
-/// Identifies the mount namespace and the root of this process: where both are the same, a path leads to the same file.
+/// Returns an identification of the mount namespace and the root of this process. If both are the same, a path leads to
+/// the same file.
 pub(crate) fn mounts() -> Option<String> {
     use std::os::unix::fs::MetadataExt;
 
@@ -44,7 +46,7 @@ pub(crate) fn mounts() -> Option<String> {
     Some(format!("{}:{}:{}", namespace.ino(), root.dev(), root.ino()))
 }
 
-/// The id that the kernel gave this process for good, see [`pidfd_id`].
+/// Returns the permanent id of this process, see [`pidfd_id`].
 #[cfg(any(feature = "systemd_notify", feature = "systemd_sockets"))]
 pub(crate) fn own_pidfd_id() -> Option<u64> {
     use rustix::process::{getpid, pidfd_open, PidfdFlags};
@@ -52,13 +54,12 @@ pub(crate) fn own_pidfd_id() -> Option<u64> {
     pidfd_id(&pidfd_open(getpid(), PidfdFlags::empty()).ok()?)
 }
 
-/// The id that the kernel gave a process for good: the inode of its pidfd, where those have inodes of their own (since
-/// Linux 6.9).
+/// Returns the permanent id of a process: the inode of its pidfd, if pidfds have their own inodes (since Linux 6.9).
 pub(crate) fn pidfd_id(pidfd: &OwnedFd) -> Option<u64> {
     use rustix::fs::{fstat, fstatfs};
 
     const PIDFS_MAGIC: u64 = 0x5049_4446;
     let own_file_system = fstatfs(pidfd).ok()?.f_type as u64 == PIDFS_MAGIC;
-    // An inode number of 32 bits holds only a part of it.
+    // A 32-bit inode number contains only a part of it.
     (own_file_system && cfg!(target_pointer_width = "64")).then(|| fstat(pidfd).ok().map(|stat| stat.st_ino))?
 }

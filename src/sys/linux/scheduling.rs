@@ -1,13 +1,14 @@
-//! CPU affinity and nice value, which Linux keeps for each thread and a new process inherits from the one that makes it.
+//! CPU affinity and nice value, which Linux keeps per thread, and which a new process inherits from the thread that
+//! creates it.
 
 use rustix::process::getpriority_process;
 
 use super::calls::call;
 
-/// Bytes for the CPUs of the largest machine that a kernel can be built for.
+/// The number of bytes for the CPUs of the largest machine that a kernel supports.
 const MOST: usize = 1024;
 
-/// The CPUs that a thread may use (one bit each, as the kernel has them), and its nice value.
+/// The CPUs that a thread may use (one bit each, in the kernel's form), and its nice value.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Scheduling {
     cpus: Option<Vec<u8>>,
@@ -26,7 +27,7 @@ impl Scheduling {
         Self { cpus, nice: getpriority_process(None).ok() }
     }
 
-    /// Returns what a child of the calling thread must set to start with these values.
+    /// Returns the values that a child of the calling thread must set to start with these values.
     pub(crate) fn to_restore(&self) -> Self {
         let now = Self::of_this_thread();
         let cpus = self.cpus.clone().filter(|_| !now.may_use_all_of(self));
@@ -34,7 +35,7 @@ impl Scheduling {
     }
 
     /// A service manager may give a running service more CPUs (`AllowedCPUs=`). A thread that has all the CPUs of the
-    /// start, or more, was not pinned: setting the old ones would keep every later generation off the new ones.
+    /// start, or more, was not pinned. Setting the old CPUs would keep every later generation off the new ones.
     fn may_use_all_of(&self, start: &Self) -> bool {
         match (&self.cpus, &start.cpus) {
             (Some(now), Some(start)) => {
@@ -44,10 +45,11 @@ impl Scheduling {
         }
     }
 
-    /// Sets the values for this process. In the child of a spawn: no allocation, no errno. Failures are ignored: the CPUs
-    /// may be gone, and a lower nice value needs a right (RLIMIT_NICE, CAP_SYS_NICE).
+    /// Sets the values for this process. Runs in the child of a spawn, so it does not allocate or use errno. Failures
+    /// are ignored, because the CPUs may be gone, and a lower nice value needs permission (RLIMIT_NICE, CAP_SYS_NICE).
     pub(crate) fn apply(&self) {
-        // SAFETY: the buffer is as long as it says (sched_setaffinity(2)); the rest are plain numbers (setpriority(2)).
+        // SAFETY: the buffer has the given length (sched_setaffinity(2)), and the rest are plain numbers
+        // (setpriority(2)).
         unsafe {
             if let Some(cpus) = &self.cpus {
                 let _ = call(libc::SYS_sched_setaffinity, [0, cpus.len(), cpus.as_ptr() as usize, 0]);

@@ -8,7 +8,7 @@ use super::calls::{call, set_fd_flags};
 ///
 /// # Safety
 ///
-/// Changes descriptors that others own: nobody may need one of them after an execve.
+/// This changes descriptors that other code owns. No code may need one of them after an execve.
 pub(crate) unsafe fn close_on_exec(first: u32, last: u32) -> Result<(), i32> {
     let arguments = [first as usize, last as usize, libc::CLOSE_RANGE_CLOEXEC as usize, 0];
     // SAFETY: plain numbers (close_range(2)).
@@ -19,22 +19,23 @@ pub(crate) unsafe fn close_on_exec(first: u32, last: u32) -> Result<(), i32> {
 ///
 /// # Safety
 ///
-/// Changes descriptors that others own, so only the child of a spawn may call it, whose descriptor table is its own.
+/// This changes descriptors that other code owns, so only the child of a spawn may call it, which has its own
+/// descriptor table.
 pub(crate) unsafe fn sweep() -> Result<(), i32> {
     // Kernels before 5.11 lack the call or the flag, and filters refuse what they do not know.
     // SAFETY: as for this function.
     unsafe { close_on_exec(3, u32::MAX).or_else(|_| sweep_listed()).or_else(|_| sweep_all()) }
 }
 
-/// Sets close-on-exec on what /proc/self/fd lists.
+/// Sets close-on-exec on every descriptor that /proc/self/fd lists.
 unsafe fn sweep_listed() -> Result<(), i32> {
-    /// Where d_reclen and d_name stand in a `linux_dirent64` (getdents64(2)).
+    /// The positions of d_reclen and d_name in a `linux_dirent64` (getdents64(2)).
     const RECLEN: usize = 16;
     const NAME: usize = 19;
 
     let path = c"/proc/self/fd";
     let flags = libc::O_RDONLY | libc::O_DIRECTORY | libc::O_CLOEXEC;
-    // SAFETY: `path` is a C string that lives for ever (openat(2)).
+    // SAFETY: `path` is a static C string (openat(2)).
     let dir = unsafe { call(libc::SYS_openat, [libc::AT_FDCWD as usize, path.as_ptr() as usize, flags as usize, 0])? };
     let mut buffer = [0_u8; 2048];
     loop {
@@ -65,14 +66,15 @@ unsafe fn sweep_listed() -> Result<(), i32> {
     }
 }
 
-/// Sets close-on-exec on every number up to the limit: what is left where /proc is not mounted.
+/// Sets close-on-exec on every number up to the limit. This is the last fallback, if /proc is not mounted.
 unsafe fn sweep_all() -> Result<(), i32> {
     let mut limit = libc::rlimit64 { rlim_cur: 0, rlim_max: 0 };
     // SAFETY: the kernel writes one rlimit64 (prlimit(2)).
     unsafe { call(libc::SYS_prlimit64, [0, libc::RLIMIT_NOFILE as usize, 0, &raw mut limit as usize])? };
-    // The hard limit, because the soft one may have been lowered under open descriptors; Linux caps it at nr_open.
+    // Use the hard limit, because the soft limit may have been lowered below open descriptors. Linux caps it at
+    // nr_open.
     for fd in 3..limit.rlim_max.min(1 << 20) as usize {
-        // SAFETY: the caller owns the descriptor table. EBADF is the usual answer.
+        // SAFETY: the caller owns the descriptor table. Most numbers return EBADF.
         let _ = unsafe { set_fd_flags(fd, libc::FD_CLOEXEC) };
     }
     Ok(())

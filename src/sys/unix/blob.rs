@@ -1,5 +1,5 @@
-//! Files that have no name any more and are open for reading only. There are no seals: a process of the same user that
-//! had opened the file before its name was removed could still change it.
+//! Files without a name that are open only for reading. There are no seals: a process of the same user that opened the
+//! file before its name was removed could still change it.
 
 use std::collections::hash_map::RandomState;
 use std::env;
@@ -13,7 +13,7 @@ use rustix::fs::{fcntl_getfl, fstat, FileType, OFlags};
 
 use crate::sys::stdio::above_stdio;
 
-/// Returns a close-on-exec descriptor of a file that holds `bytes` and has no name.
+/// Returns a close-on-exec descriptor of a file that contains `bytes` and has no name.
 pub(crate) fn create(bytes: &[u8]) -> io::Result<OwnedFd> {
     let path = env::temp_dir().join(format!(".ecdysis-{:016x}", RandomState::new().build_hasher().finish()));
     let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path)?;
@@ -23,7 +23,7 @@ pub(crate) fn create(bytes: &[u8]) -> io::Result<OwnedFd> {
     Ok(above_stdio(reader?.into())?)
 }
 
-/// Returns an error unless it is a file that nobody can open by name, open for reading only.
+/// Returns an error unless it is a file without a name that is open only for reading.
 pub(crate) fn check(fd: impl AsFd) -> io::Result<()> {
     let stat = fstat(&fd)?;
     let read_only = fcntl_getfl(&fd)? & OFlags::ACCMODE == OFlags::RDONLY;

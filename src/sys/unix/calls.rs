@@ -1,13 +1,14 @@
-//! Calls for a signal handler and for the child of a fork: libc's, with `errno` restored and returned as a value.
+//! Calls for a signal handler and for the child of a fork: libc's functions, with `errno` restored and returned as a
+//! value.
 
 use std::ffi::{c_char, c_int, c_long, CStr};
 use std::ptr;
 
 use libc::{_exit, poll};
 
-/// The calling thread's `errno`.
+/// Returns the calling thread's `errno`.
 fn errno() -> *mut c_int {
-    // SAFETY: each returns the place of the calling thread's errno, which is always there.
+    // SAFETY: each function returns the address of the calling thread's errno, which is always valid.
     unsafe {
         #[cfg(target_os = "linux")]
         return libc::__errno_location();
@@ -22,7 +23,7 @@ fn errno() -> *mut c_int {
 
 /// Runs `call`, which returns a negative number and sets `errno` on an error.
 fn result(call: impl FnOnce() -> isize) -> Result<usize, i32> {
-    // SAFETY: the place is this thread's own.
+    // SAFETY: the address belongs to this thread.
     unsafe {
         let before = errno().read();
         let result = call();
@@ -33,7 +34,7 @@ fn result(call: impl FnOnce() -> isize) -> Result<usize, i32> {
 
 /// # Safety
 ///
-/// `bytes` points at `length` bytes.
+/// `bytes` points to `length` bytes.
 pub(crate) unsafe fn write(fd: c_int, bytes: *const u8, length: usize) -> Result<usize, i32> {
     // SAFETY: as for this function (write(2)).
     result(|| unsafe { libc::write(fd, bytes.cast(), length) })
@@ -60,7 +61,7 @@ pub(crate) fn exit(status: c_int) -> ! {
     unsafe { _exit(status) }
 }
 
-/// Blocks for so many milliseconds.
+/// Blocks for this many milliseconds.
 pub(crate) fn pause(milliseconds: c_long) {
     // SAFETY: no descriptors (poll(2)).
     let _ = result(|| unsafe { poll(ptr::null_mut(), 0, milliseconds as c_int) as isize });

@@ -1,4 +1,4 @@
-//! No process that shares memory, and no descriptor for a process: spawn.rs forks, and looks for the end of a child.
+//! There is no clone that shares memory, and no pidfd: spawn.rs forks, and checks periodically for the end of a child.
 
 use std::ffi::{c_int, c_void};
 use std::io;
@@ -8,12 +8,12 @@ use std::process::ExitStatus;
 use rustix::io::Errno;
 use rustix::process::Pid;
 
-/// Whether a child may share the memory of its parent here.
+/// Whether a child can share the memory of its parent on this system.
 pub(crate) const WORKS: bool = false;
 
 pub(crate) struct Stack;
 
-/// A child, and what other systems know of it besides.
+/// A child, with the fields that exist on Linux.
 pub(crate) struct Cloned {
     pub(crate) pid: c_int,
     pub(crate) pidfd: Option<OwnedFd>,
@@ -31,7 +31,7 @@ impl Stack {
 
     /// # Safety
     ///
-    /// None is needed; the other side of this face has conditions.
+    /// There are no conditions. The implementation for Linux has some.
     pub(crate) unsafe fn clone(
         &self,
         _sibling: bool,

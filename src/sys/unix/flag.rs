@@ -1,4 +1,4 @@
-//! A flag that polls as readable while it is raised: a pipe with something in it.
+//! A flag that polls as readable while it is raised: a pipe that contains data.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -30,7 +30,7 @@ impl Flag {
         while rustix::io::read(&self.read, &mut [0; 512]) == Ok(512) {}
     }
 
-    /// What a signal handler writes eight bytes to, to raise the flag.
+    /// Returns the descriptor to which a signal handler writes eight bytes to raise the flag.
     pub(crate) fn writable(&self) -> BorrowedFd<'_> {
         self.write.as_fd()
     }

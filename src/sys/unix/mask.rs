@@ -1,4 +1,4 @@
-//! Signal masks and dispositions as POSIX has them.
+//! Signal masks and dispositions according to POSIX.
 
 use std::fmt;
 use std::mem::MaybeUninit;
@@ -20,14 +20,14 @@ impl Mask {
 
     pub(crate) fn all() -> Self {
         let mut set = Self::none();
-        // SAFETY: the set is ours to write (sigfillset(3)).
+        // SAFETY: the set is a local variable (sigfillset(3)).
         unsafe { libc::sigfillset(&mut set.0) };
         set
     }
 
     pub(crate) fn of(signal: i32) -> Self {
         let mut set = Self::none();
-        // SAFETY: the set is ours to write; a number that is no signal is an error (sigaddset(3)).
+        // SAFETY: the set is exclusively borrowed, and an invalid signal number is an error (sigaddset(3)).
         unsafe { libc::sigaddset(&mut set.0, signal) };
         set
     }
@@ -47,19 +47,19 @@ impl fmt::Debug for Mask {
 /// Changes the calling thread's mask (`how` as for pthread_sigmask(3)) and returns the former one, or the errno.
 pub(crate) fn change(how: i32, mask: Mask) -> Result<Mask, i32> {
     let mut former = Mask::none();
-    // SAFETY: both are sets, and the error is returned, not written to errno.
+    // SAFETY: both are sets, and the error is returned and not written to errno.
     match unsafe { libc::pthread_sigmask(how, &mask.0, &mut former.0) } {
         0 => Ok(former),
         errno => Err(errno),
     }
 }
 
-/// Takes a pending signal that is in `mask`, which the calling thread must block. Does not wait: sigtimedwait(2) is not
-/// everywhere, but sigwait(3) returns at once for a signal that is pending.
+/// Takes a pending signal that is in `mask`, which the calling thread must block. Does not wait: not every system has
+/// sigtimedwait(2), but sigwait(3) returns immediately for a pending signal.
 pub(crate) fn take_pending(mask: Mask) {
     let mut pending = Mask::none();
     let mut taken = 0;
-    // SAFETY: writes a set of ours, and a number (sigpending(2), sigwait(3)).
+    // SAFETY: writes a local set and a number (sigpending(2), sigwait(3)).
     unsafe {
         if libc::sigpending(&mut pending.0) == 0 && (1..=64).any(|signal| mask.has(signal) && pending.has(signal)) {
             libc::sigwait(&mask.0, &mut taken);
@@ -67,16 +67,16 @@ pub(crate) fn take_pending(mask: Mask) {
     }
 }
 
-/// Sets every signal to its default: execve alone would leave ignored ones ignored, and before the execve a handler
-/// of the parent's must not run in the child.
+/// Sets every signal to its default. execve alone would leave ignored signals ignored, and a handler of the parent must
+/// not run in the child before the execve.
 ///
 /// # Safety
 ///
-/// Only for the child of a spawn, whose dispositions are its own.
+/// Only for the child of a spawn, which has its own dispositions.
 pub(crate) unsafe fn reset_all() {
     for signal in 1..=64 {
-        // SAFETY: zeros are SIG_DFL, no flags and an empty set (sigaction(2)). A number that is no signal, SIGKILL and
-        // SIGSTOP give EINVAL, which changes nothing.
+        // SAFETY: zeros are SIG_DFL, no flags and an empty set (sigaction(2)). For invalid numbers, SIGKILL and SIGSTOP
+        // it returns EINVAL and changes nothing.
         unsafe {
             let mut action: libc::sigaction = MaybeUninit::zeroed().assume_init();
             action.sa_sigaction = libc::SIG_DFL;

@@ -1,4 +1,4 @@
-//! Every other Unix: what POSIX has, and the few names that each system has of its own.
+//! Every other Unix: POSIX calls, and the few names that differ between systems.
 
 pub(crate) mod blob;
 pub(crate) mod calls;

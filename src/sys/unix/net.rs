@@ -1,7 +1,8 @@
 //! Sockets and pipes that get close-on-exec and their blocking mode by a second call.
 //!
-//! Another thread may fork between the two calls. Our own spawn then still marks the descriptor, because the child sweeps
-//! all of them; a process that other code starts at that moment inherits it, as it inherits those that std makes.
+//! Another thread may fork between the two calls. The library's own child still sets close-on-exec on the descriptor,
+//! because it sweeps all of them. A process that other code starts at that moment inherits it, as it inherits
+//! descriptors that std creates.
 
 use std::collections::hash_map::RandomState;
 use std::hash::{BuildHasher, Hasher};
@@ -16,17 +17,17 @@ use rustix::net::{bind, AddressFamily, RecvFlags, ReturnFlags, SendFlags, Socket
 use crate::sys::stdio::above_stdio;
 use crate::sys::Mode;
 
-/// For send(2) and sendmsg(2): a peer that is gone is an error, not a signal. On Apple's systems SO_NOSIGPIPE says so
-/// once for each socket.
+/// For send(2) and sendmsg(2): a closed peer causes an error, not a signal. On Apple's systems SO_NOSIGPIPE does this,
+/// once per socket.
 #[cfg(not(target_vendor = "apple"))]
 pub(crate) const NOSIGNAL: SendFlags = SendFlags::NOSIGNAL;
 #[cfg(target_vendor = "apple")]
 pub(crate) const NOSIGNAL: SendFlags = SendFlags::empty();
 
-/// For recvmsg(2). [`received`] sets close-on-exec on what is received.
+/// For recvmsg(2). [`received`] sets close-on-exec on received descriptors.
 pub(crate) const CMSG_CLOEXEC: RecvFlags = RecvFlags::empty();
 
-/// Elsewhere than on Linux an accepted socket inherits O_NONBLOCK, so the mode is set in either case.
+/// On systems other than Linux an accepted socket inherits O_NONBLOCK, so the mode is set in both cases.
 fn dress(fd: OwnedFd, mode: Mode) -> Result<OwnedFd> {
     let fd = above_stdio(fd)?;
     fcntl_setfd(&fd, FdFlags::CLOEXEC)?;
@@ -45,27 +46,27 @@ pub(crate) fn socket(family: AddressFamily, kind: SocketType, mode: Mode) -> Res
     dress_socket(rustix::net::socket(family, kind, None)?, mode)
 }
 
-/// Two connected Unix sockets.
+/// Creates two connected Unix sockets.
 pub(crate) fn socketpair(kind: SocketType, mode: Mode) -> Result<(OwnedFd, OwnedFd)> {
     let (left, right) = rustix::net::socketpair(AddressFamily::UNIX, kind, SocketFlags::empty(), None)?;
     Ok((dress_socket(left, mode)?, dress_socket(right, mode)?))
 }
 
-/// accept(2) without the peer's address, which std's would ask for.
+/// accept(2) without the peer's address, which std would request.
 pub(crate) fn accept(listener: impl AsFd, mode: Mode) -> Result<OwnedFd> {
     dress_socket(rustix::net::accept(listener)?, mode)
 }
 
-/// A nonblocking pipe: the end to read, the end to write.
+/// Creates a nonblocking pipe, and returns its reading and its writing end.
 pub(crate) fn pipe() -> Result<(OwnedFd, OwnedFd)> {
     let (read, write) = rustix::pipe::pipe()?;
     Ok((dress(read, Mode::Nonblocking)?, dress(write, Mode::Nonblocking)?))
 }
 
-/// Makes room in a pipe for so many bytes, where the system can.
+/// Makes room in a pipe for this many bytes, if the system supports it.
 pub(crate) fn grow_pipe(_pipe: &OwnedFd, _bytes: usize) {}
 
-/// Dresses a descriptor that came over a socket.
+/// Prepares a descriptor that was received over a socket.
 pub(crate) fn received(fd: OwnedFd) -> Result<OwnedFd> {
     let fd = above_stdio(fd)?;
     fcntl_setfd(&fd, FdFlags::CLOEXEC)?;
@@ -78,7 +79,7 @@ pub(crate) fn family(socket: impl AsFd) -> Result<AddressFamily> {
 
 pub(crate) fn is_listening(socket: impl AsFd) -> Result<bool> {
     let (mut listening, mut size) = (0_i32, 4);
-    // SAFETY: the kernel writes at most four bytes into a number of four bytes (getsockopt(2)).
+    // SAFETY: the kernel writes at most four bytes to a number of four bytes (getsockopt(2)).
     let result = unsafe {
         let place = (&raw mut listening).cast();
         libc::getsockopt(socket.as_fd().as_raw_fd(), libc::SOL_SOCKET, libc::SO_ACCEPTCONN, place, &mut size)
@@ -105,22 +106,22 @@ pub(crate) fn set_reuse_port(socket: impl AsFd, on: bool) -> io::Result<()> {
     Ok(rustix::net::sockopt::set_socket_reuseport(socket, on)?)
 }
 
-/// The abstract name of an address, which only Linux has.
+/// Returns the abstract name of an address. Only Linux has these.
 #[cfg(feature = "systemd_sockets")]
 pub(crate) fn abstract_name(_address: &SocketAddrUnix) -> Option<&[u8]> {
     None
 }
 
-/// The address of an abstract name, which only Linux has.
+/// Returns the address of an abstract name. Only Linux has these.
 pub(crate) fn abstract_address(_name: &[u8]) -> io::Result<SocketAddrUnix> {
     Err(io::Error::new(io::ErrorKind::Unsupported, "only Linux has abstract socket names"))
 }
 
-/// Binds a Unix socket to a path. The file has `mode` from the start, or what the umask leaves.
+/// Binds a Unix socket to a path. The file has `mode` from the start, or the mode that the umask leaves.
 ///
-/// A socket has no mode of its own before bind here, and to change it afterwards leaves a moment in which other users can
-/// connect. So with a mode the file is made in a directory that nobody else can enter, and then linked to its path: that
-/// fails if the path exists, as bind does. The name that getsockname(2) returns is the one in that directory.
+/// On these systems a socket has no mode before bind, and changing it later would leave a moment in which other users
+/// can connect. So with a mode, the file is created in a directory that no other user can enter, and then linked to its
+/// path, which fails if the path exists, like bind. getsockname(2) returns the name in that directory.
 pub(crate) fn bind_path(socket: &OwnedFd, path: &Path, mode: Option<fs::Mode>) -> Result<()> {
     let Some(mode) = mode else { return bind(socket, &SocketAddrUnix::new(path)?) };
     let private = PrivateDirectory::create(path)?;
@@ -133,7 +134,7 @@ pub(crate) fn bind_path(socket: &OwnedFd, path: &Path, mode: Option<fs::Mode>) -
     }
 }
 
-/// A directory of mode 0700 for one file. Removed with it when dropped.
+/// A directory of mode 0700 for one file. Dropping it removes both.
 struct PrivateDirectory(PathBuf);
 
 impl PrivateDirectory {

@@ -1,4 +1,4 @@
-//! Who is at the other end of a Unix socket, in each system's words.
+//! The process and user at the other end of a Unix socket, with each system's call.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -10,7 +10,7 @@ pub(crate) struct Credentials {
     pub(crate) gid: u32,
 }
 
-/// Asks the kernel who is at the other end of `socket`. The process is known on some systems only.
+/// Asks the kernel for the peer of `socket`. Only some systems report the process.
 #[cfg(not(any(target_os = "linux", target_os = "illumos", target_os = "solaris")))]
 pub(crate) fn credentials(socket: impl AsFd) -> io::Result<Credentials> {
     let fd = socket.as_fd().as_raw_fd();
@@ -22,7 +22,7 @@ pub(crate) fn credentials(socket: impl AsFd) -> io::Result<Credentials> {
     #[cfg(target_vendor = "apple")]
     let pid = {
         let (mut pid, mut size): (libc::pid_t, _) = (0, size_of::<libc::pid_t>() as libc::socklen_t);
-        // SAFETY: writes at most so many bytes into a number of that size (getsockopt(2)).
+        // SAFETY: writes at most this many bytes to a number of that size (getsockopt(2)).
         let result =
             unsafe { libc::getsockopt(fd, libc::SOL_LOCAL, libc::LOCAL_PEERPID, (&raw mut pid).cast(), &mut size) };
         if result == 0 {
@@ -36,11 +36,11 @@ pub(crate) fn credentials(socket: impl AsFd) -> io::Result<Credentials> {
     Ok(Credentials { pid, uid, gid })
 }
 
-/// Asks the kernel who is at the other end of `socket`.
+/// Asks the kernel for the peer of `socket`.
 #[cfg(any(target_os = "illumos", target_os = "solaris"))]
 pub(crate) fn credentials(socket: impl AsFd) -> io::Result<Credentials> {
     let mut cred = std::ptr::null_mut();
-    // SAFETY: getpeerucred(3C) makes an object, which ucred_free frees after its last use.
+    // SAFETY: getpeerucred(3C) creates an object, which ucred_free frees after its last use.
     unsafe {
         if libc::getpeerucred(socket.as_fd().as_raw_fd(), &mut cred) != 0 {
             return Err(io::Error::last_os_error());
@@ -51,12 +51,12 @@ pub(crate) fn credentials(socket: impl AsFd) -> io::Result<Credentials> {
     }
 }
 
-/// Linux has no getpeereid(3). This one stands in for it where this side is tested.
+/// Linux has no getpeereid(3). This replaces it when these fallbacks are tested on Linux.
 #[cfg(target_os = "linux")]
 pub(crate) fn credentials(socket: impl AsFd) -> io::Result<Credentials> {
     let mut cred = libc::ucred { pid: 0, uid: u32::MAX, gid: u32::MAX };
     let mut size = size_of::<libc::ucred>() as libc::socklen_t;
-    // SAFETY: writes at most so many bytes into a struct of that size (getsockopt(2)).
+    // SAFETY: writes at most this many bytes to a struct of that size (getsockopt(2)).
     let result = unsafe {
         let place = (&raw mut cred).cast();
         libc::getsockopt(socket.as_fd().as_raw_fd(), libc::SOL_SOCKET, libc::SO_PEERCRED, place, &mut size)
@@ -67,7 +67,8 @@ pub(crate) fn credentials(socket: impl AsFd) -> io::Result<Credentials> {
     }
 }
 
-/// A descriptor that polls as readable when the process at the other end of `socket` ends. There is none.
+/// Returns no descriptor that polls as readable when the process at the other end of `socket` ends, because there is
+/// none.
 pub(crate) fn peer_pidfd(_socket: impl AsFd) -> Option<OwnedFd> {
     None
 }

@@ -1,4 +1,4 @@
-//! The nice value, which POSIX keeps for each process. CPU affinity is each system's own affair, and inherited as it is.
+//! The nice value, which POSIX keeps per process. CPU affinity differs between systems, and is inherited unchanged.
 
 use rustix::process::{getpriority_process, setpriority_process};
 
@@ -13,13 +13,14 @@ impl Scheduling {
         Self { nice: getpriority_process(None).ok() }
     }
 
-    /// Returns what a child must set to start with this value.
+    /// Returns the value that a child must set to start with this value.
     pub(crate) fn to_restore(&self) -> Self {
         let now = Self::of_this_thread();
         Self { nice: self.nice.filter(|_| now.nice != self.nice) }
     }
 
-    /// Sets the value for this process. In the child of a spawn. A lower one needs a right, so failures are ignored.
+    /// Sets the value for this process. Runs in the child of a spawn. A lower value needs permission, so failures are
+    /// ignored.
     pub(crate) fn apply(&self) {
         if let Some(nice) = self.nice {
             let _ = setpriority_process(None, nice);

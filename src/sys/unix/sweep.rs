@@ -4,14 +4,14 @@
 
 use super::calls::set_fd_flags;
 
-/// The highest number that is looked at: to try a million takes about a tenth of a second.
+/// The highest number that is tried. Trying a million takes about a tenth of a second.
 const MOST: u64 = 1 << 20;
 
-/// Not in one call.
+/// Not supported: these systems have no single call for a range.
 ///
 /// # Safety
 ///
-/// None is needed; the other side has the same signature.
+/// There are no conditions. The implementation for Linux has the same signature.
 pub(crate) unsafe fn close_on_exec(_first: u32, _last: u32) -> Result<(), i32> {
     Err(libc::ENOSYS)
 }
@@ -20,16 +20,17 @@ pub(crate) unsafe fn close_on_exec(_first: u32, _last: u32) -> Result<(), i32> {
 ///
 /// # Safety
 ///
-/// Changes descriptors that others own, so only the child of a spawn may call it, whose descriptor table is its own.
+/// This changes descriptors that other code owns, so only the child of a spawn may call it, which has its own
+/// descriptor table.
 pub(crate) unsafe fn sweep() -> Result<(), i32> {
     let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
     // SAFETY: writes one rlimit (getrlimit(2)). After an error it is 0, so everything is tried.
     let known = unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &mut limit) } == 0;
-    #[allow(clippy::unnecessary_cast)] // Another type on another system.
+    #[allow(clippy::unnecessary_cast)] // The type differs between systems.
     let limit = if known { (limit.rlim_max as u64).min(MOST) } else { MOST };
-    // The hard limit, because the soft one may have been lowered under open descriptors.
+    // Use the hard limit, because the soft limit may have been lowered below open descriptors.
     for fd in 3..limit as usize {
-        // SAFETY: the caller owns the descriptor table. EBADF is the usual answer.
+        // SAFETY: the caller owns the descriptor table. Most numbers return EBADF.
         let _ = unsafe { set_fd_flags(fd, libc::FD_CLOEXEC) };
     }
     Ok(())

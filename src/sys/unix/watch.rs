@@ -1,4 +1,4 @@
-//! No watch that wakes one of many threads: callers wait by poll(2).
+//! There is no way to wake only one of many threads: callers wait with poll(2).
 
 use std::os::fd::BorrowedFd;
 
