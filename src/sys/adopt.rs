@@ -76,7 +76,7 @@ impl Adopter {
 
 /// Checks that `fd` is open and has that type and [`identity`]. Takes no ownership.
 pub(crate) fn check(fd: RawFd, file_type: Option<FileType>, wanted: Option<u64>) -> io::Result<()> {
-    // SAFETY: used for a call that is harmless on any number; a closed one gives EBADF.
+    // SAFETY: used for a call that is harmless on any number; a closed one returns EBADF.
     let stat = fstat(unsafe { BorrowedFd::borrow_raw(fd) })?;
     let actual = FileType::from_raw_mode(stat.st_mode);
     let is_another = wanted.is_some_and(|wanted| !identity::is(&stat, wanted));
@@ -89,7 +89,7 @@ pub(crate) fn check(fd: RawFd, file_type: Option<FileType>, wanted: Option<u64>)
 /// Returns whether `fd` can contain a manifest. The parent writes part of it before the child starts, so an empty pipe
 /// belongs to another process. This only checks, because that pipe must stay open.
 pub(crate) fn may_bring_a_manifest(fd: RawFd) -> bool {
-    // SAFETY: used for a call that is harmless on any number; a closed one gives EBADF.
+    // SAFETY: used for a call that is harmless on any number; a closed one returns EBADF.
     let bytes = || unsafe { ioctl_fionread(BorrowedFd::borrow_raw(fd)) };
     identity::IS_A_PROOF || bytes().is_ok_and(|bytes| bytes > 0)
 }

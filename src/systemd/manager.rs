@@ -1,4 +1,4 @@
-//! systemd as the service manager: which event becomes which message, and when.
+//! systemd as the service manager: the message for each event, and when it is sent.
 
 use std::env;
 use std::io;
@@ -24,59 +24,60 @@ use crate::sys::program;
 #[cfg(feature = "systemd_sockets")]
 use crate::{key::Key, listen::FileId};
 
-/// How much time a stop asks for whenever it made progress, and how often at most it asks.
+/// By how much a stop extends its timeout when it makes progress, and the minimum time between two extensions.
 const PROGRESS: Duration = Duration::from_secs(10);
 const PROGRESS_PAUSE: Duration = Duration::from_millis(200);
 
-/// The manager that started this service.
+/// The service manager that started this service.
 #[derive(Debug)]
 pub(crate) struct Systemd {
     notifier: Notifier,
     generation: u64,
-    /// The manager started this process itself.
+    /// Whether the manager started this process itself.
     started_by_it: bool,
-    /// See [`is_nested`].
+    /// Whether this is a nested service, see [`is_nested`].
     nested: bool,
-    /// The manager listens to this process.
+    /// Whether the manager accepts messages of this process.
     main: AtomicBool,
-    /// It listens to the successor that this process announced.
+    /// Whether the manager accepts messages of the successor that this process has announced.
     handed_over: AtomicBool,
-    /// The longest time that an upgrade may take. The manager is asked to wait that long.
+    /// The longest time that an upgrade may take. The manager's timeout is extended to it.
     upgrade_time: Duration,
-    /// `RELOADING` was sent, and `READY` was not sent yet.
+    /// Whether `RELOADING` was sent and `READY` was not sent yet.
     reloading: AtomicBool,
     watchdog: Option<Duration>,
     next_tick: Mutex<Instant>,
     last_progress: Mutex<Option<Instant>>,
-    /// How many descriptors the manager stores.
+    /// The number of descriptors that the manager can store.
     #[cfg(feature = "systemd_sockets")]
     capacity: usize,
 }
 
-/// Names the process that systemd executed for the unit. In a child of a nested generation it is 0.
+/// The variable that names the process that systemd executed for the unit. In a child of a nested generation it is 0.
 pub(crate) const EXEC_PID: &str = "SYSTEMD_EXEC_PID";
 
 fn number(name: &str) -> Option<u32> {
     env::var(name).ok()?.parse().ok()
 }
 
-/// Whether this service only runs inside a unit whose main process is another one: a helper that inherited NOTIFY_SOCKET,
-/// or a container. Its generations are not the manager's children, and none of them is ever announced as the main process: the
-/// manager would end the unit with it, or kill an unrelated process, because in another PID namespace its numbers mean others.
+/// Whether this service runs inside a unit with another main process, as a helper that inherited NOTIFY_SOCKET, or in a
+/// container. Its generations are not the manager's children, and none of them is ever announced as the main process.
+/// Otherwise the manager would end the unit with it, or kill an unrelated process, because a PID means another process
+/// in another PID namespace.
 pub(crate) fn is_nested(is_child: bool) -> bool {
     match number(EXEC_PID) {
-        // The first process of a PID namespace is this for nobody outside.
+        // The first process of a PID namespace has another PID outside.
         _ if std::process::id() == 1 => true,
         executed if is_child => executed == Some(0),
         Some(executed) => executed != std::process::id(),
-        // Something else than systemd. It has our numbers if there is one namespace.
+        // This is not systemd. It has the same PIDs if there is only one namespace.
         None => !program::in_first_pid_namespace(),
     }
 }
 
 impl Systemd {
-    /// The manager that the environment names, if any. A child of ours waits until it is announced. A generation that the
-    /// manager started itself is main from the start, wherever its sockets came from.
+    /// Returns the manager that the environment names, if any. A child waits until it is announced. A generation that
+    /// the manager started itself is the main process from the start, wherever its sockets came from.
     pub(crate) fn from_env(generation: u64, is_child: bool, upgrade_time: Duration) -> Result<Option<Self>, Error> {
         let notifier = Notifier::from_env().map_err(|e| match e {
             NotifyError::Address { address, source } => {
@@ -107,7 +108,7 @@ impl Systemd {
         self.notifier.reloading(&format!("generation {}, upgrading", self.generation), self.upgrade_time)
     }
 
-    /// `READY` ends a reload only after `RELOADING`, and an upgrade may be refused before it begins.
+    /// `READY` ends a reload only after `RELOADING`, so send that first if the upgrade was refused before it began.
     fn end_reload(&self, errno: i32, outcome: &str) -> Result<(), NotifyError> {
         if !self.reloading.load(Ordering::Relaxed) {
             self.begin_reload()?;
@@ -140,7 +141,7 @@ impl ServiceManager for Systemd {
         log_failure(match event {
             // The parent that announced this process has reported it as ready.
             Event::Serving { .. } if !self.started_by_it => Ok(()),
-            // With the PID, as version 1.1.1 sends it, if the manager has the same number for this process.
+            // Send the PID, like version 1.1.1, if the manager has the same number for this process.
             Event::Serving { .. } if !self.nested => {
                 notifier.ready_as(std::process::id(), &format!("generation {generation}"))
             }
@@ -184,7 +185,7 @@ impl ServiceManager for Systemd {
         let mut next = self.next_tick.lock().unwrap_or_else(PoisonError::into_inner);
         let now = Instant::now();
         if *next <= now {
-            // WATCHDOG_USEC may be any number.
+            // WATCHDOG_USEC may be any number, so the sum may overflow.
             *next = now.checked_add(every)?;
             if !self.handed_over.load(Ordering::Relaxed) && is_main() {
                 log_failure(self.notifier.alive());
@@ -255,7 +256,7 @@ impl Store for Systemd {
     }
 }
 
-/// The number of the OS error behind an error. Where there is none, ECANCELED says at least that something failed.
+/// Returns the errno behind an error. Without one, ECANCELED reports at least that something failed.
 fn errno(error: &Error) -> i32 {
     let causes = iter::successors(error.parts().1, |&cause| cause.source());
     let mut numbers = causes.filter_map(|cause| cause.downcast_ref::<io::Error>()?.raw_os_error());
@@ -265,7 +266,7 @@ fn errno(error: &Error) -> i32 {
     })
 }
 
-/// A message that is lost is no reason to serve any worse.
+/// Logs a failure and otherwise ignores it.
 fn log_failure(result: Result<(), NotifyError>) {
     let Err(error) = result else { return };
     match std::error::Error::source(&error) {

@@ -1,7 +1,7 @@
 //! systemd without its library: notifications (feature `systemd_notify`), sockets (feature `systemd_sockets`).
 //!
-//! What an upgrade needs of both is done when [`Builder`](crate::Builder) is told `systemd_notify` and
-//! `systemd_sockets`; see the [guide](crate::guide::systemd).
+//! Enable them with `systemd_notify` and `systemd_sockets` of [`Builder`](crate::Builder), which then does everything
+//! that an upgrade needs; see the [guide](crate::guide::systemd).
 
 #[cfg(feature = "systemd_notify")]
 pub(crate) mod manager;

@@ -29,18 +29,17 @@ const MAX_STATUS: usize = 1000;
 /// How long a message waits for room in the manager's queue, which is full only while the manager hangs.
 const SEND_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// A connection to the service manager that started this process: systemd, or anything else that sets
-/// `NOTIFY_SOCKET`.
+/// A connection to the service manager that started this process: systemd, or any other that sets `NOTIFY_SOCKET`.
 ///
-/// The library itself sends what an upgrade and a stop need, see
-/// [`Builder::systemd_notify`](crate::Builder::systemd_notify). Use this type for what only the program knows: a status
-/// of its own, more time for a long start.
+/// The library itself sends the messages for upgrades and stops, see
+/// [`Builder::systemd_notify`](crate::Builder::systemd_notify). Use this type for messages that only the program can
+/// send: its own status, or more time for a long start.
 ///
-/// With `NotifyAccess=main`, the default, the manager accepts messages of the main process only. It discards (and logs)
-/// what a new generation sends before the end of the upgrade.
+/// With `NotifyAccess=main`, the default, the manager accepts messages only from the main process. It discards (and
+/// logs) messages of a new generation before the end of the upgrade.
 ///
-/// Nothing here reads or changes the environment after [`from_env`](Self::from_env). A message waits two seconds at most
-/// for a manager that does not read, and the messages after that do not wait until one gets through.
+/// No method after [`from_env`](Self::from_env) reads or changes the environment. A message waits at most two seconds
+/// for a manager that does not read. After that, messages do not wait until one gets through.
 ///
 /// ```
 /// if let Some(manager) = ecdysis::systemd::Notifier::from_env()? {
@@ -52,14 +51,14 @@ const SEND_TIMEOUT: Duration = Duration::from_secs(2);
 pub struct Notifier {
     socket: OwnedFd,
     address: SocketAddrUnix,
-    /// The last message timed out. Until one gets through, no other waits: a server that has many messages to send must
-    /// not wait two seconds for each of them.
+    /// Whether the last message timed out. Until a message gets through, no other waits, because a server with many
+    /// messages must not wait two seconds for each.
     hangs: AtomicBool,
 }
 
 impl Notifier {
     /// Returns the notifier for the address in the environment variable `NOTIFY_SOCKET`; `None` if it is not set, as in
-    /// a process started by hand. Sends nothing.
+    /// a process that was started manually. Sends nothing.
     ///
     /// # Errors
     /// The address is neither a path that starts with `/` nor an abstract name that starts with `@`. (`vsock:`, which
@@ -74,7 +73,7 @@ impl Notifier {
     /// Returns the notifier for this address, written as in `NOTIFY_SOCKET`.
     ///
     /// # Errors
-    /// As for [`from_env`](Self::from_env), or no descriptor is free for a socket.
+    /// Those of [`from_env`](Self::from_env), or no descriptor is free for a socket.
     pub fn at(address: impl AsRef<OsStr>) -> Result<Self, NotifyError> {
         let text = address.as_ref();
         let unusable = |source| NotifyError::Address { address: text.to_owned(), source };
@@ -102,15 +101,15 @@ impl Notifier {
         self.send("READY", Message::new().with("READY", "1").status(status), &[])
     }
 
-    /// Sends `RELOADING=1` with the current time, by which the manager tells this reload from an earlier one. Call
-    /// [`ready`](Self::ready) or [`new_main`](Self::new_main) afterwards, whatever the outcome: `systemctl reload` waits
-    /// for it. `at_most` is how long the reload may take, if the manager's limit is lower (`TimeoutStartSec=`).
+    /// Sends `RELOADING=1` with the current time, which distinguishes this reload from an earlier one. Whatever the
+    /// outcome, call [`ready`](Self::ready) or [`new_main`](Self::new_main) later, because `systemctl reload` waits for
+    /// it. `at_most` is how long the reload may take, if the manager's limit is lower (`TimeoutStartSec=`).
     pub fn reloading(&self, status: &str, at_most: Duration) -> Result<(), NotifyError> {
         let message = Message::new()
             .with("RELOADING", "1")
             .with("MONOTONIC_USEC", &monotonic_usec().to_string())
             .with("EXTEND_TIMEOUT_USEC", &usec(at_most))
-            // The manager extends the watchdog's time as well; WATCHDOG=1 resets that.
+            // The manager extends the watchdog's timeout as well; WATCHDOG=1 resets it.
             .with("WATCHDOG", "1")
             .status(status);
         self.send("RELOADING", message, &[])
@@ -121,7 +120,7 @@ impl Notifier {
         self.send("STOPPING", Message::new().with("STOPPING", "1").status(status), &[])
     }
 
-    /// Sets the line that `systemctl status` shows. Line ends become spaces; text beyond 1000 bytes is cut.
+    /// Sets the line that `systemctl status` shows. Newlines become spaces, and text beyond 1000 bytes is cut.
     pub fn status(&self, status: &str) -> Result<(), NotifyError> {
         self.send("STATUS", Message::new().status(status), &[])
     }
@@ -132,14 +131,14 @@ impl Notifier {
     }
 
     /// Makes process `pid` the main process of the service, which is ready: sends `MAINPID`, `READY=1` and the first
-    /// `WATCHDOG=1` of the new process in one datagram. From then on the manager accepts messages of that process, and no
-    /// longer of this one. It has taken effect when a [`barrier`](Self::barrier) has passed.
+    /// `WATCHDOG=1` of the new process in one datagram. From then on the manager accepts messages of that process, and
+    /// no longer of this one. It has taken effect once a later [`barrier`](Self::barrier) has returned.
     pub fn new_main(&self, pid: u32, status: &str) -> Result<(), NotifyError> {
         self.announce(pid, None, status)
     }
 
-    /// As [`new_main`](Self::new_main), and takes back the error of an earlier upgrade. With the process's `id` (the inode
-    /// of its pidfd) systemd 257 and later refuse a number that means another process.
+    /// Like [`new_main`](Self::new_main), and clears the error of an earlier upgrade. With the process's `id` (the
+    /// inode of its pidfd), systemd 257 and later refuse a PID that belongs to another process.
     pub(crate) fn announce(&self, pid: u32, id: Option<u64>, status: &str) -> Result<(), NotifyError> {
         let mut message = Message::new().with("MAINPID", &pid.to_string());
         if let Some(id) = id {
@@ -149,14 +148,14 @@ impl Notifier {
         self.send("MAINPID", message, &[])
     }
 
-    /// Sends `READY=1` at the end of a reload, with the number of the error that it ended with, or 0.
+    /// Sends `READY=1` at the end of a reload, with its errno or 0.
     pub(crate) fn reloaded(&self, errno: i32, status: &str) -> Result<(), NotifyError> {
         let message = Message::new().with("READY", "1").with("ERRNO", &errno.to_string()).status(status);
         self.send("READY", message, &[])
     }
 
-    /// Asks the service manager to extend the timeout of the current start, reload or stop to `time` from now. An
-    /// earlier deadline than the current one has no effect.
+    /// Asks the service manager to extend the timeout of the current start, reload or stop to `time` from now. A
+    /// deadline earlier than the current one has no effect.
     pub fn extend_timeout(&self, time: Duration) -> Result<(), NotifyError> {
         self.send("EXTEND_TIMEOUT_USEC", Message::new().with("EXTEND_TIMEOUT_USEC", &usec(time)), &[])
     }
@@ -172,13 +171,13 @@ impl Notifier {
     /// stores the same descriptor only once, and keeps it until [`forget`](Self::forget) (`FDPOLL=0`).
     ///
     /// # Errors
-    /// The name is empty, longer than 255 bytes, or holds `:` or anything but printable ASCII.
+    /// The name is empty, longer than 255 bytes, or contains `:` or anything but printable ASCII.
     pub fn store(&self, name: &str, fd: impl AsFd) -> Result<(), NotifyError> {
         let message = Message::new().with("FDSTORE", "1").with("FDNAME", fd_name(name)?).with("FDPOLL", "0");
         self.send("FDSTORE", message, &[fd.as_fd()])
     }
 
-    /// Removes all descriptors of this name from the manager's store.
+    /// Removes all descriptors with this name from the manager's store.
     ///
     /// # Errors
     /// As for [`store`](Self::store).
@@ -187,10 +186,10 @@ impl Notifier {
         self.send("FDSTOREREMOVE", message, &[])
     }
 
-    /// Waits until the manager has handled everything that this process sent before.
+    /// Waits until the manager has handled all earlier messages of this process.
     ///
     /// # Errors
-    /// The manager did not answer within `deadline`. One older than systemd 246 never does.
+    /// The manager did not answer within `deadline`. Versions of systemd before 246 never answer.
     pub fn barrier(&self, deadline: Duration) -> Result<(), NotifyError> {
         let until = Deadline::after(deadline);
         let failed = |e: Errno| NotifyError::Send { what: "BARRIER", source: e.into() };
@@ -205,8 +204,7 @@ impl Notifier {
         }
     }
 
-    /// Sends assignments of the program's own choice, such as `ERRNO`, in one datagram. Line ends in a value become
-    /// spaces.
+    /// Sends assignments that the program chooses, such as `ERRNO`, in one datagram. Newlines in a value become spaces.
     ///
     /// ```no_run
     /// # let manager = ecdysis::systemd::Notifier::from_env()?.unwrap();
@@ -256,7 +254,7 @@ impl Message {
     fn with(mut self, name: &str, value: &str) -> Self {
         self.0.push_str(name);
         self.0.push('=');
-        // Text after a line end would be an assignment of its own.
+        // Text after a newline would become a separate assignment.
         self.0.extend(value.chars().map(|c| if c == '\n' || c == '\0' { ' ' } else { c }));
         self.0.push('\n');
         self
@@ -293,7 +291,7 @@ pub enum NotifyError {
         /// What is wrong with it.
         source: io::Error,
     },
-    /// No socket could be made.
+    /// The socket could not be created.
     Socket {
         /// The underlying OS error.
         source: io::Error,
@@ -321,7 +319,7 @@ impl fmt::Display for NotifyError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Address { address, .. } => write!(f, "cannot use NOTIFY_SOCKET={}", address.to_string_lossy()),
-            Self::Socket { .. } => write!(f, "cannot make a socket for the service manager"),
+            Self::Socket { .. } => write!(f, "cannot create a socket for the service manager"),
             Self::Send { what, .. } => write!(f, "cannot send {what} to the service manager"),
             Self::Barrier { after } => write!(f, "the service manager did not answer within {after:?}"),
             Self::FdName { name } => write!(f, "the service manager accepts no descriptor named {name:?}"),
@@ -348,7 +346,7 @@ mod tests {
     use std::thread;
     use std::time::Instant;
 
-    /// The manager's end, an abstract socket, and the notifier that sends to it.
+    /// Returns the manager's end, an abstract socket, and the notifier that sends to it.
     fn pair(test: &str) -> (UnixDatagram, Notifier) {
         let name = format!("ecdysis-notify-{}-{test}", std::process::id());
         let manager = UnixDatagram::bind_addr(&SocketAddr::from_abstract_name(&name).unwrap()).unwrap();
@@ -428,7 +426,7 @@ mod tests {
         assert_eq!(text, "FDSTORE=1\nFDNAME=tcp 1.2.3.4%3A80\nFDPOLL=0\n");
         drop(writer);
         rustix::io::write(&fds[0], b"x").unwrap();
-        assert_eq!(rustix::io::read(&reader, &mut [0; 4]).unwrap(), 1, "the very pipe arrived");
+        assert_eq!(rustix::io::read(&reader, &mut [0; 4]).unwrap(), 1, "the same pipe arrived");
         notifier.forget("a b").unwrap();
         assert_eq!(receive(&manager).0, "FDSTOREREMOVE=1\nFDNAME=a b\n");
         for name in ["", "a:b", "a\nb", "ä", &"x".repeat(256)] {
@@ -442,7 +440,7 @@ mod tests {
         let error = notifier.barrier(Duration::from_millis(20)).unwrap_err();
         assert!(matches!(error, NotifyError::Barrier { .. }), "{error}");
         assert_eq!(receive(&manager).0, "BARRIER=1\n");
-        // The manager answers by closing the descriptor that it was sent.
+        // The manager answers by closing the received descriptor.
         let answer = thread::spawn(move || {
             let (text, fds) = receive(&manager);
             assert_eq!((text.as_str(), fds.len()), ("BARRIER=1\n", 1));

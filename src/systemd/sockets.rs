@@ -24,11 +24,11 @@ use crate::{Error, Key, Sockets, UnixSeqpacketListener};
 /// Sockets that units of the service manager passed; feature `systemd_sockets`, and
 /// [`Builder::systemd_sockets`](crate::Builder::systemd_sockets).
 ///
-/// `listen_tcp` and the like claim such a socket if its address is the one they are asked for. The methods here ask by
-/// the name as well (`FileDescriptorName=`, by default the unit's own name), and never make a socket.
+/// `listen_tcp` and similar methods claim such a socket if its address matches. The methods here also ask by name
+/// (`FileDescriptorName=`, by default the unit's own name), and never create a socket.
 impl Sockets {
-    /// Returns the TCP listener on `addr` that a unit passed by this name. Several sockets may have one name, and a name
-    /// may change its meaning between versions, so the address counts as well.
+    /// Returns the TCP listener on `addr` that a unit passed by this name. Several sockets may have the same name, and
+    /// a name may change its meaning between versions, so the address must match too.
     ///
     /// ```no_run
     /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -45,8 +45,8 @@ impl Sockets {
         self.systemd(name, Key::tcp(addr)).map(TcpListener::from)
     }
 
-    /// Returns the Unix stream listener at `path`, or at an abstract name after an `@`, that a unit passed by this name.
-    /// Its file belongs to the unit, and is never removed here.
+    /// Returns the Unix stream listener at `path`, or at an abstract name after an `@`, that a unit passed by this
+    /// name. Its file belongs to the unit, and this process never removes it.
     ///
     /// # Errors
     ///
@@ -86,9 +86,9 @@ impl Sockets {
         self.systemd(name, Key::udp(addr)).map(UdpSocket::from)
     }
 
-    /// Returns all descriptors that units passed by this name and that are not claimed yet, each with its key: for
-    /// programs that leave the number of listeners and their addresses to the unit. Sockets are nonblocking. The key of a
-    /// descriptor without an address is [`Key::fd`] of the name.
+    /// Returns all unclaimed descriptors that units passed by this name, each with its key. For programs that leave the
+    /// number of listeners and their addresses to the unit. Sockets are nonblocking. The key of a descriptor without an
+    /// address is [`Key::fd`] of the name.
     ///
     /// ```no_run
     /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -113,7 +113,7 @@ impl Sockets {
         Ok(group)
     }
 
-    /// Claims the first socket that a unit passed by this name and `wanted` picks.
+    /// Claims the first socket that a unit passed by this name and that `wanted` accepts.
     fn claim_from_unit(&self, name: &str, wanted: impl Fn(&Key) -> bool) -> io::Result<Option<(Key, OwnedFd)>> {
         self.registry().claim_if(|entry| entry.unit.as_deref() == Some(name) && wanted(&entry.key))
     }
@@ -127,19 +127,19 @@ impl Sockets {
     }
 }
 
-/// What the manager passed.
+/// The descriptors that the manager passed.
 #[derive(Default)]
 pub(crate) struct Inherited {
-    /// For the registry: first what a former run stored, then what units passed.
+    /// Entries for the registry: first those that an earlier run has stored, then those of units.
     pub(crate) sockets: Vec<Entry>,
-    /// Stored, and of no use any more.
+    /// Stored entries that can no longer be used.
     pub(crate) stale: Vec<(Key, Option<FileId>)>,
     /// What the last stop has passed.
     #[cfg(feature = "systemd_notify")]
     pub(crate) pieces: stored::Pieces,
 }
 
-/// Owns what the manager passed, and finds its key by its name or its address.
+/// Takes ownership of the descriptors that the manager passed, and finds their keys by name or address.
 pub(crate) fn inherit() -> Result<Inherited, Error> {
     let failed = |unusable: Unusable| Error::ServiceManager { what: unusable.what, source: unusable.source };
     let (mut inherited, mut from_units) = (Inherited::default(), Vec::new());
@@ -151,7 +151,7 @@ pub(crate) fn inherit() -> Result<Inherited, Error> {
         };
         #[cfg(feature = "systemd_notify")]
         if let Some((key, file)) = stored::parse(&name) {
-            // If the file was replaced meanwhile, the path leads to another socket.
+            // If the file was replaced in the meantime, the path leads to another socket.
             let at = PathBuf::from(OsStr::from_bytes(key.raw_name()));
             if file.is_none() || crate::listen::file_id(&at).ok() == file {
                 inherited.sockets.push(Entry { file, ..Entry::new(key, fd).map_err(failed)? });
@@ -163,7 +163,7 @@ pub(crate) fn inherit() -> Result<Inherited, Error> {
         }
         let key = match key_of(fd.as_fd()).map_err(failed)? {
             Some(key) => {
-                // Accept loops rely on it, and the manager may have chosen otherwise.
+                // Accept loops rely on this, and the manager may have chosen another mode.
                 ioctl_fionbio(&fd, true).map_err(|e| failed(e.into()))?;
                 key
             }
@@ -176,7 +176,7 @@ pub(crate) fn inherit() -> Result<Inherited, Error> {
     Ok(inherited)
 }
 
-/// The key under which a program would ask for this socket; `None` for anything else.
+/// Returns the key with which a program would ask for this socket; `None` for anything else.
 fn key_of(fd: BorrowedFd<'_>) -> io::Result<Option<Key>> {
     let kind = match sockopt::socket_type(fd) {
         Ok(kind) => kind,
@@ -206,7 +206,7 @@ fn key_of(fd: BorrowedFd<'_>) -> io::Result<Option<Key>> {
     })
 }
 
-/// The path in the form that `listen_unix` accepts.
+/// Returns the path in the form that `listen_unix` accepts.
 fn unix_path(address: &SocketAddrUnix) -> Option<PathBuf> {
     if let Some(path) = address.path_bytes() {
         return Some(PathBuf::from(OsStr::from_bytes(path)));
@@ -215,26 +215,27 @@ fn unix_path(address: &SocketAddrUnix) -> Option<PathBuf> {
     Some(PathBuf::from(OsStr::from_bytes(&[b"@", name].concat())))
 }
 
-/// A descriptor that the manager passed, and the name that it gave: `FileDescriptorName=` of a socket unit (by default
-/// the unit's own name), or the name under which a former run stored it. Several may have one name.
+/// A descriptor that the manager passed, with its name: `FileDescriptorName=` of a socket unit (by default the unit's
+/// own name), or the name under which an earlier run has stored it. Several may have the same name.
 #[derive(Debug)]
 struct Passed {
     name: String,
     fd: OwnedFd,
 }
 
-/// The most that a process may have open, unless the system's limit (fs.nr_open) was raised.
+/// The maximum number of open descriptors of a process, unless the system's limit (fs.nr_open) was raised.
 const MAX_PASSED: usize = 1 << 20;
 
-/// Why the descriptors that were passed cannot be used.
+/// Why the passed descriptors cannot be used.
 #[derive(Debug)]
 struct Unusable {
     what: String,
     source: io::Error,
 }
 
-/// Owns what the manager passed to this process, in the manager's order: socket units first, then its store. Empty for a
-/// process that no manager started, and for a child of one that it started. The environment does not change.
+/// Takes ownership of the descriptors that the manager passed to this process, in the manager's order: socket units
+/// first, then its store. Empty for a process that the manager did not start, such as a child of one that it started.
+/// The environment does not change.
 fn take() -> Result<Vec<Passed>, Unusable> {
     let Some(names) = announced(|name| env::var_os(name), std::process::id(), program::own_pidfd_id)? else {
         return Ok(Vec::new());
@@ -250,7 +251,8 @@ fn take() -> Result<Vec<Passed>, Unusable> {
     Ok(names.into_iter().zip(fds).map(|(name, fd)| Passed { name, fd }).collect())
 }
 
-/// The names of the descriptors passed to process `me`; `None` if the variables are absent, or for another process.
+/// Returns the names of the descriptors passed to process `me`; `None` if the variables are absent, or meant for
+/// another process.
 fn announced(
     variable: impl Fn(&str) -> Option<OsString>,
     me: u32,
@@ -268,8 +270,8 @@ fn announced(
     if number::<u32>("LISTEN_PID", &pid)? != me {
         return Ok(None);
     }
-    // Since systemd 259: tells this process from a later one with the same number. Kernels before Linux 6.9 have no such
-    // id, and then the PID must suffice, as in systemd's own library.
+    // Since systemd 259, this distinguishes the process from a later one with the same PID. Kernels before Linux 6.9
+    // have no such id. Then the PID must suffice, as in systemd's own library.
     if let Some(id) = variable("LISTEN_PIDFDID") {
         let id: u64 = number("LISTEN_PIDFDID", &id)?;
         if own_pidfd_id().is_some_and(|own| own != id) {
@@ -290,7 +292,7 @@ fn announced(
     };
     let list = names.to_str().ok_or_else(|| malformed("LISTEN_FDNAMES", &names))?;
     let list: Vec<String> = list.split(':').map(str::to_owned).collect();
-    // Without LISTEN_FDS the names count: version 1.1.1 read nothing else, so its users' tests set nothing else.
+    // Without LISTEN_FDS, count the names: version 1.1.1 read nothing else, so the tests of its users set nothing else.
     if let Some(count) = count.filter(|count| *count != list.len()) {
         let why = format!("{} names for {count} descriptors", list.len());
         let source = io::Error::new(io::ErrorKind::InvalidInput, why);

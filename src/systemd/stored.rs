@@ -74,7 +74,8 @@ impl Pieces {
     }
 }
 
-/// `ecdysis tcp 0.0.0.0%3A80`; `None` for a descriptor without an address, or with one that is too long for a name.
+/// Returns a name such as `ecdysis tcp 0.0.0.0%3A80`; `None` for a descriptor without an address, or with one that is
+/// too long.
 pub(crate) fn name(key: &Key, file: Option<FileId>) -> Option<String> {
     if !key.kind().has_address() {
         return None;
@@ -89,7 +90,7 @@ pub(crate) fn name(key: &Key, file: Option<FileId>) -> Option<String> {
     (name.len() <= 255).then_some(name)
 }
 
-/// The key and the file; `None` for a name that is not of this form.
+/// Returns the key and the file; `None` for a name that does not have this form.
 pub(crate) fn parse(name: &str) -> Option<(Key, Option<FileId>)> {
     let mut words = name.split(' ');
     if words.next()? != PREFIX {

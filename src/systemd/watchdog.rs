@@ -5,14 +5,14 @@ use std::ffi::OsString;
 use std::time::Duration;
 
 /// Returns how long the manager waits for `WATCHDOG=1` before it considers this process hung (`WatchdogSec=`); `None`
-/// if it does not watch. Send it twice as often.
+/// if there is no watchdog. Send the message twice per interval.
 ///
-/// After an upgrade the time is still the one that the first generation was started with.
+/// After an upgrade this is still the interval with which the first generation was started.
 pub fn watchdog_interval() -> Option<Duration> {
     interval(env::var_os("WATCHDOG_USEC"), env::var_os("WATCHDOG_PID"), std::process::id())
 }
 
-/// WATCHDOG_PID names the process that the variables are for; without it they are for any reader.
+/// WATCHDOG_PID names the process for which the variables are meant. Without it they are meant for any process.
 fn interval(usec: Option<OsString>, pid: Option<OsString>, me: u32) -> Option<Duration> {
     if pid.is_some_and(|pid| pid.to_str().and_then(|pid| pid.parse().ok()) != Some(me)) {
         return None;

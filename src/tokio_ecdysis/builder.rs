@@ -31,8 +31,8 @@ pub struct TokioEcdysisBuilder {
 }
 
 impl TokioEcdysisBuilder {
-    /// Starts with one trigger: this signal asks for an upgrade. In a child this adopts what the parent handed over. Every
-    /// other choice is the default of [`Builder`]; [`from_builder`](Self::from_builder) accepts yours.
+    /// Starts with one trigger: this signal requests an upgrade. In a child this adopts the parent's handover. Every
+    /// other choice is the default of [`Builder`]. To use your own choices, call [`from_builder`](Self::from_builder).
     ///
     /// # Errors
     ///
@@ -170,7 +170,7 @@ impl TokioEcdysisBuilder {
     /// serve, and the parent does.
     pub fn ready(self) -> io::Result<(Arc<TokioEcdysis>, ExitFuture)> {
         let (hand, take) = mpsc::sync_channel::<Ecdysis>(1);
-        // The thread first: if it cannot be started, the parent has not been sent anything yet.
+        // Start the thread first: if that fails, nothing was sent to the parent yet.
         let exit = in_thread("ecdysis", move || match take.recv() {
             Ok(ecdysis) => ecdysis.run(),
             Err(_) => Err(Error::NotReady),
@@ -200,14 +200,14 @@ impl TokioEcdysisBuilder {
         Ok(())
     }
 
-    /// Adopts what the service manager passed: the sockets of its units, and, if notifications are enabled too, those of
-    /// its store, see [`Builder::systemd_sockets`]. Call this before asking for any of them. In a child this does nothing: it
-    /// has them from its parent.
+    /// Adopts the sockets that the service manager passed: those of its units, and, if notifications are enabled too,
+    /// those of its store, see [`Builder::systemd_sockets`]. Call this before asking for any of them. In a child this
+    /// does nothing, because its parent has handed them over.
     ///
     /// # Errors
     ///
-    /// Nothing was passed, it cannot be used, or this is the second call. A program that also runs without can ignore
-    /// this.
+    /// Nothing was passed, it cannot be used, or this is the second call. A program that also runs without a service
+    /// manager can ignore this.
     #[cfg(feature = "systemd_sockets")]
     pub fn read_systemd_sockets(&mut self) -> Result<(), SystemdSocketsReadError> {
         let inherited = self.starting.inherit_from_manager();

@@ -23,15 +23,16 @@ pub enum ExitMode {
     FullStop,
     /// Accepting and triggers have ended; everything else is left to the program.
     PartialStop,
-    /// The same, and so is the service manager: it has not been notified that this process stops.
+    /// The same, and the service manager has not been notified that this process stops.
     #[cfg(feature = "systemd_notify")]
     PartialStopWithSystemd(SystemdNotifier),
 }
 
-/// What asked for the upgrade or the stop.
+/// The source of the request for an upgrade or a stop.
 ///
 /// It has only the two variants of version 1.1.1, so that programs that match both still compile. A request that came
-/// neither by signal nor by socket has a number that no signal has: [`CALL`](Self::CALL) or [`PARENT`](Self::PARENT).
+/// neither from a signal nor from a socket has a number that no signal has: [`CALL`](Self::CALL) or
+/// [`PARENT`](Self::PARENT).
 #[derive(Clone, PartialEq, Eq)]
 pub enum ExitReason {
     /// This signal.
@@ -78,7 +79,7 @@ pub struct ExitFuture {
 }
 
 impl Future for ExitFuture {
-    /// The mode and the reason. After an [`Error::Wait`] no trigger is handled any more; the service continues.
+    /// The mode and the reason. After an [`Error::Wait`] no trigger is handled any more, but the service continues.
     type Output = TokioEcdysisUpgradeResult;
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {

@@ -12,19 +12,19 @@ use tokio::time;
 use super::watch::Watch;
 use crate::shutdown::{Shutdown, State};
 
-/// For tasks. A future is made once for each wait and may be polled by any runtime.
+/// Methods for tasks. Create a future once for each wait. Any runtime may poll it.
 ///
-/// To wait for the same future in several turns of a loop, make it once before the loop and pass `&mut` to `select!`: that is
-/// several times cheaper than making it in every turn.
+/// To wait for the same future in several turns of a loop, create it once before the loop and pass `&mut` to `select!`.
+/// That is several times cheaper than creating it in every turn.
 impl Shutdown {
     /// Resolves when accepting is over: after the probation of a successful upgrade, or at a stop. Needs no runtime.
     pub fn over(&self) -> impl Future<Output = ()> + Send + Unpin + 'static {
         self.when(|state| state.is_over().then_some(()))
     }
 
-    /// Resolves `grace` after accepting is over, or `grace` from the first poll if it is over already.
+    /// Resolves `grace` after accepting is over, or `grace` after the first poll if it is already over.
     ///
-    /// For connections that are idle: a client that is about to send a request still gets its answer.
+    /// For idle connections, so that a client that is about to send a request still gets its response.
     ///
     /// # Panics
     ///
@@ -39,7 +39,7 @@ impl Shutdown {
 
     /// Resolves when this generation no longer accepts, because it is paused or over. Needs no runtime.
     ///
-    /// For accept loops of others, which cannot ask this handle before each accept:
+    /// For foreign accept loops, which cannot check this handle before each accept:
     ///
     /// ```
     /// # struct Acceptor;
@@ -69,8 +69,9 @@ impl Shutdown {
     /// Waits between two requests on a connection, as [`next_request`](Self::next_request) does for threads: true when the
     /// next request has begun to arrive, false when it is time to close the connection. Cancel-safe.
     ///
-    /// The connection closes when the peer has closed it, after `idle` without a request, and once accepting is over after
-    /// `grace` without one. Say "close" in the answer if [`is_over`](Self::is_over).
+    /// It is time to close when the peer has closed the connection, after `idle` without a request, and, once accepting
+    /// is over, after `grace` without one. If [`is_over`](Self::is_over) returns true, announce the end in the
+    /// response.
     ///
     /// ```
     /// use std::time::Duration;
@@ -103,7 +104,7 @@ impl Shutdown {
         let mut over = std::pin::pin!(self.over_after(grace));
         let mut idle = std::pin::pin!(time::sleep(idle));
         poll_fn(|cx| {
-            // First of all: a request that is there is answered, whatever the time.
+            // Check this first: a pending request is answered, whatever the time.
             if let Poll::Ready(received) = Pin::new(&mut *requests).poll_fill_buf(cx) {
                 return Poll::Ready(received.map(|received| !received.is_empty()));
             }
@@ -121,7 +122,7 @@ impl Shutdown {
     ) -> impl Future<Output = T> + Send + Unpin + 'static {
         let mut watch = Watch::new(self.clone());
         poll_fn(move |cx| {
-            // Before the state is read, so that no change is missed.
+            // Register before the state is read, so that no change is missed.
             watch.register(cx);
             match reached(watch.shutdown.state()) {
                 Some(output) => {

@@ -22,12 +22,12 @@ pub enum StopOnShutdown {
     No,
 }
 
-/// One task's place at the gate.
+/// The registration of one task at the gate.
 #[derive(Debug)]
 pub(super) struct Gate {
     watch: Watch,
     stop_on_shutdown: StopOnShutdown,
-    /// During a pause: set when it is time to try again.
+    /// Set during a pause: the time of the next try.
     again: Option<Arc<AtomicBool>>,
     tries: Tries,
 }
@@ -37,7 +37,7 @@ impl Gate {
         Self { watch: Watch::new(shutdown), stop_on_shutdown, again: None, tries: Tries::default() }
     }
 
-    /// The place of another task at the same gate.
+    /// Returns the registration of another task at the same gate.
     pub(super) fn another(&self) -> Self {
         Self::new(self.watch.shutdown.clone(), self.stop_on_shutdown)
     }
@@ -47,14 +47,14 @@ impl Gate {
         self.watch.shutdown.accept_gate().count_queued();
     }
 
-    /// What the task may do now. The task is woken when that changes.
+    /// Returns what the task may do now. The task is woken when that changes.
     pub(super) fn watch(&mut self, cx: &Context<'_>) -> Phase {
         // Before the state is read, so that no change is missed.
         self.watch.register(cx);
         self.phase(None)
     }
 
-    /// A listener that the next generation does not have is served until this one is over.
+    /// A listener that the next generation does not have is served until this generation is over.
     fn phase(&self, listener: Option<BorrowedFd<'_>>) -> Phase {
         let shutdown = &self.watch.shutdown;
         match shutdown.accept_gate().phase(listener) {
@@ -67,10 +67,10 @@ impl Gate {
         }
     }
 
-    /// The next connection or datagram of `fd`, or `None` when accepting is over, as [`Shutdown::accept`] does it.
+    /// Returns the next connection or datagram of `fd`, or `None` when accepting is over, like [`Shutdown::accept`].
     ///
     /// `poll` asks the runtime. `now` asks the kernel: at a stop, the runtime's "nothing yet" may only mean that it has
-    /// not looked, or that the task has used up its budget, and what is queued would be reset.
+    /// not checked, or that the task has used up its budget, and queued connections would be reset.
     pub(super) fn poll_next<T>(
         &mut self,
         cx: &mut Context<'_>,
@@ -99,7 +99,7 @@ impl Gate {
                 if std::mem::replace(&mut watched, true) {
                     return Poll::Pending;
                 }
-                // Before the state is read once more, so that no change is missed.
+                // Register before the state is read once more, so that no change is missed.
                 self.watch.register(cx);
                 continue;
             };
@@ -110,7 +110,7 @@ impl Gate {
                 Step::Return => return Poll::Ready(Some(result)),
                 Step::Retry => {}
                 Step::Linger => self.pause(cx, settled.time_left()),
-                // Only `now` finds nothing: `poll` would be pending, so there is no wait.
+                // Only `now` found nothing. `poll` would be pending, so there is no wait here.
                 Step::Wait | Step::Pause => self.pause(cx, SCARCE),
                 Step::End | Step::Fail => {
                     self.watch.end();
@@ -120,11 +120,11 @@ impl Gate {
         }
     }
 
-    /// Leaves the listener alone for `time`.
+    /// Does not poll the listener for `time`.
     fn pause(&mut self, cx: &Context<'_>, time: Duration) {
         let again = Arc::new(AtomicBool::new(false));
         let (set, shutdown) = (again.clone(), self.watch.shutdown.clone());
-        // A thread, because the runtime may have no timer, and a timer's descriptor is what may be missing.
+        // Use a thread, because the runtime may have no timer, and there may be no free descriptor for a timer.
         let timer = thread::Builder::new().name("ecdysis-pause".into()).spawn(move || {
             thread::sleep(time);
             set.store(true, Ordering::SeqCst);

@@ -74,14 +74,14 @@ impl TokioEcdysis {
     /// Stops, see [`Ecdysis::stop`]. Does not block: await the exit future or [`over`](Self::over).
     pub fn stop(&self) {
         let ecdysis = self.ecdysis.clone();
-        // It may find an upgrade to finish first, for which no thread of the runtime should wait.
+        // It may have to finish an upgrade first, and no thread of the runtime should wait for that.
         if in_thread("ecdysis-stop", move || ecdysis.stop()).is_err() {
             self.ecdysis.stop();
         }
     }
 
-    /// Waits until every stream has ended and every guard is dropped, see [`Shutdown::drain`]. Returns the number that is
-    /// left.
+    /// Waits until every stream has ended and every guard is dropped, see [`Shutdown::drain`]. Returns the remaining
+    /// number.
     ///
     /// # Errors
     ///
@@ -129,7 +129,7 @@ impl TokioEcdysis {
         self.stream(stop_on_shutdown, Key::tcp(addr), || self.ecdysis.listen_tcp(addr), tcp)
     }
 
-    /// As [`listen_tcp`](Self::listen_tcp), with a socket from `sock_build` unless the parent handed it over.
+    /// Like [`listen_tcp`](Self::listen_tcp), with a socket from `sock_build` unless the parent handed it over.
     ///
     /// # Errors
     ///
@@ -166,8 +166,8 @@ impl TokioEcdysis {
         Ok(stream)
     }
 
-    /// Listens on the Unix seqpacket socket at `path`, or at an abstract name after an `@`, and returns the connections, see
-    /// [`Sockets::listen_unix_seqpacket`](crate::Sockets::listen_unix_seqpacket).
+    /// Listens on the Unix seqpacket socket at `path`, or at an abstract name after an `@`, and returns the
+    /// connections, see [`Sockets::listen_unix_seqpacket`](crate::Sockets::listen_unix_seqpacket).
     ///
     /// # Errors
     ///
@@ -277,7 +277,7 @@ pub(super) fn seqpacket(listener: crate::UnixSeqpacketListener) -> io::Result<Un
     UnixSeqpacketListener::from_std(listener).map(UnixSeqpacketListenerStream::new)
 }
 
-/// Makes a socket and registers it with the current runtime.
+/// Creates a socket and registers it with the current runtime.
 pub(super) fn on_runtime<S, L>(
     key: Key,
     make: impl FnOnce() -> Result<S, Error>,

@@ -11,8 +11,8 @@ use tokio::io::unix::AsyncFd;
 
 use super::source::{sealed::Sealed, Listener, Source};
 
-/// The replacement for this deprecated constructor is missing in older versions of Tokio that we support. It is deprecated
-/// because the type may not own its descriptor; our two types do.
+/// The replacement for this deprecated constructor is missing in older supported versions of Tokio. It is deprecated
+/// because the type may not own its descriptor, but both types here do.
 #[allow(deprecated)]
 fn register<T: AsRawFd>(socket: T) -> io::Result<AsyncFd<T>> {
     AsyncFd::new(socket)
@@ -39,7 +39,7 @@ impl UnixSeqpacketListener {
     }
 }
 
-/// One seqpacket connection on Tokio. What one end sends in one call, the other end receives in one call.
+/// One seqpacket connection on Tokio. A record that one end sends in one call is received by the other end in one call.
 #[derive(Debug)]
 pub struct UnixSeqpacketConn(AsyncFd<crate::UnixSeqpacketConn>);
 
@@ -103,8 +103,8 @@ impl UnixSeqpacketConn {
     }
 }
 
-/// For crates with their own type: `tokio_seqpacket::UnixSeqpacket::try_from(OwnedFd::from(connection))`. The descriptor
-/// stays nonblocking.
+/// For crates with their own type: `tokio_seqpacket::UnixSeqpacket::try_from(OwnedFd::from(connection))`. The
+/// descriptor remains nonblocking.
 impl From<UnixSeqpacketConn> for OwnedFd {
     fn from(connection: UnixSeqpacketConn) -> Self {
         connection.0.into_inner().into()
@@ -116,7 +116,7 @@ impl From<UnixSeqpacketConn> for OwnedFd {
 pub struct UnixSeqpacketListenerStream(UnixSeqpacketListener);
 
 impl UnixSeqpacketListenerStream {
-    /// Makes an endless stream of `listener`.
+    /// Creates an endless stream of `listener`.
     pub fn new(listener: UnixSeqpacketListener) -> Self {
         Self(listener)
     }

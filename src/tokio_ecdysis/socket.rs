@@ -1,4 +1,5 @@
-//! The argument of the closures of `build_listen_tcp` and the like, with socket2's names, which programs for 1.1.1 use.
+//! The argument of the closures of `build_listen_tcp` and similar methods, with socket2's names, which programs for
+//! 1.1.1 use.
 
 use std::io;
 use std::net::{SocketAddr, TcpListener, UdpSocket};
@@ -65,7 +66,8 @@ impl From<SocketAddr> for SockAddr {
 }
 
 impl From<SocketAddr> for &'static SockAddr {
-    /// For `bind(addr.into())`. The address is leaked: a few bytes for each socket that is bound so.
+    /// For `bind(addr.into())`. The address is leaked, which costs a few bytes for each socket that is bound in this
+    /// way.
     fn from(address: SocketAddr) -> Self {
         Box::leak(Box::new(SockAddr(address)))
     }

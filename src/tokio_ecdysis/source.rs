@@ -1,4 +1,4 @@
-//! What a [`StoppableStream`](super::StoppableStream) yields from: Tokio's listeners, and a UDP socket.
+//! The sources of a [`StoppableStream`](super::StoppableStream): Tokio's listeners, and a UDP socket.
 
 use std::future::Future;
 use std::io;
@@ -18,7 +18,7 @@ use crate::sys::{net, Mode};
 
 /// The source of a [`StoppableStream`](super::StoppableStream) of this crate.
 pub trait Source: Stream + sealed::Sealed + Unpin {
-    /// Tokio's type for it.
+    /// Tokio's type of the listener or socket.
     type Plain: AsFd;
 
     /// The underlying listener or socket.
@@ -28,7 +28,8 @@ pub trait Source: Stream + sealed::Sealed + Unpin {
     #[doc(hidden)]
     fn into_plain(self) -> Self::Plain;
 
-    /// A connection, with its peer's address unless it is a seqpacket one; or a datagram with its sender's.
+    /// A connection, with its peer's address unless it is a seqpacket connection; or a datagram with its sender's
+    /// address.
     type Accepted;
 
     #[doc(hidden)]
@@ -44,7 +45,7 @@ pub trait Source: Stream + sealed::Sealed + Unpin {
 
 /// The source of a [`StoppableStream`](super::StoppableStream) of connections.
 pub trait Listener: Source {
-    /// Accepts one connection, in every state. Several may wait at once.
+    /// Accepts one connection, in every state. Several tasks may wait at the same time.
     #[doc(hidden)]
     fn accept(&self) -> impl Future<Output = io::Result<Self::Accepted>> + Send;
 }
@@ -72,7 +73,7 @@ fn accept(listener: impl AsFd) -> io::Result<OwnedFd> {
     Ok(net::accept(listener, Mode::Nonblocking)?)
 }
 
-/// The peer has closed meanwhile, which concerns one connection only.
+/// The peer has closed in the meantime, which affects only this connection.
 fn gone(_: io::Error) -> io::Error {
     rustix::io::Errno::CONNABORTED.into()
 }
@@ -131,7 +132,7 @@ impl Source for UnixListenerStream {
     }
 }
 
-/// The largest datagram there is.
+/// The largest possible datagram.
 const DATAGRAM: usize = 1 << 16;
 
 /// The datagrams of a UDP socket, each with its sender.

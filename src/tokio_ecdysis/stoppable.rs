@@ -25,7 +25,7 @@ impl<S> Stoppable<S> {
         &self.inner
     }
 
-    /// As [`as_unstoppable_ref`](Self::as_unstoppable_ref), mutable.
+    /// Like [`as_unstoppable_ref`](Self::as_unstoppable_ref), but mutable.
     pub fn as_unstoppable_mut(&mut self) -> &mut S {
         &mut self.inner
     }
@@ -45,7 +45,7 @@ impl<S> Stoppable<S> {
         until_stopped(&mut gate, f(&self.inner)).await
     }
 
-    /// As [`until_stopped`](Self::until_stopped), with mutable access.
+    /// Like [`until_stopped`](Self::until_stopped), with mutable access.
     pub async fn until_stopped_mut<'a, O, F>(&'a mut self, f: impl FnOnce(&'a mut S) -> F) -> Option<O>
     where
         F: Future<Output = O>,

@@ -24,18 +24,18 @@ use crate::shutdown::{LoopGuard, Shutdown};
 ///
 /// It yields nothing before [`ready`](super::TokioEcdysisBuilder::ready), so it may be polled earlier: connections that
 /// this generation may never serve are left to the parent. It yields nothing while a new generation is on probation.
-/// After an upgrade it ends at once, and the queue belongs to the next generation. At a stop it ends when the queue is
-/// empty, unless [`StopOnShutdown::No`] was chosen. A stream that has ended stays ended, and has closed its listener or
-/// socket: while any process keeps it open, connections are queued that no process accepts.
+/// After an upgrade it ends immediately, and the queue belongs to the next generation. At a stop it ends when the queue
+/// is empty, unless [`StopOnShutdown::No`] was chosen. A stream that has ended stays ended, and has closed its listener
+/// or socket: while any process keeps it open, connections are queued that no process accepts.
 ///
 /// Errors of one connection and a lack of descriptors are handled. Only an error of the listener itself is yielded, and
 /// then the stream ends.
 ///
-/// Several tasks may [`accept`](Self::accept) from one stream, in an [`Arc`] for example. It has ended when `accept` has
-/// returned `None` or an error to all of those that were waiting.
+/// Several tasks may [`accept`](Self::accept) from one stream, for example in an [`Arc`]. It has ended when `accept`
+/// has returned `None` or an error to all waiting tasks.
 ///
-/// [`Shutdown::drain`] waits until the stream has ended or is dropped, so that a guard for what it yields is never missed.
-/// A stream that is kept but not polled makes `drain` wait for its full deadline.
+/// [`Shutdown::drain`] waits until the stream has ended or is dropped, so it never misses a guard for a yielded
+/// connection. A stream that is kept but not polled makes `drain` wait for its full deadline.
 pub struct StoppableStream<S: Stream> {
     /// `None` once the stream has ended.
     open: Mutex<Option<Arc<Open<S>>>>,
@@ -46,12 +46,12 @@ pub struct StoppableStream<S: Stream> {
 
 type Next<S> = fn(&mut Option<Arc<Open<S>>>, &mut Gate, &mut Context<'_>) -> Poll<Option<<S as Stream>::Item>>;
 
-/// What the end of a stream closes. Each call of `accept` that waits is an owner, too.
+/// The part that the end of a stream closes. Each waiting call of `accept` is an owner too.
 #[derive(Debug)]
 struct Open<S> {
     source: S,
-    /// A drain waits for the end of this: a task that was spawned may not have run yet at a stop, and must accept what is
-    /// queued first. It does not wait for those that continue after a stop.
+    /// A drain waits until this ends, because a spawned task may not have run yet at a stop, and must accept queued
+    /// connections first. It does not wait for streams that continue after a stop.
     _counted: Option<LoopGuard>,
 }
 
@@ -128,7 +128,7 @@ impl<S: Listener> StoppableStream<S> {
         let open = self.open().clone()?;
         let next = self.accept_from(&open.source).await;
         let mut slot = self.open();
-        // Under the lock, so that the last one of several sees that it is the last.
+        // Hold the lock, so that the last of several tasks sees that it is the last.
         drop(open);
         let ended = !matches!(next, Some(Ok(_))) && slot.as_ref().is_some_and(|open| Arc::strong_count(open) == 1);
         let closed = ended.then(|| slot.take());
@@ -139,7 +139,8 @@ impl<S: Listener> StoppableStream<S> {
 
     async fn accept_from(&self, source: &S) -> Option<io::Result<S::Accepted>> {
         let mut gate = self.gate.another();
-        // A future of its own for each call: `poll_accept` of Tokio wakes only the task that has called it last.
+        // Use a separate future for each call, because Tokio's `poll_accept` wakes only the task that has called it
+        // last.
         let mut attempt = pin!(None);
         let mut poll = |cx: &mut Context<'_>| {
             if attempt.is_none() {
@@ -154,8 +155,8 @@ impl<S: Listener> StoppableStream<S> {
         poll_fn(|cx| gate.poll_next(cx, source.plain().as_fd(), &mut poll, || source.now())).await
     }
 
-    /// As [`accept`](Self::accept), but never resolves once the stream has ended, and logs its last error. For frameworks
-    /// that accept in a loop without an end. Cancel-safe.
+    /// Like [`accept`](Self::accept), but never resolves once the stream has ended, and logs its last error. For
+    /// frameworks whose accept loop never ends. Cancel-safe.
     pub async fn accept_or_pend(&self) -> S::Accepted {
         match self.accept().await {
             Some(Ok(accepted)) => accepted,

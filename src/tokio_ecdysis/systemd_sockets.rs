@@ -51,18 +51,18 @@ pub(super) fn passed_to_us() -> Result<(), SystemdSocketsReadError> {
     }
 }
 
-/// Why [`systemd_listen_tcp`](super::TokioEcdysis::systemd_listen_tcp) and the like found no socket.
+/// Why [`systemd_listen_tcp`](super::TokioEcdysis::systemd_listen_tcp) and similar methods found no socket.
 #[derive(Debug)]
 pub enum SystemdSocketError {
     /// [`read_systemd_sockets`](super::TokioEcdysisBuilder::read_systemd_sockets) was not called, or found nothing.
     SystemdSocketsNotInitialized,
-    /// No socket of this name was passed, or all have been claimed. The text lists what was passed.
+    /// No socket with this name was passed, or all have been claimed. The text lists the sockets that were passed.
     SocketNotFoundInParent(String),
     /// The parent did not hand it over.
     SocketNotFoundInChildRegistry(String),
     /// The underlying OS error.
     IoError(io::Error),
-    /// A socket of this name was passed, but of another kind or address. The text names both.
+    /// A socket with this name was passed, but its kind or address differs. The text names both.
     SockInfoIncorrect(String),
 }
 
@@ -85,7 +85,7 @@ impl From<io::Error> for SystemdSocketError {
     }
 }
 
-/// The names that systemd gives where a unit gives none (sd_listen_fds(3)). Version 1.1.1 skips these sockets.
+/// The names that systemd uses if a unit sets none (sd_listen_fds(3)). Version 1.1.1 skips these sockets.
 const RESERVED: [&str; 3] = ["unknown", "stored", "connection"];
 
 impl TokioEcdysis {
@@ -177,7 +177,7 @@ impl TokioEcdysis {
         };
         let nothing_passed = || !self.std_ecdysis().takes_sockets() || passed_to_us().is_err();
         if RESERVED.contains(&name) && (self.is_child() || !nothing_passed()) {
-            let why = format!("{name:?} is no name of a unit's choice: set FileDescriptorName=");
+            let why = format!("{name:?} is not a name that a unit has chosen: set FileDescriptorName=");
             return Err(if self.is_child() { SocketNotFoundInChildRegistry(why) } else { SocketNotFoundInParent(why) });
         }
         on_runtime(key, || make(name), register).map_err(|error| match error {

@@ -13,12 +13,12 @@ use tokio_stream::wrappers::TcpListenerStream;
 use super::{StopOnShutdown, StoppableStream};
 use crate::shutdown::{Shutdown, State};
 
-/// Far more than anything here takes, also on a loaded machine.
+/// Far longer than anything here takes, even on a loaded machine.
 const LONG: Duration = Duration::from_secs(30);
 const SHORT: Duration = Duration::from_millis(20);
 
 async fn soon<T>(future: impl Future<Output = T>) -> T {
-    timeout(LONG, future).await.expect("it takes too long")
+    timeout(LONG, future).await.expect("it took too long")
 }
 
 #[tokio::test]
@@ -67,7 +67,7 @@ async fn a_busy_connection_outlives_the_grace_and_an_idle_one_does_not() {
     shutdown.set(State::HandedOver);
     client.write_all(b"two").await.unwrap();
     let (mut requests, more) = soon(between).await.unwrap();
-    assert!(more.unwrap(), "the grace lets a request in");
+    assert!(more.unwrap(), "a request arrives within the grace period");
     tokio::io::AsyncBufReadExt::consume(&mut requests, 3);
     assert!(!soon(shutdown.next_request_async(&mut requests, LONG, SHORT)).await.unwrap());
 }
@@ -133,7 +133,7 @@ async fn stream() -> (Shutdown, Stream) {
     (shutdown, Arc::new(stream))
 }
 
-/// A task that accepts one connection, and then is done. Returns whether it got one.
+/// A task that accepts one connection and then ends. Returns whether it got one.
 fn accepts(stream: &Stream) -> task::JoinHandle<bool> {
     let stream = stream.clone();
     task::spawn(async move { stream.accept().await.is_some_and(|accepted| accepted.is_ok()) })
@@ -143,7 +143,7 @@ fn accepts(stream: &Stream) -> task::JoinHandle<bool> {
 async fn each_of_two_tasks_on_one_stream_is_woken() {
     let (shutdown, stream) = stream().await;
     let addr = stream.local_addr().unwrap();
-    // At the gate, before `ready` and in a pause.
+    // They wait at the gate, before `ready` and in a pause.
     for closed in [State::Starting, State::Paused] {
         shutdown.set(closed);
         let clients = [TcpStream::connect(addr).await.unwrap(), TcpStream::connect(addr).await.unwrap()];
@@ -155,14 +155,14 @@ async fn each_of_two_tasks_on_one_stream_is_woken() {
         assert!(soon(one).await.unwrap() && soon(other).await.unwrap());
         drop(clients);
     }
-    // By connections that come one after the other.
+    // Connections that arrive one after the other wake them.
     let (mut one, mut other) = (accepts(&stream), accepts(&stream));
     task::yield_now().await;
     let _first = TcpStream::connect(addr).await.unwrap();
     let first = soon(async { tokio::select!(_ = &mut one => 1, _ = &mut other => 2) }).await;
     let _second = TcpStream::connect(addr).await.unwrap();
     assert!(soon(if first == 1 { other } else { one }).await.unwrap());
-    // By the pause, out of the wait for a connection, and by the end.
+    // The pause wakes them from the wait for a connection, and so does the end.
     let (one, other) = (accepts(&stream), accepts(&stream));
     task::yield_now().await;
     shutdown.set(State::Paused);
@@ -181,7 +181,7 @@ async fn a_stop_waits_until_each_task_on_a_stream_has_ended() {
     shutdown.set(State::Accepting);
     let waits = accepts(&stream);
     task::yield_now().await;
-    // One that ends does not end the stream of another one, nor does it count it out.
+    // The end of one stream does not end another one, and the drain still waits for the other.
     let lost = task::spawn({
         let stream = stream.clone();
         async move { stream.accept().await.is_none() }
@@ -190,7 +190,7 @@ async fn a_stop_waits_until_each_task_on_a_stream_has_ended() {
     lost.abort();
     let _client = TcpStream::connect(stream.local_addr().unwrap()).await.unwrap();
     shutdown.set(State::Stopped);
-    assert!(soon(waits).await.unwrap(), "what is queued is accepted");
+    assert!(soon(waits).await.unwrap(), "queued connections are accepted");
     assert_eq!(shutdown.drain(Duration::ZERO), 1, "it may accept more");
     assert!(soon(stream.accept()).await.is_none());
     assert_eq!(shutdown.drain(Duration::ZERO), 0);

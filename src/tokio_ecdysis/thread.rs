@@ -7,8 +7,8 @@ use tokio::sync::oneshot;
 
 use crate::Error;
 
-/// Runs `work`, which may block, in a thread of its own: the runtime cannot shut down while one of its blocking threads
-/// is busy.
+/// Runs `work`, which may block, in a separate thread, because the runtime cannot shut down while one of its blocking
+/// threads is busy.
 pub(super) fn in_thread<T: Send + 'static>(
     name: &'static str,
     work: impl FnOnce() -> T + Send + 'static,
@@ -21,7 +21,7 @@ pub(super) fn in_thread<T: Send + 'static>(
     }
 }
 
-/// A thread of ours ends without a result only if it panics.
+/// Such a thread ends without a result only if it panics.
 pub(super) fn thread_ended(_: oneshot::error::RecvError) -> Error {
     Error::Wait { source: io::Error::other("the thread for this call has panicked") }
 }

@@ -1,4 +1,4 @@
-//! One task's watch over the state of the shutdown handle.
+//! The registration of one task for changes of the shutdown handle's state.
 
 use std::task::Context;
 
@@ -15,7 +15,7 @@ impl Watch {
         Self { shutdown, slot: None }
     }
 
-    /// From now on, wakes the task at every change. Look at the state after this call.
+    /// From now on, wakes the task at every change. Check the state after this call.
     pub(super) fn register(&mut self, cx: &Context<'_>) {
         self.shutdown.watchers().register(&mut self.slot, cx.waker());
     }
