@@ -170,7 +170,9 @@ impl ServiceManager for Systemd {
                 notifier.stopping(&format!("generation {ours}, taken over by pid {pid}, generation {generation}")),
             ),
             Some(_) if self.nested => {
-                log_failure(notifier.reloaded(0, &format!("generation {generation}, upgraded")));
+                // The manager finds no unit for a message of a process that it did not start and that has ended.
+                let status = format!("generation {generation}, upgraded");
+                log_failure(notifier.reloaded(0, &status).and_then(|()| notifier.barrier(ANNOUNCE)));
             }
             Some(Child { id }) => {
                 let status = format!("generation {generation}, upgraded from pid {}", std::process::id());

@@ -320,12 +320,16 @@ fn a_helper_of_the_main_process_stays_one_over_its_upgrades() {
     manager.expect(pid, "READY=1");
     for generation in 2..=3 {
         server.signal(Signal::HUP);
-        let next: u32 = field(&server.wait("upgrade ok"), "pid");
         let message = manager.within(DEADLINE, |message| message.text.contains(", upgraded\n")).unwrap();
         assert_eq!(
             (message.from, message.text),
             (pid, format!("READY=1\nERRNO=0\nSTATUS=generation {generation}, upgraded\n"))
         );
+        // The manager would ignore a message of a process that has ended.
+        let barrier = manager.expect(pid, "BARRIER=1");
+        assert!(!server.said().iter().any(|line| line.starts_with(&format!("ended gen={}", generation - 1))));
+        drop(barrier);
+        let next: u32 = field(&server.wait("upgrade ok"), "pid");
         // It is the child of the previous generation, and is then reparented. The main process never created it.
         server.wait(&format!("ended gen={}", generation - 1));
         server.wait_serving();
