@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 use std::thread;
+use std::time::Duration;
 
 use super::{Lead, Service};
 use crate::event_loop::EventLoop;
@@ -13,6 +14,9 @@ use crate::shutdown::State;
 use crate::sys::poll::{wait_readable, Deadline};
 use crate::triggers::request::{Action, Reply, Request};
 use crate::upgrade::parent::Paused;
+
+/// How often to look whether another thread has read a message of the parent.
+const AGAIN: Duration = Duration::from_secs(1);
 
 impl Service {
     /// Handles the parent's messages during the probation in a program that does not call `run`: carries out forwarded
@@ -26,7 +30,10 @@ impl Service {
             let ancestors = &service.generation.ancestors;
             let Some(parent) = &ancestors.parent else { return };
             while service.lead().exit.is_none() && !parent.state().ended && ancestors.on_probation() {
-                wait_readable(&parent.reader, Deadline::NEVER);
+                // Another thread, or the line above, may have read what has arrived.
+                if !ancestors.has_news() {
+                    wait_readable(&parent.reader, Deadline::after(AGAIN));
+                }
                 let nothing_to_do =
                     |lead: &Lead| lead.exit.is_some() || !ancestors.has_news() || !ancestors.on_probation();
                 let done = |lead: &Lead| nothing_to_do(lead).then_some(());

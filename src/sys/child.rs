@@ -7,21 +7,28 @@ use std::sync::{Mutex, PoisonError};
 use std::thread;
 use std::time::Duration;
 
+use rustix::event::{PollFd, PollFlags};
 use rustix::io::Errno;
 use rustix::process::{kill_process, waitid, waitpid, Pid, Signal, WaitId, WaitIdOptions, WaitOptions};
 
 use super::plan::{Parentage, SharedMemory};
-use super::poll::{wait_hangup, wait_readable, Deadline};
+use super::poll::{poll, wait_hangup, wait_readable, Deadline};
+use super::signal::wake_fd;
 use super::system::clone;
 use crate::logging;
 
 /// How often to check whether a child without a pidfd has ended.
 pub(crate) const LOOK: Duration = Duration::from_millis(50);
 
-/// How long a killed child may take to end.
+/// How long a killed child may take to end. After [`REAPING`] a signal or a call ends the wait: it may ask for a stop.
 const KILLING: Duration = Duration::from_secs(5);
 
+<<<<<<< HEAD
 /// How long it may take until a killed child is reaped by our own parent, or released by a debugger.
+=======
+/// How long a killed child may take to be reaped, by our own parent or after a debugger. Others end at once, unless they hang
+/// in the kernel.
+>>>>>>> 89470fc (Let a request end the wait for a killed child, and reap late children by their pidfds)
 const REAPING: Duration = Duration::from_millis(200);
 
 /// A child process.
@@ -59,7 +66,26 @@ impl Spawned {
 
     /// Lets the child run until it exits, and reaps it later.
     pub(crate) fn reap_later(&self) -> Option<ExitStatus> {
-        reap_later(self.pid)
+        let pidfd = self.pidfd.as_ref().and_then(|pidfd| pidfd.try_clone().ok());
+        LATE.lock().unwrap_or_else(PoisonError::into_inner).push((self.pid, pidfd));
+        None
+    }
+
+    fn survives(&self) -> Option<ExitStatus> {
+        logging::error!("child {} cannot be reaped yet: a debugger holds it, or it hangs in the kernel", self.pid);
+        self.reap_later()
+    }
+
+    /// Whether a killed child ends in time.
+    fn dies(&self) -> bool {
+        if self.ends_before(Deadline::after(REAPING)) {
+            return true;
+        }
+        let (Some(pidfd), Ok(wake)) = (&self.pidfd, wake_fd()) else {
+            return self.ends_before(Deadline::after(KILLING));
+        };
+        let mut fds = [PollFd::new(pidfd, PollFlags::IN), PollFd::new(&wake, PollFlags::IN)];
+        poll(&mut fds, Deadline::after(KILLING)).is_ok() && !fds[0].revents().is_empty()
     }
 
     /// Kills and reaps the child. Returns its exit status, unless another process or another part of this one has
@@ -73,8 +99,8 @@ impl Spawned {
             let _ = kill_process(pid, Signal::KILL);
         }
         // SIGKILL ends a stopped process too, but not one that hangs in the kernel.
-        if !self.ends_before(Deadline::after(KILLING)) {
-            return survives(pid);
+        if !self.dies() {
+            return self.survives();
         }
         if let (Some(pidfd), Parentage::OurParent) = (&self.pidfd, self.parent) {
             // Our parent reaps it, and only then does the kernel report its exit status.
@@ -86,8 +112,13 @@ impl Spawned {
             match waitpid(Some(pid), WaitOptions::NOHANG) {
                 Err(Errno::INTR) => {}
                 Ok(Some((_, status))) => return Some(ExitStatus::from_raw(status.as_raw())),
+<<<<<<< HEAD
                 // A debugger that traces the child receives its status first, and may delay it.
                 Ok(None) if deadline.has_passed() => return survives(pid),
+=======
+                // A debugger that traces the child receives its status first, and may take its time.
+                Ok(None) if deadline.has_passed() => return self.survives(),
+>>>>>>> 89470fc (Let a request end the wait for a killed child, and reap late children by their pidfds)
                 Ok(None) => thread::sleep(Duration::from_millis(2)),
                 // SIGCHLD is ignored, or another part of the program waits for any child.
                 Err(_) => return None,
@@ -106,6 +137,7 @@ pub(crate) fn explain_end(status: ExitStatus) -> String {
     }
 }
 
+<<<<<<< HEAD
 /// Children that must still be reaped.
 static LATE: Mutex<Vec<Pid>> = Mutex::new(Vec::new());
 
@@ -118,11 +150,19 @@ fn reap_later(pid: Pid) -> Option<ExitStatus> {
     LATE.lock().unwrap_or_else(PoisonError::into_inner).push(pid);
     None
 }
+=======
+/// Children that are yet to be reaped. Other code of the program may reap one, and then its number may become another
+/// child's. So what counts is the pidfd, where there is one.
+static LATE: Mutex<Vec<(Pid, Option<OwnedFd>)>> = Mutex::new(Vec::new());
+>>>>>>> 89470fc (Let a request end the wait for a killed child, and reap late children by their pidfds)
 
 /// Reaps those children that have ended. Returns when to check again, because no event reports their end.
 pub(crate) fn reap_late() -> Deadline {
     let mut late = LATE.lock().unwrap_or_else(PoisonError::into_inner);
-    late.retain(|pid| matches!(waitpid(Some(*pid), WaitOptions::NOHANG), Ok(None)));
+    late.retain(|(pid, pidfd)| match pidfd {
+        Some(pidfd) => matches!(clone::reap(pidfd), Ok(false)),
+        None => matches!(waitpid(Some(*pid), WaitOptions::NOHANG), Ok(None)),
+    });
     if late.is_empty() {
         Deadline::NEVER
     } else {

@@ -36,6 +36,7 @@ fn ok(result: libc::c_int) -> io::Result<()> {
 fn upgrades(server: &mut Server) {
     let load = Load::on(&server.addr(), 1);
     server.upgrade();
+    server.wait_serving();
     server.upgrade();
     load.stop().assert_none_failed();
 }

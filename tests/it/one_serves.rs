@@ -261,7 +261,30 @@ fn a_debugger_on_the_child_holds_up_nobody() {
     server.wait_all_ended();
 }
 
-/// The debugger of the test above, in a separate process.
+/// A debugger that holds the child at its end stands for a kernel that does: SIGKILL does not end it.
+#[test]
+fn a_child_that_cannot_be_killed_holds_up_no_stop() {
+    let dir = tempdir();
+    let (mut server, misbehave) = server(&dir, &["--ready-timeout", "1500", "--log"]);
+    misbehave("hang");
+    server.signal(Signal::HUP);
+    let child = field::<u32>(&server.wait(" gen=2 "), "pid");
+    let mut debugger = this_program("one_serves::debugger");
+    debugger.env("TRACEE", child.to_string()).env("HOLD", "").stdout(Stdio::null());
+    let mut debugger = guard::mark(&mut debugger, 0).spawn().unwrap();
+    // Killed, and not dead.
+    eventually("it is at its end", || try_status_field(child, "State").is_some_and(|state| state.starts_with('t')));
+    let begun = std::time::Instant::now();
+    server.signal_first(Signal::TERM);
+    server.wait("cannot be reaped yet");
+    server.wait("ended gen=1");
+    assert!(begun.elapsed() < std::time::Duration::from_secs(4), "{:?}", begun.elapsed());
+    debugger.kill().unwrap();
+    debugger.wait().unwrap();
+    server.wait_all_ended();
+}
+
+/// The debugger of the tests above, in a separate process.
 #[test]
 fn debugger() {
     let Some(child) = std::env::var("TRACEE").ok().and_then(|child| child.parse::<i32>().ok()) else { return };
@@ -269,6 +292,9 @@ fn debugger() {
     unsafe {
         assert_eq!(libc::ptrace(libc::PTRACE_ATTACH, child, 0, 0), 0);
         libc::waitpid(child, std::ptr::null_mut(), libc::__WALL);
+        if std::env::var_os("HOLD").is_some() {
+            assert_eq!(libc::ptrace(libc::PTRACE_SETOPTIONS, child, 0, libc::PTRACE_O_TRACEEXIT), 0);
+        }
         libc::ptrace(libc::PTRACE_CONT, child, 0, 0);
     }
     loop {

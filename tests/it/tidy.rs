@@ -48,7 +48,7 @@ const LONGEST_FILE: usize = 350;
 const LONGER: &[&str] = &[];
 
 /// Lines of the core that are code: no tests, comments or blank lines, nothing of Tokio, systemd, or systems but Linux.
-const CORE: usize = 8_256;
+const CORE: usize = 8_299;
 
 /// Never in the library: it neither panics nor prints. (An arithmetic overflow has its own lints.)
 const FORBIDDEN: &[&str] = &[

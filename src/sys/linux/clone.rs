@@ -2,13 +2,13 @@
 
 use std::ffi::{c_int, c_void};
 use std::io;
-use std::os::fd::{FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::process::ExitStatusExt;
 use std::process::ExitStatus;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use rustix::ioctl::{self, Opcode};
-use rustix::process::{getpid, pidfd_open, pidfd_send_signal, Pid, PidfdFlags, Signal};
+use rustix::process::{getpid, pidfd_open, pidfd_send_signal, waitid, Pid, PidfdFlags, Signal, WaitId, WaitIdOptions};
 
 use super::calls::{self, call};
 use crate::sys::stdio::above_stdio;
@@ -100,8 +100,18 @@ pub(crate) fn kill(pidfd: &OwnedFd) -> rustix::io::Result<()> {
     pidfd_send_signal(pidfd, Signal::KILL)
 }
 
+<<<<<<< HEAD
 /// Returns the exit status of a process that another process has reaped. `None` before Linux 6.15, and while it is not
 /// reaped.
+=======
+/// Reaps the child if it has ended; false if it has not, or a debugger has yet to see its end.
+pub(crate) fn reap(pidfd: &OwnedFd) -> rustix::io::Result<bool> {
+    let options = WaitIdOptions::EXITED | WaitIdOptions::NOHANG;
+    waitid(WaitId::PidFd(pidfd.as_fd()), options).map(|status| status.is_some())
+}
+
+/// How a process ended that another process has reaped. `None` before Linux 6.15, and while it is not reaped.
+>>>>>>> 89470fc (Let a request end the wait for a killed child, and reap late children by their pidfds)
 pub(crate) fn exit_status(pidfd: &OwnedFd) -> Option<ExitStatus> {
     /// `struct pidfd_info` in its first version.
     #[repr(C)]

@@ -52,6 +52,10 @@ pub(crate) fn kill(_pidfd: &OwnedFd) -> rustix::io::Result<()> {
     Err(Errno::NOSYS)
 }
 
+pub(crate) fn reap(_pidfd: &OwnedFd) -> rustix::io::Result<bool> {
+    Err(Errno::NOSYS)
+}
+
 pub(crate) fn exit_status(_pidfd: &OwnedFd) -> Option<ExitStatus> {
     None
 }
