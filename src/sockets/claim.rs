@@ -69,7 +69,7 @@ impl Registry {
         let passed = self.passed();
         // One of them is usually the other socket on that address.
         if causes.is_empty() && !passed.is_empty() {
-            causes.push(format!("the service manager passed {passed}, which nobody has asked for"));
+            causes.push(format!("the service manager passed {passed}, which is unclaimed"));
         }
         causes
     }

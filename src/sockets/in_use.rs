@@ -16,8 +16,8 @@ pub(super) fn causes(key: &Key, inherited: &[Entry], ours: &[Entry], is_child: b
     let overlapping = |entry: &&Entry| entry.key.kind() == key.kind() && overlaps(key, entry);
     for Entry { key: other, unit, .. } in inherited.iter().filter(overlapping) {
         causes.push(match unit {
-            Some(unit) => format!("the service manager passed {other} as {unit:?}, which nobody has asked for"),
-            None => format!("the inherited {other}, which nobody has asked for, has it"),
+            Some(unit) => format!("the service manager passed {other} as {unit:?}, which is unclaimed"),
+            None => format!("the inherited {other}, which is unclaimed, has it"),
         });
     }
     for other in ours.iter().filter(overlapping).map(|entry| entry.key.to_string()) {
@@ -86,7 +86,7 @@ mod tests {
         let inherited = [of(any, "0.0.0.0:0")];
         for wanted in ["127.0.0.1", "0.0.0.0", "[::]"] {
             let causes = causes(&key(wanted), &inherited, &[], true);
-            assert_eq!(causes, ["the inherited tcp 0.0.0.0:0, which nobody has asked for, has it"], "{wanted}");
+            assert_eq!(causes, ["the inherited tcp 0.0.0.0:0, which is unclaimed, has it"], "{wanted}");
         }
         assert!(causes(&key("[::1]"), &inherited, &[], true).is_empty());
         assert!(causes(&Key::udp(format!("0.0.0.0:{port}").parse().unwrap()), &inherited, &[], true).is_empty());

@@ -318,7 +318,7 @@ impl Sockets {
     ) -> io::Result<OwnedFd> {
         match self.make(key, make) {
             Ok(fd) => {
-                logging::warn!("{key} no longer leads to the inherited socket: opened it anew");
+                logging::warn!("{key} no longer leads to the inherited socket: opened a new one");
                 // The parent serves the old socket until it is over.
                 let mut registry = self.registry();
                 registry.claimed = true;
@@ -326,7 +326,7 @@ impl Sockets {
                 Ok(fd)
             }
             Err(e) => {
-                logging::warn!("{key} no longer leads to the inherited socket, and cannot be opened anew: {e}");
+                logging::warn!("{key} no longer leads to the inherited socket, and a new one cannot be opened: {e}");
                 self.registry().claim_lost(key, lost)
             }
         }

@@ -32,7 +32,7 @@ impl Registry {
         let mut unclaimed = Unclaimed::default();
         let passed = self.passed();
         if !passed.is_empty() {
-            unclaimed.warnings.push(format!("the service manager passed {passed}, which nobody has asked for"));
+            unclaimed.warnings.push(format!("the service manager passed {passed}, which is unclaimed"));
         }
         let mut closed = mem::take(&mut self.retired);
         for entry in mem::take(&mut self.inherited) {
@@ -49,7 +49,7 @@ impl Registry {
                     (0, true) => "the old version serves it until it ends, then closes it".into(),
                     _ => format!("this version asks for {claimed} of the sockets with this key, by their order"),
                 };
-                unclaimed.warnings.push(format!("nobody has asked for the inherited {}: {what}", entry.key));
+                unclaimed.warnings.push(format!("the inherited {} is unclaimed: {what}", entry.key));
                 closed.push(entry);
             }
         }

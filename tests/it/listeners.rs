@@ -226,7 +226,7 @@ fn a_dropped_listener_is_served_until_the_verdict_and_then_closed() {
     assert!(others <= 1, "{counts:?}");
     assert!(counts["gen=1"] > 0, "{counts:?}");
     assert_eq!(generation(&kept), 2);
-    server.wait_any("log nobody has asked for the inherited tcp 127.0.0.1:0: this version asks for 1");
+    server.wait_any("log the inherited tcp 127.0.0.1:0 is unclaimed: this version asks for 1");
     server.wait_any("ended gen=1");
 }
 
@@ -351,7 +351,7 @@ fn an_address_that_overlaps_an_inherited_one_names_it() {
     let mut planned = Planned::start(&format!("tcp 0.0.0.0:{port}\ntcp 127.0.0.1:0\n"), |_| {});
     planned.plan(&format!("tcp 127.0.0.1:0\ntcp 127.0.0.1:{port}\n"));
     planned.server.fail_to_upgrade();
-    planned.server.wait_any(&format!("the inherited tcp 0.0.0.0:{port}, which nobody has asked for, has it"));
+    planned.server.wait_any(&format!("the inherited tcp 0.0.0.0:{port}, which is unclaimed, has it"));
 }
 
 // ---- moved ------------------------------------------------------------------------------------------------------
@@ -362,7 +362,7 @@ fn a_unix_socket_whose_file_was_removed_is_reachable_again() {
     fs::remove_file(planned.dir.path().join("a.sock")).unwrap();
     planned.server.upgrade();
     assert_eq!(generation(&planned.unix("a.sock")), 2);
-    planned.server.wait_any("no longer leads to the inherited socket: opened it anew");
+    planned.server.wait_any("no longer leads to the inherited socket: opened a new one");
     planned.server.wait_any("ended gen=1");
     assert_eq!(generation(&planned.unix("a.sock")), 2, "the old version leaves the new file alone");
     planned.server.upgrade();
@@ -395,7 +395,7 @@ fn a_unix_socket_whose_path_is_taken_is_kept() {
     fs::remove_file(&path).unwrap();
     let _other = UnixListener::bind(&path).unwrap();
     planned.server.upgrade();
-    planned.server.wait_any("no longer leads to the inherited socket, and cannot be opened anew: ");
+    planned.server.wait_any("no longer leads to the inherited socket, and a new one cannot be opened: ");
     planned.server.upgrade();
 }
 
@@ -423,7 +423,7 @@ fn listeners_with_names_are_not_exchanged() {
     planned.server.upgrade();
     planned.plan("tcp 127.0.0.1:0 named=another\ntcp 127.0.0.1:0 named=other\n");
     planned.server.upgrade();
-    planned.server.wait_any("nobody has asked for the inherited tcp 127.0.0.1:0 named \"public\"");
+    planned.server.wait_any("the inherited tcp 127.0.0.1:0 named \"public\" is unclaimed");
 }
 
 #[test]

@@ -320,7 +320,7 @@ fn an_address_that_is_not_quite_the_units_is_named_beside_it() {
             "cannot open socket tcp 127.0.0.1:8003",
             "in use",
             "passed tcp 0.0.0.0:8003 as \"whoami\"",
-            "nobody has asked",
+            "which is unclaimed",
         ] {
             assert!(why.contains(part), "{why}");
         }
