@@ -23,12 +23,8 @@ pub(crate) const LOOK: Duration = Duration::from_millis(50);
 /// How long a killed child may take to end. After [`REAPING`] a signal or a call ends the wait: it may ask for a stop.
 const KILLING: Duration = Duration::from_secs(5);
 
-<<<<<<< HEAD
-/// How long it may take until a killed child is reaped by our own parent, or released by a debugger.
-=======
-/// How long a killed child may take to be reaped, by our own parent or after a debugger. Others end at once, unless they hang
-/// in the kernel.
->>>>>>> 89470fc (Let a request end the wait for a killed child, and reap late children by their pidfds)
+/// How long it may take until a killed child is reaped by our own parent, or released by a debugger. A child ends in less
+/// time, unless it hangs in the kernel.
 const REAPING: Duration = Duration::from_millis(200);
 
 /// A child process.
@@ -112,13 +108,8 @@ impl Spawned {
             match waitpid(Some(pid), WaitOptions::NOHANG) {
                 Err(Errno::INTR) => {}
                 Ok(Some((_, status))) => return Some(ExitStatus::from_raw(status.as_raw())),
-<<<<<<< HEAD
                 // A debugger that traces the child receives its status first, and may delay it.
-                Ok(None) if deadline.has_passed() => return survives(pid),
-=======
-                // A debugger that traces the child receives its status first, and may take its time.
                 Ok(None) if deadline.has_passed() => return self.survives(),
->>>>>>> 89470fc (Let a request end the wait for a killed child, and reap late children by their pidfds)
                 Ok(None) => thread::sleep(Duration::from_millis(2)),
                 // SIGCHLD is ignored, or another part of the program waits for any child.
                 Err(_) => return None,
@@ -137,24 +128,9 @@ pub(crate) fn explain_end(status: ExitStatus) -> String {
     }
 }
 
-<<<<<<< HEAD
-/// Children that must still be reaped.
-static LATE: Mutex<Vec<Pid>> = Mutex::new(Vec::new());
-
-fn survives(pid: Pid) -> Option<ExitStatus> {
-    logging::error!("child {pid} cannot be reaped yet: a debugger holds it, or it hangs in the kernel");
-    reap_later(pid)
-}
-
-fn reap_later(pid: Pid) -> Option<ExitStatus> {
-    LATE.lock().unwrap_or_else(PoisonError::into_inner).push(pid);
-    None
-}
-=======
-/// Children that are yet to be reaped. Other code of the program may reap one, and then its number may become another
+/// Children that must still be reaped. Other code of the program may reap one, and then its number may become another
 /// child's. So what counts is the pidfd, where there is one.
 static LATE: Mutex<Vec<(Pid, Option<OwnedFd>)>> = Mutex::new(Vec::new());
->>>>>>> 89470fc (Let a request end the wait for a killed child, and reap late children by their pidfds)
 
 /// Reaps those children that have ended. Returns when to check again, because no event reports their end.
 pub(crate) fn reap_late() -> Deadline {

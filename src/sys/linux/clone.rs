@@ -100,18 +100,13 @@ pub(crate) fn kill(pidfd: &OwnedFd) -> rustix::io::Result<()> {
     pidfd_send_signal(pidfd, Signal::KILL)
 }
 
-<<<<<<< HEAD
-/// Returns the exit status of a process that another process has reaped. `None` before Linux 6.15, and while it is not
-/// reaped.
-=======
 /// Reaps the child if it has ended; false if it has not, or a debugger has yet to see its end.
 pub(crate) fn reap(pidfd: &OwnedFd) -> rustix::io::Result<bool> {
     let options = WaitIdOptions::EXITED | WaitIdOptions::NOHANG;
     waitid(WaitId::PidFd(pidfd.as_fd()), options).map(|status| status.is_some())
 }
 
-/// How a process ended that another process has reaped. `None` before Linux 6.15, and while it is not reaped.
->>>>>>> 89470fc (Let a request end the wait for a killed child, and reap late children by their pidfds)
+/// Returns the exit status of a process that another process has reaped. `None` before Linux 6.15, and while it is not reaped.
 pub(crate) fn exit_status(pidfd: &OwnedFd) -> Option<ExitStatus> {
     /// `struct pidfd_info` in its first version.
     #[repr(C)]
