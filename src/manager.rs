@@ -82,11 +82,11 @@ pub(crate) trait Store: fmt::Debug + Send + Sync {
     /// Closes the stored copies of this key and file.
     fn forget(&self, key: &Key, file: Option<FileId>);
 
-    /// Stores what was passed, under names of this stop: the text of a manifest, and the descriptors that it names in their
-    /// order. The first `early` of those can be taken before `ready`; the others are of the commit.
+    /// Stores the state that was passed, under names of this stop: the text of a manifest, and its descriptors in
+    /// order. The first `early` of those can be taken before `ready`; the others belong to the commit.
     ///
     /// # Errors
-    /// It is not whole, so the next start uses nothing of it.
+    /// Something could not be stored, so the next start uses nothing of it.
     fn keep_passed(&self, descriptors: Vec<Arc<OwnedFd>>, early: usize) -> io::Result<()>;
 
     /// Closes the stored copies that an earlier stop has stored under this name.

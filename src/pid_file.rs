@@ -211,7 +211,7 @@ mod tests {
         restore(&path, Some(b"1\n")).unwrap();
         assert_eq!(read(), "1\n");
         restore(&path, Some(b"2\n")).unwrap();
-        assert_eq!(read(), "1\n", "somebody has written since");
+        assert_eq!(read(), "1\n", "another process has written since");
         write(&path).unwrap();
         restore(&path, None).unwrap();
         assert!(!path.exists());

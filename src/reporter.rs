@@ -70,7 +70,7 @@ impl Reporter {
         }
     }
 
-    /// The service manager's store, if the program takes what is in it and this process may use it.
+    /// Returns the service manager's store, if the program takes its contents and this process may use it.
     pub(crate) fn store(&self) -> Option<Arc<dyn Store>> {
         self.main().filter(|_| self.takes_sockets()).cloned().and_then(ServiceManager::store)
     }

@@ -41,18 +41,18 @@ impl Builder {
         self
     }
 
-    /// Whether a stop passes what the program passes to the next start of the service, as an upgrade passes it to the
-    /// child: [`pass_bytes`](crate::Sockets::pass_bytes), [`pass_stream`](crate::Sockets::pass_stream) and
-    /// [`pass_fd`](crate::Sockets::pass_fd). So `systemctl restart` keeps it. The next start takes it by the same calls.
-    /// Default: no.
+    /// Sets whether a stop passes state, streams and descriptors to the next start of the service, as an upgrade passes
+    /// them to the child: everything from [`pass_bytes`](crate::Sockets::pass_bytes),
+    /// [`pass_stream`](crate::Sockets::pass_stream) and [`pass_fd`](crate::Sockets::pass_fd). So they survive
+    /// `systemctl restart`. The next start takes them with the same calls as a child. Default: no.
     ///
     /// It needs [`systemd_notify`](Self::systemd_notify), [`systemd_sockets`](Self::systemd_sockets), and
-    /// `FileDescriptorStoreMax=` in the unit: one for each listener, one for each thing passed, and one more. The next start
-    /// gets everything or nothing: what is not whole is logged, and not used. A crash passes nothing.
+    /// `FileDescriptorStoreMax=` in the unit: one for each listener, one for each passed item, and one more. The next
+    /// start gets everything or nothing: an incomplete handover is logged and not used. A crash passes nothing.
     ///
-    /// The stop is the commit: accepting is paused while the callbacks run, which have 3 seconds together. From then on
-    /// the streams belong to the next start, and what connections still change during the drain is not in the bytes.
-    /// [`Event::Ended`](crate::Event::Ended) says when.
+    /// The stop acts as the commit: accepting is paused while the callbacks run, which have 3 seconds together. From
+    /// [`Event::Ended`](crate::Event::Ended) on, the streams belong to the next start, and the bytes do not contain
+    /// changes that connections make during the drain.
     ///
     /// ```
     /// # fn main() -> Result<(), ecdysis::Error> {

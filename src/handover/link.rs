@@ -40,7 +40,7 @@ pub enum Transport {
     Socket,
 }
 
-/// What is handed over.
+/// The data that is handed over.
 pub(crate) struct Handover {
     pub(crate) origin: Origin,
     pub(crate) entries: Vec<Entry>,

@@ -1,4 +1,4 @@
-//! What was passed, for the next start of the service instead of a child: in the store of the service manager.
+//! Stores the program's state, streams and descriptors with the service manager, for the next start of the service.
 
 use std::collections::HashMap;
 use std::io;
@@ -14,8 +14,8 @@ use crate::handover::manifest::{self, Origin};
 use crate::manager::Store;
 
 impl Sockets {
-    /// Stores what was passed, whole or not at all. Accepting is paused, as at the commit of an upgrade. Returns the number
-    /// of descriptors.
+    /// Stores everything that was passed, completely or not at all. Accepting must be paused, as at the commit of an
+    /// upgrade. Returns the number of descriptors.
     ///
     /// # Errors
     ///
@@ -45,7 +45,8 @@ impl Sockets {
     }
 }
 
-/// Whether the store has room for everything, and a place for each descriptor: of two that are the same it keeps one.
+/// Checks that the store has room for everything, and that no two descriptors are the same, because the store would
+/// keep only one of them.
 fn check(all: &[Entry], capacity: usize, produced: usize) -> io::Result<()> {
     let needed = all.iter().filter(|entry| entry.unit.is_none()).count() + produced + 1;
     if needed > capacity {

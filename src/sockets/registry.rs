@@ -28,7 +28,7 @@ pub(crate) struct Registry {
     pub(super) ours: Vec<Entry>,
     /// Make something for the next generation when an upgrade begins, or at its commit.
     pub(super) producers: Vec<Producer>,
-    /// Over this the parent sends what it hands over at the commit.
+    /// The socket over which the parent sends the handover at the commit.
     pub(super) late: Option<Arc<OwnedFd>>,
     /// Not everything came over it.
     pub(super) late_is_incomplete: bool,

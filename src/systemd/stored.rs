@@ -1,5 +1,6 @@
-//! The names under which the service manager's store keeps our sockets, and what a stop has passed. Those of a socket hold
-//! its key and the file of a Unix socket, so that the next start finds it by the call that made it.
+//! The names under which the service manager's store keeps sockets, and the state that a stop has passed. A socket's
+//! name contains its key, and the file of a Unix socket, so that at the next start the call that created the socket
+//! finds it again.
 
 use std::os::fd::OwnedFd;
 
@@ -13,19 +14,19 @@ use crate::logging;
 
 const PREFIX: &str = "ecdysis";
 
-/// Of what a stop has passed.
+/// The prefix of names of descriptors that a stop has passed.
 const PASSED: &str = "ecdysis-passed";
 
-/// What earlier stops have passed, in pieces.
+/// The descriptors that earlier stops have passed, not joined yet.
 #[derive(Default)]
 pub(crate) struct Pieces(Vec<(Piece, String, OwnedFd)>);
 
 /// A descriptor that a stop has passed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct Piece {
-    /// Of the stop: when it was, in nanoseconds.
+    /// The time of the stop, in nanoseconds.
     pub(crate) stop: u128,
-    /// The first is the text of the manifest.
+    /// The position. The first is the text of the manifest.
     pub(crate) index: usize,
     /// See [`Store::keep_passed`](crate::manager::Store::keep_passed).
     pub(crate) early: usize,
@@ -45,7 +46,7 @@ impl Piece {
 }
 
 impl Pieces {
-    /// Takes a descriptor of that name, unless it is something else.
+    /// Takes a descriptor if its name says that a stop has passed it.
     pub(crate) fn take(&mut self, name: &str, fd: OwnedFd) -> Result<(), OwnedFd> {
         match Piece::parse(name) {
             Some(piece) => {
@@ -56,7 +57,8 @@ impl Pieces {
         }
     }
 
-    /// What the last stop has passed if it is whole, with the number that is not of its commit; and the names of all.
+    /// Returns the entries of the last stop if they are complete, with the number of those that can be taken before
+    /// `ready`; and the names of all.
     pub(crate) fn join(mut self) -> (Option<(Vec<Entry>, usize)>, Vec<String>) {
         self.0.sort_by_key(|(piece, ..)| *piece);
         let names = self.0.iter().map(|(_, name, _)| name.clone()).collect();
@@ -66,9 +68,11 @@ impl Pieces {
         let whole = in_order.then(|| with_text(last.into_iter().map(|(.., fd)| fd).collect()));
         match whole.map(|arrived| arrived.map(|arrived| arrived.into_entries())) {
             Some(Ok(Ok(entries))) => return (Some((entries, early)), names),
-            Some(Ok(Err(e))) => logging::warn!("what the last stop has passed is not whole and not used: {e}"),
-            Some(Err(e)) => logging::warn!("what the last stop has passed cannot be read: {e}"),
-            None => logging::warn!("what the last stop has passed is not whole and not used"),
+            Some(Ok(Err(e))) => {
+                logging::warn!("the state that the last stop has passed is incomplete and not used: {e}")
+            }
+            Some(Err(e)) => logging::warn!("the state that the last stop has passed cannot be read: {e}"),
+            None => logging::warn!("the state that the last stop has passed is incomplete and not used"),
         }
         (None, names)
     }
@@ -113,7 +117,7 @@ mod tests {
     use crate::handover::manifest::{encode, Origin};
     use std::sync::Arc;
 
-    /// What a stop stores: a text and a descriptor.
+    /// Returns what a stop stores: a text and a descriptor.
     fn pieces(stop: u128) -> Vec<(String, OwnedFd)> {
         let (file, _) = crate::sys::net::pipe().unwrap();
         let entries = [Entry::new(Key::fd("lock"), file).unwrap()];
@@ -136,7 +140,7 @@ mod tests {
 
     #[test]
     fn what_a_stop_has_passed_is_whole_or_not_used() {
-        // In the order of the store, and beside what an earlier stop has left.
+        // In the order of the store, together with leftovers of an earlier stop.
         let mut all: Vec<_> = pieces(9).into_iter().rev().collect();
         all.extend(pieces(8).into_iter().take(1));
         let (kept, names) = join(all);
@@ -151,7 +155,7 @@ mod tests {
         let (mut all, others) = (pieces(9), pieces(9));
         all[1].1 = others.into_iter().next_back().unwrap().1;
         assert!(matches!(join(all), (None, 2)), "another file");
-        // A later stop that is not whole: what an earlier one has passed is out of date.
+        // If a later stop is incomplete, the state of an earlier one is out of date and not used.
         let mut all = pieces(8);
         all.push(pieces(9).remove(1));
         assert!(matches!(join(all), (None, 3)));
