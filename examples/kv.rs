@@ -7,7 +7,8 @@
 //! Type `get a` and `version` into the `nc` that is still open: it answers 1 and 2. The second argument is a control socket
 //! for `--example ctl`.
 //!
-//! Built with `--features systemd`, in a unit with `FileDescriptorStoreMax=`, `systemctl restart` keeps them as well.
+//! If it is built with `--features systemd` and runs in a unit with `FileDescriptorStoreMax=`, `systemctl restart`
+//! keeps them too.
 //!
 //! The handed-over state is exact because no request runs between the snapshot and the end of this process. Every request,
 //! and every accept, locks `turn` for reading and then checks whether the server is paused. The snapshot locks it for
@@ -97,8 +98,8 @@ struct Connection {
 }
 
 impl Server {
-    /// Accepts until this process is over. `Shutdown::accept` could return a connection after the snapshot was taken. Here no
-    /// pause can begin between the accept and the connection's entry in the list.
+    /// Accepts until this process is over. `Shutdown::accept` could return a connection after the snapshot was taken.
+    /// Here no pause can begin between the accept and the connection's entry in the list.
     fn accept(self: &Arc<Self>, listener: &TcpListener) {
         while self.readable_in_turn(listener) {
             let _turn = self.turn.read().unwrap();

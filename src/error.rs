@@ -236,7 +236,7 @@ impl fmt::Display for Error {
 impl StdError for Error {}
 
 impl Error {
-    /// The same error for another thread. A cause that cannot be copied keeps its kind and its text.
+    /// Returns a copy of the error for another thread. A cause that cannot be copied keeps its kind and its text.
     pub(crate) fn copy(&self) -> Self {
         macro_rules! copy {
             ($($variant:ident { $($field:ident $(as $how:ident)?),* })*) => {
@@ -262,7 +262,7 @@ impl Error {
         }
     }
 
-    /// The message without its causes, and the direct cause.
+    /// Returns the message without its causes, and the direct cause.
     pub(crate) fn parts(&self) -> (String, Option<&(dyn StdError + 'static)>) {
         let child = |pid: &u32| match pid {
             0 => "child of another PID namespace".to_owned(),

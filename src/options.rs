@@ -60,7 +60,7 @@ pub(crate) struct Limits {
     /// Whether a stop signal during the drain ends the drain.
     pub(crate) second_stop_ends_drain: bool,
     pub(crate) stop_delay: Duration,
-    /// A stop passes state to the next start, by the service manager's store.
+    /// Whether a stop passes state to the next start, through the service manager's store.
     pub(crate) keep_passed: bool,
 }
 

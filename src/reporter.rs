@@ -94,7 +94,7 @@ impl Reporter {
         let dead = |why| Err(io::Error::new(io::ErrorKind::Unsupported, why));
         if std::process::id() == 1 {
             return dead(
-                "this is process 1: when it ends, the kernel kills the new version; start it below hold (examples/hold)",
+                "this is process 1: when it ends, the kernel kills the new version; start it under hold (examples/hold)",
             );
         }
         let executed = env::var("SYSTEMD_EXEC_PID").ok().and_then(|pid| pid.parse::<u32>().ok());

@@ -172,7 +172,7 @@ pub(crate) fn receive_late(socket: &OwnedFd) -> io::Result<Arrived> {
     with_text(received)
 }
 
-/// What arrived together: the text of a manifest in a sealed memory file, and the descriptors that it names.
+/// Received together: the text of a manifest in a sealed memory file, and the descriptors that it names.
 pub(crate) fn with_text(received: Vec<OwnedFd>) -> io::Result<Arrived> {
     let mut received = received.into_iter();
     let text = received.next().ok_or(io::ErrorKind::InvalidData)?;

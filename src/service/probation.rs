@@ -15,7 +15,7 @@ use crate::sys::poll::{wait_readable, Deadline};
 use crate::triggers::request::{Action, Reply, Request};
 use crate::upgrade::parent::Paused;
 
-/// How often to look whether another thread has read a message of the parent.
+/// How often to check whether another thread has read a message of the parent.
 const AGAIN: Duration = Duration::from_secs(1);
 
 impl Service {

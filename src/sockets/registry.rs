@@ -37,7 +37,8 @@ pub(crate) struct Registry {
     pub(super) inherited: VecDeque<Entry>,
     /// Inherited entries that were closed, which the service manager must remove from its store.
     pub(super) closed: Vec<(Key, Option<FileId>)>,
-    /// What an earlier stop has passed at its commit, for after `ready`; and the names of all that it has stored.
+    /// The state that an earlier stop has passed at its commit, to be taken after `ready`; and the names of everything
+    /// that it has stored.
     pub(super) kept_late: Vec<Entry>,
     kept_names: Vec<String>,
     /// The service manager's store, which keeps copies of the entries.
@@ -236,7 +237,8 @@ impl Registry {
 
     // ---- the service manager's store --------------------------------------------------------------------------------
 
-    /// Inherits what an earlier stop has passed. The names are forgotten when this process serves.
+    /// Inherits the state that an earlier stop has passed. The names are removed from the store when this process
+    /// serves.
     #[cfg(all(feature = "systemd_notify", feature = "systemd_sockets"))]
     pub(crate) fn inherit_kept(&mut self, mut entries: Vec<Entry>, early: usize, names: Vec<String>) {
         self.kept_late = entries.split_off(early.min(entries.len()));

@@ -128,8 +128,8 @@ pub(crate) fn explain_end(status: ExitStatus) -> String {
     }
 }
 
-/// Children that must still be reaped. Other code of the program may reap one, and then its number may become another
-/// child's. So what counts is the pidfd, where there is one.
+/// Children that must still be reaped. Other code of the program may reap one, and then another child may get its PID.
+/// So what counts is the pidfd, where there is one.
 static LATE: Mutex<Vec<(Pid, Option<OwnedFd>)>> = Mutex::new(Vec::new());
 
 /// Reaps those children that have ended. Returns when to check again, because no event reports their end.

@@ -1,8 +1,8 @@
-//! The clock by which a service manager tells one reload from another.
+//! The clock with which a service manager distinguishes one reload from another.
 
-/// CLOCK_MONOTONIC in microseconds, or 0 where there is none. By libc: rustix reads the vDSO, which a program under
-/// Valgrind has no access to.
-#[allow(clippy::unnecessary_cast)] // Another type on another system.
+/// Returns CLOCK_MONOTONIC in microseconds, or 0 if there is none. Uses libc, because rustix reads the vDSO, which a
+/// program under Valgrind cannot access.
+#[allow(clippy::unnecessary_cast)] // The type differs between systems.
 pub(crate) fn monotonic_usec() -> u64 {
     let mut now = libc::timespec { tv_sec: 0, tv_nsec: 0 };
     // SAFETY: writes one timespec (clock_gettime(2)).

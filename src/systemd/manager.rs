@@ -170,7 +170,8 @@ impl ServiceManager for Systemd {
                 notifier.stopping(&format!("generation {ours}, taken over by pid {pid}, generation {generation}")),
             ),
             Some(_) if self.nested => {
-                // The manager finds no unit for a message of a process that it did not start and that has ended.
+                // The manager finds no unit for a message of a process that it did not start and that has already
+                // ended.
                 let status = format!("generation {generation}, upgraded");
                 log_failure(notifier.reloaded(0, &status).and_then(|()| notifier.barrier(ANNOUNCE)));
             }
@@ -240,7 +241,7 @@ impl Store for Systemd {
 
     fn keep_passed(&self, descriptors: Vec<Arc<OwnedFd>>, early: usize) -> io::Result<()> {
         let stop = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_nanos();
-        // The text comes last: without it nothing is used.
+        // Store the text last, because without it nothing is used.
         for (index, fd) in descriptors.iter().enumerate().rev() {
             self.notifier.store(&Piece { stop, index, early }.name(), fd).map_err(io::Error::other)?;
         }

@@ -134,7 +134,7 @@ pub(crate) struct Inherited {
     pub(crate) sockets: Vec<Entry>,
     /// Stored entries that can no longer be used.
     pub(crate) stale: Vec<(Key, Option<FileId>)>,
-    /// What the last stop has passed.
+    /// The state that the last stop has passed.
     #[cfg(feature = "systemd_notify")]
     pub(crate) pieces: stored::Pieces,
 }

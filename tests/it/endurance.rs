@@ -175,7 +175,7 @@ fn with_hardly_a_descriptor_left_an_upgrade_fails_without_harm() {
             break;
         }
         failed += 1;
-        // In the C library's words.
+        // The C library's message.
         let too_many = std::io::Error::from_raw_os_error(libc::EMFILE).to_string();
         assert!(verdict.contains(&too_many) || verdict.contains("child"), "{verdict}");
         assert!(children(pid).is_empty(), "a child was left behind: {verdict}");

@@ -55,7 +55,7 @@ fn no_descriptor_is_a_standard_stream() {
     }
 }
 
-/// With all three closed, nothing can be read of them; so the clients ask.
+/// With all three closed, the server cannot print anything, so the clients ask.
 #[test]
 fn a_takeover_needs_no_standard_streams() {
     let dir = tempdir();
@@ -234,11 +234,11 @@ fn a_limit_on_processes_is_named() {
     }
 }
 
-/// A cgroup with one controller. Removed when dropped, after the server in it.
+/// A cgroup with one controller. Dropping it removes it, after the server in it.
 struct Cgroup(PathBuf);
 
 impl Cgroup {
-    /// Of version 2, or of version 1, where each controller has a tree of its own.
+    /// Of version 2, or of version 1, where each controller has its own tree.
     fn new(controller: &str, limits: &[&'static str]) -> Option<(Self, &'static str)> {
         let root = Path::new("/sys/fs/cgroup");
         let _ = fs::write(root.join("cgroup.subtree_control"), format!("+{controller}"));
@@ -273,19 +273,19 @@ fn a_limit_on_processes_of_the_cgroup_is_named() {
         cgroup.set("pids.max", 1);
         let line = server.fail_to_upgrade();
         assert!(line.contains("pids.max"), "{way:?}: {line}");
-        // Before it answers, since its threads count as well.
+        // Check this before it answers, because its threads count as well.
         cgroup.set("pids.max", "max");
         assert_eq!(generation(&server.addr()), 1);
         upgrades(&mut server);
     }
 }
 
-/// In a cgroup of its own, since in a common one the kernel may as well end the old version, or both.
+/// It runs in a separate cgroup, because in a common one the kernel could also kill the old version, or both.
 #[test]
 fn a_new_version_for_which_there_is_no_memory_does_no_harm() {
     let Some((cgroup, limit)) = Cgroup::new("memory", &["memory.max", "memory.limit_in_bytes"]) else { return };
     cgroup.set(limit, 64 << 20);
-    // One of them is there, if the machine swaps.
+    // One of these files exists, if the machine swaps.
     let _ = fs::write(cgroup.0.join("memory.swap.max"), "0");
     let _ = fs::write(cgroup.0.join("memory.memsw.limit_in_bytes"), (64 << 20).to_string());
     for way in WAYS {
@@ -306,8 +306,8 @@ fn a_new_version_for_which_there_is_no_memory_does_no_harm() {
     }
 }
 
-/// A fork must reserve as much as the parent has; the clone reserves nothing. Changed for the whole machine, so it runs
-/// where somebody has set it, as `tests/platforms/aarch64` does.
+/// A fork must reserve as much memory as the parent has, whereas the clone reserves nothing. The setting applies to the
+/// whole machine, so this runs only where it is already set, as in `tests/platforms/aarch64`.
 #[test]
 fn strict_overcommit_is_named() {
     let field = |name: &str| {
@@ -333,7 +333,7 @@ fn strict_overcommit_is_named() {
     forking.upgrade();
 }
 
-/// A program that traces the server sees each signal and each new process first.
+/// A program that traces the server receives each signal and each new process first.
 #[test]
 fn a_traced_server_is_upgraded() {
     let tracers: [&[&str]; 3] = [
@@ -361,7 +361,7 @@ fn a_traced_server_is_upgraded() {
     }
 }
 
-/// It knows no clone but those of the C library, so a server under it has to choose fork.
+/// Valgrind supports only the C library's clone calls, so a server under it must choose fork.
 #[test]
 fn a_server_under_valgrind_is_upgraded() {
     let valgrind = || Command::new("valgrind");
@@ -375,7 +375,7 @@ fn a_server_under_valgrind_is_upgraded() {
     upgrades(&mut server);
     server.signal(Signal::TERM);
     server.wait_all_ended();
-    assert_eq!(server.exit_code(), Some(0), "an error of memory");
+    assert_eq!(server.exit_code(), Some(0), "a memory error");
 }
 
 /// mlockall applies only to the calling process, and is not inherited.

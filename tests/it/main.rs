@@ -20,8 +20,9 @@ mod endurance;
 mod environments;
 mod exact_state;
 mod examples;
-// The tracer knows the registers of this processor, and which calls fail without harm on this system: musl's allocator maps
-// memory in each upgrade, and std ends a program that has none; the sweep of the fallbacks is thousands of calls.
+// The tracer needs this processor's registers, and a list of calls that can fail on this system. With musl, the
+// allocator maps memory in each upgrade, and std aborts a program without memory. With the fallbacks, the sweep makes
+// thousands of calls.
 #[cfg(all(target_arch = "x86_64", target_env = "gnu", not(sanitized), not(ecdysis_unix)))]
 mod faults;
 mod hold;

@@ -270,7 +270,7 @@ fn listeners_go_into_the_store_by_name() {
     }
 }
 
-/// It reads nothing any more, and its queue is full.
+/// It no longer reads, and its queue is full.
 #[test]
 fn a_manager_that_hangs_costs_no_request() {
     let manager = Manager::new();

@@ -261,7 +261,7 @@ fn a_debugger_on_the_child_holds_up_nobody() {
     server.wait_all_ended();
 }
 
-/// A debugger that holds the child at its end stands for a kernel that does: SIGKILL does not end it.
+/// A debugger that holds the child at its end, so that SIGKILL does not end it. This simulates a hang in the kernel.
 #[test]
 fn a_child_that_cannot_be_killed_holds_up_no_stop() {
     let dir = tempdir();
@@ -272,8 +272,10 @@ fn a_child_that_cannot_be_killed_holds_up_no_stop() {
     let mut debugger = this_program("one_serves::debugger");
     debugger.env("TRACEE", child.to_string()).env("HOLD", "").stdout(Stdio::null());
     let mut debugger = guard::mark(&mut debugger, 0).spawn().unwrap();
-    // Killed, and not dead.
-    eventually("it is at its end", || try_status_field(child, "State").is_some_and(|state| state.starts_with('t')));
+    // The child was killed, but is not dead.
+    eventually("it is stopped at its end", || {
+        try_status_field(child, "State").is_some_and(|state| state.starts_with('t'))
+    });
     let begun = std::time::Instant::now();
     server.signal_first(Signal::TERM);
     server.wait("cannot be reaped yet");
@@ -453,7 +455,7 @@ fn a_log_that_blocks_holds_up_nobody() {
     assert!(returned.recv_timeout(DEADLINE).expect("run returns"));
 }
 
-/// Nor does an observer, which the trigger loop calls in the middle of an upgrade.
+/// The same for an observer, which the trigger loop calls in the middle of an upgrade.
 #[test]
 fn an_observer_that_blocks_holds_up_nobody() {
     if !is_alone("one_serves::an_observer_that_blocks_holds_up_nobody") {

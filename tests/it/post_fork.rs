@@ -264,7 +264,7 @@ fn nothing_uses_the_allocator_between_fork_and_execve() {
         let mut bed = Bed::new(switches);
         bed.server.upgrade();
         assert_eq!(generation(&bed.server.addr()), 2);
-        // Nor if it fails there.
+        // The same if it fails there.
         let mut bed = Bed::new(&format!("missing {switches}"));
         let line = bed.server.fail_to_upgrade();
         assert!(line.contains("execve: No such file"), "{line}");

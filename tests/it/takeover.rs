@@ -16,12 +16,12 @@ use std::time::Duration;
 use crate::support::*;
 use rustix::process::Signal;
 
-/// Whether the end of a process that takes over can be seen (SO_PEERPIDFD, Linux 6.5).
+/// Whether the end of a process that takes over can be noticed (SO_PEERPIDFD, Linux 6.5).
 fn has_peer_pidfd() -> bool {
     const SO_PEERPIDFD: libc::c_int = 77;
     let (socket, _peer) = UnixStream::pair().unwrap();
     let (mut fd, mut size) = (-1_i32, 4);
-    // SAFETY: the kernel writes four bytes into a number of four, and makes a descriptor that nobody else has.
+    // SAFETY: the kernel writes four bytes to a number of four, and creates a descriptor that nothing else owns.
     unsafe {
         let place = (&raw mut fd).cast();
         let has = libc::getsockopt(socket.as_raw_fd(), libc::SOL_SOCKET, SO_PEERPIDFD, place, &mut size) == 0;
@@ -428,7 +428,7 @@ fn a_successor_that_stands_still_for_a_moment_serves() {
 #[test]
 fn a_successor_that_closes_its_link_and_lives_on_is_named() {
     if !has_peer_pidfd() {
-        eprintln!("not run: needs SO_PEERPIDFD, to see that a stranger lives");
+        eprintln!("not run: needs SO_PEERPIDFD, to see that another process is alive");
         return;
     }
     let meeting = Meeting::new(&["--probation", "5000"]);

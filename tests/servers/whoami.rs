@@ -128,7 +128,7 @@ fn serve() -> Result<()> {
     Ok(())
 }
 
-/// As a service does that root has started.
+/// Drops privileges, like a service that root has started.
 fn drop_rights(now: bool) -> io::Result<()> {
     const NOBODY: u32 = 65534;
     // SAFETY: plain numbers.
@@ -170,7 +170,7 @@ fn report(event: &Event) {
     match event {
         Event::Committed(u) => {
             let mut now = libc::timespec { tv_sec: 0, tv_nsec: 0 };
-            // SAFETY: writes one timespec. Not by rustix, which reads the vDSO: Valgrind hides it.
+            // SAFETY: writes one timespec. (rustix is not used here, because it reads the vDSO, which Valgrind hides.)
             unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &mut now) };
             let (at, ms) = (now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64, u.commit.as_secs_f64() * 1e3);
             say(format!("committed pid={} gen={} ms={ms:.3} at={at}", u.pid, u.generation));
@@ -279,7 +279,7 @@ impl Options {
                 Long("probation") => drop(builder.probation(ms(args.value()?)?)),
                 Long("drop-early") => options.drop_early = true,
                 Long("fork") => drop(builder.spawn(Spawn::Fork)),
-                // SAFETY: the first three, which nothing here owns.
+                // SAFETY: one of the first three descriptors, which nothing here owns.
                 Long("close") => drop(unsafe { libc::close(args.value()?.parse::<u8>()?.min(2).into()) }),
                 Long("heap") => {
                     let megabytes: usize = args.value()?.parse()?;

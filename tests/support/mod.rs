@@ -34,12 +34,12 @@ pub use request::field as try_field;
 pub use server::Server;
 
 /// The longest wait in a test, long enough for a busy machine. A test that waits this long has failed.
-/// ECDYSIS_TEST_DEADLINE, in seconds, sets another at build time: tests/mutants a shorter one, because most waits are in vain
-/// there, and tests/platforms/aarch64 a longer one, because it emulates each instruction.
+/// ECDYSIS_TEST_DEADLINE, in seconds, sets another value at build time: tests/mutants a shorter one, because most of
+/// its waits are in vain, and tests/platforms/aarch64 a longer one, because it emulates each instruction.
 pub const DEADLINE: Duration = Duration::from_secs(match option_env!("ECDYSIS_TEST_DEADLINE") {
     Some(seconds) => match u64::from_str_radix(seconds, 10) {
         Ok(seconds) => seconds,
-        Err(_) => panic!("ECDYSIS_TEST_DEADLINE is a number of seconds"),
+        Err(_) => panic!("ECDYSIS_TEST_DEADLINE is not a number of seconds"),
     },
     None => 120,
 });

@@ -104,7 +104,7 @@ pub(super) fn next_request<S: Connection>(
         let entry = (S::IS_TCP && STILL_RECEIVES).then(|| connections.enter(gate, fd, idle)).flatten();
         let Some(entry) = entry else { break };
         let received = requests.fill_buf().map(<[u8]>::len);
-        // Also in a later turn: once woken, a read that finds nothing returns 0.
+        // This also applies in a later turn: once the reader was woken, a read without data returns 0.
         woken |= entry.leave();
         match received {
             // Data that arrived in the meantime is still delivered.

@@ -163,7 +163,7 @@ fn what_is_optional_may_be_refused() {
         let command = SeccompCmpOp::Eq;
         BTreeMap::from([(libc::SYS_fcntl, vec![argument(1, command, libc::F_SETPIPE_SZ as u64)])])
     };
-    // Everything of the table that came after Linux 4.5, and what std and the C library would rather use.
+    // All calls of the table that are newer than Linux 4.5, and newer calls that std and the C library prefer.
     let newer = || {
         let mut rules = all(&[libc::SYS_close_range, libc::SYS_pidfd_open, libc::SYS_pidfd_send_signal]);
         rules.extend(all(&[

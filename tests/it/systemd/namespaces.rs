@@ -1,4 +1,4 @@
-//! A server in a PID namespace below the manager's: its numbers mean other processes there.
+//! A server in a PID namespace below the manager's, where its PIDs mean other processes.
 
 use super::bed::{text, under_systemd, Machine};
 use crate::support::{ask, field, Load};
@@ -7,7 +7,7 @@ fn version(machine: &Machine) -> u32 {
     machine.version.split_whitespace().nth(1).and_then(|number| number.parse().ok()).unwrap()
 }
 
-/// A shell is process 1, as an init in a container, and the manager listens to every process.
+/// A shell is process 1, like an init in a container, and the manager accepts messages from every process.
 #[test]
 #[ignore = "needs root, cgroup2, overlayfs and apt"]
 fn main_pid_stays_what_it_is_outside() {
@@ -34,8 +34,8 @@ fn main_pid_stays_what_it_is_outside() {
     });
 }
 
-/// With `PrivatePIDs=` the main process is process 1 of a namespace, whose end kills every other. So it does not upgrade,
-/// and below `hold` the server does.
+/// With `PrivatePIDs=` the main process is process 1 of a namespace, and its end kills all other processes. So it
+/// refuses to upgrade, but a server under `hold` upgrades.
 #[test]
 #[ignore = "needs root, cgroup2, overlayfs and apt"]
 fn private_pids() {

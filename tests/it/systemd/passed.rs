@@ -1,4 +1,4 @@
-//! `examples/kv` below systemd: `systemctl restart` keeps its values and connections, or nothing of them.
+//! `examples/kv` under systemd: `systemctl restart` keeps either all of its values and connections, or none.
 
 use std::io::{BufRead, BufReader, Write};
 use std::net::TcpStream;
@@ -75,9 +75,9 @@ fn a_restart_keeps_values_and_connections() {
         });
         println!("{requests} requests, 0 failed");
         assert_eq!(Client::connect().ask("count").as_deref(), Some("8"));
-        // The listener. What was passed is forgotten when it was taken.
-        eventually("the store has let go of it", || service.get("NFileDescriptorStore") == "1");
-        // A stop is no restart: nobody keeps the connections, nor the values.
+        // Only the listener is left. Passed state is removed from the store once it was taken.
+        eventually("the store has removed it", || service.get("NFileDescriptorStore") == "1");
+        // A stop is not a restart: connections and values are lost.
         let mut client = Client::connect();
         assert_eq!(client.ask("count").as_deref(), Some("8"));
         service.succeed("stop");
@@ -93,14 +93,15 @@ fn a_restart_keeps_values_and_connections() {
 #[ignore = "needs root, cgroup2, overlayfs and apt"]
 fn what_is_not_whole_is_not_used() {
     under_systemd("passed::what_is_not_whole_is_not_used", |machine| {
-        // A store that is too small: the stop stores nothing, and says what it needs.
+        // If the store is too small, the stop stores nothing, and logs the size that it needs.
         let service = kv(&machine, 3);
         let mut clients: Vec<_> = (0..3).map(|_| Client::connect()).collect();
         assert_eq!(clients[0].ask("set a 1").as_deref(), Some("ok"));
         service.succeed("restart");
         assert_eq!(Client::connect().ask("count").as_deref(), Some("0"));
         assert_eq!(clients[0].ask("count"), None, "the connection ended with the process");
-        // One that has become too small, which systemd tells nobody: it drops what does not fit.
+        // If the store has become too small in the meantime, systemd drops the descriptors that do not fit, without an
+        // error.
         machine.set("kv.service", "store", "[Service]\nFileDescriptorStoreMax=64\n");
         service.succeed("restart");
         let mut clients: Vec<_> = (0..3).map(|_| Client::connect()).collect();
@@ -109,7 +110,7 @@ fn what_is_not_whole_is_not_used() {
         service.succeed("restart");
         assert_eq!(Client::connect().ask("count").as_deref(), Some("0"));
         assert!(clients.iter_mut().all(|client| client.ask("count").is_none()));
-        eventually("the rest is forgotten", || service.get("NFileDescriptorStore") == "1");
+        eventually("the rest is removed", || service.get("NFileDescriptorStore") == "1");
         service.succeed("stop");
     });
 }

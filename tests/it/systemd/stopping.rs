@@ -1,5 +1,6 @@
-//! A restart and a crash while an older generation still drains, with both values of `KillMode=` that a server can have.
-//! Prints a row for each: how long nobody answered, what the load saw, and whether the drain was allowed to end.
+//! A restart and a crash while an older generation still drains, with both values of `KillMode=` that a server can
+//! have. Prints a row for each: how long no process answered, the failures of the load, and whether the drain could
+//! finish.
 
 use std::fs;
 use std::io::{Read, Write};
@@ -11,10 +12,10 @@ use crate::support::{ask, connect, eventually, generation, Conn, Load};
 
 const ADDRESS: &str = "127.0.0.1:8004";
 
-/// More than what is measured, also on a busy machine, and less than `TimeoutStopSec=`.
+/// More than any measured time, even on a busy machine, and less than `TimeoutStopSec=`.
 const LONGEST: Duration = Duration::from_secs(15);
 
-/// A service of two generations. On the connection of the older one, half a request was sent.
+/// A service with two generations. Half a request was sent on the connection of the older one.
 fn drains<'a>(machine: &'a Machine, name: &'static str, mode: &str) -> (Service<'a>, Box<dyn Conn>) {
     let unit = fs::read_to_string(machine.units.join("fdstore.service")).unwrap();
     machine.unit(&format!("{name}.service"), &unit);
@@ -26,7 +27,7 @@ fn drains<'a>(machine: &'a Machine, name: &'static str, mode: &str) -> (Service<
     service.start();
     let mut open = connect(ADDRESS).unwrap();
     open.write_all(b"w").unwrap();
-    ask(ADDRESS).unwrap(); // Accepted after the other.
+    ask(ADDRESS).unwrap(); // It is accepted after the other one.
     service.succeed("reload");
     eventually("the new one serves", || generation(ADDRESS) == 2);
     (service, open)
@@ -39,7 +40,7 @@ fn finish(mut open: Box<dyn Conn>) -> bool {
     answer.starts_with("gen=1 ")
 }
 
-/// Does it under load, of which nothing may be refused, and asks for an answer.
+/// Runs the action under load, which must not be refused, and then waits for an answer.
 fn measure(what: &str, act: impl FnOnce() -> bool) {
     let load = Load::on(ADDRESS, 2);
     eventually("load", || load.answered() > 100);
@@ -94,7 +95,7 @@ fn while_an_older_generation_drains() {
             service.succeed("stop");
             assert_eq!(service.get("Result"), "success");
         }
-        // `mixed` kills what is left when the main process has ended.
+        // `mixed` kills all remaining processes when the main process has ended.
         let of_the_default: Vec<_> =
             machine.complaints().into_iter().filter(|line| line.starts_with("group-")).collect();
         assert_eq!(of_the_default, Vec::<String>::new());

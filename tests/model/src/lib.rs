@@ -49,7 +49,7 @@ pub struct Rules {
     pub stop_fits: bool,
     /// A child that rolls back waits for its parent's `stop`, and otherwise accepts again.
     pub rollback_waits: bool,
-    /// `stop` counts although the parent has ended since.
+    /// `stop` counts even if the parent has ended since then.
     pub stop_is_final: bool,
 }
 
@@ -189,7 +189,7 @@ impl Protocol {
                 spend(&mut left.upgrades)?;
                 next.processes[p].upgrade = true;
             }
-            // The parent's own check says no; or an operator asks the child.
+            // The parent's own check fails, or an operator sends a request to the child.
             Action::AskRollback(p)
                 if matches!(s.processes[p].at, At::Probation | At::Loop) && s.processes[p].runs() =>
             {

@@ -169,7 +169,7 @@ pub fn step(s: &mut State, p: Pid, c: Pid, timeout: bool, rules: &Rules) -> Opti
         At::WaitServing => {
             let seen = hear(s, c, rules);
             s.link_mut(c).drains = seen.serving && seen.refused;
-            // It has rolled back, and then perhaps has served again and stopped.
+            // It has rolled back, and may then have served again and stopped.
             s.processes[p].stop |= seen.refused && seen.stopping;
             if seen.stopping && !seen.refused {
                 s.processes[p].at = At::Over;

@@ -44,9 +44,10 @@ pub enum At {
     Stop,
     /// The parent has taken the commit back: stops accepting, reports it, drains.
     GivenBack,
-    /// Was asked to roll back: stop accepting, say so.
+    /// Was asked to roll back: stops accepting, and reports that.
     RollBack,
-    /// Has said so. `stop` confirms that the parent accepts; the verdict, or the parent's end, says that it does not.
+    /// Has reported it. `stop` confirms that the parent accepts. The verdict, or the parent's end, means that it does
+    /// not.
     WaitAnswer,
     /// Drains, and then exits.
     Over,
@@ -214,6 +215,6 @@ pub struct State {
     pub false_verdict: bool,
     /// A `stop` for a child that can serve could not be sent.
     pub lost_stop: bool,
-    /// A process has given the service back to nobody.
+    /// A process has given the service back, but no process has taken it.
     pub given_away: bool,
 }

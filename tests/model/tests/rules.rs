@@ -111,7 +111,7 @@ fn a_stop_is_lost() {
     assert!(is_needed(|rules| rules.stop_fits = false, Kind::LargeManifest, budget, "no stop is lost"));
 }
 
-/// A child is asked to roll back when its parent has died, or has just given the verdict.
+/// A child is asked to roll back after its parent has died, or has just sent the verdict.
 #[test]
 fn a_rollback_leaves_nobody() {
     for deaths in [0, 1] {
@@ -120,7 +120,7 @@ fn a_rollback_leaves_nobody() {
     }
 }
 
-/// A frozen child continues when its parent has given it up, has stopped and has ended.
+/// A frozen child continues after its parent has given up on it, has stopped and has ended.
 #[test]
 fn a_stopped_service_comes_back_with_a_frozen_child() {
     let budget = Budget { upgrades: 1, stops: 1, deaths: 1, freezes: 1, ..NONE };

@@ -4,7 +4,7 @@
 //!     curl http://127.0.0.1:8080/                     # in a second terminal: gen=1 pid=4711
 //!     kill -HUP 4711
 //!
-//! With a certificate and its key as second and third argument it speaks TLS, and HTTP/2.
+//! With a certificate and its key as the second and third argument, it uses TLS, and HTTP/2.
 
 use actix_web::http::{ConnectionType, StatusCode};
 use actix_web::{dev::Service, web, App, HttpRequest, HttpResponse, HttpServer};

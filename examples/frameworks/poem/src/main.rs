@@ -4,7 +4,7 @@
 //!     curl http://127.0.0.1:3000/                     # in a second terminal: gen=1 pid=4711
 //!     kill -HUP 4711
 //!
-//! With a certificate and its key as second and third argument it speaks TLS.
+//! With a certificate and its key as the second and third argument, it uses TLS.
 
 use ecdysis::tokio_ecdysis::{SignalKind, StopOnShutdown, StoppableStream, TokioEcdysisBuilder};
 use ecdysis::Shutdown;
@@ -77,7 +77,7 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
 
     let exit = exit.await.map_err(io::Error::from)?;
     server.await??;
-    // Their guards make this wait for the WebSockets.
+    // The guards of the WebSockets make this wait for them.
     let left = ecdysis.drain(DRAIN).await? > 0;
     say(format!("ended {who} left={left} {exit:?}"));
     Ok(())

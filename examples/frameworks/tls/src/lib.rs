@@ -1,4 +1,4 @@
-//! A server's certificate and key, as rustls uses them.
+//! Reads a server's certificate and key for rustls.
 
 use std::error::Error;
 
@@ -6,7 +6,7 @@ use tokio_rustls::rustls::pki_types::{pem::PemObject, CertificateDer, PrivateKey
 pub use tokio_rustls::rustls::{server::ProducesTickets, ServerConfig};
 pub use tokio_rustls::{server::TlsStream, TlsAcceptor};
 
-/// Reads two PEM files. The first of the `protocols` that the client knows, too, is spoken (ALPN).
+/// Reads two PEM files. The connection uses the first of the `protocols` that the client also supports (ALPN).
 pub fn config(cert: &str, key: &str, protocols: &[&str]) -> Result<ServerConfig, Box<dyn Error>> {
     let chain = CertificateDer::pem_file_iter(cert)?.collect::<Result<Vec<_>, _>>()?;
     let key = PrivateKeyDer::from_pem_file(key)?;

@@ -3,7 +3,7 @@
 //!     cargo run -p ecdysis-tonic -- 127.0.0.1:50051   # in examples/frameworks
 //!     kill -HUP 4711
 //!
-//! With a certificate and its key as second and third argument it speaks TLS.
+//! With a certificate and its key as the second and third argument, it uses TLS.
 //!
 //! After GOAWAY, a client that follows the protocol, such as grpcio, sends its next call on a new connection, so no call is
 //! lost. The server ends endless streams with a status that tells the client to try again.

@@ -1,10 +1,10 @@
-//! tokio-tungstenite: echo WebSockets. At an upgrade each is closed with code 1012, "service restart". Clients then reconnect
-//! and reach the new version.
+//! tokio-tungstenite: echo WebSockets. At an upgrade each is closed with code 1012, "service restart". Clients then
+//! reconnect and reach the new version.
 //!
 //!     cargo run -p ecdysis-tungstenite -- 127.0.0.1:9001      # in examples/frameworks
 //!     kill -HUP 4711
 //!
-//! With a certificate and its key as second and third argument it speaks TLS.
+//! With a certificate and its key as the second and third argument, it uses TLS.
 
 use ecdysis::tokio_ecdysis::{SignalKind, StopOnShutdown, TokioEcdysisBuilder};
 use futures::{SinkExt, StreamExt};
