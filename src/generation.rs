@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::handover::ancestors::Ancestors;
-use crate::handover::escape::escape;
+use crate::handover::escape::escaped;
 use crate::handover::manifest::Origin;
 use crate::logging;
 use crate::options::{Launch, Limits, Overlap};
@@ -44,8 +44,7 @@ impl Generation {
             draining.join(","),
         );
         for key in self.sockets.registry().keys() {
-            line.push_str(" socket=");
-            escape(key.to_string().as_bytes(), &mut line);
+            line += &format!(" socket={}", escaped(&key.to_string()));
         }
         line.push('\n');
         line

@@ -37,7 +37,7 @@ impl Launch {
     pub(crate) fn program(&self) -> Result<Program, Error> {
         if self.standalone {
             let source = io::Error::new(io::ErrorKind::Unsupported, "this service is standalone");
-            return Err(Error::Prepare { what: "the next generation", source });
+            return Err(Error::prepare("the next generation")(source));
         }
         let mut changes = Changes::default();
         if let Some(before_upgrade) = &self.before_upgrade {
@@ -45,7 +45,7 @@ impl Launch {
             // upgrades.
             panic::catch_unwind(AssertUnwindSafe(|| before_upgrade(&mut changes)))
                 .unwrap_or_else(|_| Err("the callback panicked".into()))
-                .map_err(|e| Error::Prepare { what: "before_upgrade", source: io::Error::other(e) })?;
+                .map_err(|e| Error::prepare("before_upgrade")(io::Error::other(e)))?;
         }
         Ok(self.program.clone().with(&changes))
     }

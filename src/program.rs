@@ -78,8 +78,9 @@ pub(crate) struct Program {
     args: Vec<OsString>,
     /// The directory in which this process was started.
     start: Option<PathBuf>,
-    directory: Option<PathBuf>,
-    directory_chosen: bool,
+    /// The chosen directory; or the one in which this process was started, so that relative paths in the arguments keep
+    /// their meaning, unless it is gone.
+    directory: Option<(PathBuf, IfMissing)>,
     env: BTreeMap<OsString, Option<OsString>>,
 }
 
@@ -92,24 +93,27 @@ impl Program {
             // A caller with fewer privileges chooses argv[0], PATH, PWD and the directory, and may also have linked the
             // running file into its own directory.
             let (path, start) = (program::running(), Some("/".into()));
-            return Self { path, args, start, directory: None, directory_chosen: false, env: BTreeMap::new() };
+            return Self { path, args, start, directory: None, env: BTreeMap::new() };
         }
         let start = start_directory();
         let argv0 = args.first().cloned().unwrap_or_default();
         let path = resolve_argv0(&argv0, start.as_deref(), env::var_os("PATH").as_deref());
-        Self { path, args, directory: start.clone(), start, directory_chosen: false, env: BTreeMap::new() }
+        let directory = start.clone().map(|start| (start, IfMissing::Stay));
+        Self { path, args, start, directory, env: BTreeMap::new() }
     }
 
     pub(crate) fn with(mut self, changes: &Changes) -> Self {
         let absolute = |path: &PathBuf| self.start.as_ref().map_or_else(|| path.clone(), |start| start.join(path));
-        let (exec, directory) = (changes.exec.as_ref().map(absolute), changes.directory.as_ref().map(absolute));
-        self.path = exec.unwrap_or(self.path);
+        if let Some(exec) = &changes.exec {
+            self.path = absolute(exec);
+        }
         if let Some(args) = &changes.args {
             self.args.truncate(1);
             self.args.extend_from_slice(args);
         }
-        self.directory_chosen |= directory.is_some();
-        self.directory = directory.or(self.directory);
+        if let Some(directory) = &changes.directory {
+            self.directory = Some((absolute(directory), IfMissing::Fail));
+        }
         self.env.extend(changes.env.clone());
         self
     }
@@ -152,21 +156,14 @@ impl Program {
             !ours && !self.env.contains_key(name)
         });
         let set = self.env.iter().filter_map(|(name, value)| Some((name.clone(), value.clone()?)));
-        let pair = |(name, value): (OsString, OsString)| {
-            let mut pair = Vec::with_capacity(name.len() + value.len() + 2);
-            pair.extend(name.into_vec());
-            pair.push(b'=');
-            pair.extend(value.into_vec());
-            Ok(CString::new(pair)?)
-        };
+        let pair =
+            |(name, value): (OsString, OsString)| Ok(CString::new([name.as_bytes(), value.as_bytes()].join(&b'='))?);
         kept.chain(set).chain([(VARIABLE.into(), handover.into())]).map(pair).collect()
     }
 
-    /// Returns the chosen directory; or the one in which this process was started, so that relative paths in the
-    /// arguments keep their meaning, unless it is gone.
     pub(crate) fn directory_c(&self) -> io::Result<Option<(CString, IfMissing)>> {
-        let if_missing = if self.directory_chosen { IfMissing::Fail } else { IfMissing::Stay };
-        self.directory.as_ref().map(|path| Ok((c_string(path.as_os_str())?, if_missing))).transpose()
+        let path = |(path, if_missing): &(PathBuf, IfMissing)| Ok((c_string(path.as_os_str())?, *if_missing));
+        self.directory.as_ref().map(path).transpose()
     }
 }
 
@@ -206,12 +203,8 @@ fn resolve_argv0(argv0: &OsStr, start: Option<&Path>, search: Option<&OsStr>) ->
     }
     // argv[0] can be arbitrary. Then use the path that the kernel knows, without the suffix that it adds for a removed
     // file.
-    let link = program::path().unwrap_or_else(|| absolute(named));
-    let mut bytes = link.into_os_string().into_vec();
-    if bytes.ends_with(b" (deleted)") {
-        bytes.truncate(bytes.len() - b" (deleted)".len());
-    }
-    OsString::from_vec(bytes).into()
+    let link = program::path().unwrap_or_else(|| absolute(named)).into_os_string().into_vec();
+    OsStr::from_bytes(link.strip_suffix(b" (deleted)").unwrap_or(&link)).into()
 }
 
 fn runnable(path: &Path) -> bool {
@@ -219,8 +212,6 @@ fn runnable(path: &Path) -> bool {
 }
 
 fn same_file(a: &Path, b: &Path) -> bool {
-    match (fs::metadata(a), fs::metadata(b)) {
-        (Ok(a), Ok(b)) => (a.dev(), a.ino()) == (b.dev(), b.ino()),
-        _ => false,
-    }
+    let id = |path: &Path| fs::metadata(path).ok().map(|file| (file.dev(), file.ino()));
+    id(a).is_some_and(|a| id(b) == Some(a))
 }

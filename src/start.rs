@@ -4,14 +4,11 @@ use crate::builder::Builder;
 use crate::ecdysis::Starting;
 use crate::error::Error;
 use crate::generation::Generation;
-use crate::handover::ancestors::Ancestors;
 use crate::handover::manifest::Origin;
 use crate::handover::receive::Inherited;
 use crate::logging;
 use crate::manager::ServiceManager;
 use crate::options::Launch;
-#[cfg(feature = "systemd_notify")]
-use crate::options::Limits;
 use crate::pid_file::PidFile;
 use crate::program::Program;
 use crate::reporter::Reporter;
@@ -22,6 +19,8 @@ use crate::started::Started;
 use crate::sys::attributes::Attributes;
 use crate::sys::program;
 use crate::sys::signal::{self, Handlers};
+#[cfg(feature = "systemd_notify")]
+use crate::systemd::manager::{is_nested, Systemd, EXEC_PID};
 use crate::triggers::control::{ControlSocket, Purpose};
 #[cfg(feature = "tokio_ecdysis")]
 use crate::triggers::request::Action;
@@ -42,7 +41,6 @@ impl Builder {
     /// [`Error::AlreadyStarted`], [`Error::Signal`], [`Error::Socket`] for a control socket, [`Error::Handover`]. An
     /// error in a child fails the upgrade: return it from `main`, and the parent keeps serving.
     pub fn start(&mut self) -> Result<Starting, Error> {
-        let prepare = |what| move |source| Error::Prepare { what, source };
         let started = match self.standalone {
             true => None,
             false => Some(Started::claim().ok_or(Error::AlreadyStarted)?),
@@ -50,7 +48,7 @@ impl Builder {
         #[cfg_attr(not(feature = "systemd_notify"), allow(unused_mut))]
         let mut launch = Launch {
             // Read these first, while they are still as the parent set them.
-            attributes: Attributes::of_this_thread().map_err(prepare("signal mask"))?,
+            attributes: Attributes::of_this_thread().map_err(Error::prepare("signal mask"))?,
             program: Program::running().with(&self.changes),
             before_upgrade: self.before_upgrade.clone(),
             standalone: self.standalone,
@@ -58,30 +56,23 @@ impl Builder {
             spawn: self.spawn,
             transport: self.transport,
         };
-        let mut origin = Origin { generation: 1, app: self.application.clone(), mounts: program::mounts() };
+        let (trust, app) = (self.trust(), self.application.clone());
         let inherited = match self.standalone {
             true => None,
-            false => inherit(self.take_over.as_deref(), &self.trust, origin.app.as_deref(), self.limits.ready_timeout)?,
+            false => inherit(self.take_over.as_deref(), &trust, app.as_deref(), self.limits.ready_timeout)?,
         };
-        let mut same_paths = true;
-        let (entries, ancestors) = match inherited {
-            Some(Inherited { origin: parent, is_takeover, entries, ancestors }) => {
-                origin.generation = parent.generation + 1;
-                same_paths = match (&parent.mounts, &origin.mounts) {
-                    (Some(parent), Some(own)) => parent == own,
-                    // A child usually sees the same files as its parent. A process that takes over may be in another
-                    // mount namespace.
-                    _ => !is_takeover,
-                };
-                (entries, ancestors)
-            }
-            None => (Vec::new(), Ancestors::default()),
+        let Inherited { origin: parent, is_takeover, entries, ancestors } = inherited.unwrap_or_default();
+        let number = parent.generation + 1;
+        let origin = Origin { generation: number, app: app.clone(), mounts: program::mounts() };
+        let same_paths = match (&parent.mounts, &origin.mounts) {
+            (Some(parent), Some(own)) => parent == own,
+            // A child usually sees the same files as its parent. A process that takes over may be in another mount
+            // namespace.
+            _ => !is_takeover,
         };
-        let number = origin.generation;
         logging::set_generation(number);
         #[cfg(feature = "systemd_notify")]
         {
-            use crate::systemd::manager::{is_nested, EXEC_PID};
             let nested = is_nested(ancestors.parent.is_some());
             launch.program.set_env(EXEC_PID, nested.then_some("0"));
         }
@@ -92,9 +83,9 @@ impl Builder {
 
         let (mut handlers, mut signals) = (Handlers::default(), Vec::new());
         let calls = if self.standalone {
-            Calls::standalone().map_err(prepare("wake descriptor"))?
+            Calls::standalone().map_err(Error::prepare("wake descriptor"))?
         } else {
-            signal::wake_fd().map_err(prepare("wake descriptor"))?;
+            signal::wake_fd().map_err(Error::prepare("wake descriptor"))?;
             for &(signal, _) in &self.signals {
                 handlers.install(signal).map_err(|source| Error::Signal { signal, source })?;
             }
@@ -102,7 +93,7 @@ impl Builder {
             Calls::default()
         };
         let sockets = Sockets::new(entries, ancestors.is_child(), same_paths);
-        let shutdown = Shutdown::new().map_err(prepare("shutdown handle"))?;
+        let shutdown = Shutdown::new().map_err(Error::prepare("shutdown handle"))?;
         shutdown.set_spread(self.spread);
         let ancestors = Arc::new(ancestors);
         let reporter = Reporter::new(self.observer.clone(), ancestors.clone(), sockets.clone());
@@ -131,8 +122,8 @@ impl Builder {
         let control = self.sockets.iter().map(|(path, purpose)| control_socket(&generation, path, *purpose));
         let control = control.collect::<Result<_, _>>()?;
         generation.sockets.registry().begin_claims();
-        let triggers = Triggers::new(signals, handlers, control, self.trust.clone(), self.application.clone(), calls);
-        Ok(Starting(Arc::new(Service::new(generation, triggers, self.trust.clone(), started))))
+        let triggers = Triggers::new(signals, handlers, control, trust.clone(), app, calls);
+        Ok(Starting(Arc::new(Service::new(generation, triggers, trust, started))))
     }
 }
 
@@ -143,29 +134,19 @@ fn control_socket(generation: &Generation, path: &Path, purpose: Purpose) -> Res
 
 /// Reports to the service manager from now on, if there is one.
 fn enable_manager(generation: &Generation) -> Result<(), Error> {
-    if let Some(manager) = find_manager(generation)? {
-        if generation.reporter.set_manager(manager.clone()) {
-            generation.shutdown.on_progress(move |left| manager.progress(left));
-        }
+    #[cfg(not(feature = "systemd_notify"))]
+    let manager: Option<Arc<dyn ServiceManager>> = None;
+    #[cfg(feature = "systemd_notify")]
+    let manager = {
+        let is_child = generation.ancestors.parent.is_some();
+        let times = generation.limits.ready_timeout.saturating_add(generation.limits.probation);
+        let systemd = Systemd::from_env(generation.number, is_child, times)?;
+        systemd.map(|systemd| Arc::new(systemd) as Arc<dyn ServiceManager>)
+    };
+    if let Some(manager) = manager.filter(|manager| generation.reporter.set_manager(manager.clone())) {
+        generation.shutdown.on_progress(move |left| manager.progress(left));
     }
     Ok(())
-}
-
-#[cfg(feature = "systemd_notify")]
-fn find_manager(generation: &Generation) -> Result<Option<Arc<dyn ServiceManager>>, Error> {
-    let Limits { ready_timeout, probation, .. } = generation.limits;
-    let is_child = generation.ancestors.parent.is_some();
-    let systemd = crate::systemd::manager::Systemd::from_env(
-        generation.number,
-        is_child,
-        ready_timeout.saturating_add(probation),
-    )?;
-    Ok(systemd.map(|systemd| Arc::new(systemd) as _))
-}
-
-#[cfg(not(feature = "systemd_notify"))]
-fn find_manager(_: &Generation) -> Result<Option<Arc<dyn ServiceManager>>, Error> {
-    Ok(None)
 }
 
 /// Takes the sockets that the service manager passed, in addition to those of the parent. Returns false if that was

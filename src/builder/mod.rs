@@ -35,7 +35,7 @@ use crate::triggers::request::Action;
 /// # Ok(())
 /// # }
 /// ```
-#[derive(Clone)]
+#[derive(Clone, Default)]
 pub struct Builder {
     pub(crate) signals: Vec<(i32, Action)>,
     pub(crate) sockets: Vec<(PathBuf, Purpose)>,
@@ -50,42 +50,22 @@ pub struct Builder {
     pub(crate) limits: Limits,
     pub(crate) take_over: Option<PathBuf>,
     pub(crate) application: Option<String>,
-    pub(crate) trust: Trust,
+    trust: Option<Trust>,
     pub(crate) observer: Option<Observer>,
     pub(crate) systemd_notify: bool,
     #[cfg(feature = "systemd_sockets")]
     pub(crate) systemd_sockets: bool,
 }
 
-impl Default for Builder {
-    fn default() -> Self {
-        Self::new()
-    }
-}
-
 impl Builder {
     /// Returns a builder with no triggers, 60 seconds to be ready, and one second of probation.
     pub fn new() -> Self {
-        Self {
-            signals: Vec::new(),
-            sockets: Vec::new(),
-            changes: Changes::default(),
-            before_upgrade: None,
-            standalone: false,
-            verify: None,
-            spread: Duration::ZERO,
-            pid_file: None,
-            spawn: Spawn::default(),
-            transport: Transport::default(),
-            limits: Limits::default(),
-            take_over: None,
-            application: None,
-            trust: Arc::new(PeerCred::is_same_user_or_root),
-            observer: None,
-            systemd_notify: false,
-            #[cfg(feature = "systemd_sockets")]
-            systemd_sockets: false,
-        }
+        Self::default()
+    }
+
+    /// Who may be at the other end of a takeover socket.
+    pub(crate) fn trust(&self) -> Trust {
+        self.trust.clone().unwrap_or_else(|| Arc::new(PeerCred::is_same_user_or_root))
     }
 
     /// Upgrades when this signal is delivered (signal(7)). SIGHUP is customary. May be called for several signals. If
@@ -265,7 +245,7 @@ impl Builder {
     /// [`PeerCred::is_same_user_or_root`]. For other users, the socket file must allow the connection too: its mode is
     /// 0600 until the program changes it.
     pub fn trust_peers(&mut self, trust: impl Fn(&PeerCred) -> bool + Send + Sync + 'static) -> &mut Self {
-        self.trust = Arc::new(trust);
+        self.trust = Some(Arc::new(trust));
         self
     }
 

@@ -39,6 +39,13 @@ pub(crate) fn unescape(word: &str) -> Option<Cow<'_, [u8]>> {
     Some(bytes.into())
 }
 
+/// `text` as [`escape`] appends it.
+pub(crate) fn escaped(text: &str) -> String {
+    let mut word = String::new();
+    escape(text.as_bytes(), &mut word);
+    word
+}
+
 /// Decodes `word`, which must be UTF-8.
 pub(crate) fn unescape_text(word: &str) -> Option<String> {
     String::from_utf8(unescape(word)?.into_owned()).ok()

@@ -8,7 +8,7 @@ use std::time::Duration;
 use rustix::io::{retry_on_intr, Errno};
 use rustix::net::{send, RecvFlags, SendFlags};
 
-use super::escape::{escape, unescape_text};
+use super::escape::{escaped, unescape_text};
 use crate::error::Error;
 use crate::listen::connect_unix;
 use crate::sys::net::NOSIGNAL;
@@ -62,13 +62,8 @@ pub(crate) struct Greeting {
 
 impl Greeting {
     pub(crate) fn line(&self) -> String {
-        let mut line = String::from("takeover 1");
-        if let Some(app) = &self.app {
-            line.push_str(" app=");
-            escape(app.as_bytes(), &mut line);
-        }
-        line.push('\n');
-        line
+        let app = self.app.as_ref().map(|app| format!(" app={}", escaped(app)));
+        format!("takeover 1{}\n", app.unwrap_or_default())
     }
 
     /// Returns `None` for anything but exactly one such line. Additions of later versions are ignored.
@@ -80,9 +75,8 @@ impl Greeting {
         }
         let mut greeting = Self::default();
         for word in words {
-            match word.split_once('=')? {
-                ("app", name) => greeting.app = Some(unescape_text(name)?),
-                _ => continue,
+            if let ("app", name) = word.split_once('=')? {
+                greeting.app = Some(unescape_text(name)?);
             }
         }
         (!line.contains('\n')).then_some(greeting)

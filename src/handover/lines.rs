@@ -3,14 +3,13 @@
 //! Lines starting with `?` are optional extensions; receivers ignore those they do not know. Any other unknown line is
 //! a protocol error.
 
-use std::fmt::Write;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::Duration;
 
 use rustix::io::Errno;
 
-use super::escape::{escape, unescape};
+use super::escape::{escaped, unescape};
 use crate::sys::signal::without_sigpipe;
 
 /// A message from a child to its parent.
@@ -38,22 +37,11 @@ impl FromChild {
     pub(crate) fn line(&self) -> String {
         match self {
             Self::Dropped(inodes) => {
-                let mut line = String::from("dropped");
-                for inode in inodes {
-                    // Writing to a string cannot fail.
-                    let _ = write!(line, " {inode}");
-                }
-                line.push('\n');
-                line
+                format!("dropped {}\n", inodes.iter().map(u64::to_string).collect::<Vec<_>>().join(" "))
             }
             Self::Ready => "ready\n".into(),
-            Self::Refused(reason) => {
-                let mut line = String::from("refused ");
-                // The reason is for people. If it is too long, its beginning is better than nothing.
-                escape(truncate(reason, MAX_REASON).as_bytes(), &mut line);
-                line.push('\n');
-                line
-            }
+            // The reason is for people. If it is too long, its beginning is better than nothing.
+            Self::Refused(reason) => format!("refused {}\n", escaped(truncate(reason, MAX_REASON))),
             Self::Failed { step, errno } => format!("failed {step} {errno}\n"),
             Self::Serving => "serving\n".into(),
             Self::Stopping => "stopping\n".into(),

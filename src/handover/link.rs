@@ -80,8 +80,6 @@ const CROWDED: Duration = Duration::from_millis(10);
 /// Drop this after the spawn. Otherwise this process keeps the child's ends open and never sees the child's end.
 pub(crate) struct ChildEnd {
     pub(crate) carrier: Carrier,
-    /// Where the child reports before it runs the new program.
-    pub(crate) status: RawFd,
     ends: Vec<OwnedFd>,
     inherited: Vec<Entry>,
 }
@@ -99,42 +97,33 @@ impl ChildLink {
     /// that the child can usually proceed on its own if this process dies.
     pub(crate) fn pipes(handover: Handover) -> Result<(Self, ChildEnd), Error> {
         // Nonblocking at both ends: each process waits only in a poll with a deadline, never in a read or write.
-        let pipe = |what| net::pipe().map_err(io::Error::from).map_err(prepare(what));
-        let (manifest_read, manifest_write) = pipe("manifest pipe")?;
-        let (status_read, status_write) = pipe("status pipe")?;
+        let (manifest_read, manifest_write) = net::pipe().map_err(Error::prepare("manifest pipe"))?;
+        let (status_read, status_write) = net::pipe().map_err(Error::prepare("status pipe"))?;
         let Handover { origin, entries } = handover;
-        let manifest = FdRef::to(&manifest_read).map_err(prepare("manifest pipe"))?;
-        let status = FdRef::to(&status_write).map_err(prepare("status pipe"))?;
-        let text = manifest::encode(&origin, entries.iter().map(|entry| (entry.number(), entry)));
-        let text = manifest::with_nonce(text, nonce(manifest.inode)).into_bytes();
+        let reader = FdRef::to(&manifest_read).map_err(Error::prepare("manifest pipe"))?;
+        let writer = FdRef::to(&status_write).map_err(Error::prepare("status pipe"))?;
+        let named = entries.iter().map(|entry| (entry.number(), entry));
+        let text = manifest::encode(&origin, nonce(reader.inode), named).into_bytes();
         // A larger pipe only saves the child a wait. If the manifest does not fit, the rest is sent while this process
         // waits for `ready`.
         if text.len() + ROOM > 64 * 1024 {
             net::grow_pipe(&manifest_write, text.len() + ROOM);
         }
         let mut link = Self::new(manifest_write.into(), status_read.into(), Unsent::Text(text));
-        link.send_some().map_err(prepare("manifest"))?;
-        let carrier = Carrier::Pipes { manifest, status };
+        link.send_some().map_err(Error::prepare("manifest"))?;
         let ends = vec![manifest_read, status_write];
-        Ok((link, ChildEnd { carrier, status: status.fd, ends, inherited: entries }))
+        Ok((link, ChildEnd { carrier: Carrier { reader, writer }, ends, inherited: entries }))
     }
 
     /// Creates the link to a child that receives.
     pub(crate) fn socketpair(handover: Handover) -> Result<(Self, ChildEnd), Error> {
-        let (ours, child_end) =
-            net::socketpair(SocketType::STREAM, Mode::Nonblocking).map_err(|e| prepare("handover socket")(e.into()))?;
-        let socket = FdRef::to(&child_end).map_err(prepare("handover socket"))?;
-        let mut link = Self::over_socket(ours.into(), handover, nonce(socket.inode))?;
-        link.send_some().map_err(prepare("manifest"))?;
-        Ok((
-            link,
-            ChildEnd {
-                carrier: Carrier::Socket(socket),
-                status: socket.fd,
-                ends: vec![child_end],
-                inherited: Vec::new(),
-            },
-        ))
+        let pair = net::socketpair(SocketType::STREAM, Mode::Nonblocking);
+        let (ours, child_end) = pair.map_err(Error::prepare("handover socket"))?;
+        let reader = FdRef::to(&child_end).map_err(Error::prepare("handover socket"))?;
+        let mut link = Self::over_socket(ours.into(), handover, nonce(reader.inode))?;
+        link.send_some().map_err(Error::prepare("manifest"))?;
+        let carrier = Carrier { reader, writer: reader };
+        Ok((link, ChildEnd { carrier, ends: vec![child_end], inherited: Vec::new() }))
     }
 
     /// Creates the link to the peer of a nonblocking socket. Sends nothing yet.
@@ -145,9 +134,9 @@ impl ChildLink {
     fn over_socket(socket: Arc<OwnedFd>, handover: Handover, nonce: Option<u64>) -> Result<Self, Error> {
         let Handover { origin, entries } = handover;
         // Descriptor numbers mean nothing in the other process, so the manifest names descriptors by their order.
-        let text = manifest::with_nonce(manifest::encode(&origin, (0..).zip(&entries)), nonce).into_bytes();
+        let text = manifest::encode(&origin, nonce, (0..).zip(&entries)).into_bytes();
         let descriptors = entries.into_iter().map(|entry| entry.fd).collect();
-        let sender = Sender::new(text, descriptors).map_err(prepare("manifest"))?;
+        let sender = Sender::new(text, descriptors).map_err(Error::prepare("manifest"))?;
         Ok(Self::new(socket.clone(), socket, Unsent::Message(sender)))
     }
 
@@ -238,10 +227,6 @@ impl ChildLink {
         hold_open(from.clone());
         Some((from, mem::take(&mut self.lines)))
     }
-}
-
-fn prepare(what: &'static str) -> impl FnOnce(io::Error) -> Error {
-    move |source| Error::Prepare { what, source }
 }
 
 /// Writes as much as possible without waiting, and removes it from `unsent`.

@@ -15,7 +15,7 @@
 //! percent-escaped name, and attributes. A reader ignores lines, kinds and attributes that it does not know, and closes
 //! the descriptors of unknown kinds. Later versions may add to all three, but must not change existing ones.
 
-use std::fmt;
+use std::io;
 use std::os::fd::RawFd;
 
 use rustix::path::DecInt;
@@ -52,114 +52,115 @@ const MAX_LINE: usize = 4096;
 pub(crate) const MAX_ENTRIES: usize = 1 << 16;
 
 const FIRST_LINE: &str = "ecdysis 1";
-const LAST_LINE: &str = "end";
 
 /// Encodes these entries, each with the number of its descriptor.
-pub(crate) fn encode<'a, F: 'a>(origin: &Origin, entries: impl Iterator<Item = (RawFd, &'a Entry<F>)>) -> String {
+pub(crate) fn encode<'a, F: 'a>(
+    origin: &Origin,
+    nonce: Option<u64>,
+    entries: impl Iterator<Item = (RawFd, &'a Entry<F>)>,
+) -> String {
     // A service may have thousands of listeners, so this neither formats nor allocates for each.
     let mut text = String::with_capacity(64 * (entries.size_hint().0 + 4));
-    let number = |word: &str, number: u64, text: &mut String| {
-        text.push_str(word);
-        text.push_str(DecInt::new(number).as_str());
+    let mut put = |before: &str, value: &[u8]| {
+        text.push_str(before);
+        escape(value, &mut text);
     };
-    text.push_str(FIRST_LINE);
-    number("\ngeneration ", origin.generation, &mut text);
-    text.push('\n');
-    for (word, value) in [("app", &origin.app), ("mounts", &origin.mounts)] {
-        if let Some(value) = value {
-            text.push_str(word);
-            text.push(' ');
-            escape(value.as_bytes(), &mut text);
-            text.push('\n');
-        }
+    put(FIRST_LINE, b"");
+    if let Some(nonce) = nonce {
+        put("\nnonce ", DecInt::new(nonce).as_bytes());
+    }
+    put("\ngeneration ", DecInt::new(origin.generation).as_bytes());
+    for (before, value) in [("\napp ", &origin.app), ("\nmounts ", &origin.mounts)] {
+        value.iter().for_each(|value| put(before, value.as_bytes()));
     }
     for (fd, Entry { key, inode, file, unit, .. }) in entries {
-        number("fd ", fd as u64, &mut text);
-        number(" ", *inode, &mut text);
-        text.push(' ');
-        text.push_str(key.kind().word());
-        text.push(' ');
-        escape(key.raw_name(), &mut text);
+        put("\nfd ", DecInt::new(fd).as_bytes());
+        put(" ", DecInt::new(*inode).as_bytes());
+        put(" ", key.kind().word().as_bytes());
+        put(" ", key.raw_name());
         if let Some(name) = key.label() {
-            text.push_str(" name=");
-            escape(name.as_bytes(), &mut text);
+            put(" name=", name.as_bytes());
         }
         if let Some((device, inode)) = file {
-            number(" file=", *device, &mut text);
-            number(":", *inode, &mut text);
+            put(" file=", DecInt::new(*device).as_bytes());
+            put(":", DecInt::new(*inode).as_bytes());
         }
         if let Some(unit) = unit {
-            text.push_str(" unit=");
-            escape(unit.as_bytes(), &mut text);
+            put(" unit=", unit.as_bytes());
         }
-        text.push('\n');
     }
-    text.push_str(LAST_LINE);
-    text.push('\n');
-    text
-}
-
-/// Inserts the nonce, if there is one, into the text of a manifest.
-pub(crate) fn with_nonce(mut text: String, nonce: Option<u64>) -> String {
-    if let Some(nonce) = nonce {
-        text.insert_str(FIRST_LINE.len() + 1, &format!("nonce {nonce}\n"));
-    }
+    put("\nend\n", b"");
     text
 }
 
 impl Manifest {
     #[cfg(any(test, fuzzing))]
     pub(crate) fn encode(&self) -> String {
-        with_nonce(encode(&self.origin, self.entries.iter().map(|entry| (entry.fd, entry))), self.nonce)
+        encode(&self.origin, self.nonce, self.entries.iter().map(|entry| (entry.fd, entry)))
     }
 
     /// Decodes a complete manifest.
-    pub(crate) fn decode(text: &[u8]) -> Result<Self, Malformed> {
-        let text = std::str::from_utf8(text).map_err(|_| Malformed::new(0, "not UTF-8"))?;
-        let mut lines = text.split('\n').enumerate().map(|(at, line)| (at + 1, line));
-        let mut manifest = Self::default();
-        manifest.entries.reserve(text.bytes().filter(|byte| *byte == b'\n').count());
+    pub(crate) fn decode(text: &[u8]) -> io::Result<Self> {
+        let text = std::str::from_utf8(text).map_err(|_| malformed(0, "not UTF-8"))?;
+        let text = text.strip_suffix("\nend\n").ok_or_else(|| malformed(0, "no end"))?;
+        let mut lines = (1..).zip(text.split('\n'));
         if lines.next() != Some((1, FIRST_LINE)) {
-            return Err(Malformed::new(1, "not a manifest of a version known here"));
+            return Err(malformed(1, "not a manifest of a version known here"));
         }
-        for (at, line) in lines.by_ref() {
+        let mut manifest = Self::default();
+        manifest.entries.reserve(text.bytes().filter(|byte| *byte == b'\n').count().min(MAX_ENTRIES));
+        for (at, line) in lines {
             if line.len() > MAX_LINE {
-                return Err(Malformed::new(at, "too long"));
+                return Err(malformed(at, "too long"));
             }
             let (word, rest) = line.split_once(' ').unwrap_or((line, ""));
-            match word {
-                "generation" => {
-                    manifest.origin.generation = number(rest).ok_or(Malformed::new(at, "generation"))?;
+            let read = match word {
+                "generation" => number(rest).map(|generation| manifest.origin.generation = generation),
+                "app" => unescape_text(rest).map(|app| manifest.origin.app = Some(app)),
+                "mounts" => unescape_text(rest).map(|mounts| manifest.origin.mounts = Some(mounts)),
+                "nonce" => number(rest).map(|nonce| manifest.nonce = Some(nonce)),
+                "fd" if manifest.entries.len() + manifest.unknown.len() == MAX_ENTRIES => None,
+                "fd" => manifest.add(rest),
+                "end" if rest.is_empty() => None,
+                _ => Some(()),
+            };
+            read.ok_or_else(|| malformed(at, word))?;
+        }
+        let known = manifest.entries.iter().map(|entry| entry.fd);
+        let mut numbers: Vec<_> = known.chain(manifest.unknown.iter().map(|fd| fd.fd)).collect();
+        numbers.sort_unstable();
+        if numbers.windows(2).any(|pair| pair[0] == pair[1]) {
+            return Err(malformed(0, "descriptor named twice"));
+        }
+        if manifest.origin.generation == 0 {
+            return Err(malformed(0, "no generation"));
+        }
+        Ok(manifest)
+    }
+
+    /// Adds the descriptor of a line. `None` if the line is malformed.
+    fn add(&mut self, line: &str) -> Option<()> {
+        let mut words = line.split(' ');
+        let (fd, inode) = (number(words.next()?)?, number(words.next()?)?);
+        let (kind, name) = (words.next()?, unescape(words.next()?)?);
+        let Some(kind) = Kind::from_word(kind) else {
+            self.unknown.push(FdRef { fd, inode });
+            return Some(());
+        };
+        let mut entry = Entry { key: Key::from_parts(kind, name), fd, inode, file: None, unit: None };
+        for attribute in words {
+            match attribute.split_once('=') {
+                Some(("file", value)) => {
+                    let (device, inode) = value.split_once(':')?;
+                    entry.file = Some((number(device)?, number(inode)?));
                 }
-                "app" => manifest.origin.app = Some(unescape_text(rest).ok_or(Malformed::new(at, "application"))?),
-                "mounts" => manifest.origin.mounts = Some(unescape_text(rest).ok_or(Malformed::new(at, "mounts"))?),
-                "nonce" => manifest.nonce = Some(number(rest).ok_or(Malformed::new(at, "nonce"))?),
-                "fd" => {
-                    let (fd, entry) = fd_line(rest).ok_or(Malformed::new(at, "descriptor"))?;
-                    match entry {
-                        Some(entry) => manifest.entries.push(entry),
-                        None => manifest.unknown.push(fd),
-                    }
-                    if manifest.entries.len() + manifest.unknown.len() > MAX_ENTRIES {
-                        return Err(Malformed::new(at, "too many descriptors"));
-                    }
-                }
-                LAST_LINE if rest.is_empty() => {
-                    let known = manifest.entries.iter().map(|entry| entry.fd);
-                    let mut numbers: Vec<_> = known.chain(manifest.unknown.iter().map(|fd| fd.fd)).collect();
-                    numbers.sort_unstable();
-                    if numbers.windows(2).any(|pair| pair[0] == pair[1]) {
-                        return Err(Malformed::new(0, "descriptor named twice"));
-                    }
-                    return match (lines.next(), lines.next()) {
-                        (Some((_, "")), None) if manifest.origin.generation > 0 => Ok(manifest),
-                        _ => Err(Malformed::new(at, "end")),
-                    };
-                }
+                Some(("name", name)) => entry.key = entry.key.named(unescape_text(name)?),
+                Some(("unit", name)) => entry.unit = Some(unescape_text(name)?),
                 _ => {}
             }
         }
-        Err(Malformed::new(0, "no end"))
+        self.entries.push(entry);
+        Some(())
     }
 
     /// Returns whether the text is a manifest of any version, as opposed to an answer such as `busy`.
@@ -168,57 +169,12 @@ impl Manifest {
     }
 }
 
-/// Returns the descriptor, and the entry if its kind is known. `None` if the line is malformed.
-fn fd_line(line: &str) -> Option<(FdRef, Option<Entry<RawFd>>)> {
-    let mut words = line.split(' ');
-    let (fd, inode) = (number(words.next()?)?, number(words.next()?)?);
-    let (kind, name) = (words.next()?, unescape(words.next()?)?);
-    let Some(kind) = Kind::from_word(kind) else { return Some((FdRef { fd, inode }, None)) };
-    let mut entry = Entry { key: Key::from_parts(kind, name), fd, inode, file: None, unit: None };
-    for attribute in words {
-        if let Some(value) = attribute.strip_prefix("file=") {
-            let (device, inode) = value.split_once(':')?;
-            entry.file = Some((number(device)?, number(inode)?));
-        }
-        if let Some(name) = attribute.strip_prefix("name=") {
-            entry.key = entry.key.named(unescape_text(name)?);
-        }
-        if let Some(name) = attribute.strip_prefix("unit=") {
-            entry.unit = Some(unescape_text(name)?);
-        }
-    }
-    Some((entry.fd_ref(), Some(entry)))
-}
-
 /// Parses digits only; `parse` alone also accepts a plus sign.
 fn number<T: std::str::FromStr>(word: &str) -> Option<T> {
     word.bytes().all(|byte| byte.is_ascii_digit()).then(|| word.parse().ok())?
 }
 
-/// Why a manifest could not be decoded.
-#[derive(Debug, PartialEq, Eq)]
-pub(crate) struct Malformed {
-    /// The line number, or 0 for the manifest as a whole.
-    line: usize,
-    what: &'static str,
-}
-
-impl Malformed {
-    pub(crate) fn new(line: usize, what: &'static str) -> Self {
-        Self { line, what }
-    }
-}
-
-impl fmt::Display for Malformed {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "malformed manifest, line {}: {}", self.line, self.what)
-    }
-}
-
-impl std::error::Error for Malformed {}
-
-impl From<Malformed> for std::io::Error {
-    fn from(malformed: Malformed) -> Self {
-        Self::new(std::io::ErrorKind::InvalidData, malformed)
-    }
+/// Line 0 is the manifest as a whole.
+pub(super) fn malformed(line: usize, what: &str) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, format!("malformed manifest, line {line}: {what}"))
 }

@@ -12,8 +12,8 @@ use super::ancestors::{Ancestors, DrainLink, ParentLink};
 use super::blob;
 use super::entry::{Entry, FdRef};
 use super::lines::{Lines, COMMIT};
-use super::manifest::{Malformed, Manifest, Origin, MAX_ENTRIES, MAX_SIZE};
-use super::scm::{self, Limits, Receiver};
+use super::manifest::{malformed, Manifest, Origin, MAX_ENTRIES, MAX_SIZE};
+use super::scm::{self, Receiver};
 use crate::error::Error;
 use crate::logging;
 use crate::sys::adopt::{is_identical, nonce, Adopter};
@@ -27,7 +27,8 @@ pub(crate) struct Arrived {
     rest: Vec<u8>,
 }
 
-/// The handover that a child has received from its parent.
+/// The handover that a child has received from its parent. Empty in a first generation.
+#[derive(Default)]
 pub(crate) struct Inherited {
     /// The identification of the parent.
     pub(crate) origin: Origin,
@@ -47,8 +48,8 @@ impl Arrived {
     /// `writer`, which may be one socket.
     pub(crate) fn unpack(self, reader: Arc<OwnedFd>, writer: Arc<OwnedFd>) -> Result<Inherited, Error> {
         let (origin, lines) = (self.manifest.origin.clone(), Lines::with(self.rest.clone()));
-        let parent = ParentLink::new(origin.generation, reader, writer, lines)
-            .map_err(|source| Error::Handover { what: "status link", source })?;
+        let parent =
+            ParentLink::new(origin.generation, reader, writer, lines).map_err(Error::handover("status link"))?;
         // A process that comes too late must not even hold the sockets.
         if parent.state().given_up || (parent.is_deaf() && !parent.is_dead(COMMIT)) {
             return Err(Error::GivenUp);
@@ -75,15 +76,15 @@ impl Arrived {
     /// Takes ownership of the descriptors that the manifest names.
     pub(crate) fn into_entries(self) -> Result<Vec<Entry>, Error> {
         let Self { manifest: Manifest { entries: named, unknown, .. }, mut descriptors, .. } = self;
-        let own = |entry: Entry<RawFd>| match descriptors.take(entry.fd_ref()) {
-            Ok(fd) => Ok(entry.with_fd(Arc::new(fd))),
-            Err(source) => Err(Error::Socket { key: entry.key, source }),
+        let own = |entry: Entry<RawFd>| {
+            let fd = descriptors.take(entry.fd_ref()).map_err(Error::socket(&entry.key))?;
+            Ok(entry.with_fd(Arc::new(fd)))
         };
-        let entries = named.into_iter().map(own).collect::<Result<_, _>>()?;
+        let entries = named.into_iter().map(own).collect::<Result<_, Error>>()?;
         // Take ownership to close them, because this version cannot use them.
         let unused: Vec<_> = unknown.into_iter().map(|fd| descriptors.take(fd)).collect();
         if let Descriptors::Inherited(adopter) = descriptors {
-            adopter.close_on_exec().map_err(|source| Error::Handover { what: "descriptors", source })?;
+            adopter.close_on_exec().map_err(Error::handover("descriptors"))?;
         }
         for _closed in unused {
             logging::info!("closed a descriptor of an unknown kind");
@@ -130,7 +131,7 @@ pub(crate) fn read(pipe: &OwnedFd, adopter: Adopter, time: Duration) -> io::Resu
             break length;
         }
         if text.len() > MAX_SIZE {
-            return Err(Malformed::new(0, "too large").into());
+            return Err(malformed(0, "too large"));
         }
         searched = text.len();
         text.reserve(1 << 16);
@@ -148,7 +149,7 @@ pub(crate) fn read(pipe: &OwnedFd, adopter: Adopter, time: Duration) -> io::Resu
 /// Receives manifest and descriptors from a socket. If the text is not a manifest, it is returned as the inner error.
 pub(crate) fn receive(socket: &OwnedFd, time: Duration) -> io::Result<Result<Arrived, String>> {
     let deadline = Deadline::after(time);
-    let mut receiver = Receiver::new(Limits { bytes: MAX_SIZE, descriptors: MAX_ENTRIES });
+    let mut receiver = Receiver::new(MAX_SIZE, MAX_ENTRIES);
     while !receiver.step(socket)? {
         wait_until(socket, deadline)?;
     }
@@ -164,7 +165,7 @@ pub(crate) fn receive(socket: &OwnedFd, time: Duration) -> io::Result<Result<Arr
 /// Receives the data that is sent at the commit, without waiting. The manifest is the first descriptor, a sealed memory
 /// file, so that everything fits into the buffer of the socket.
 pub(crate) fn receive_late(socket: &OwnedFd) -> io::Result<Arrived> {
-    let mut receiver = Receiver::new(Limits { bytes: MAX_ENTRIES, descriptors: MAX_ENTRIES });
+    let mut receiver = Receiver::new(MAX_ENTRIES, MAX_ENTRIES);
     if !receiver.step(socket)? {
         return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "not everything was sent"));
     }

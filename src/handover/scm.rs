@@ -112,18 +112,11 @@ impl<F: AsFd> Sender<F> {
     }
 }
 
-/// The limits on what a receiver accepts from its peer.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Limits {
-    /// Bytes of text.
-    pub(crate) bytes: usize,
-    /// Descriptors.
-    pub(crate) descriptors: usize,
-}
-
 /// The receiving end of one handover. Dropping it closes what it has received.
 pub(crate) struct Receiver {
-    limits: Limits,
+    /// The limits on what it accepts.
+    most_bytes: usize,
+    most_descriptors: usize,
     text: Vec<u8>,
     /// The length of the text, once its end has been received.
     length: Option<usize>,
@@ -131,8 +124,8 @@ pub(crate) struct Receiver {
 }
 
 impl Receiver {
-    pub(crate) fn new(limits: Limits) -> Self {
-        Receiver { limits, text: Vec::new(), length: None, descriptors: Vec::new() }
+    pub(crate) fn new(most_bytes: usize, most_descriptors: usize) -> Self {
+        Receiver { most_bytes, most_descriptors, text: Vec::new(), length: None, descriptors: Vec::new() }
     }
 
     /// Receives pending data. Returns true when the handover is complete.
@@ -176,11 +169,14 @@ impl Receiver {
             let looked_at = self.text.len().saturating_sub(END.len());
             self.text.extend_from_slice(&bytes[..message.bytes]);
             self.length = length(&self.text, looked_at);
-            if self.text.len() > self.limits.bytes {
-                return Err(too_much("bytes", self.limits.bytes));
-            }
-            if self.descriptors.len() > self.limits.descriptors {
-                return Err(too_much("descriptors", self.limits.descriptors));
+            for (received, most, what) in [
+                (self.text.len(), self.most_bytes, "bytes"),
+                (self.descriptors.len(), self.most_descriptors, "descriptors"),
+            ] {
+                if received > most {
+                    let reason = format!("the other process sent more than {most} {what}");
+                    return Err(io::Error::new(io::ErrorKind::InvalidData, reason));
+                }
             }
         }
         Ok(true)
@@ -199,10 +195,6 @@ pub(crate) fn length(bytes: &[u8], from: usize) -> Option<usize> {
     bytes[from..].windows(END.len()).position(|window| window == END).map(|at| from + at + END.len())
 }
 
-fn too_much(what: &str, limit: usize) -> io::Error {
-    io::Error::new(io::ErrorKind::InvalidData, format!("the other process sent more than {limit} {what}"))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -214,7 +206,9 @@ mod tests {
     use std::os::unix::process::CommandExt;
     use std::process::Command;
 
-    const LIMITS: Limits = Limits { bytes: 1 << 20, descriptors: 2000 };
+    fn receiver() -> Receiver {
+        Receiver::new(1 << 20, 2000)
+    }
 
     fn pair() -> (UnixStream, UnixStream) {
         UnixStream::pair().unwrap()
@@ -244,9 +238,8 @@ mod tests {
     }
 
     /// Runs both ends alternately, as two event loops would.
-    fn transfer<F: AsFd>(mut sender: Sender<F>, limits: Limits) -> io::Result<(Vec<u8>, Vec<OwnedFd>)> {
+    fn transfer<F: AsFd>(mut sender: Sender<F>, mut receiver: Receiver) -> io::Result<(Vec<u8>, Vec<OwnedFd>)> {
         let (left, right) = pair();
-        let mut receiver = Receiver::new(limits);
         loop {
             let sent = sender.step(&left)?;
             let complete = receiver.step(&right)?;
@@ -271,7 +264,7 @@ mod tests {
     #[test]
     fn a_text_alone_arrives() {
         let sender = Sender::new(text(3), Vec::<OwnedFd>::new()).unwrap();
-        let (bytes, received) = transfer(sender, LIMITS).unwrap();
+        let (bytes, received) = transfer(sender, receiver()).unwrap();
         assert_eq!(bytes, text(3));
         assert!(received.is_empty());
     }
@@ -281,7 +274,7 @@ mod tests {
         room_for(4096);
         let (all, inodes) = descriptors(1000);
         let sender = Sender::new(text(1000), all).unwrap();
-        let (bytes, received) = transfer(sender, LIMITS).unwrap();
+        let (bytes, received) = transfer(sender, receiver()).unwrap();
         assert_eq!(bytes, text(1000));
         assert_eq!(received.iter().map(inode).collect::<Vec<_>>(), inodes);
         for fd in &received {
@@ -295,7 +288,7 @@ mod tests {
         let long = text(50_000);
         let (all, inodes) = descriptors(300);
         let mut sender = Sender::new(long.clone(), all).unwrap();
-        let mut receiver = Receiver::new(LIMITS);
+        let mut receiver = receiver();
         assert_eq!(sender.step(&left).unwrap(), Sent::Blocked, "a peer that does not read does not block the sender");
         assert_eq!(sender.step(&left).unwrap(), Sent::Blocked);
         assert!(!receiver.step(&right).unwrap());
@@ -313,7 +306,7 @@ mod tests {
         let (all, _) = descriptors(254);
         // Two messages and a text of five bytes: one byte with each message, and the rest last.
         let sender = Sender::new(b"\nend\n".to_vec(), all).unwrap();
-        let (bytes, received) = transfer(sender, LIMITS).unwrap();
+        let (bytes, received) = transfer(sender, receiver()).unwrap();
         assert_eq!(bytes, b"\nend\n");
         assert_eq!(received.len(), 254);
     }
@@ -333,7 +326,7 @@ mod tests {
     fn what_follows_the_text_is_kept_apart() {
         let (mut left, right) = pair();
         left.write_all(b"line\nen").unwrap();
-        let mut receiver = Receiver::new(LIMITS);
+        let mut receiver = receiver();
         assert!(!receiver.step(&right).unwrap());
         left.write_all(b"d\nstop\n").unwrap();
         assert!(receiver.step(&right).unwrap());
@@ -344,14 +337,14 @@ mod tests {
     #[test]
     fn nothing_yet_is_not_an_error() {
         let (_left, right) = pair();
-        assert!(!Receiver::new(LIMITS).step(&right).unwrap());
+        assert!(!receiver().step(&right).unwrap());
     }
 
     #[test]
     fn an_empty_message_of_a_peer_that_leaves_is_an_end() {
         let (left, right) = pair();
         drop(left);
-        let error = Receiver::new(LIMITS).step(&right).unwrap_err();
+        let error = receiver().step(&right).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof);
     }
 
@@ -363,7 +356,7 @@ mod tests {
         assert_eq!(sender.step(&left).unwrap(), Sent::Blocked);
         drop(sender);
         drop(left);
-        let mut receiver = Receiver::new(LIMITS);
+        let mut receiver = receiver();
         let error = receiver.step(&right).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof);
         assert_eq!(receiver.descriptors.len(), 1);
@@ -386,7 +379,7 @@ mod tests {
     fn garbage_without_an_end_stops_at_the_limit() {
         let (mut left, right) = pair();
         left.set_nonblocking(true).unwrap();
-        let mut receiver = Receiver::new(Limits { bytes: 10_000, descriptors: 1 });
+        let mut receiver = Receiver::new(10_000, 1);
         let error = loop {
             // The peer never stops sending; the receiver stops at its limit.
             let _ = left.write(&[0xff; 3000]);
@@ -403,7 +396,7 @@ mod tests {
     fn too_many_descriptors_stop_at_the_limit() {
         let (all, _) = descriptors(300);
         let sender = Sender::new(text(300), all).unwrap();
-        let error = transfer(sender, Limits { bytes: 1 << 20, descriptors: 299 }).unwrap_err();
+        let error = transfer(sender, Receiver::new(1 << 20, 299)).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::InvalidData);
         assert!(error.to_string().contains("299 descriptors"), "{error}");
     }
@@ -441,7 +434,7 @@ mod tests {
         let mut sender = Sender::new(text(20), all).unwrap();
         assert_eq!(sender.step(&left).unwrap(), Sent::All);
         limit_open_files(32);
-        let error = Receiver::new(LIMITS).step(&right).unwrap_err();
+        let error = receiver().step(&right).unwrap_err();
         assert!(error.to_string().contains("dropped descriptors"), "{error}");
     }
 
@@ -477,7 +470,7 @@ mod tests {
         assert_eq!(second.step(&left_2).unwrap(), Sent::Crowded);
         drop((left, right));
         until_sent(&mut second, &left_2);
-        let mut receiver = Receiver::new(LIMITS);
+        let mut receiver = receiver();
         assert!(receiver.step(&right_2).unwrap());
         assert_eq!(receiver.into_parts().2.len(), 10);
     }

@@ -5,20 +5,17 @@
 //! variable, the numbers belong to other files or to none. On systems where pipes and sockets have no inodes, a nonce
 //! replaces it, which the manifest repeats in a line `nonce 48211`.
 
-use std::iter;
-
-use rustix::fs::FileType;
-
 use super::entry::FdRef;
 
 /// The variable's name, which is part of the contract between versions.
 pub(crate) const VARIABLE: &str = "ECDYSIS_HANDOVER";
 
-/// What carries the messages between a child and its parent.
+/// What carries the messages between a child and its parent: two pipes, or one socket that is both of them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Carrier {
-    Pipes { manifest: FdRef, status: FdRef },
-    Socket(FdRef),
+pub(crate) struct Carrier {
+    /// From this the child reads the manifest and what follows.
+    pub(crate) reader: FdRef,
+    pub(crate) writer: FdRef,
 }
 
 /// Whether the value has the form of any version. Then it is a handover, for this process or for another.
@@ -28,13 +25,16 @@ pub(crate) fn is_handover(value: &str) -> bool {
 }
 
 impl Carrier {
+    pub(crate) fn is_socket(&self) -> bool {
+        self.reader == self.writer
+    }
+
     pub(crate) fn value(&self) -> String {
-        match self {
-            Self::Pipes { manifest, status } => {
-                format!("v1:manifest={}@{},status={}@{}", manifest.fd, manifest.inode, status.fd, status.inode)
-            }
-            Self::Socket(socket) => format!("v1:socket={}@{}", socket.fd, socket.inode),
+        let place = |fd: FdRef| format!("{}@{}", fd.fd, fd.inode);
+        if self.is_socket() {
+            return format!("v1:socket={}", place(self.reader));
         }
+        format!("v1:manifest={},status={}", place(self.reader), place(self.writer))
     }
 
     /// Returns `None` for anything but a value of this version that names two pipes or a socket.
@@ -52,27 +52,11 @@ impl Carrier {
             let (fd, inode) = place.split_once('@')?;
             *slot = Some(FdRef { fd: fd.parse().ok().filter(|fd| *fd > 2)?, inode: inode.parse().ok()? });
         }
-        match socket {
-            Some(socket) => Some(Self::Socket(socket)),
-            None => Some(Self::Pipes { manifest: manifest?, status: status? }),
-        }
-    }
-
-    /// Returns the descriptor from which the child reads the manifest.
-    pub(crate) fn reader(&self) -> FdRef {
-        match *self {
-            Self::Pipes { manifest, .. } => manifest,
-            Self::Socket(socket) => socket,
-        }
-    }
-
-    /// Returns the descriptors, and their required types.
-    pub(crate) fn descriptors(&self) -> impl Iterator<Item = (FdRef, FileType)> {
-        let (first, second) = match *self {
-            Self::Pipes { manifest, status } => ((manifest, FileType::Fifo), Some((status, FileType::Fifo))),
-            Self::Socket(socket) => ((socket, FileType::Socket), None),
+        let (reader, writer) = match socket {
+            Some(socket) => (socket, socket),
+            None => (manifest?, status?),
         };
-        iter::once(first).chain(second)
+        Some(Self { reader, writer })
     }
 }
 
@@ -82,10 +66,10 @@ mod tests {
 
     #[test]
     fn the_value_is_the_contract() {
-        let (manifest, status) = (FdRef { fd: 5, inode: 48211 }, FdRef { fd: 7, inode: 48212 });
+        let (reader, writer) = (FdRef { fd: 5, inode: 48211 }, FdRef { fd: 7, inode: 48212 });
         for (carrier, value) in [
-            (Carrier::Pipes { manifest, status }, "v1:manifest=5@48211,status=7@48212"),
-            (Carrier::Socket(manifest), "v1:socket=5@48211"),
+            (Carrier { reader, writer }, "v1:manifest=5@48211,status=7@48212"),
+            (Carrier { reader, writer: reader }, "v1:socket=5@48211"),
         ] {
             assert_eq!(carrier.value(), value);
             assert_eq!(Carrier::parse(value), Some(carrier));

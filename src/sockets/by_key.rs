@@ -34,7 +34,7 @@ impl Sockets {
     ///
     /// [`Error::Socket`] if the socket is not of the key's kind, or no descriptor is free.
     pub fn adopt(&self, key: Key, socket: impl Into<OwnedFd>) -> Result<(), Error> {
-        self.hold(key, socket.into().as_fd())
+        self.registry().hold(&key, socket.into().as_fd(), None, None).map_err(Error::socket(&key))
     }
 
     /// Returns a socket that the parent handed over under this key, and keeps it in the registry for the next
@@ -90,7 +90,7 @@ impl Sockets {
     ///
     /// [`Error::Socket`] if no descriptor is free, or the name is longer than 255 bytes.
     pub fn pass_fd(&self, name: impl AsRef<OsStr>, fd: impl AsFd) -> Result<(), Error> {
-        self.pass(Key::fd(name), fd.as_fd())
+        self.pass(&Key::fd(name), fd.as_fd())
     }
 
     /// Returns the descriptor that the parent passed by this name, and removes it from the registry: the next generation
@@ -99,17 +99,11 @@ impl Sockets {
         self.take(&Key::fd(name))
     }
 
-    pub(super) fn pass(&self, key: Key, fd: BorrowedFd<'_>) -> Result<(), Error> {
-        let passed = self.registry().replace(&key, fd);
-        passed.map_err(|source| Error::Socket { key, source })
+    pub(super) fn pass(&self, key: &Key, fd: BorrowedFd<'_>) -> Result<(), Error> {
+        self.registry().replace(key, fd).map_err(Error::socket(key))
     }
 
     pub(super) fn take(&self, key: &Key) -> Option<OwnedFd> {
         self.registry().take(key)
-    }
-
-    fn hold(&self, key: Key, fd: BorrowedFd<'_>) -> Result<(), Error> {
-        let held = self.registry().hold(&key, fd, None, None);
-        held.map_err(|source| Error::Socket { key, source })
     }
 }

@@ -36,7 +36,7 @@ impl Sockets {
         let (before, since): (Vec<_>, Vec<_>) = all.into_iter().filter(is_state).partition(is_known);
         let count = early.len() + before.len();
         let entries: Vec<Entry> = early.into_iter().chain(before).chain(late).chain(since).collect();
-        let text = manifest::encode(&Origin { generation, ..Origin::default() }, (0..).zip(&entries));
+        let text = manifest::encode(&Origin { generation, ..Origin::default() }, None, (0..).zip(&entries));
         let text = blob::seal(text.as_bytes(), manifest::MAX_SIZE as u64).map_err(failed)?;
         let number = entries.len();
         let descriptors = [Arc::new(text)].into_iter().chain(entries.into_iter().map(|entry| entry.fd)).collect();

@@ -64,13 +64,13 @@ impl Late {
         let mut entries = produce(self.producers, end)?;
         entries.extend(registry.lock().unwrap_or_else(PoisonError::into_inner).passed_since(&self.known));
         let origin = Origin { generation, ..Origin::default() };
-        let text = manifest::encode(&origin, (0..).zip(&entries));
+        let text = manifest::encode(&origin, None, (0..).zip(&entries));
         blob::seal(text.as_bytes(), manifest::MAX_SIZE as u64)
             .and_then(|text| {
                 let descriptors = entries.into_iter().map(|entry| entry.fd);
                 send(&self.socket, [Arc::new(text)].into_iter().chain(descriptors).collect(), end)
             })
-            .map_err(|source| Error::Prepare { what: "state at the commit", source })
+            .map_err(Error::prepare("state at the commit"))
     }
 }
 
@@ -82,7 +82,7 @@ pub(super) fn produce(producers: Vec<Producer>, end: Instant) -> Result<Vec<Entr
     thread::Builder::new()
         .name("ecdysis-state".into())
         .spawn(call)
-        .map_err(|source| Error::Prepare { what: "thread for the state at the commit", source })?;
+        .map_err(Error::prepare("thread for the state at the commit"))?;
     let wait = |producer: &Producer| {
         let entry = produced.recv_timeout(end.saturating_duration_since(Instant::now()));
         entry.map_err(|_| producer.failed(format!("the callbacks at the commit took longer than {TIME:?}")))?

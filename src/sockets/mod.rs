@@ -18,7 +18,7 @@ use std::io;
 use std::net::{SocketAddr, TcpListener, UdpSocket};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::{UnixDatagram, UnixListener};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rustix::fs::Mode;
@@ -194,12 +194,7 @@ impl Sockets {
     }
 
     pub(crate) fn listen_unix_with_mode(&self, path: &Path, mode: Option<Mode>) -> Result<UnixListener, Error> {
-        self.claim_or(Key::unix(path), |start| {
-            let (socket, file) = listen::bind_unix(path, SocketType::STREAM, mode)?;
-            start.listen(&socket, listen::MAX_BACKLOG)?;
-            Ok((socket, file))
-        })
-        .map(UnixListener::from)
+        self.unix(Key::unix(path), SocketType::STREAM, mode).map(UnixListener::from)
     }
 
     /// Returns a Unix seqpacket listener at `path`, under the rules of [`listen_unix`](Self::listen_unix).
@@ -225,13 +220,7 @@ impl Sockets {
     ///
     /// [`Error::Socket`], with the error of bind(2) or listen(2).
     pub fn listen_unix_seqpacket(&self, path: impl AsRef<Path>) -> Result<UnixSeqpacketListener, Error> {
-        let path = path.as_ref();
-        self.claim_or(Key::unix_seqpacket(path), |start| {
-            let (socket, file) = listen::bind_unix(path, SocketType::SEQPACKET, None)?;
-            start.listen(&socket, listen::MAX_BACKLOG)?;
-            Ok((socket, file))
-        })
-        .map(UnixSeqpacketListener::from)
+        self.unix(Key::unix_seqpacket(path), SocketType::SEQPACKET, None).map(UnixSeqpacketListener::from)
     }
 
     /// Returns a Unix datagram socket at `path`, under the rules of [`listen_unix`](Self::listen_unix).
@@ -251,9 +240,7 @@ impl Sockets {
     ///
     /// [`Error::Socket`], with the error of bind(2).
     pub fn listen_unix_datagram(&self, path: impl AsRef<Path>) -> Result<UnixDatagram, Error> {
-        let path = path.as_ref();
-        self.claim_or(Key::unix_datagram(path), |_| listen::bind_unix(path, SocketType::DGRAM, None))
-            .map(UnixDatagram::from)
+        self.unix(Key::unix_datagram(path), SocketType::DGRAM, None).map(UnixDatagram::from)
     }
 
     /// Returns a takeover socket at `path` for a program with its own event loop, which calls
@@ -267,6 +254,17 @@ impl Sockets {
         let path = path.as_ref();
         let listener = self.listen_unix_with_mode(path, Some(Mode::RUSR | Mode::WUSR))?;
         Ok(TakeoverSocket { path: path.to_owned(), listener })
+    }
+
+    fn unix(&self, key: Key, kind: SocketType, mode: Option<Mode>) -> Result<OwnedFd, Error> {
+        let path = PathBuf::from(key.name());
+        self.claim_or(key, |start| {
+            let (socket, file) = listen::bind_unix(&path, kind, mode)?;
+            if kind != SocketType::DGRAM {
+                start.listen(&socket, listen::MAX_BACKLOG)?;
+            }
+            Ok((socket, file))
+        })
     }
 
     /// Returns the inherited socket with this key, or otherwise the one that `make` creates.

@@ -114,7 +114,7 @@ impl Sockets {
     ) -> Result<(), Error> {
         let key = Key::bytes(name);
         let producer = Producer { key: key.clone(), at_commit, callback: Arc::new(callback) };
-        self.registry().produce(producer).map_err(|source| Error::Socket { key, source })
+        self.registry().produce(producer).map_err(Error::socket(&key))
     }
 
     /// Returns the bytes that the parent passed by this name; `None` if there are none. The next generation gets only
@@ -135,7 +135,7 @@ impl Sockets {
             }
             None => Ok(None),
         };
-        bytes.map_err(|source| Error::Socket { key, source })
+        bytes.map_err(Error::socket(&key))
     }
 
     /// Hands a connection to the next generation, by name. The registry keeps a duplicate, which replaces an earlier
@@ -170,7 +170,7 @@ impl Sockets {
     ///
     /// [`Error::Socket`] if no descriptor is left, or the name is longer than 255 bytes.
     pub fn pass_stream<S: Stream>(&self, name: impl AsRef<OsStr>, stream: &S) -> Result<(), Error> {
-        self.pass(Key::stream(name), stream.as_fd())
+        self.pass(&Key::stream(name), stream.as_fd())
     }
 
     /// Returns the connection that the parent passed by this name; `None` if there is none. The next generation gets it
@@ -190,7 +190,7 @@ impl Sockets {
             }
             Ok(S::from(fd))
         });
-        stream.transpose().map_err(|source| Error::Socket { key, source })
+        stream.transpose().map_err(Error::socket(&key))
     }
 
     /// Creates a link in a chain of Unix datagram pairs through the generations. The first returned socket is connected
@@ -225,9 +225,9 @@ impl Sockets {
                 None
             }
         });
-        let pair = UnixDatagram::pair().map_err(|source| Error::Socket { key: key.clone(), source });
+        let pair = UnixDatagram::pair().map_err(Error::socket(&key));
         let to_child = pair.and_then(|(ours, childs)| {
-            self.pass(key, childs.as_fd())?;
+            self.pass(&key, childs.as_fd())?;
             Ok(ours)
         });
         (to_parent, to_child)

@@ -14,15 +14,13 @@ impl Sockets {
     /// Closes unclaimed sockets, and returns the inodes of the listeners among them, which the parent serves until it
     /// is over.
     pub(crate) fn close_unclaimed(&self) -> Result<Vec<u64>, Error> {
-        let unclaimed = self.registry().close_unclaimed()?;
+        let mut lines = Vec::new();
+        let dropped = self.registry().close_unclaimed(&mut lines)?;
         // Log without the lock, because the logger belongs to the program.
-        for line in &unclaimed.infos {
-            logging::info!("{line}");
+        for (level, line) in lines {
+            logging::write(level, format_args!("{line}"));
         }
-        for line in &unclaimed.warnings {
-            logging::warn!("{line}");
-        }
-        Ok(unclaimed.dropped.into_iter().collect())
+        Ok(dropped)
     }
 
     /// Returns everything that an upgrade hands over when it begins, and what must be sent at its commit. State is
@@ -36,8 +34,7 @@ impl Sockets {
         if late.is_empty() {
             return Ok((entries, None));
         }
-        let late = Late::new(late, &mut entries);
-        let late = late.map_err(|source| Error::Prepare { what: "socket for the state at the commit", source })?;
+        let late = Late::new(late, &mut entries).map_err(Error::prepare("socket for the state at the commit"))?;
         Ok((entries, Some(late)))
     }
 

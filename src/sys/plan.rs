@@ -28,7 +28,7 @@ pub(crate) struct Plan {
 
 /// Whether it is an error if the directory is gone or cannot be entered, or whether the child then stays in the current
 /// one. Staying needs no permission, whereas entering needs search permission for every part of the path.
-#[derive(Clone, Copy, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum IfMissing {
     Fail,
     Stay,

@@ -407,6 +407,7 @@ mod tests {
         assert_eq!(handed_on, [(&key(2), Some("http")), (&key(3), Some("admin")), (&key(4), Some("admin"))]);
         let text = manifest::encode(
             &Origin { generation: 1, ..Origin::default() },
+            None,
             entries.iter().map(|entry| (entry.number(), entry)),
         );
         let read = Manifest::decode(text.as_bytes()).unwrap();

@@ -121,7 +121,7 @@ mod tests {
     fn pieces(stop: u128) -> Vec<(String, OwnedFd)> {
         let (file, _) = crate::sys::net::pipe().unwrap();
         let entries = [Entry::new(Key::fd("lock"), file).unwrap()];
-        let text = encode(&Origin { generation: 1, ..Origin::default() }, (0..).zip(&entries));
+        let text = encode(&Origin { generation: 1, ..Origin::default() }, None, (0..).zip(&entries));
         let text = blob::seal(text.as_bytes(), 1 << 20).unwrap();
         let [entry] = entries;
         let fds = [text, Arc::into_inner(entry.fd).unwrap()];

@@ -7,6 +7,8 @@ use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
+use rustix::fs::FileType;
+
 use crate::error::Error;
 use crate::generation::Generation;
 use crate::handover::ancestors::{Ancestors, ParentState};
@@ -45,9 +47,9 @@ pub(crate) fn inherit(
         let ancestors = Ancestors { of_1_1_1: Some(pipe), ..Ancestors::default() };
         return Ok(Some(Inherited {
             origin: Origin { generation: 1, ..Origin::default() },
-            is_takeover: false,
             entries,
             ancestors,
+            ..Inherited::default()
         }));
     }
     match take_over {
@@ -65,39 +67,31 @@ fn from_environment() -> Result<Option<Inherited>, Error> {
     };
     let invalid = |why: &'static str| Error::Handover { what: VARIABLE, source: io::Error::other(why) };
     let carrier = Carrier::parse(value).ok_or_else(|| invalid("not of a version or form that is known here"))?;
-    let end = carrier.reader();
+    let Carrier { reader: end, writer } = carrier;
     if !may_bring_a_manifest(end.fd) {
         return Ok(another_process());
     }
-    let missing =
-        carrier.descriptors().filter(|(fd, file_type)| check(fd.fd, Some(*file_type), Some(fd.inode)).is_err());
-    match (missing.count(), carrier.descriptors().count()) {
-        (0, _) => {}
-        (missing, all) if missing == all => {
-            return Ok(another_process());
-        }
+    let file_type = if carrier.is_socket() { FileType::Socket } else { FileType::Fifo };
+    let is_here = |fd: FdRef| check(fd.fd, Some(file_type), Some(fd.inode)).is_ok();
+    match (is_here(end), is_here(writer)) {
+        (true, true) => {}
+        (false, false) => return Ok(another_process()),
         _ => return Err(invalid("one of the two pipes is missing")),
     }
     if program::is_secure() {
         return Err(invalid(SECURE));
     }
     let Some(mut adopter) = Adopter::take() else { return Ok(None) };
-    let failed = |source| Error::Handover { what: "manifest", source };
-    let mut adopt = |fd: FdRef| adopter.adopt(fd.fd, None, Some(fd.inode)).map(Arc::new).map_err(failed);
-    let (reader, writer, arrived) = match carrier {
-        Carrier::Pipes { manifest, status } => {
-            let (reader, writer) = (adopt(manifest)?, adopt(status)?);
-            adopter.close_on_exec().map_err(failed)?;
-            let arrived = receive::read(&reader, adopter, MANIFEST).map_err(failed)?;
-            (reader, writer, arrived)
-        }
-        Carrier::Socket(socket) => {
-            let socket = adopt(socket)?;
-            adopter.close_on_exec().map_err(failed)?;
-            let arrived = receive::receive(&socket, MANIFEST).map_err(failed)?;
-            let arrived = arrived.map_err(|answer| failed(io::Error::new(io::ErrorKind::InvalidData, answer)))?;
-            (socket.clone(), socket, arrived)
-        }
+    let failed = Error::handover("manifest");
+    let mut adopt = |fd: FdRef| adopter.adopt(fd.fd, None, Some(fd.inode)).map(Arc::new).map_err(&failed);
+    let reader = adopt(end)?;
+    let writer = if carrier.is_socket() { reader.clone() } else { adopt(writer)? };
+    adopter.close_on_exec().map_err(&failed)?;
+    let arrived = if carrier.is_socket() {
+        let received = receive::receive(&reader, MANIFEST).map_err(&failed)?;
+        received.map_err(|answer| failed(io::Error::new(io::ErrorKind::InvalidData, answer)))?
+    } else {
+        receive::read(&reader, adopter, MANIFEST).map_err(failed)?
     };
     if !arrived.is_of(end) {
         return Ok(another_process());
@@ -140,7 +134,7 @@ fn from_socket(
                 attempts += 1;
                 thread::sleep(ATTEMPT_PAUSE);
             }
-            Err(source) => return Err(Error::Handover { what: "manifest", source }),
+            Err(e) => return Err(Error::handover("manifest")(e)),
         }
     }
     Ok(None)

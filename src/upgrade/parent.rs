@@ -54,20 +54,19 @@ fn pack(generation: &Generation) -> Result<(Handover, Option<Late>), Error> {
 fn start(generation: &Generation, handover: Handover) -> Result<Successor<'_>, Error> {
     let launch = &generation.launch;
     generation.warn_of_lost_rights();
-    generation.reporter.check_unit().map_err(|source| Error::Prepare { what: "the next generation", source })?;
+    generation.reporter.check_unit().map_err(Error::prepare("the next generation"))?;
     let program = launch.program()?;
     let (link, child_end) = match launch.transport {
         Transport::Pipes => ChildLink::pipes(handover)?,
         Transport::Socket => ChildLink::socketpair(handover)?,
     };
-    let prepare = |what| move |source| Error::Prepare { what, source };
     let plan = Plan {
-        program: program.path_c().map_err(prepare("program"))?,
-        argv: program.argv().map_err(prepare("arguments"))?,
-        envp: program.envp(&child_end.carrier.value()).map_err(prepare("environment"))?,
-        directory: program.directory_c().map_err(prepare("directory"))?,
+        program: program.path_c().map_err(Error::prepare("program"))?,
+        argv: program.argv().map_err(Error::prepare("arguments"))?,
+        envp: program.envp(&child_end.carrier.value()).map_err(Error::prepare("environment"))?,
+        directory: program.directory_c().map_err(Error::prepare("directory"))?,
         keep: child_end.keep(),
-        status: child_end.status,
+        status: child_end.carrier.writer.fd,
         attributes: launch.attributes.clone(),
         // At a stop systemd waits only for its own children, and kills all others immediately (`unit_kill_context`).
         parent: match generation.reporter.main() {
