@@ -340,21 +340,6 @@ impl Error {
     }
 }
 
-/// For `map_err`.
-impl Error {
-    pub(crate) fn prepare<E: Into<io::Error>>(what: &'static str) -> impl Fn(E) -> Self {
-        move |source| Self::Prepare { what, source: source.into() }
-    }
-
-    pub(crate) fn handover<E: Into<io::Error>>(what: &'static str) -> impl Fn(E) -> Self {
-        move |source| Self::Handover { what, source: source.into() }
-    }
-
-    pub(crate) fn socket<E: Into<io::Error>>(key: &Key) -> impl Fn(E) -> Self + '_ {
-        move |source| Self::Socket { key: key.clone(), source: source.into() }
-    }
-}
-
 /// Keeps the kind of the cause, so that programs that expect an `io::Error` can match `AddrInUse`.
 impl From<Error> for io::Error {
     fn from(error: Error) -> Self {

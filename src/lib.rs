@@ -101,6 +101,7 @@ mod key;
 mod listen;
 mod logging;
 mod manager;
+mod map_err;
 mod options;
 mod pid_file;
 mod program;

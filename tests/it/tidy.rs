@@ -26,6 +26,7 @@ const LAYERS: &[&[&str]] = &[
     &["manager", "pid_file"],
     &["event"],
     &["exit"],
+    &["map_err"],
     &["error"],
     &["key"],
     &["control", "seqpacket"],
