@@ -206,7 +206,8 @@ fn ask(options: &Options) -> Result<String, Outcome> {
     let _spinner = Spinner::start(&options.command);
     ecdysis::control::request(&options.socket, &options.command, options.timeout).map_err(|error| match error.kind() {
         ErrorKind::TimedOut => {
-            let words = format!("no answer within {} s; what was asked for goes on", options.timeout.as_secs_f64());
+            let words =
+                format!("no answer within {} s; the command continues in the server", options.timeout.as_secs_f64());
             Outcome::new(4, "no-answer", words)
         }
         ErrorKind::UnexpectedEof => {

@@ -118,7 +118,7 @@ impl Spawned {
     }
 }
 
-/// How a child ended, and what to look at if nobody has killed it.
+/// The exit status of a child, with a hint for a SIGKILL that may be due to a lack of memory.
 pub(crate) fn explain_end(status: ExitStatus) -> String {
     match status.signal() {
         Some(libc::SIGKILL) => {

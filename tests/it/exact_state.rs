@@ -89,7 +89,7 @@ fn serve(dir: &str) -> Result<()> {
     })?;
     if exists("wait") {
         say(format!("waiting gen={generation}"));
-        eventually("go on", || exists("go"));
+        eventually("it may continue", || exists("go"));
     }
     assert_eq!(starting.take_bytes("lines")?, None, "not before the commit");
     let shutdown = starting.shutdown();

@@ -114,7 +114,7 @@ fn serve(dir: &str) -> Result<()> {
             ["discard"] => starting.discard_inherited(),
             ["wait", file] => {
                 say(format!("waiting gen={generation}"));
-                eventually("go on", || fs::exists(format!("{dir}/{file}")).unwrap());
+                eventually("it may continue", || fs::exists(format!("{dir}/{file}")).unwrap());
             }
             ["exit"] => exit = true,
             _ => panic!("what is {line:?}?"),

@@ -130,7 +130,7 @@ fn a_program_that_never_calls_run_stops_with_its_parent() {
     refused(&server.addr());
 }
 
-/// The parent gives the child up, is stopped, and has ended before the child continues, so the child sees both at once.
+/// The parent gives the child up, is stopped, and has ended before the child continues, so the child sees both at the same time.
 #[test]
 fn a_stopped_service_does_not_come_back_with_a_frozen_child() {
     for carrier in ["pipes", "socket"] {

@@ -245,7 +245,7 @@ fn serve_by_hand() -> Result<()> {
     while server.shutdown().readable(&socket, None)? == Readable::Ready {
         match server.hand_over(&socket) {
             Ok(Some(new)) => say(format!("handed over to gen={}", new.generation)),
-            Ok(None) => say("nobody asked".to_owned()),
+            Ok(None) => say("no request".to_owned()),
             Err(e) => say(format!("not handed over: {e}")),
         }
     }
@@ -472,7 +472,7 @@ fn a_program_with_its_own_loop_hands_over() {
     // One peer sends nothing, and one fails.
     let mut stream = UnixStream::connect(dir.path().join("takeover")).unwrap();
     stream.write_all(b"hello?\n").unwrap();
-    first.wait("nobody asked");
+    first.wait("no request");
     let mut stream = UnixStream::connect(dir.path().join("takeover")).unwrap();
     stream.write_all(b"takeover 1\n").unwrap();
     stream.read_exact(&mut [0; 10]).unwrap();

@@ -131,7 +131,7 @@ fn serve(switches: &str) -> Result<(), Box<dyn std::error::Error>> {
         if there("exit") {
             process::exit(3);
         }
-        eventually("it may go on", || !there("wait"));
+        eventually("it may continue", || !there("wait"));
     }
     let server = starting.ready()?;
     let shutdown = server.shutdown();

@@ -287,7 +287,7 @@ fn attempt(point: &Point, setting: &Setting) -> Result<bool, String> {
         }
         // It must not arrive later, because nothing would continue the process then.
         tracer = None;
-        eventually("the old process goes on", || {
+        eventually("the old process continues", || {
             old.signal_all(Signal::CONT);
             !matches!(state(old_pid), Some('T' | 't'))
         });
@@ -300,7 +300,7 @@ fn attempt(point: &Point, setting: &Setting) -> Result<bool, String> {
             eventually("the old process ends", || ended(&old));
         }
     } else if killed_old {
-        return Err(format!("nobody serves: {:?}", new.said()));
+        return Err(format!("no process serves: {:?}", new.said()));
     } else {
         // It was turned away, and reports that when it continues.
         if stops && !stopped_old {

@@ -1,7 +1,7 @@
 //! Compares this library with a bare handover and with `ecdysis` 1.1.1. The runs that are compared are interleaved.
 //!
-//! `ecdysis-bench [--quick] [--only ROW]... [--list]`: without `--quick`, RESULTS.md and the pictures beside it are
-//! written anew for every row that was run.
+//! `ecdysis-bench [--quick] [--only ROW]... [--list]`: without `--quick`, every row that was run replaces its part of
+//! RESULTS.md and its picture.
 
 #![deny(unsafe_code)]
 
