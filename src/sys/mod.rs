@@ -46,6 +46,7 @@ pub(crate) mod plan;
 pub(crate) mod poll;
 pub(crate) mod program;
 pub(crate) mod signal;
+mod sockopt;
 pub(crate) mod spawn;
 pub(crate) mod stdio;
 pub(crate) mod wake;

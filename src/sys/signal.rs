@@ -87,11 +87,9 @@ pub(crate) fn put_back(signal: i32) {
 
 extern "C" fn handler(signal: libc::c_int, info: *mut libc::siginfo_t, context: *mut libc::c_void) {
     put_back(signal);
-    // SAFETY: the pointer is null or refers to a sigaction that is never freed, and that sigaction(2) has returned for
-    // this signal. Its handler was installed to be called with these arguments.
+    let Some(former) = former(signal) else { return };
+    // SAFETY: sigaction(2) returned it for this signal, so its handler was installed to be called with these arguments.
     unsafe {
-        let former = FORMER.get(signal as usize).map_or(ptr::null_mut(), |former| former.load(Ordering::Acquire));
-        let Some(former) = former.as_ref() else { return };
         match former.sa_sigaction {
             libc::SIG_DFL | libc::SIG_IGN => {}
             with_info if former.sa_flags & libc::SA_SIGINFO != 0 => {
@@ -103,6 +101,12 @@ extern "C" fn handler(signal: libc::c_int, info: *mut libc::siginfo_t, context: 
     }
 }
 
+/// Returns the action that was installed before ours.
+fn former(signal: i32) -> Option<&'static libc::sigaction> {
+    // SAFETY: the pointer is null or refers to a sigaction that is never freed.
+    FORMER.get(signal as usize).and_then(|former| unsafe { former.load(Ordering::Acquire).as_ref() })
+}
+
 /// Returns the handler's address, as stored in a sigaction.
 fn address() -> usize {
     handler as extern "C" fn(libc::c_int, *mut libc::siginfo_t, *mut libc::c_void) as usize
@@ -110,8 +114,8 @@ fn address() -> usize {
 
 /// Signals with our handler. Restores the former handlers when dropped, unless other code has installed another handler
 /// since then, which may call ours.
-#[derive(Default)]
-pub(crate) struct Handlers(Vec<(i32, libc::sigaction)>);
+#[derive(Debug, Default)]
+pub(crate) struct Handlers(Vec<i32>);
 
 impl Handlers {
     /// Makes `signal` wake [`wake_fd`] from now on. System calls that it interrupts are restarted (SA_RESTART), and the
@@ -122,7 +126,7 @@ impl Handlers {
         else {
             return Err(io::ErrorKind::InvalidInput.into());
         };
-        if self.0.iter().any(|(installed, _)| *installed == signal) {
+        if self.0.contains(&signal) {
             return Ok(());
         }
         wake_flag()?;
@@ -137,12 +141,10 @@ impl Handlers {
         ours.sa_sigaction = address();
         ours.sa_flags = libc::SA_RESTART | libc::SA_ONSTACK | libc::SA_SIGINFO;
         action(signal, Some(&ours))?;
-        self.0.push((signal, former));
+        self.0.push(signal);
         Ok(())
     }
-}
 
-impl Handlers {
     /// Leaves the handlers installed permanently.
     pub(crate) fn keep(&mut self) {
         self.0.clear();
@@ -162,17 +164,11 @@ fn action(signal: i32, new: Option<&libc::sigaction>) -> io::Result<libc::sigact
     }
 }
 
-impl std::fmt::Debug for Handlers {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_set().entries(self.0.iter().map(|(signal, _)| signal)).finish()
-    }
-}
-
 impl Drop for Handlers {
     fn drop(&mut self) {
-        for (signal, former) in self.0.drain(..) {
+        for signal in self.0.drain(..) {
             if action(signal, None).is_ok_and(|current| current.sa_sigaction == address()) {
-                let _ = action(signal, Some(&former));
+                let _ = action(signal, former(signal));
             }
         }
     }

@@ -1,8 +1,9 @@
 //! Wakes a thread that is blocked in a read of a TCP connection.
 
-use std::mem::size_of_val;
-use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
+use std::os::fd::{BorrowedFd, RawFd};
 use std::time::Duration;
+
+use super::sockopt;
 
 /// Whether a TCP connection whose receiving side is shut down still delivers new data. On other systems the data is
 /// discarded.
@@ -31,14 +32,8 @@ pub(crate) fn wake_reader(fd: RawFd, quiet: Duration) -> bool {
 fn last_received(connection: BorrowedFd<'_>) -> Option<Duration> {
     /// The position of `tcpi_last_data_recv` in `struct tcp_info`, where four-byte fields follow after eight bytes.
     const LAST_RECEIVED: usize = 13;
-    let mut info = [0_u32; LAST_RECEIVED + 1];
-    let mut size = size_of_val(&info) as libc::socklen_t;
-    // SAFETY: the kernel writes at most `size` bytes, which is the size of the array (getsockopt(2)).
-    let done = unsafe {
-        let place = (&raw mut info).cast();
-        libc::getsockopt(connection.as_raw_fd(), libc::IPPROTO_TCP, TCP_INFO, place, &mut size)
-    };
-    (done == 0 && size as usize == size_of_val(&info)).then(|| Duration::from_millis(info[LAST_RECEIVED].into()))
+    let info = sockopt::get(connection, libc::IPPROTO_TCP, TCP_INFO, [0_u32; LAST_RECEIVED + 1]).ok()?;
+    Some(Duration::from_millis(info[LAST_RECEIVED].into()))
 }
 
 #[cfg(target_os = "linux")]

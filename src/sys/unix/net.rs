@@ -7,13 +7,14 @@
 use std::collections::hash_map::RandomState;
 use std::hash::{BuildHasher, Hasher};
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use rustix::fs;
 use rustix::io::{fcntl_setfd, ioctl_fionbio, Errno, FdFlags, Result};
 use rustix::net::{bind, AddressFamily, RecvFlags, ReturnFlags, SendFlags, SocketAddrUnix, SocketFlags, SocketType};
 
+use crate::sys::sockopt;
 use crate::sys::stdio::above_stdio;
 use crate::sys::Mode;
 
@@ -78,16 +79,8 @@ pub(crate) fn family(socket: impl AsFd) -> Result<AddressFamily> {
 }
 
 pub(crate) fn is_listening(socket: impl AsFd) -> Result<bool> {
-    let (mut listening, mut size) = (0_i32, 4);
-    // SAFETY: the kernel writes at most four bytes to a number of four bytes (getsockopt(2)).
-    let result = unsafe {
-        let place = (&raw mut listening).cast();
-        libc::getsockopt(socket.as_fd().as_raw_fd(), libc::SOL_SOCKET, libc::SO_ACCEPTCONN, place, &mut size)
-    };
-    match result {
-        0 => Ok(listening != 0),
-        _ => Err(Errno::from_io_error(&io::Error::last_os_error()).unwrap_or(Errno::INVAL)),
-    }
+    let listening = sockopt::get(socket, libc::SOL_SOCKET, libc::SO_ACCEPTCONN, 0);
+    listening.map(|listening| listening != 0).map_err(|e| Errno::from_io_error(&e).unwrap_or(Errno::INVAL))
 }
 
 /// IP_FREEBIND, which only Linux has.

@@ -1,7 +1,12 @@
 //! The process and user at the other end of a Unix socket, with each system's call.
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+#[cfg(not(target_os = "linux"))]
+use std::os::fd::AsRawFd;
+use std::os::fd::{AsFd, OwnedFd};
+
+#[cfg(any(target_os = "linux", target_vendor = "apple"))]
+use crate::sys::sockopt;
 
 /// The process, 0 if it is not known, and its effective user and group.
 pub(crate) struct Credentials {
@@ -20,17 +25,7 @@ pub(crate) fn credentials(socket: impl AsFd) -> io::Result<Credentials> {
         return Err(io::Error::last_os_error());
     }
     #[cfg(target_vendor = "apple")]
-    let pid = {
-        let (mut pid, mut size): (libc::pid_t, _) = (0, size_of::<libc::pid_t>() as libc::socklen_t);
-        // SAFETY: writes at most this many bytes to a number of that size (getsockopt(2)).
-        let result =
-            unsafe { libc::getsockopt(fd, libc::SOL_LOCAL, libc::LOCAL_PEERPID, (&raw mut pid).cast(), &mut size) };
-        if result == 0 {
-            pid
-        } else {
-            0
-        }
-    };
+    let pid = sockopt::get(&socket, libc::SOL_LOCAL, libc::LOCAL_PEERPID, 0).unwrap_or(0);
     #[cfg(not(target_vendor = "apple"))]
     let pid = 0;
     Ok(Credentials { pid, uid, gid })
@@ -54,17 +49,9 @@ pub(crate) fn credentials(socket: impl AsFd) -> io::Result<Credentials> {
 /// Linux has no getpeereid(3). This replaces it when these fallbacks are tested on Linux.
 #[cfg(target_os = "linux")]
 pub(crate) fn credentials(socket: impl AsFd) -> io::Result<Credentials> {
-    let mut cred = libc::ucred { pid: 0, uid: u32::MAX, gid: u32::MAX };
-    let mut size = size_of::<libc::ucred>() as libc::socklen_t;
-    // SAFETY: writes at most this many bytes to a struct of that size (getsockopt(2)).
-    let result = unsafe {
-        let place = (&raw mut cred).cast();
-        libc::getsockopt(socket.as_fd().as_raw_fd(), libc::SOL_SOCKET, libc::SO_PEERCRED, place, &mut size)
-    };
-    match result {
-        0 => Ok(Credentials { pid: cred.pid, uid: cred.uid, gid: cred.gid }),
-        _ => Err(io::Error::last_os_error()),
-    }
+    let nobody = libc::ucred { pid: 0, uid: u32::MAX, gid: u32::MAX };
+    let libc::ucred { pid, uid, gid } = sockopt::get(socket, libc::SOL_SOCKET, libc::SO_PEERCRED, nobody)?;
+    Ok(Credentials { pid, uid, gid })
 }
 
 /// Returns no descriptor that polls as readable when the process at the other end of `socket` ends, because there is
