@@ -78,7 +78,7 @@ impl Builder {
         }
         if number == 1 && launch.program.names_its_version() {
             let program = launch.program.path.display();
-            logging::warn!("an upgrade runs {program} again, whose path names a version: start it by a link that you change, or choose exec()");
+            logging::warn!("the path {program} contains a version, so an upgrade runs the same version again: start it through a symlink, or use Builder::exec");
         }
 
         let (mut handlers, mut signals) = (Handlers::default(), Vec::new());

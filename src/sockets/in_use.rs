@@ -57,9 +57,9 @@ fn overlaps(key: &Key, entry: &Entry) -> bool {
 fn passed_elsewhere(variable: impl Fn(&str) -> Option<String>, me: u32) -> Option<String> {
     let count = variable("LISTEN_FDS").filter(|count| count != "0")?;
     Some(match variable("LISTEN_PID") {
-        None => format!("LISTEN_FDS={count} without LISTEN_PID (systemfd --no-pid?): such sockets are not taken"),
+        None => format!("LISTEN_FDS={count} without LISTEN_PID (systemfd --no-pid?), and such sockets are not used"),
         Some(pid) if pid == me.to_string() => {
-            format!("the service manager passed {count} sockets: are they taken (Builder::systemd_sockets)?")
+            format!("the service manager passed {count} sockets, which this program does not use (Builder::systemd_sockets)")
         }
         Some(pid) => format!(
             "the service manager passed {count} sockets to process {pid}, and this is {me}: does a wrapper start it without \

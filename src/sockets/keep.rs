@@ -50,7 +50,7 @@ impl Sockets {
 fn check(all: &[Entry], capacity: usize, produced: usize) -> io::Result<()> {
     let needed = all.iter().filter(|entry| entry.unit.is_none()).count() + produced + 1;
     if needed > capacity {
-        return Err(io::Error::other(format!("it needs FileDescriptorStoreMax={needed}, which is {capacity}")));
+        return Err(io::Error::other(format!("FileDescriptorStoreMax= must be at least {needed}, but is {capacity}")));
     }
     let mut seen = HashMap::new();
     for entry in all {

@@ -122,7 +122,7 @@ impl Spawned {
 pub(crate) fn explain_end(status: ExitStatus) -> String {
     match status.signal() {
         Some(libc::SIGKILL) => {
-            format!("{status}, which the kernel sends if memory is short: memory.max of the cgroup, or the machine's")
+            format!("{status}, perhaps out of memory: check memory.max of the cgroup, and the whole machine")
         }
         _ => status.to_string(),
     }
