@@ -78,8 +78,8 @@ pub(crate) struct Program {
     args: Vec<OsString>,
     /// The directory in which this process was started.
     start: Option<PathBuf>,
-    /// The chosen directory; or the one in which this process was started, so that relative paths in the arguments keep
-    /// their meaning, unless it is gone.
+    /// Returns the chosen directory; or the one in which this process was started, so that relative paths in the
+    /// arguments keep their meaning, unless it is gone.
     directory: Option<(PathBuf, IfMissing)>,
     env: BTreeMap<OsString, Option<OsString>>,
 }

@@ -39,7 +39,7 @@ pub(crate) fn unescape(word: &str) -> Option<Cow<'_, [u8]>> {
     Some(bytes.into())
 }
 
-/// `text` as [`escape`] appends it.
+/// Returns `text` in the form that [`escape`] appends.
 pub(crate) fn escaped(text: &str) -> String {
     let mut word = String::new();
     escape(text.as_bytes(), &mut word);

@@ -10,10 +10,10 @@ use super::entry::FdRef;
 /// The variable's name, which is part of the contract between versions.
 pub(crate) const VARIABLE: &str = "ECDYSIS_HANDOVER";
 
-/// What carries the messages between a child and its parent: two pipes, or one socket that is both of them.
+/// The carrier of the messages between a child and its parent: two pipes, or one socket in place of both.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Carrier {
-    /// From this the child reads the manifest and what follows.
+    /// The descriptor from which the child reads the manifest and later messages.
     pub(crate) reader: FdRef,
     pub(crate) writer: FdRef,
 }

@@ -1,10 +1,10 @@
-//! Options of sockets that rustix does not have, or has in a form that cannot hold every answer.
+//! Socket options that rustix does not have, or whose result it cannot represent in every case.
 
 use std::io;
 use std::mem::size_of;
 use std::os::fd::{AsFd, AsRawFd};
 
-/// Any bytes are a value.
+/// Any bytes are a valid value.
 ///
 /// # Safety
 ///
@@ -18,11 +18,11 @@ unsafe impl<const N: usize> Plain for [u32; N] {}
 // SAFETY: as above.
 unsafe impl Plain for libc::ucred {}
 
-/// Returns the value of an option (getsockopt(2)). Where the answer is shorter, the rest of `value` stays.
+/// Returns the value of an option (getsockopt(2)). If the kernel's value is shorter, the rest of `value` is unchanged.
 pub(super) fn get<T: Plain>(socket: impl AsFd, level: i32, name: i32, mut value: T) -> io::Result<T> {
     let mut size = size_of::<T>() as libc::socklen_t;
-    // SAFETY: the descriptor is open, since it is borrowed; the kernel writes at most `size` bytes into `value`, which is
-    // that large and for which any bytes are valid.
+    // SAFETY: the descriptor is open, because it is borrowed. The kernel writes at most `size` bytes to `value`, which
+    // has that size and for which any bytes are valid.
     let result = unsafe {
         let place = (&raw mut value).cast();
         libc::getsockopt(socket.as_fd().as_raw_fd(), level, name, place, &mut size)

@@ -98,7 +98,7 @@ fn one_connection_wakes_one_thread() {
     const THREADS: usize = 16;
     let server = Server::whoami(["--listen", "127.0.0.1:0", "--threads", &THREADS.to_string()]);
     let (addr, pid) = (server.addr(), server.first_pid());
-    // The threads of the accept loops, the main thread, and perhaps that of the observer.
+    // The threads of the accept loops, the main thread, and perhaps the observer's.
     eventually("all wait", || {
         let states = threads(pid);
         states.len() > THREADS && states.values().all(|state| *state == 'S')
