@@ -16,5 +16,6 @@ pub(crate) fn becomes_secure(path: &Path) -> bool {
     let (set_uid, set_gid) = (libc::S_ISUID as u32, libc::S_ISGID as u32);
     (file.mode() & set_uid != 0 && file.uid() != getuid().as_raw())
         || (file.mode() & set_gid != 0 && file.gid() != getgid().as_raw())
-        || (is_secure() && (getuid() != geteuid() || getgid() != getegid() || has_capabilities(path)))
+        || (is_secure()
+            && (getuid() != geteuid() || getgid() != getegid() || (!getuid().is_root() && has_capabilities(path))))
 }

@@ -1,6 +1,7 @@
 //! The parent's half of an upgrade: steps 2, 3, 4 and 7.
 
 use std::io;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use super::successor::{Process, Successor};
@@ -14,13 +15,14 @@ use crate::handover::ancestors::DrainLink;
 use crate::handover::lines::{FromChild, FromParent, COMMIT};
 use crate::handover::link::{ChildLink, Handover, Transport};
 use crate::logging;
+use crate::program::SECURE;
 use crate::shutdown::{Shutdown, State};
 use crate::sockets::Late;
 use crate::sys::child::LOOK;
 use crate::sys::peer::peer_pidfd;
 use crate::sys::plan::{Parentage, Plan};
 use crate::sys::poll::Deadline;
-use crate::sys::program::pidfd_id;
+use crate::sys::program::{has_capabilities, pidfd_id};
 use crate::sys::spawn::{explain, spawn};
 use crate::triggers::request::{Action, Request};
 use crate::triggers::takeover::TakeoverRequest;
@@ -104,7 +106,7 @@ fn wait_ready(successor: &mut Successor<'_>, event_loop: &mut EventLoop<'_>, sin
     loop {
         let sent = successor.link.send_some();
         // Read the child's messages first. It may be ready although the deadline has passed.
-        match successor.next_message()? {
+        match successor.next_message().map_err(|error| likely_cause(error, &successor.program))? {
             Some(FromChild::Ready) if successor.link.is_sent() => return Ok(()),
             Some(FromChild::Dropped(inodes)) => {
                 successor.dropped.extend(inodes);
@@ -128,6 +130,17 @@ fn wait_ready(successor: &mut Successor<'_>, event_loop: &mut EventLoop<'_>, sin
         }
         let (fds, again) = successor.poll_for();
         wake = event_loop.wait(Phase::Upgrading, &fds, deadline.min(again))?;
+    }
+}
+
+/// A child whose file has capabilities must not use its handover, and cannot send that. The parent cannot know it before,
+/// since capabilities of a file need not have an effect.
+fn likely_cause(error: Error, program: &Path) -> Error {
+    match error {
+        Error::ChildEnded { pid, status: Some(status) } if has_capabilities(program) => {
+            Error::Refused { pid, reason: format!("{status}, probably because {SECURE}") }
+        }
+        other => other,
     }
 }
 

@@ -64,6 +64,29 @@ fn a_pid_file_in_a_directory_of_root_is_written_in_place() {
     names_the_server_through_an_upgrade(Server::serving(command), &pid_file);
 }
 
+/// Such a child must not use its handover, and so cannot send why it ends.
+#[test]
+fn a_child_with_file_capabilities_is_named() {
+    const NOBODY: [&str; 5] = ["--reuid", "65534", "--regid", "65534", "--clear-groups"];
+    let dir = tempdir();
+    fs::set_permissions(dir.path(), Permissions::from_mode(0o755)).unwrap();
+    let (plain, privileged) = (dir.path().join("whoami"), dir.path().join("privileged"));
+    install("whoami", &plain);
+    install("whoami", &privileged);
+    let capable = privileged.to_str().unwrap();
+    if !can("setpriv", &[&NOBODY[..], &["true"]].concat()) || !can("setcap", &["cap_net_bind_service=ep", capable]) {
+        return;
+    }
+    let mut command = Command::new("setpriv");
+    command.args(NOBODY).arg(&plain).args(&WHOAMI[..4]).args(["--exec", capable]);
+    let mut server = Server::serving(command);
+    let line = server.fail_to_upgrade();
+    // On a file system that is mounted with nosuid the capabilities have no effect, and the upgrade succeeds.
+    assert!(line.contains("exit status: 1, probably because") && line.contains("AT_SECURE"), "{line}");
+    // The child itself says it in its own log.
+    assert!(server.said().iter().any(|line| line.starts_with("whoami: ") && line.contains("AT_SECURE")));
+}
+
 #[test]
 fn what_the_next_generation_runs_is_chosen_at_the_upgrade() {
     let dir = tempdir();

@@ -5,7 +5,6 @@ use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
 use rustix::fs::getxattr;
-use rustix::process::getuid;
 
 /// Returns a path that leads to the file of the running program, whatever its name is now.
 pub(crate) fn running() -> PathBuf {
@@ -23,10 +22,9 @@ pub(crate) fn is_secure() -> bool {
     unsafe { libc::getauxval(libc::AT_SECURE) != 0 }
 }
 
-/// Returns whether the file at `path` has capabilities that matter. Checks them only in a process that may have its own
-/// privileges from them.
+/// Returns whether the file at `path` has capabilities.
 pub(crate) fn has_capabilities(path: &Path) -> bool {
-    is_secure() && !getuid().is_root() && getxattr(path, "security.capability", &mut [0_u8; 0][..]).is_ok()
+    getxattr(path, "security.capability", &mut [0_u8; 0][..]).is_ok()
 }
 
 /// Returns whether this process is in the first PID namespace of the system, where its PID is the same for every other

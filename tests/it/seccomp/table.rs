@@ -108,6 +108,7 @@ pub const TABLE: &[Row] = &[
     ),
     row("gettid", SYS_gettid, &[Program], "threads"),
     row("getuid", SYS_getuid, &[Parent], "checks whether the next program would get other privileges"),
+    row("getxattr", SYS_getxattr, &[Failed], "checks why a child has ended; may be refused with an error"),
     row("ioctl", SYS_ioctl, &[Serving], "`FIONBIO` on new sockets"),
     row("kill", SYS_kill, &[Failed], "kills a failed child if `pidfd_send_signal` is refused"),
     row("listen", SYS_listen, &[Serving], "new sockets"),
