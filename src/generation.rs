@@ -79,7 +79,7 @@ impl Generation {
             link.end_drain(Duration::ZERO);
         }
         if too_many > draining.len() {
-            self.shutdown.end_drain();
+            self.shutdown.drains().end(Duration::ZERO);
         }
     }
 }

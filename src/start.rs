@@ -94,7 +94,7 @@ impl Builder {
         };
         let sockets = Sockets::new(entries, ancestors.is_child(), same_paths);
         let shutdown = Shutdown::new().map_err(Error::prepare("shutdown handle"))?;
-        shutdown.set_spread(self.spread);
+        shutdown.accept_gate().set_spread(self.spread);
         let ancestors = Arc::new(ancestors);
         let reporter = Reporter::new(self.observer.clone(), ancestors.clone(), sockets.clone());
         let pid_file = PidFile::new(self.pid_file.clone());
@@ -144,7 +144,7 @@ fn enable_manager(generation: &Generation) -> Result<(), Error> {
         systemd.map(|systemd| Arc::new(systemd) as Arc<dyn ServiceManager>)
     };
     if let Some(manager) = manager.filter(|manager| generation.reporter.set_manager(manager.clone())) {
-        generation.shutdown.on_progress(move |left| manager.progress(left));
+        generation.shutdown.drains().on_progress(Box::new(move |left| manager.progress(left)));
     }
     Ok(())
 }

@@ -176,7 +176,7 @@ impl Service {
                 _paused = self.keep_passed();
                 generation.sockets.registry().unlink(|_| true);
                 generation.pid_file.remove();
-                generation.shutdown.end_older(generation.ancestors.clone());
+                generation.shutdown.drains().end_older(generation.ancestors.clone());
                 reply.stopping();
                 ExitMode::Stopped
             }
@@ -259,7 +259,7 @@ impl Service {
             (None, Some(stop)) if stop.action == Action::Stop && !generation.limits.stop_delay.is_zero() => {
                 let delay = generation.limits.stop_delay;
                 logging::info!("stop requested by {}: accepting for {delay:?} more", stop.reason);
-                generation.shutdown.leave();
+                generation.shutdown.accept_gate().leave();
                 lead.delayed = Some((stop, Deadline::after(delay)));
                 None
             }
@@ -290,8 +290,8 @@ impl Service {
         triggers.close();
         if generation.limits.second_stop_ends_drain || handed_over {
             match StopSignal::new(triggers.stop_signals(), handed_over) {
-                Ok(signal) if handed_over => generation.shutdown.set_last_signal(Arc::new(signal)),
-                Ok(signal) => generation.shutdown.set_end_signal(Arc::new(signal)),
+                Ok(signal) if handed_over => generation.shutdown.drains().set_last_signal(Arc::new(signal)),
+                Ok(signal) => generation.shutdown.drains().set_end_signal(Arc::new(signal)),
                 Err(e) => logging::warn!("a stop signal will not end the drain: {e}"),
             }
         }

@@ -17,13 +17,10 @@ mod tests;
 #[cfg(feature = "tokio_ecdysis")]
 mod watch;
 
-use std::collections::HashSet;
 use std::io::{self, BufReader};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::time::Duration;
-
-use crate::handover::ancestors::Ancestors;
 
 pub use self::accept::Incoming;
 #[cfg(feature = "tokio_ecdysis")]
@@ -133,7 +130,7 @@ impl Shutdown {
     /// [`guard`](Self::guard) that is created in the body of the loop. An iterator that is kept but not polled makes
     /// `drain` wait for its full deadline, because connections in its queue at a stop would be reset.
     pub fn incoming<'a, L: Accept>(&self, listener: &'a L) -> Incoming<'a, L> {
-        Incoming::new(listener, self.0.gate.clone(), self.count_loop())
+        Incoming::new(listener, self.0.gate.clone(), self.0.drain.count_loop())
     }
 
     /// Blocks until there is a datagram, and returns its length and sender, or `None` when accepting is over. It is
@@ -262,37 +259,6 @@ impl Shutdown {
         self.0.drain.wait(deadline, &self.0.gate)
     }
 
-    /// Ends every drain even if connections are left.
-    pub(crate) fn end_drain(&self) {
-        self.0.drain.end(Duration::ZERO);
-    }
-
-    /// Lets the drain of this generation end those of the older ones, because the service stops.
-    pub(crate) fn end_older(&self, older: Arc<Ancestors>) {
-        self.0.drain.end_older(older);
-    }
-
-    /// Lets a later generation end the drain of this one.
-    pub(crate) fn set_end_signal(&self, signal: Arc<dyn EndSignal>) {
-        self.0.drain.set_end_signal(signal);
-    }
-
-    /// Lets this end the drain once every later generation has ended.
-    pub(crate) fn set_last_signal(&self, signal: Arc<dyn EndSignal>) {
-        self.0.drain.set_last_signal(signal);
-    }
-
-    /// Calls `progress` with the number of loops and guards left whenever it falls during a stop.
-    pub(crate) fn on_progress(&self, progress: impl Fn(usize) + Send + Sync + 'static) {
-        self.0.drain.on_progress(Box::new(progress));
-    }
-
-    /// Sets which listeners the next generation does not have, by identity. Their loops continue during the pause, and
-    /// after an upgrade they empty their queues as at a stop.
-    pub(crate) fn set_orphans(&self, orphans: HashSet<u64>) {
-        self.0.gate.set_orphans(orphans);
-    }
-
     /// Changes the state, unless accepting is over, which is final.
     pub(crate) fn set(&self, state: State) {
         if self.0.gate.set(state) {
@@ -301,22 +267,8 @@ impl Shutdown {
         }
     }
 
-    /// Counts an accept loop, for which a drain waits, until the value is dropped.
-    pub(crate) fn count_loop(&self) -> LoopGuard {
-        self.0.drain.count_loop()
-    }
-
     pub(crate) fn state(&self) -> State {
         self.0.gate.state()
-    }
-
-    pub(crate) fn set_spread(&self, window: Duration) {
-        self.0.gate.set_spread(window);
-    }
-
-    /// Records that a stop was requested and waits for its delay.
-    pub(crate) fn leave(&self) {
-        self.0.gate.leave();
     }
 
     /// Returns whether the accept queue belongs to the next generation.
@@ -326,9 +278,13 @@ impl Shutdown {
     }
 
     /// Returns when an accept loop may accept.
-    #[cfg(feature = "tokio_ecdysis")]
     pub(crate) fn accept_gate(&self) -> &Gate {
         &self.0.gate
+    }
+
+    /// Returns what is left, and what ends the wait for it.
+    pub(crate) fn drains(&self) -> &Arc<Drain> {
+        &self.0.drain
     }
 
     #[cfg(feature = "tokio_ecdysis")]

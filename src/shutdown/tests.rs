@@ -107,7 +107,7 @@ fn a_drain_that_began_before_the_upgrade_can_be_ended_by_the_successor() {
         move || shutdown.drain(LONG)
     });
     let signal = Arc::new(Signal(crate::sys::flag::Flag::new(false).unwrap()));
-    shutdown.set_end_signal(signal.clone());
+    shutdown.drains().set_end_signal(signal.clone());
     shutdown.set(State::HandedOver);
     signal.0.raise();
     assert_eq!(early.join().unwrap(), 1);

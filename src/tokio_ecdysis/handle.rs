@@ -159,11 +159,7 @@ impl TokioEcdysis {
         path: P,
     ) -> io::Result<StoppableStream<UnixListenerStream>> {
         let path = path.as_ref();
-        let stream = self.stream(stop_on_shutdown, Key::unix(path), || self.ecdysis.listen_unix(path), unix)?;
-        if stop_on_shutdown == StopOnShutdown::No {
-            self.ecdysis.registry().keep_files(&Key::unix(path));
-        }
-        Ok(stream)
+        self.stream(stop_on_shutdown, Key::unix(path), || self.ecdysis.listen_unix(path), unix)
     }
 
     /// Listens on the Unix seqpacket socket at `path`, or at an abstract name after an `@`, and returns the
@@ -177,13 +173,9 @@ impl TokioEcdysis {
         stop_on_shutdown: StopOnShutdown,
         path: P,
     ) -> io::Result<StoppableStream<UnixSeqpacketListenerStream>> {
-        let (path, key) = (path.as_ref(), Key::unix_seqpacket(path.as_ref()));
+        let path = path.as_ref();
         let make = || self.ecdysis.listen_unix_seqpacket(path);
-        let stream = self.stream(stop_on_shutdown, key.clone(), make, seqpacket)?;
-        if stop_on_shutdown == StopOnShutdown::No {
-            self.ecdysis.registry().keep_files(&key);
-        }
-        Ok(stream)
+        self.stream(stop_on_shutdown, Key::unix_seqpacket(path), make, seqpacket)
     }
 
     /// Returns two ends of a chain of datagram sockets through the generations: the first is connected to the parent's pair
@@ -254,7 +246,10 @@ impl TokioEcdysis {
         make: impl FnOnce() -> Result<S, Error>,
         register: impl FnOnce(S) -> io::Result<L>,
     ) -> io::Result<StoppableStream<L>> {
-        let source = on_runtime(key, make, register)?;
+        let source = on_runtime(key.clone(), make, register)?;
+        if stop_on_shutdown == StopOnShutdown::No {
+            self.ecdysis.registry().keep_files(&key);
+        }
         Ok(StoppableStream::new(source, self.shutdown(), stop_on_shutdown))
     }
 }

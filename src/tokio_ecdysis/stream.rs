@@ -63,7 +63,7 @@ impl<S: Stream> StoppableStream<S> {
 
 impl<S: Source> StoppableStream<S> {
     pub(super) fn new(source: S, shutdown: Shutdown, stop_on_shutdown: StopOnShutdown) -> Self {
-        let counted = (stop_on_shutdown == StopOnShutdown::Yes).then(|| shutdown.count_loop());
+        let counted = (stop_on_shutdown == StopOnShutdown::Yes).then(|| shutdown.drains().count_loop());
         let open = Mutex::new(Some(Arc::new(Open { source, _counted: counted })));
         Self { open, gate: Gate::new(shutdown, stop_on_shutdown), next: item }
     }

@@ -153,7 +153,7 @@ fn commit<'a>(
     since: Instant,
 ) -> Result<(Upgraded, Paused<'a>), Error> {
     let generation = event_loop.generation;
-    generation.shutdown.set_orphans(successor.dropped.clone());
+    generation.shutdown.accept_gate().set_orphans(successor.dropped.clone());
     let mut paused = Paused::begin(&generation.shutdown);
     // Declared after `paused`, so that on every exit path the child is given up before this process accepts again.
     let mut successor = successor;

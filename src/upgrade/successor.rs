@@ -127,7 +127,10 @@ impl<'a> Successor<'a> {
     pub(super) fn keep(mut self) {
         self.armed = false;
         if let Some((from, lines)) = self.link.keep() {
-            self.generation.shutdown.set_end_signal(Arc::new(LaterGenerations { from, lines: Mutex::new(lines) }));
+            self.generation
+                .shutdown
+                .drains()
+                .set_end_signal(Arc::new(LaterGenerations { from, lines: Mutex::new(lines) }));
         }
     }
 
