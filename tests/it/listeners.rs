@@ -260,7 +260,7 @@ fn the_file_of_a_dropped_listener_is_removed() {
     planned.server.wait_any("ended gen=1");
     assert!(!planned.dir.path().join("a.sock").exists());
     assert_eq!(generation(&planned.unix("b.sock")), 2);
-    planned.server.wait_any("a.sock: the old version serves it until it ends");
+    planned.server.wait_any("a.sock is unclaimed: the old version serves it until it ends");
 }
 
 /// A failed upgrade changes nothing for a listener that the failed version did not ask for.
