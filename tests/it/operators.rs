@@ -218,7 +218,7 @@ fn a_stop_is_delayed_until_the_second() {
 }
 
 #[test]
-fn a_path_that_names_a_version_is_warned_of() {
+fn a_path_that_names_a_version_causes_a_warning() {
     let dir = tempdir();
     let real = dir.path().canonicalize().unwrap().join("app-1.2");
     fs::create_dir(&real).unwrap();
@@ -235,7 +235,7 @@ fn a_path_that_names_a_version_is_warned_of() {
 
 /// Files that root created in its own directory.
 #[test]
-fn files_that_are_out_of_reach_after_rights_were_dropped_are_warned_of() {
+fn files_that_are_out_of_reach_after_privileges_were_dropped_cause_a_warning() {
     if !rustix::process::geteuid().is_root() {
         return;
     }

@@ -360,7 +360,7 @@ fn the_wait_for_the_parent_has_a_deadline() {
 
 /// The loop retries every 50 ms. A log line for each try would fill a disk.
 #[test]
-fn a_want_of_descriptors_is_logged_once() {
+fn a_lack_of_descriptors_is_logged_once() {
     let mut bed = Bed::new("few");
     let (addr, pid) = (bed.server.addr(), bed.server.first_pid());
     bed.server.wait("few descriptors");

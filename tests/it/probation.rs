@@ -106,7 +106,7 @@ fn a_stop_during_the_probation_stops_the_service() {
 }
 
 #[test]
-fn nobody_accepts_for_the_paused_parent() {
+fn no_thread_accepts_for_the_paused_parent() {
     let mut server = Server::whoami(["--listen", "127.0.0.1:0", "--probation", "1000", "--threads", "8"]);
     let addr = server.addr();
     server.signal(Signal::HUP);

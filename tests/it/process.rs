@@ -254,7 +254,7 @@ fn a_wrapper_script_does_no_harm_and_a_stale_variable_means_nothing() {
 /// A process with more privileges than its caller does not adopt descriptors that the caller chooses.
 #[test]
 #[cfg_attr(ecdysis_unix, ignore = "file capabilities")]
-fn a_program_with_more_rights_than_its_caller_gets_no_handover() {
+fn a_program_with_more_privileges_than_its_caller_gets_no_handover() {
     let dir = tempdir();
     // A group other than the current one: root may choose any, other users one of their groups.
     let ours = rustix::process::getegid();
@@ -422,7 +422,7 @@ fn when_the_parent_is_killed_the_child_serves() {
 }
 
 #[test]
-fn when_the_parent_is_stopped_the_child_serves_and_the_parent_then_believes_it() {
+fn when_the_parent_is_stopped_the_child_serves_and_the_parent_then_accepts_that() {
     let dir = tempdir();
     let (mut server, misbehave) = misbehaving(&dir, &["--probation", "50", "--ready-timeout", "4000"]);
     let addr = server.addr();

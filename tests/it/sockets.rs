@@ -324,7 +324,7 @@ fn a_stop_leaves_a_socket_file_that_is_not_ours() {
 
 /// A level-triggered poll would spin. The loop must not end either.
 #[test]
-fn a_want_of_descriptors_neither_spins_nor_ends_the_loop() {
+fn a_lack_of_descriptors_neither_spins_nor_ends_the_loop() {
     let mut command = Command::new("sh");
     command.args(["-c", "ulimit -n 24; exec \"$0\" --listen 127.0.0.1:0 --hold"]).arg(example("whoami"));
     let server = Server::serving(command);

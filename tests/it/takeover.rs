@@ -124,7 +124,7 @@ fn rest(mut stream: UnixStream) -> String {
 }
 
 #[test]
-fn who_comes_second_takes_over_from_the_first() {
+fn the_second_process_takes_over_from_the_first() {
     let meeting = Meeting::new(&["--probation", "50"]);
     let mut first = meeting.serving();
     let (addr, mode) = (first.addr(), fs::metadata(&meeting.socket).unwrap().permissions().mode());
@@ -344,7 +344,7 @@ fn a_bad_successor_costs_nothing() {
 
 /// It must not be killed, so it must receive `stop`. Otherwise both would serve.
 #[test]
-fn a_successor_that_is_too_late_is_told() {
+fn a_successor_that_is_too_late_receives_stop() {
     let meeting = Meeting::new(&["--ready-timeout", "1000"]);
     let mut server = meeting.serving();
     for (words, wake) in [("sleep=3000", false), ("stop-self", true)] {
@@ -386,7 +386,7 @@ fn stopped_before_the_commit(meeting: &mut Meeting) -> (Server, Server) {
 }
 
 #[test]
-fn a_successor_that_stands_still_too_long_before_it_hears_the_commit_never_serves() {
+fn a_successor_that_hangs_too_long_before_it_receives_the_commit_never_serves() {
     // As long as the answer may take, so that the ready timeout does not end the upgrade first.
     let mut meeting = Meeting::new(&["--probation", "5000"]);
     let (mut old, mut new) = stopped_before_the_commit(&mut meeting);
@@ -410,7 +410,7 @@ fn a_successor_that_stands_still_too_long_before_it_hears_the_commit_never_serve
 }
 
 #[test]
-fn a_successor_that_stands_still_for_a_moment_serves() {
+fn a_successor_that_hangs_briefly_serves() {
     let mut meeting = Meeting::new(&["--probation", "100"]);
     let (mut old, mut new) = stopped_before_the_commit(&mut meeting);
     let addr = old.addr();
@@ -472,7 +472,7 @@ fn when_the_old_process_is_killed_the_new_one_serves() {
 }
 
 #[test]
-fn when_the_old_process_is_stopped_the_new_one_serves_and_the_old_then_believes_it() {
+fn when_the_old_process_is_stopped_the_new_one_serves_and_the_old_one_then_accepts_that() {
     let meeting = Meeting::new(&["--probation", "50"]);
     let mut first = meeting.serving();
     let addr = first.addr();
@@ -515,7 +515,7 @@ fn a_stop_during_a_takeover_stops_the_old_and_tells_the_new() {
 }
 
 #[test]
-fn who_comes_third_hears_that_it_is_busy() {
+fn a_third_process_is_answered_busy() {
     let meeting = Meeting::new(&[]);
     let mut server = meeting.serving();
     let mut slow = meeting.standing();

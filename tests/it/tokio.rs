@@ -401,7 +401,7 @@ fn partial_stop_and_its_reason() {
 }
 
 #[test]
-fn a_want_of_descriptors_ends_no_stream_and_no_trigger() {
+fn a_lack_of_descriptors_ends_no_stream_and_no_trigger() {
     let dir = tempdir();
     let control_socket = dir.path().join("control");
     let server = {

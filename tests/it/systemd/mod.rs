@@ -414,8 +414,8 @@ fn with_fork_alone_exec_stop_waits() {
 
 #[test]
 #[ignore = "needs root, cgroup2, overlayfs and apt"]
-fn few_rights_are_enough() {
-    under_systemd("few_rights_are_enough", |machine| {
+fn few_privileges_are_enough() {
+    under_systemd("few_privileges_are_enough", |machine| {
         let service = machine.service("hardened", "");
         service.start();
         let load = Load::on("127.0.0.1:8005", 1);
