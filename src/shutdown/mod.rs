@@ -282,7 +282,7 @@ impl Shutdown {
         &self.0.gate
     }
 
-    /// Returns what is left, and what ends the wait for it.
+    /// Returns the count of the remaining loops and guards, with which a drain waits.
     pub(crate) fn drains(&self) -> &Arc<Drain> {
         &self.0.drain
     }

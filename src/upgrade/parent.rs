@@ -133,8 +133,8 @@ fn wait_ready(successor: &mut Successor<'_>, event_loop: &mut EventLoop<'_>, sin
     }
 }
 
-/// A child whose file has capabilities must not use its handover, and cannot send that. The parent cannot know it before,
-/// since capabilities of a file need not have an effect.
+/// A child whose program file has capabilities must not use its handover, and so cannot report why it ends. The parent
+/// cannot know this in advance, because capabilities of a file do not always take effect.
 fn likely_cause(error: Error, program: &Path) -> Error {
     match error {
         Error::ChildEnded { pid, status: Some(status) } if has_capabilities(program) => {

@@ -64,7 +64,7 @@ fn a_pid_file_in_a_directory_of_root_is_written_in_place() {
     names_the_server_through_an_upgrade(Server::serving(command), &pid_file);
 }
 
-/// Such a child must not use its handover, and so cannot send why it ends.
+/// Such a child must not use its handover, and so cannot report why it ends.
 #[test]
 fn a_child_with_file_capabilities_is_named() {
     const NOBODY: [&str; 5] = ["--reuid", "65534", "--regid", "65534", "--clear-groups"];
@@ -81,9 +81,9 @@ fn a_child_with_file_capabilities_is_named() {
     command.args(NOBODY).arg(&plain).args(&WHOAMI[..4]).args(["--exec", capable]);
     let mut server = Server::serving(command);
     let line = server.fail_to_upgrade();
-    // On a file system that is mounted with nosuid the capabilities have no effect, and the upgrade succeeds.
+    // On a file system that is mounted with nosuid, the capabilities have no effect, and the upgrade succeeds.
     assert!(line.contains("exit status: 1, probably because") && line.contains("AT_SECURE"), "{line}");
-    // The child itself says it in its own log.
+    // The child reports it in its own log.
     assert!(server.said().iter().any(|line| line.starts_with("whoami: ") && line.contains("AT_SECURE")));
 }
 

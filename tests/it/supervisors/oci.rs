@@ -29,7 +29,7 @@ END
     leave: "",
 };
 
-/// Writes `p`, which is podman with everything that it keeps in this directory, and makes the image.
+/// Writes the script `p`, which runs podman with all of its files in this directory, and creates the image.
 macro_rules! podman {
     ($options:literal) => {
         concat!(
@@ -58,7 +58,7 @@ const PODMAN: Supervisor = Supervisor {
     leave: "",
 };
 
-/// Root in there is nobody outside.
+/// Root inside the container is an unprivileged user outside.
 const PODMAN_USERS: Supervisor = Supervisor {
     name: "a container (podman, user namespace)",
     start: podman!("--uidmap 0:100000:65536 --gidmap 0:100000:65536"),
@@ -119,7 +119,7 @@ fn in_a_user_namespace_of_podman() {
     contained(&PODMAN_USERS);
 }
 
-/// Each version is a container, whose process 1 is the server. The takeover socket is on a volume that they share.
+/// Each version is a container whose process 1 is the server. The takeover socket is on a shared volume.
 #[test]
 #[ignore = "needs root and a supervisor"]
 fn containers_take_over_from_each_other() {
@@ -129,7 +129,7 @@ fn containers_take_over_from_each_other() {
     let (programs, dir) = (build_static(), tempdir());
     let container = |number: usize| {
         let start = podman!("-v $PWD/share:/share").replace("--name test", &format!("--name test-{number}"));
-        // The directory and the image are made once.
+        // The directory and the image are created only once.
         let start =
             if number == 1 { format!("mkdir share; {start}") } else { start[start.find("exec ./p").unwrap()..].into() };
         let whoami =
@@ -143,7 +143,7 @@ fn containers_take_over_from_each_other() {
     };
     let mut old = container(1);
     let addr = old.addr();
-    // What is process 1 cannot be upgraded inside its container, and serves on.
+    // Process 1 cannot be upgraded inside its container, and keeps serving.
     let hangup = Command::new("./p").args(["kill", "-s", "HUP", "test-1"]).current_dir(dir.path()).output().unwrap();
     assert!(hangup.status.success(), "{hangup:?}");
     let failed = old.wait("upgrade failed");
