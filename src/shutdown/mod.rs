@@ -277,12 +277,12 @@ impl Shutdown {
         self.state() == State::HandedOver
     }
 
-    /// Returns when an accept loop may accept.
+    /// Returns the gate, which decides when an accept loop may accept.
     pub(crate) fn accept_gate(&self) -> &Gate {
         &self.0.gate
     }
 
-    /// Returns the count of the remaining loops and guards, with which a drain waits.
+    /// Returns the remaining loops and guards, for which a drain waits.
     pub(crate) fn drains(&self) -> &Arc<Drain> {
         &self.0.drain
     }
