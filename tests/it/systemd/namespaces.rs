@@ -15,7 +15,7 @@ fn main_pid_stays_what_it_is_outside() {
         let control = "/run/whoami-execreload/control";
         let settings = format!(
             "NotifyAccess=all\nExecStart=\nExecStart=/usr/bin/unshare --pid --fork --kill-child --mount-proc sh -c \
-             'trap exit TERM; /usr/local/bin/whoami --systemd --listen 127.0.0.1:8002 --control-socket {control} & \
+             'trap \"exit 0\" TERM; /usr/local/bin/whoami --systemd --listen 127.0.0.1:8002 --control-socket {control} & \
              wait; while :; do sleep 1; done'\nExecStop=/usr/local/bin/ctl {control} stop"
         );
         let service = machine.service("notify-execreload", &settings);
