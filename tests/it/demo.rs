@@ -76,7 +76,7 @@ fn tcp() {
         svg
     });
     assert_eq!(latency.matches(r#"fill-opacity="0.55""#).count(), 5, "each upgrade is marked: {latency}");
-    for word in ["SIGHUP", "the new program begins", "it is ready", "commit, "] {
+    for word in ["SIGHUP", "the new program starts", "it is ready", "commit, "] {
         assert_eq!(upgrade.matches(word).count(), 1, "{word}: {upgrade}");
     }
     assert!(upgrade.matches("generation ").count() >= 4, "two generations in either part: {upgrade}");

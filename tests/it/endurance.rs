@@ -40,12 +40,12 @@ fn settled(server: &Server, pid: u32) -> Level {
     let accepting = addrs.len();
     try_eventually("a settled server", || {
         open = kinds(pid);
-        // One thread per listener, one for UDP and one in `run`; no connection is open.
+        // One thread per listener, one for UDP, one in `run` and one for the observer; no connection is open.
         let sockets = open.values().filter(|to| *to == "socket").count();
         let epolls = open.values().filter(|to| *to == "anon_inode:[eventpoll]").count();
         sockets == 2 * (accepting + 1)
             && (cfg!(ecdysis_unix) || epolls == accepting)
-            && threads(pid).len() == 2 + accepting
+            && threads(pid).len() == 3 + accepting
     })
     .unwrap_or_else(|e| panic!("{e}: {open:?}, {} threads", threads(pid).len()));
     Level {

@@ -78,7 +78,7 @@ impl Level {
         try_eventually("a settled server", || {
             level = Self::of(pid);
             let of_kind = |kind: &str| level.fds.values().filter(|fd| *fd == kind).count();
-            of_kind("socket") == sockets && of_kind("anon_inode:[eventpoll]") == addrs.len() && level.threads == 3
+            of_kind("socket") == sockets && of_kind("anon_inode:[eventpoll]") == addrs.len() && level.threads == 4
         })?;
         Ok(level)
     }
