@@ -146,6 +146,7 @@ fn the_second_process_takes_over_from_the_first() {
 
 /// The socket gets its mode before its name, so other users can never connect, whatever the umask is.
 #[test]
+#[cfg_attr(ecdysis_unix, ignore = "the file has another name until it has its mode")]
 fn the_socket_file_is_never_open_to_others() {
     if !has_strace() {
         return;
@@ -738,9 +739,8 @@ fn across_pid_mount_and_user_namespaces() {
 
     // A process that fails there has no PID that the error could name.
     let file = meeting.dir.path().join("misbehave");
-    for (words, expected) in
-        [("refuse=not here", "refused: not here"), ("close-status", "closed its link but did not end")]
-    {
+    let closed = if has_peer_pidfd() { "closed its link but did not end" } else { "ended before it was ready" };
+    for (words, expected) in [("refuse=not here", "refused: not here"), ("close-status", closed)] {
         fs::write(&file, words).unwrap();
         let mut command = contained();
         command.arg("--misbehave").arg(&file);

@@ -81,11 +81,14 @@ impl Server {
         self.child.id()
     }
 
-    /// Returns the PID of the generation that printed `serving` last.
+    /// Returns the PID of the generation that serves: named by the verdict of the last upgrade, which may come before the new
+    /// generation prints `serving`, or after.
     pub fn pid(&self) -> u32 {
-        let lines = self.said();
-        let serving = lines.iter().rev().find(|line| line.starts_with("serving "));
-        serving.map_or(self.child.id(), |line| field(line, "pid"))
+        let serves = |line: &String| match line.strip_prefix("upgrade ok ").or(line.strip_prefix("serving ")) {
+            Some(rest) => try_field(rest, "pid"),
+            None => None,
+        };
+        self.said().iter().rev().find_map(serves).unwrap_or(self.child.id())
     }
 
     /// Waits for the next line that contains `needle`, after the last one that was waited for.

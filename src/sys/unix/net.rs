@@ -117,6 +117,10 @@ pub(crate) fn abstract_address(_name: &[u8]) -> io::Result<SocketAddrUnix> {
 /// path, which fails if the path exists, like bind. getsockname(2) returns the name in that directory.
 pub(crate) fn bind_path(socket: &OwnedFd, path: &Path, mode: Option<fs::Mode>) -> Result<()> {
     let Some(mode) = mode else { return bind(socket, &SocketAddrUnix::new(path)?) };
+    // A socket can be bound once only, so look first; the caller replaces a stale file and binds this socket again.
+    if fs::lstat(path).is_ok() {
+        return Err(Errno::ADDRINUSE);
+    }
     let private = PrivateDirectory::create(path)?;
     let file = private.file();
     bind(socket, &SocketAddrUnix::new(&file)?)?;
