@@ -9,7 +9,7 @@ use std::thread;
 
 use rustix::process::{kill_process_group, waitpgid, Pid, Signal, WaitOptions};
 
-use super::{ask, example, field, guard, proc, send_signal, try_field, Log, TempDir};
+use super::{ask, example, guard, proc, send_signal, try_field, Log, TempDir};
 
 /// A server and its later generations. They share stderr and a process group. Dropping this kills all of them.
 pub struct Server {
