@@ -54,9 +54,12 @@ impl Generation {
     /// and the next version will start without these privileges. The first generation checks this after its start and
     /// before it is replaced.
     pub(crate) fn warn_of_lost_rights(&self) {
+        if self.number > 1 {
+            return;
+        }
         let mut files = self.sockets.registry().out_of_reach();
         files.extend(self.pid_file.out_of_reach());
-        if self.number == 1 && !files.is_empty() {
+        if !files.is_empty() {
             logging::warn!(
                 "this process can no longer replace or remove {files:?}, nor can the next version: drop rights in a process \
                  whose user may write to their directories"

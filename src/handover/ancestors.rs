@@ -6,15 +6,13 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use rustix::event::{PollFd, PollFlags};
-
 use super::entry::Entry;
 use super::held_open::hold_open;
 use super::lines::{send, FromChild, FromParent, Lines, Read};
 use crate::key::Key;
 use crate::logging;
 use crate::sys::adopt::identity;
-use crate::sys::poll::{poll, wait_hangup, wait_readable, Deadline};
+use crate::sys::poll::{wait_hangup, wait_readable, wait_writable, Deadline};
 use crate::sys::signal;
 
 /// The generations before this one that were alive when it started.
@@ -178,9 +176,7 @@ impl ParentLink {
     pub(crate) fn send_by(&self, message: &FromChild, deadline: Deadline) -> io::Result<()> {
         loop {
             match self.send(message) {
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock && !deadline.has_passed() => {
-                    poll(&mut [PollFd::new(&self.writer.fd, PollFlags::OUT)], deadline)?;
-                }
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock && wait_writable(&self.writer.fd, deadline) => {}
                 result => return result,
             }
         }

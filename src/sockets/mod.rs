@@ -300,7 +300,15 @@ impl Sockets {
         make: impl FnOnce(&Start) -> io::Result<(OwnedFd, Option<FileId>)>,
     ) -> io::Result<OwnedFd> {
         let start = self.registry().start();
-        let (fd, file) = make(&start).map_err(|e| self.explain(key, e))?;
+        // "Address in use" would be hard to explain without its causes.
+        let (fd, file) = make(&start).map_err(|error| {
+            let is_in_use = error.kind() == io::ErrorKind::AddrInUse;
+            let causes = if is_in_use { self.registry().causes_in_use(key) } else { Vec::new() };
+            match causes.is_empty() {
+                true => error,
+                false => io::Error::new(error.kind(), format!("{error}; {}", causes.join("; "))),
+            }
+        })?;
         self.registry().hold(key, fd.as_fd(), file, start.pending())?;
         logging::debug!("opened {key}");
         Ok(fd)
@@ -328,17 +336,5 @@ impl Sockets {
                 self.registry().claim_lost(key, lost)
             }
         }
-    }
-
-    /// Adds the causes to an "address in use" error, which would be hard to explain without them.
-    fn explain(&self, key: &Key, error: io::Error) -> io::Error {
-        if error.kind() != io::ErrorKind::AddrInUse {
-            return error;
-        }
-        let causes = self.registry().causes_in_use(key);
-        if causes.is_empty() {
-            return error;
-        }
-        io::Error::new(io::ErrorKind::AddrInUse, format!("{error}; {}", causes.join("; ")))
     }
 }

@@ -89,11 +89,7 @@ impl Registry {
 
     /// Returns when a listener that is created now starts to listen.
     pub(super) fn start(&self) -> Start {
-        if self.pending.is_some() {
-            Start::at_commit()
-        } else {
-            Start::default()
-        }
+        self.pending.as_ref().map_or_else(Start::default, |_| Start::at_commit())
     }
 
     /// Starts to listen on all new listeners. Later ones listen immediately.

@@ -212,7 +212,7 @@ fn a_stop_is_not_lost_with_the_child() {
     let second = field::<u32>(&server.wait("serving gen=2"), "pid");
     send_signal(second, Signal::STOP);
     server.signal_first(Signal::TERM);
-    server.wait("passed on");
+    server.wait("forwarded to pid");
     send_signal(second, Signal::KILL);
     server.wait_all_ended();
     refused(&addr);

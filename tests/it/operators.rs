@@ -174,7 +174,7 @@ fn a_burst_of_reloads_is_followed_by_one_more() {
             // This request is sent after the signals, so its answer means that they were read.
             assert_eq!(control(&socket, "upgrade\n").unwrap(), "busy\n");
         } else {
-            server.wait("passed on");
+            server.wait("forwarded to pid");
         }
         fs::write(&how, "").unwrap();
         let fails = child.starts_with("exit") || child.starts_with("die");
