@@ -27,7 +27,9 @@ pub use self::accept::Incoming;
 pub(crate) use self::decide::{decide_and_log, Step, Tries};
 use self::drain::Drain;
 pub use self::drain::Guard;
-pub(crate) use self::drain::{End, EndSignal, LoopGuard};
+#[cfg(feature = "tokio_ecdysis")]
+pub(crate) use self::drain::LoopGuard;
+pub(crate) use self::drain::{End, EndSignal};
 use self::gate::Gate;
 #[cfg(feature = "tokio_ecdysis")]
 pub(crate) use self::gate::Phase;
