@@ -300,7 +300,7 @@ impl Sockets {
         make: impl FnOnce(&Start) -> io::Result<(OwnedFd, Option<FileId>)>,
     ) -> io::Result<OwnedFd> {
         let start = self.registry().start();
-        // "Address in use" would be hard to explain without its causes.
+        // Without its causes, the error "address in use" is hard to understand.
         let (fd, file) = make(&start).map_err(|error| {
             let is_in_use = error.kind() == io::ErrorKind::AddrInUse;
             let causes = if is_in_use { self.registry().causes_in_use(key) } else { Vec::new() };

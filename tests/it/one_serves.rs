@@ -338,7 +338,7 @@ fn is_privileged(pid: u32) -> bool {
 /// A handover that is meant for this process but cannot be used is an error. One that is meant for another process is
 /// ignored.
 #[test]
-#[cfg_attr(ecdysis_unix, ignore = "the inode of a pipe proves nothing there")]
+#[cfg_attr(ecdysis_unix, ignore = "the inode of a pipe does not identify it there")]
 fn a_handover_that_cannot_be_used_is_an_error() {
     use std::os::fd::AsRawFd;
     let (pipe, other) = rustix::pipe::pipe().unwrap();

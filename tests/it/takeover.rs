@@ -146,7 +146,7 @@ fn the_second_process_takes_over_from_the_first() {
 
 /// The socket gets its mode before its name, so other users can never connect, whatever the umask is.
 #[test]
-#[cfg_attr(ecdysis_unix, ignore = "the file has another name until it has its mode")]
+#[cfg_attr(ecdysis_unix, ignore = "until the file has its mode, its path is different")]
 fn the_socket_file_is_never_open_to_others() {
     if !has_strace() {
         return;

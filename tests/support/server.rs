@@ -81,8 +81,8 @@ impl Server {
         self.child.id()
     }
 
-    /// Returns the PID of the generation that serves: named by the verdict of the last upgrade, which may come before the new
-    /// generation prints `serving`, or after.
+    /// Returns the PID of the serving generation, which the verdict of the last upgrade names. That line may come
+    /// before or after the new generation prints `serving`.
     pub fn pid(&self) -> u32 {
         let serves = |line: &String| match line.strip_prefix("upgrade ok ").or(line.strip_prefix("serving ")) {
             Some(rest) => try_field(rest, "pid"),

@@ -117,7 +117,8 @@ pub(crate) fn abstract_address(_name: &[u8]) -> io::Result<SocketAddrUnix> {
 /// path, which fails if the path exists, like bind. getsockname(2) returns the name in that directory.
 pub(crate) fn bind_path(socket: &OwnedFd, path: &Path, mode: Option<fs::Mode>) -> Result<()> {
     let Some(mode) = mode else { return bind(socket, &SocketAddrUnix::new(path)?) };
-    // A socket can be bound once only, so look first; the caller replaces a stale file and binds this socket again.
+    // Look first, because a socket can be bound only once, and the caller binds this one again after it has replaced a
+    // stale file.
     if fs::lstat(path).is_ok() {
         return Err(Errno::ADDRINUSE);
     }
