@@ -319,11 +319,11 @@ fn strict_overcommit_is_named() {
         eprintln!("not run: vm.overcommit_memory is not 2");
         return;
     }
-    const HEAP: usize = 400;
+    const HEAP: usize = 150;
     let heap = HEAP.to_string();
     let [mut cloning, mut forking] =
         [&[][..], &["--fork"]].map(|way| Server::whoami([&ARGS, way, &["--heap", &heap]].concat()));
-    let rest = field("CommitLimit:") - field("Committed_AS:") - (HEAP << 19);
+    let rest = field("CommitLimit:").saturating_sub(field("Committed_AS:") + (HEAP << 19));
     let reserved = Vec::<u8>::with_capacity(rest);
     let line = forking.fail_to_upgrade();
     assert!(line.contains("overcommit"), "{line}");
