@@ -115,14 +115,19 @@ impl Reporter {
         }
     }
 
-    /// Announces the process that serves now, before this one may end. A child becomes the main process of the service.
-    /// A process that took over belongs to another unit or to none, so this service ends.
-    pub(crate) fn announce(&self, upgraded: &Upgraded, child_id: Option<impl FnOnce() -> Option<u64>>) {
+    /// Waits until the parent has announced this process to the manager, which may know it before this process does.
+    pub(crate) fn wait_announced(&self) {
         let Some(manager) = self.manager.get() else { return };
-        // This process may itself be a child that its parent is about to announce.
         if let Some(parent) = self.ancestors.parent.as_ref().filter(|_| !manager.is_main()) {
             parent.wait_for(ANNOUNCE, |state| state.announced || state.ended);
         }
+    }
+
+    /// Announces the process that serves now, before this one may end. A child becomes the main process of the service.
+    /// A process that took over belongs to another unit or to none, so this service ends.
+    pub(crate) fn announce(&self, upgraded: &Upgraded, child_id: Option<impl FnOnce() -> Option<u64>>) {
+        // This process may itself be a child that its parent is about to announce.
+        self.wait_announced();
         if let Some(manager) = self.main() {
             manager.announce(upgraded, child_id.map(|id| Child { id: id() }));
         }

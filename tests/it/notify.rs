@@ -153,6 +153,24 @@ fn the_parent_announces_and_the_child_is_silent_until_then() {
     server.wait_all_ended();
 }
 
+/// systemd knows the new main process before that process knows of its announcement, and may stop it at once.
+#[test]
+fn a_stop_that_overtakes_the_announcement_is_reported() {
+    let manager = Manager::new();
+    let server = manager.server(&["--probation", "0"], &[]);
+    let parent = server.first_pid();
+    server.signal(Signal::HUP);
+    let barrier = manager.within(DEADLINE, |message| message.text == "BARRIER=1\n").unwrap();
+    assert_eq!(barrier.from, parent);
+    server.wait_any("serving gen=2");
+    let child = server.pid();
+    send_signal(child, Signal::TERM);
+    assert!(manager.within(Duration::from_millis(300), |message| message.from == child).is_none());
+    drop(barrier);
+    manager.expect(child, "STOPPING=1\n");
+    server.wait_all_ended();
+}
+
 #[test]
 fn a_failed_upgrade_ends_in_ready_and_says_why() {
     let dir = tempdir();
