@@ -173,7 +173,7 @@ impl Service {
         let mode = match action {
             Action::Stop | Action::PartialStop if self.stop_was_taken_back(event_loop) => return Ok(()),
             Action::Stop => {
-                // The parent announces this process when it learns of the stop. Before that this process can neither
+                // The parent announces this process when it learns of the stop. Until then, this process can neither
                 // extend the manager's timeout nor use its store.
                 generation.reporter.wait_announced();
                 _paused = self.keep_passed();

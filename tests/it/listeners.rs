@@ -232,7 +232,7 @@ fn a_dropped_listener_is_served_until_the_verdict_and_then_closed() {
 
 /// A client that connects during the probation does not have to wait for the end of the probation.
 #[test]
-#[cfg_attr(ecdysis_unix, ignore = "names listeners by their inodes")]
+#[cfg_attr(ecdysis_unix, ignore = "listeners are named by their inodes")]
 fn a_dropped_listener_answers_during_the_probation() {
     let mut planned = Planned::start("tcp 127.0.0.1:0\nunix a.sock\nudp 127.0.0.1:0\n", |command| {
         command.env("PROBATION", "3600000");

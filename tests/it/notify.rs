@@ -153,7 +153,7 @@ fn the_parent_announces_and_the_child_is_silent_until_then() {
     server.wait_all_ended();
 }
 
-/// systemd knows the new main process before that process knows of its announcement, and may stop it at once.
+/// systemd learns of the new main process before that process learns of its announcement, and may stop it immediately.
 #[test]
 fn a_stop_that_overtakes_the_announcement_is_reported() {
     let manager = Manager::new();
