@@ -175,6 +175,7 @@ mod tests {
                 entry(19, 48222, Key::bytes("count"), None),
                 entry(20, 48223, Key::tcp("127.0.0.1:0".parse().unwrap()).named("admin port"), None),
                 entry(21, 48224, Key::late(), None),
+                entry(22, 48225, Key::drain_status(3), None),
             ],
             unknown: Vec::new(),
         };

@@ -1,9 +1,11 @@
 //! One generation: its facts and its handles, without locks or loops.
 
-use std::sync::Arc;
+use std::fmt::Write;
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use crate::handover::ancestors::Ancestors;
+use crate::handover::drain_status::{self, DrainStatus};
 use crate::handover::escape::escaped;
 use crate::handover::manifest::Origin;
 use crate::logging;
@@ -27,6 +29,8 @@ pub(crate) struct Generation {
     pub(crate) ancestors: Arc<Ancestors>,
     pub(crate) pid_file: PidFile,
     pub(crate) reporter: Reporter,
+    /// What the next generations can read while this one drains. Empty before the first upgrade.
+    pub(crate) drain_status: Arc<OnceLock<DrainStatus>>,
     /// Where threads of this process leave requests.
     pub(crate) calls: Arc<Calls>,
 }
@@ -43,6 +47,16 @@ impl Generation {
             self.shutdown.guarded(),
             draining.join(","),
         );
+        let phase = if self.ancestors.on_probation() { "probation" } else { "draining" };
+        let parent = self.ancestors.parent.as_ref().map(|parent| parent.generation());
+        for link in self.ancestors.draining() {
+            let phase = if Some(link.generation) == parent { phase } else { "draining" };
+            // Writing to a string cannot fail.
+            let _ = write!(line, " older=generation:{},phase:{phase}", link.generation);
+            if let Some((pid, age, left)) = link.status(&self.ancestors).and_then(drain_status::read) {
+                let _ = write!(line, ",pid:{pid},uptime_ms:{},connections:{left}", age.as_millis());
+            }
+        }
         for key in self.sockets.registry().keys() {
             line += &format!(" socket={}", escaped(&key.to_string()));
         }
@@ -65,6 +79,19 @@ impl Generation {
                  whose user may write to their directories"
             );
         }
+    }
+
+    /// Writes what this generation tells of itself when it drains. `None` if there is no memory for it.
+    pub(crate) fn drain_status(&self) -> Option<&DrainStatus> {
+        if self.drain_status.get().is_none() {
+            match DrainStatus::new(self.number, self.began) {
+                Ok(status) => drop(self.drain_status.set(status)),
+                Err(e) => logging::debug!("the next generations cannot read the status of this one: {e}"),
+            }
+        }
+        let status = self.drain_status.get()?;
+        status.write(self.shutdown.guarded());
+        Some(status)
     }
 
     /// Checks that the program allows an upgrade now.

@@ -42,11 +42,13 @@ pub(crate) enum Kind {
     Late,
     /// The link on which an older generation, named by its number, can be asked to end its drain.
     Drain,
+    /// The file in which that generation writes how many connections are left.
+    DrainStatus,
 }
 
 impl Kind {
     /// The words, in the order of the variants.
-    pub(crate) const ALL: [(Self, &'static str); 11] = [
+    pub(crate) const ALL: [(Self, &'static str); 12] = [
         (Self::Tcp, "tcp"),
         (Self::Udp, "udp"),
         (Self::Unix, "unix"),
@@ -58,6 +60,7 @@ impl Kind {
         (Self::Fd, "fd"),
         (Self::Late, "late"),
         (Self::Drain, "drain"),
+        (Self::DrainStatus, "drain-status"),
     ];
 
     pub(crate) fn word(self) -> &'static str {
@@ -123,9 +126,13 @@ impl Key {
         Self::from_parts(Kind::Drain, generation.to_string().into_bytes())
     }
 
+    pub(crate) fn drain_status(generation: u64) -> Self {
+        Self::from_parts(Kind::DrainStatus, generation.to_string().into_bytes())
+    }
+
     pub(crate) fn drain_generation(&self) -> Option<u64> {
         match self.kind {
-            Kind::Drain => std::str::from_utf8(&self.name).ok()?.parse().ok(),
+            Kind::Drain | Kind::DrainStatus => std::str::from_utf8(&self.name).ok()?.parse().ok(),
             _ => None,
         }
     }

@@ -21,7 +21,7 @@ pub(crate) struct Reporter {
     ancestors: Arc<Ancestors>,
     sockets: Sockets,
     /// Not set if there is no service manager, or the program does not use it.
-    manager: OnceLock<Arc<dyn ServiceManager>>,
+    pub(crate) manager: Arc<OnceLock<Arc<dyn ServiceManager>>>,
     /// Whether the program takes the sockets that the manager passes. Only then may the manager store sockets.
     takes_sockets: AtomicBool,
 }
@@ -30,12 +30,7 @@ impl Reporter {
     pub(crate) fn new(observer: Option<Observer>, ancestors: Arc<Ancestors>, sockets: Sockets) -> Self {
         let thread = |observer: Observer| Foreign::new("ecdysis-events", move |call: Delivery| call(&*observer));
         let observer = observer.map(thread);
-        Self { observer, ancestors, sockets, manager: OnceLock::new(), takes_sockets: AtomicBool::new(false) }
-    }
-
-    /// Uses this manager from now on. Returns false if there is already one.
-    pub(crate) fn set_manager(&self, manager: Arc<dyn ServiceManager>) -> bool {
-        self.manager.set(manager).is_ok()
+        Self { observer, ancestors, sockets, manager: Arc::default(), takes_sockets: AtomicBool::new(false) }
     }
 
     pub(crate) fn emit(&self, event: &Event<'_>) {

@@ -4,6 +4,7 @@ use crate::builder::Builder;
 use crate::ecdysis::Starting;
 use crate::error::Error;
 use crate::generation::Generation;
+use crate::handover::drain_status::DrainStatus;
 use crate::handover::manifest::Origin;
 use crate::handover::receive::Inherited;
 use crate::logging;
@@ -29,7 +30,7 @@ use crate::triggers::Triggers;
 use crate::upgrade::child::inherit;
 use rustix::fs::Mode;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
 impl Builder {
@@ -99,6 +100,16 @@ impl Builder {
         let reporter = Reporter::new(self.observer.clone(), ancestors.clone(), sockets.clone());
         let pid_file = PidFile::new(self.pid_file.clone());
         let calls = Arc::new(calls);
+        let drain_status = Arc::<OnceLock<DrainStatus>>::default();
+        let (status, manager) = (drain_status.clone(), reporter.manager.clone());
+        shutdown.drains().on_progress(Box::new(move |left| {
+            if let Some(status) = status.get() {
+                status.write(left);
+            }
+            if let Some(manager) = manager.get() {
+                manager.progress(left);
+            }
+        }));
         let generation = Generation {
             number,
             origin,
@@ -110,6 +121,7 @@ impl Builder {
             ancestors,
             pid_file,
             reporter,
+            drain_status,
             calls: calls.clone(),
         };
         if self.systemd_notify && !self.standalone {
@@ -143,8 +155,9 @@ fn enable_manager(generation: &Generation) -> Result<(), Error> {
         let systemd = Systemd::from_env(generation.number, is_child, times)?;
         systemd.map(|systemd| Arc::new(systemd) as Arc<dyn ServiceManager>)
     };
-    if let Some(manager) = manager.filter(|manager| generation.reporter.set_manager(manager.clone())) {
-        generation.shutdown.drains().on_progress(Box::new(move |left| manager.progress(left)));
+    if let Some(manager) = manager {
+        // The first one stays.
+        let _ = generation.reporter.manager.set(manager);
     }
     Ok(())
 }

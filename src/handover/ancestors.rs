@@ -22,6 +22,8 @@ pub(crate) struct Ancestors {
     pub(crate) parent: Option<ParentLink>,
     /// The generations before the parent, oldest first.
     pub(crate) older: Vec<DrainLink>,
+    /// What those and the parent tell of themselves while they drain.
+    pub(crate) statuses: Vec<Entry>,
     /// The pipe to a parent of version 1.1.1, which has no link.
     pub(crate) of_1_1_1: Option<OwnedFd>,
 }
@@ -155,6 +157,10 @@ impl ParentLink {
         }
     }
 
+    pub(crate) fn generation(&self) -> u64 {
+        self.writer.generation
+    }
+
     /// Whether the parent has closed the end on which it receives. Then it is dead, or has given up on this process.
     pub(crate) fn is_deaf(&self) -> bool {
         !self.writer.is_alive()
@@ -212,6 +218,11 @@ impl DrainLink {
     pub(crate) fn end_drain(&self, within: Duration) {
         // An error means that the generation has ended, and so has its drain.
         let _ = send(&self.fd, &FromChild::EndDrain(within).line());
+    }
+
+    /// The file in which it writes its status, if it has one.
+    pub(crate) fn status<'a>(&self, ancestors: &'a Ancestors) -> Option<&'a Entry> {
+        ancestors.statuses.iter().find(|entry| entry.key.drain_generation() == Some(self.generation))
     }
 
     pub(crate) fn entry(&self) -> Entry {

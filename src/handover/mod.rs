@@ -2,6 +2,7 @@
 
 pub(crate) mod ancestors;
 pub(crate) mod blob;
+pub(crate) mod drain_status;
 pub(crate) mod entry;
 pub(crate) mod escape;
 pub(crate) mod from_1_1_1;

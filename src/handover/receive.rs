@@ -15,6 +15,7 @@ use super::lines::{Lines, COMMIT};
 use super::manifest::{malformed, Manifest, Origin, MAX_ENTRIES, MAX_SIZE};
 use super::scm::{self, Receiver};
 use crate::error::Error;
+use crate::key::Kind;
 use crate::logging;
 use crate::sys::adopt::{is_identical, nonce, Adopter};
 use crate::sys::poll::{wait_readable, Deadline};
@@ -54,22 +55,22 @@ impl Arrived {
         if parent.state().given_up || (parent.is_deaf() && !parent.is_dead(COMMIT)) {
             return Err(Error::GivenUp);
         }
-        let mut older = Vec::new();
+        let (mut older, mut statuses) = (Vec::new(), Vec::new());
         let mut entries = self.into_entries()?;
         entries.retain(|entry| {
-            let generation = entry.key.drain_generation();
-            older.extend(generation.map(|generation| DrainLink {
-                generation,
-                inode: entry.inode,
-                fd: entry.fd.clone(),
-            }));
-            generation.is_none()
+            let Some(generation) = entry.key.drain_generation() else { return true };
+            if entry.key.kind() == Kind::DrainStatus {
+                statuses.push(entry.clone());
+            } else {
+                older.push(DrainLink { generation, inode: entry.inode, fd: entry.fd.clone() });
+            }
+            false
         });
         Ok(Inherited {
             origin,
             is_takeover: false,
             entries,
-            ancestors: Ancestors { parent: Some(parent), older, of_1_1_1: None },
+            ancestors: Ancestors { parent: Some(parent), older, statuses, of_1_1_1: None },
         })
     }
 

@@ -298,6 +298,9 @@ impl Service {
                 Err(e) => logging::warn!("a stop signal will not end the drain: {e}"),
             }
         }
+        if handed_over {
+            generation.drain_status();
+        }
         generation.reporter.emit(&Event::Ended(&exit));
         let state = if handed_over { State::HandedOver } else { State::Stopped };
         // This comes last, because a program that waits for the shutdown handle may end the process immediately, so

@@ -33,7 +33,7 @@ pub(super) fn check_kind(kind: Kind, fd: BorrowedFd<'_>, pending: bool) -> io::R
         Kind::UnixDatagram | Kind::DatagramPair => (UNIX, SocketType::DGRAM, false),
         Kind::Stream => (ANY, SocketType::STREAM, false),
         // Not a socket. Bytes are checked when they are read.
-        Kind::Bytes | Kind::Fd | Kind::Late | Kind::Drain => return Ok(()),
+        Kind::Bytes | Kind::Fd | Kind::Late | Kind::Drain | Kind::DrainStatus => return Ok(()),
     };
     if sockopt::socket_type(fd)? == socket_type
         && families.contains(&sys::net::family(fd)?)

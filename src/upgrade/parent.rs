@@ -11,7 +11,6 @@ use crate::event::Event;
 use crate::event_loop::{EventLoop, Phase, Wake};
 use crate::exit::Upgraded;
 use crate::generation::Generation;
-use crate::handover::ancestors::DrainLink;
 use crate::handover::lines::{FromChild, FromParent, COMMIT};
 use crate::handover::link::{ChildLink, Handover, Transport};
 use crate::logging;
@@ -48,7 +47,11 @@ pub(crate) fn upgrade<'a>(
 /// Step 2: collects everything that is handed over, for any carrier, and everything that must be sent at the commit.
 fn pack(generation: &Generation) -> Result<(Handover, Option<Late>), Error> {
     let (mut entries, late) = generation.sockets.snapshot()?;
-    entries.extend(generation.ancestors.draining().map(DrainLink::entry));
+    for link in generation.ancestors.draining() {
+        entries.push(link.entry());
+        entries.extend(link.status(&generation.ancestors).cloned());
+    }
+    entries.extend(generation.drain_status().map(|status| status.entry.clone()));
     Ok((Handover { origin: generation.origin.clone(), entries }, late))
 }
 

@@ -137,6 +137,41 @@ fn overlap_allowed_each_generation_finishes_its_own() {
     eventually("none drains", || control(&ctl, "status\n").unwrap().contains("draining= "));
 }
 
+/// PID, age, phase and connections of each, from the newest.
+#[test]
+fn the_status_tells_of_every_generation_that_drains() {
+    for transport in ["pipes", "socket"] {
+        let dir = tempdir();
+        let ctl = dir.path().join("ctl");
+        let more = ["--probation", "20", "--drain", "60", "--transport", transport];
+        let (server, _) = server(&dir, &[&more[..], &["--control-socket", ctl.to_str().unwrap()]].concat());
+        let (addr, first) = (server.addr(), server.first_pid());
+        let mut held = vec![hold(&addr, &ctl)];
+        held.push(connect(&addr).unwrap());
+        let status = || control(&ctl, "status\n").unwrap();
+        eventually("both are accepted", || field::<u64>(&status(), "connections") == 2);
+        upgrade(&ctl);
+        server.wait_serving();
+        let second = server.pid();
+        let mut of_second = hold(&addr, &ctl);
+        upgrade(&ctl);
+        server.wait_serving();
+        let tells = |generation: u64, pid: u32, connections: u64| {
+            let status = status();
+            let begin = format!("older=generation:{generation},phase:draining,pid:{pid},uptime_ms:");
+            let end = format!(",connections:{connections}");
+            status.split(' ').any(|word| word.starts_with(&begin) && word.ends_with(&end))
+        };
+        eventually("both older ones are in it", || tells(1, first, 2) && tells(2, second, 1));
+        assert_eq!(answer(&mut held[0]), 1);
+        eventually("one connection less", || tells(1, first, 1) && tells(2, second, 1));
+        assert_eq!(answer(&mut of_second), 2);
+        eventually("one older generation is left", || tells(1, first, 1) && !status().contains("generation:2"));
+        assert_eq!(answer(&mut held[1]), 1);
+        eventually("none is left", || !status().contains("older="));
+    }
+}
+
 #[test]
 fn overlap_refused_while_the_grandparent_drains() {
     let dir = tempdir();

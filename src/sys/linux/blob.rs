@@ -14,15 +14,20 @@ fn seals() -> SealFlags {
     SealFlags::SEAL | SealFlags::SHRINK | SealFlags::GROW | SealFlags::WRITE
 }
 
-/// Returns a close-on-exec descriptor of a file that contains `bytes` and can no longer be changed.
-pub(crate) fn create(bytes: &[u8]) -> io::Result<OwnedFd> {
+/// Returns a close-on-exec descriptor of an empty file without a name.
+pub(crate) fn open_for_writing() -> io::Result<OwnedFd> {
     let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
     // Kernels before 6.3 do not know the flag that forbids execution. Some later ones are configured to require it.
     let fd = match memfd_create("ecdysis-state", flags | MemfdFlags::NOEXEC_SEAL) {
         Err(Errno::INVAL) => memfd_create("ecdysis-state", flags)?,
         result => result?,
     };
-    let mut file = File::from(above_stdio(fd)?);
+    Ok(above_stdio(fd)?)
+}
+
+/// Returns a close-on-exec descriptor of a file that contains `bytes` and can no longer be changed.
+pub(crate) fn create(bytes: &[u8]) -> io::Result<OwnedFd> {
+    let mut file = File::from(open_for_writing()?);
     file.write_all(bytes)?;
     fcntl_add_seals(&file, seals())?;
     Ok(file.into())

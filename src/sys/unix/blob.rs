@@ -15,12 +15,23 @@ use crate::sys::stdio::above_stdio;
 
 /// Returns a close-on-exec descriptor of a file that contains `bytes` and has no name.
 pub(crate) fn create(bytes: &[u8]) -> io::Result<OwnedFd> {
+    let (mut file, reader) = files()?;
+    file.write_all(bytes)?;
+    Ok(above_stdio(reader.into())?)
+}
+
+/// Returns a close-on-exec descriptor of an empty file without a name.
+pub(crate) fn open_for_writing() -> io::Result<OwnedFd> {
+    Ok(above_stdio(files()?.0.into())?)
+}
+
+/// The same file without a name twice: for reading and writing, and only for reading.
+fn files() -> io::Result<(File, File)> {
     let path = env::temp_dir().join(format!(".ecdysis-{:016x}", RandomState::new().build_hasher().finish()));
-    let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path)?;
+    let file = OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(&path)?;
     let reader = File::open(&path);
     fs::remove_file(&path)?;
-    file.write_all(bytes)?;
-    Ok(above_stdio(reader?.into())?)
+    Ok((file, reader?))
 }
 
 /// Returns an error unless it is a file without a name that is open only for reading.

@@ -114,7 +114,7 @@ pub const TABLE: &[Row] = &[
     row("listen", SYS_listen, &[Serving], "new sockets"),
     row("lseek", SYS_lseek, &[Program], "files"),
     row("madvise", SYS_madvise, &[Program], "memory"),
-    row("memfd_create", SYS_memfd_create, &[Parent, HandsOver], "state, if the program passes any"),
+    row("memfd_create", SYS_memfd_create, &[Parent, HandsOver], "state; the status of a drain"),
     row("mmap", SYS_mmap, &[Program], "memory"),
     row("mprotect", SYS_mprotect, &[Program], "memory"),
     row("mremap", SYS_mremap, &[Program], "memory"),
@@ -140,6 +140,7 @@ pub const TABLE: &[Row] = &[
     row("prctl", SYS_prctl, &[Program], "names memory areas"),
     row("pread64", SYS_pread64, &[Child, TakesOver, Program], "state, if any was passed; the loader"),
     row("prlimit64", SYS_prlimit64, &[Failed, Program], "the sweep without close_range and `/proc`; stacks"),
+    row("pwrite64", SYS_pwrite64, &[Parent, HandsOver, Program], "the status of a drain; may be refused with an error"),
     row("read", SYS_read, &[Serving, Parent, Child, HandsOver, TakesOver, Program], ""),
     row("readlink", SYS_readlink, &[Child, TakesOver], "`/proc/self/exe`, if `argv[0]` cannot be resolved"),
     row(

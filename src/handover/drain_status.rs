@@ -1,0 +1,49 @@
+//! What a generation that drains tells the later ones: a file in memory, without a name, that is passed from child to
+//! child. Reading it needs no answer, so a generation that is frozen holds up no other.
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::process;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use super::entry::Entry;
+use crate::key::Key;
+use crate::sys::blob;
+
+/// This generation's own.
+pub(crate) struct DrainStatus {
+    pub(crate) entry: Entry,
+    file: File,
+    /// In milliseconds since 1970.
+    began: u128,
+}
+
+impl DrainStatus {
+    pub(crate) fn new(generation: u64, began: Instant) -> io::Result<Self> {
+        let fd = blob::open_for_writing()?;
+        let file = File::from(fd.try_clone()?);
+        let began = now().saturating_sub(began.elapsed().as_millis());
+        Ok(Self { entry: Entry::new(Key::drain_status(generation), fd)?, file, began })
+    }
+
+    /// Writes the number of connections that are left. The line always has the same length.
+    pub(crate) fn write(&self, connections: usize) {
+        let line = format!("{:>10} {:>20} {connections:>20}\n", process::id(), self.began);
+        let _ = self.file.write_all_at(line.as_bytes(), 0);
+    }
+}
+
+/// What another generation has written: its PID, its age and its connections.
+pub(crate) fn read(entry: &Entry) -> Option<(u32, Duration, usize)> {
+    let mut line = [0; 53];
+    File::from(entry.fd.try_clone().ok()?).read_exact_at(&mut line, 0).ok()?;
+    let mut words = std::str::from_utf8(&line).ok()?.split_whitespace();
+    let (pid, began) = (words.next()?.parse().ok()?, words.next()?.parse().ok()?);
+    let age = u64::try_from(now().saturating_sub(began)).ok()?;
+    Some((pid, Duration::from_millis(age), words.next()?.parse().ok()?))
+}
+
+fn now() -> u128 {
+    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_millis()
+}
