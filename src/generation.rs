@@ -1,7 +1,7 @@
 //! One generation: its facts and its handles, without locks or loops.
 
 use std::fmt::Write;
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::handover::ancestors::Ancestors;
@@ -29,8 +29,8 @@ pub(crate) struct Generation {
     pub(crate) ancestors: Arc<Ancestors>,
     pub(crate) pid_file: PidFile,
     pub(crate) reporter: Reporter,
-    /// What the next generations can read while this one drains. Empty before the first upgrade.
-    pub(crate) drain_status: Arc<OnceLock<DrainStatus>>,
+    /// What the next generations can read while this one drains. `None` if there was no memory for it.
+    pub(crate) drain_status: Option<Arc<DrainStatus>>,
     /// Where threads of this process leave requests.
     pub(crate) calls: Arc<Calls>,
 }
@@ -81,15 +81,9 @@ impl Generation {
         }
     }
 
-    /// Writes what this generation tells of itself when it drains. `None` if there is no memory for it.
+    /// Writes what this generation tells of itself when it drains.
     pub(crate) fn drain_status(&self) -> Option<&DrainStatus> {
-        if self.drain_status.get().is_none() {
-            match DrainStatus::new(self.number, self.began) {
-                Ok(status) => drop(self.drain_status.set(status)),
-                Err(e) => logging::debug!("the next generations cannot read the status of this one: {e}"),
-            }
-        }
-        let status = self.drain_status.get()?;
+        let status = self.drain_status.as_deref()?;
         status.write(self.shutdown.guarded());
         Some(status)
     }

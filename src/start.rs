@@ -30,7 +30,7 @@ use crate::triggers::Triggers;
 use crate::upgrade::child::inherit;
 use rustix::fs::Mode;
 use std::path::Path;
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 use std::time::Instant;
 
 impl Builder {
@@ -100,10 +100,13 @@ impl Builder {
         let reporter = Reporter::new(self.observer.clone(), ancestors.clone(), sockets.clone());
         let pid_file = PidFile::new(self.pid_file.clone());
         let calls = Arc::new(calls);
-        let drain_status = Arc::<OnceLock<DrainStatus>>::default();
+        let began = Instant::now();
+        let drain_status = DrainStatus::new(number, began).map(Arc::new);
+        let drain_status =
+            drain_status.map_err(|e| logging::debug!("later generations will not see a status: {e}")).ok();
         let (status, manager) = (drain_status.clone(), reporter.manager.clone());
         shutdown.drains().on_progress(Box::new(move |left| {
-            if let Some(status) = status.get() {
+            if let Some(status) = &status {
                 status.write(left);
             }
             if let Some(manager) = manager.get() {
@@ -113,7 +116,7 @@ impl Builder {
         let generation = Generation {
             number,
             origin,
-            began: Instant::now(),
+            began,
             launch,
             limits: self.limits,
             sockets,

@@ -114,8 +114,9 @@ fn nobody_notices(listen: &str, how: How, probation: &str) {
                 }
             }
             How::Takeover => {
+                let old = server.pid();
                 second = Some(start(true));
-                wait_exit(server.pid());
+                wait_exit(old);
             }
             How::Stop => {
                 server.signal(Signal::TERM);

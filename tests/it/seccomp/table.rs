@@ -114,7 +114,7 @@ pub const TABLE: &[Row] = &[
     row("listen", SYS_listen, &[Serving], "new sockets"),
     row("lseek", SYS_lseek, &[Program], "files"),
     row("madvise", SYS_madvise, &[Program], "memory"),
-    row("memfd_create", SYS_memfd_create, &[Parent, HandsOver], "state; the status of a drain"),
+    row("memfd_create", SYS_memfd_create, &[Parent, Child, HandsOver, TakesOver], "state; the status of a drain"),
     row("mmap", SYS_mmap, &[Program], "memory"),
     row("mprotect", SYS_mprotect, &[Program], "memory"),
     row("mremap", SYS_mremap, &[Program], "memory"),
