@@ -192,7 +192,7 @@ fn record() -> Vec<Call> {
     new.wait("serving gen=2");
     old.wait("ended gen=1");
     tracer.wait_all_ended();
-    let mut all = calls(Role::Old, &of_old, "accept4(", "fd 0 ", "\"upgrade ok");
+    let mut all = calls(Role::Old, &of_old, "accept4(", "fd 0 ", "\"verdict\\n\"");
     all.extend(calls(Role::New, &of_new, "AF_UNIX, SOCK_STREAM", "\"ready\\n\"", "\"serving gen="));
     all
 }
