@@ -29,7 +29,7 @@ pub(crate) struct Generation {
     pub(crate) ancestors: Arc<Ancestors>,
     pub(crate) pid_file: PidFile,
     pub(crate) reporter: Reporter,
-    /// What the next generations can read while this one drains. `None` if there was no memory for it.
+    /// The status that later generations can read while this one drains. `None` if there was no memory for it.
     pub(crate) drain_status: Option<Arc<DrainStatus>>,
     /// Where threads of this process leave requests.
     pub(crate) calls: Arc<Calls>,
@@ -81,7 +81,7 @@ impl Generation {
         }
     }
 
-    /// Writes what this generation tells of itself when it drains.
+    /// Updates and returns the status of this generation.
     pub(crate) fn drain_status(&self) -> Option<&DrainStatus> {
         let status = self.drain_status.as_deref()?;
         status.write(self.shutdown.guarded());

@@ -42,7 +42,7 @@ pub(crate) enum Kind {
     Late,
     /// The link on which an older generation, named by its number, can be asked to end its drain.
     Drain,
-    /// The file in which that generation writes how many connections are left.
+    /// The file in which that generation writes how many connections remain.
     DrainStatus,
 }
 

@@ -159,7 +159,7 @@ fn enable_manager(generation: &Generation) -> Result<(), Error> {
         systemd.map(|systemd| Arc::new(systemd) as Arc<dyn ServiceManager>)
     };
     if let Some(manager) = manager {
-        // The first one stays.
+        // The first manager is kept.
         let _ = generation.reporter.manager.set(manager);
     }
     Ok(())

@@ -22,7 +22,7 @@ pub(crate) struct Ancestors {
     pub(crate) parent: Option<ParentLink>,
     /// The generations before the parent, oldest first.
     pub(crate) older: Vec<DrainLink>,
-    /// What those and the parent tell of themselves while they drain.
+    /// The status files of those and of the parent, which they update while they drain.
     pub(crate) statuses: Vec<Entry>,
     /// The pipe to a parent of version 1.1.1, which has no link.
     pub(crate) of_1_1_1: Option<OwnedFd>,
@@ -220,7 +220,7 @@ impl DrainLink {
         let _ = send(&self.fd, &FromChild::EndDrain(within).line());
     }
 
-    /// The file in which it writes its status, if it has one.
+    /// Returns the file in which that generation writes its status, if it has one.
     pub(crate) fn status<'a>(&self, ancestors: &'a Ancestors) -> Option<&'a Entry> {
         ancestors.statuses.iter().find(|entry| entry.key.drain_generation() == Some(self.generation))
     }

@@ -1,5 +1,5 @@
-//! What a generation that drains tells the later ones: a file in memory, without a name, that is passed from child to
-//! child. Reading it needs no answer, so a generation that is frozen holds up no other.
+//! The status of a draining generation: an unnamed memory file that is passed from child to child. Later generations
+//! read it without asking the older one, so a frozen generation does not delay them.
 
 use std::fs::File;
 use std::io;
@@ -11,11 +11,11 @@ use super::entry::Entry;
 use crate::key::Key;
 use crate::sys::blob;
 
-/// This generation's own.
+/// The status of this generation.
 pub(crate) struct DrainStatus {
     pub(crate) entry: Entry,
     file: File,
-    /// In milliseconds since 1970.
+    /// The start of this generation, in milliseconds since 1970.
     began: u128,
 }
 
@@ -27,14 +27,14 @@ impl DrainStatus {
         Ok(Self { entry: Entry::new(Key::drain_status(generation), fd)?, file, began })
     }
 
-    /// Writes the number of connections that are left. The line always has the same length.
+    /// Writes the number of remaining connections. The line always has the same length.
     pub(crate) fn write(&self, connections: usize) {
         let line = format!("{:>10} {:>20} {connections:>20}\n", process::id(), self.began);
         let _ = self.file.write_all_at(line.as_bytes(), 0);
     }
 }
 
-/// What another generation has written: its PID, its age and its connections.
+/// Returns the PID, the age and the number of connections that another generation has written.
 pub(crate) fn read(entry: &Entry) -> Option<(u32, Duration, usize)> {
     let mut line = [0; 53];
     File::from(entry.fd.try_clone().ok()?).read_exact_at(&mut line, 0).ok()?;

@@ -137,7 +137,7 @@ fn overlap_allowed_each_generation_finishes_its_own() {
     eventually("none drains", || control(&ctl, "status\n").unwrap().contains("draining= "));
 }
 
-/// PID, age, phase and connections of each, from the newest.
+/// The PID, age, phase and number of connections of each, from the newest to the oldest.
 #[test]
 fn the_status_tells_of_every_generation_that_drains() {
     for transport in ["pipes", "socket"] {

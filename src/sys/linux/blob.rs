@@ -14,7 +14,7 @@ fn seals() -> SealFlags {
     SealFlags::SEAL | SealFlags::SHRINK | SealFlags::GROW | SealFlags::WRITE
 }
 
-/// Returns a close-on-exec descriptor of an empty file without a name.
+/// Returns a close-on-exec descriptor of an empty unnamed file.
 pub(crate) fn open_for_writing() -> io::Result<OwnedFd> {
     let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
     // Kernels before 6.3 do not know the flag that forbids execution. Some later ones are configured to require it.

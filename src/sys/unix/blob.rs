@@ -20,12 +20,12 @@ pub(crate) fn create(bytes: &[u8]) -> io::Result<OwnedFd> {
     Ok(above_stdio(reader.into())?)
 }
 
-/// Returns a close-on-exec descriptor of an empty file without a name.
+/// Returns a close-on-exec descriptor of an empty unnamed file.
 pub(crate) fn open_for_writing() -> io::Result<OwnedFd> {
     Ok(above_stdio(files()?.0.into())?)
 }
 
-/// The same file without a name twice: for reading and writing, and only for reading.
+/// Opens one unnamed file twice: for reading and writing, and for reading only.
 fn files() -> io::Result<(File, File)> {
     let path = env::temp_dir().join(format!(".ecdysis-{:016x}", RandomState::new().build_hasher().finish()));
     let file = OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(&path)?;
