@@ -1,9 +1,10 @@
 //! Runs foreign code, such as a logger or an observer, in a separate thread, because it may block forever or panic.
 
+use std::io;
 use std::panic::{self, AssertUnwindSafe};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, RecvTimeoutError, SyncSender};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::thread;
 use std::time::Duration;
 
@@ -13,42 +14,63 @@ const PATIENCE: Duration = Duration::from_secs(1);
 /// The number of calls that are queued while one blocks. Further ones are lost.
 const WAITING: usize = 256;
 
+/// The argument of a call, and what closes when the call has returned, if anyone waits for that.
+type Call<T> = (T, Option<SyncSender<()>>);
+
 /// A foreign function. Calls are made in order.
 pub(crate) struct Foreign<T> {
+    name: &'static str,
     function: Arc<dyn Fn(T) + Send + Sync>,
-    /// `None` if no thread could be created. The second part closes when the call has returned.
-    calls: Option<SyncSender<(T, SyncSender<()>)>>,
+    /// Set at the first call. `None` if no thread could be created.
+    calls: OnceLock<Option<SyncSender<Call<T>>>>,
     /// Whether a call has taken longer than [`PATIENCE`], and none has returned since.
     blocked: Arc<AtomicBool>,
 }
 
 impl<T: Send + 'static> Foreign<T> {
-    pub(crate) fn new(thread: &str, function: impl Fn(T) + Send + Sync + 'static) -> Self {
+    /// `name` is that of the thread, which is created at the first call.
+    pub(crate) fn new(name: &'static str, function: impl Fn(T) + Send + Sync + 'static) -> Self {
         // A panic must not unwind through an upgrade.
         let function = move |argument| drop(panic::catch_unwind(AssertUnwindSafe(|| function(argument))));
-        let function: Arc<dyn Fn(T) + Send + Sync> = Arc::new(function);
-        let blocked = Arc::new(AtomicBool::new(false));
-        let (calls, next) = mpsc::sync_channel::<(T, SyncSender<()>)>(WAITING);
-        let (call, returned) = (function.clone(), blocked.clone());
-        let body = move || {
-            for (argument, _waiting) in next {
-                call(argument);
-                returned.store(false, Ordering::Relaxed);
-            }
-        };
-        let spawned = thread::Builder::new().name(thread.into()).spawn(body);
-        Self { function, calls: spawned.ok().map(|_| calls), blocked }
+        Self { name, function: Arc::new(function), calls: OnceLock::new(), blocked: Arc::default() }
     }
 
     /// Calls the function, and waits until it has returned, but not for longer than [`PATIENCE`].
     pub(crate) fn call(&self, argument: T) {
-        let Some(calls) = &self.calls else { return (self.function)(argument) };
         let (waiting, returned) = mpsc::sync_channel(0);
-        if calls.try_send((argument, waiting)).is_err() || self.blocked.load(Ordering::Relaxed) {
+        if !self.send(argument, Some(waiting)) || self.blocked.load(Ordering::Relaxed) {
             return;
         }
         if returned.recv_timeout(PATIENCE) == Err(RecvTimeoutError::Timeout) {
             self.blocked.store(true, Ordering::Relaxed);
         }
+    }
+
+    /// Calls the function, and does not wait.
+    pub(crate) fn post(&self, argument: T) {
+        self.send(argument, None);
+    }
+
+    /// Returns whether a thread makes the call.
+    fn send(&self, argument: T, waiting: Option<SyncSender<()>>) -> bool {
+        match self.calls.get_or_init(|| self.start().ok()) {
+            Some(calls) => calls.try_send((argument, waiting)).is_ok(),
+            None => {
+                (self.function)(argument);
+                false
+            }
+        }
+    }
+
+    fn start(&self) -> io::Result<SyncSender<Call<T>>> {
+        let (calls, next) = mpsc::sync_channel::<Call<T>>(WAITING);
+        let (function, blocked) = (self.function.clone(), self.blocked.clone());
+        let body = move || {
+            for (argument, _waiting) in next {
+                function(argument);
+                blocked.store(false, Ordering::Relaxed);
+            }
+        };
+        thread::Builder::new().name(self.name.into()).spawn(body).map(|_| calls)
     }
 }

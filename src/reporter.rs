@@ -38,8 +38,13 @@ impl Reporter {
         if let Some(manager) = self.main() {
             manager.on_event(event);
         }
-        if let Some(observer) = &self.observer {
-            observer.call(event.delivery());
+        match (&self.observer, event) {
+            // Clients wait until the new version serves, so this does not wait for the observer.
+            (Some(observer), Event::Upgrading | Event::Spawned { .. } | Event::Committed(_)) => {
+                observer.post(event.delivery());
+            }
+            (Some(observer), _) => observer.call(event.delivery()),
+            (None, _) => {}
         }
     }
 

@@ -277,9 +277,10 @@ impl Builder {
     }
 
     /// Calls `observer` at every [`Event`], in order, in a thread named `ecdysis-events`. The library waits until the
-    /// call has returned, so the observer finishes before the library continues. But it waits for at most one second,
-    /// so an observer that blocks does not delay an upgrade or a stop any longer. Then up to 256 events are queued, and
-    /// further ones are lost. A panic in the observer has no effect.
+    /// call has returned, except for [`Upgrading`](Event::Upgrading), [`Spawned`](Event::Spawned) and
+    /// [`Committed`](Event::Committed), because clients may be waiting then. But it waits for at most one second, so an
+    /// observer that blocks does not delay an upgrade or a stop any longer. Then up to 256 events are queued, and further
+    /// ones are lost. A panic in the observer has no effect.
     pub fn on_event(&mut self, observer: impl Fn(&Event<'_>) + Send + Sync + 'static) -> &mut Self {
         self.observer = Some(Arc::new(observer));
         self

@@ -36,13 +36,13 @@ static COMMITTED: AtomicU64 = AtomicU64::new(0);
 
 fn ours(args: &Args, spawn: Spawn) -> Result<(), Box<dyn std::error::Error>> {
     let mut builder = Ecdysis::builder();
-    builder.spawn(spawn).probation(Duration::ZERO).on_event(|event| {
-        if let Event::Committed(_) = event {
-            COMMITTED.store(sys::now(), Ordering::Relaxed);
-        }
-    });
+    builder.spawn(spawn).probation(Duration::ZERO);
     if args.by_signal() {
-        builder.upgrade_on_signal(libc::SIGHUP);
+        builder.upgrade_on_signal(libc::SIGHUP).on_event(|event| {
+            if let Event::Committed(_) = event {
+                COMMITTED.store(sys::now(), Ordering::Relaxed);
+            }
+        });
     }
     if args.text("notify").is_some() {
         // Under `hold`, which ends the server with this signal.
@@ -73,17 +73,17 @@ fn ours(args: &Args, spawn: Spawn) -> Result<(), Box<dyn std::error::Error>> {
     if args.text("heap").is_some() {
         return measure_stall(args, &server);
     }
-    let committed = || COMMITTED.load(Ordering::Relaxed);
     if args.by_signal() {
         let since = sys::now();
         server.run()?;
-        say_upgraded(since, committed());
+        say_upgraded(since, COMMITTED.load(Ordering::Relaxed));
     } else if hear() == "upgrade" {
         sys::mark("begin");
         let since = sys::now();
-        server.upgrade()?;
+        let upgraded = server.upgrade()?;
         sys::mark("end");
-        say_upgraded(since, committed());
+        // Without an observer, whose thread would have to wake up and would be measured too.
+        say_upgraded(since, since + upgraded.commit.as_nanos() as u64);
     } else {
         server.stop();
     }
