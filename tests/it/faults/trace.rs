@@ -222,22 +222,25 @@ impl Tracer {
 
     /// Returns the call, if it belongs to the upgrade.
     fn entry(&mut self, tid: i32, info: &SyscallInfo) -> Option<Call> {
+        let number = info.data[0] as i64;
+        let [fd, text, length] = [info.data[1], info.data[2], info.data[3]];
+        let mut start = [0_u8; 8];
+        if number == libc::SYS_write {
+            peek(tid, text, &mut start);
+            if fd <= 2 {
+                // These are the program's own lines. The verdict, which the observer's thread writes while the upgrade
+                // waits for it, is the end of the upgrade.
+                self.parent_done |= Some(tid) != self.seen.child && &start == b"upgrade ";
+                return None;
+            }
+        }
         let role = match (tid == self.parent, Some(tid) == self.seen.child) {
             (true, _) if self.asked && !self.parent_done => Role::Parent,
             (_, true) if !self.executed => Role::Forked,
             (_, true) if !self.child_done => Role::Child,
             _ => return None,
         };
-        let number = info.data[0] as i64;
-        let [fd, text, length] = [info.data[1], info.data[2], info.data[3]];
         if number == libc::SYS_write {
-            let mut start = [0_u8; 8];
-            peek(tid, text, &mut start);
-            if fd <= 2 {
-                // These are the program's own lines. The verdict is the end of the upgrade.
-                self.parent_done |= role == Role::Parent && &start == b"upgrade ";
-                return None;
-            }
             self.said_ready |= role == Role::Child && length == 6 && start.starts_with(b"ready\n");
             self.said_serving |= role == Role::Child && &start == b"serving\n";
             self.committed |= role == Role::Parent && start.starts_with(b"commit\n");
