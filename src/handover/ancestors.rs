@@ -12,6 +12,7 @@ use super::lines::{send, FromChild, FromParent, Lines, Read};
 use crate::key::Key;
 use crate::logging;
 use crate::sys::adopt::identity;
+use crate::sys::child::LOOK;
 use crate::sys::poll::{wait_hangup, wait_readable, wait_writable, Deadline};
 use crate::sys::signal;
 
@@ -151,9 +152,11 @@ impl ParentLink {
         let deadline = Deadline::after(time);
         loop {
             let state = self.state();
-            if known(&state) || !wait_readable(&self.reader, deadline) {
+            if known(&state) || deadline.has_passed() {
                 return state;
             }
+            // Another thread, such as the one that watches the probation, may read what arrives before this one sees it.
+            wait_readable(&self.reader, deadline.min(Deadline::after(LOOK)));
         }
     }
 
@@ -252,5 +255,21 @@ mod tests {
         assert!(!ancestors.has_news());
         drop(parents);
         assert!(parent.state().ended && ancestors.has_news());
+    }
+
+    #[test]
+    fn a_wait_sees_what_another_thread_has_read() {
+        for _ in 0..20 {
+            let (ours, parents) = socketpair(rustix::net::SocketType::STREAM, crate::sys::Mode::Nonblocking).unwrap();
+            let ours = Arc::new(ours);
+            let parent = ParentLink::new(1, ours.clone(), ours, Lines::default()).unwrap();
+            std::thread::scope(|scope| {
+                scope.spawn(|| while !parent.state().given_up {});
+                scope.spawn(|| send(&parents, FromParent::Stop.line()).unwrap());
+                let began = std::time::Instant::now();
+                assert!(parent.wait_for(Duration::from_secs(60), |state| state.given_up).given_up);
+                assert!(began.elapsed() < Duration::from_secs(30), "{:?}", began.elapsed());
+            });
+        }
     }
 }

@@ -147,6 +147,10 @@ pub fn upgrade(
                                 }
                                 // SAFETY: plain numbers. This thread traces the process, which is stopped.
                                 unsafe { libc::kill(process, signal) };
+                                // Another thread may receive the signal, and then waits for the tracer. If the thread
+                                // that makes the call were released first, it could finish the upgrade before the
+                                // process stops.
+                                tracer.detach_all_but(Some(tid));
                                 // The tracer must wait for the end of a killed process. Otherwise its own parent does
                                 // not see it.
                                 if signal != libc::SIGKILL {
