@@ -265,13 +265,16 @@ fn a_debugger_on_the_child_holds_up_nobody() {
 #[test]
 fn a_child_that_cannot_be_killed_holds_up_no_stop() {
     let dir = tempdir();
-    let (mut server, misbehave) = server(&dir, &["--ready-timeout", "1500", "--log"]);
+    let (mut server, misbehave) = server(&dir, &["--ready-timeout", "5000", "--log"]);
     misbehave("hang");
     server.signal(Signal::HUP);
     let child = field::<u32>(&server.wait(" gen=2 "), "pid");
     let mut debugger = this_program("one_serves::debugger");
-    debugger.env("TRACEE", child.to_string()).env("HOLD", "").stdout(Stdio::null());
+    let running = dir.path().join("running");
+    debugger.env("TRACEE", child.to_string()).env("HOLD", &running).stdout(Stdio::null());
     let mut debugger = guard::mark(&mut debugger, 0).spawn().unwrap();
+    // Before that, the child is stopped because the debugger attaches.
+    eventually("the debugger lets it run", || running.exists());
     // The child was killed, but is not dead.
     eventually("it is stopped at its end", || {
         try_status_field(child, "State").is_some_and(|state| state.starts_with('t'))
@@ -290,15 +293,17 @@ fn a_child_that_cannot_be_killed_holds_up_no_stop() {
 #[test]
 fn debugger() {
     let Some(child) = std::env::var("TRACEE").ok().and_then(|child| child.parse::<i32>().ok()) else { return };
+    let hold = std::env::var_os("HOLD");
     // SAFETY: the calls touch no memory of this process (ptrace(2), waitpid(2)).
     unsafe {
         assert_eq!(libc::ptrace(libc::PTRACE_ATTACH, child, 0, 0), 0);
         libc::waitpid(child, std::ptr::null_mut(), libc::__WALL);
-        if std::env::var_os("HOLD").is_some() {
+        if hold.is_some() {
             assert_eq!(libc::ptrace(libc::PTRACE_SETOPTIONS, child, 0, libc::PTRACE_O_TRACEEXIT), 0);
         }
         libc::ptrace(libc::PTRACE_CONT, child, 0, 0);
     }
+    hold.map(|running| fs::write(running, "").unwrap());
     loop {
         thread::park();
     }
