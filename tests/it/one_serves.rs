@@ -303,7 +303,9 @@ fn debugger() {
         }
         libc::ptrace(libc::PTRACE_CONT, child, 0, 0);
     }
-    hold.map(|running| fs::write(running, "").unwrap());
+    if let Some(running) = hold {
+        fs::write(running, "").unwrap();
+    }
     loop {
         thread::park();
     }
