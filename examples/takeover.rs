@@ -11,7 +11,7 @@
 //! It prints `serving: generation 2, pid 4720, 3 answers so far`: it has the listener and the count. The first process prints
 //! `handed over to pid 4720`, and ends when its last connection has ended. Ctrl-C ends the second process.
 //!
-//!     --listen ADDR       the address to serve on
+//!     --listen ADDR       the address to listen on
 //!     --socket PATH       the takeover socket, the same for every version
 //!     --drain SECONDS     how long connections may take to end (30)
 //!     --pid-file PATH     a file that is written when this process serves

@@ -115,11 +115,12 @@ impl Reporter {
         }
     }
 
-    /// Waits until the parent has announced this process to the manager, which may know it before this process does.
+    /// Waits until the parent has announced this process to the manager, which may know it before this process does. A
+    /// parent that has ended or given up on this process announces nothing.
     pub(crate) fn wait_announced(&self) {
         let Some(manager) = self.manager.get() else { return };
         if let Some(parent) = self.ancestors.parent.as_ref().filter(|_| !manager.is_main()) {
-            parent.wait_for(ANNOUNCE, |state| state.announced || state.ended);
+            parent.wait_for(ANNOUNCE, |state| state.announced || state.ended || state.given_up);
         }
     }
 

@@ -2,7 +2,7 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
-/// A process can have only one started service at a time, because signals and the handover belong to the process.
+/// A process cannot have two started services, because signals and the handover belong to the process.
 pub(crate) struct Started;
 
 static STARTED: AtomicBool = AtomicBool::new(false);

@@ -29,7 +29,7 @@ use std::{env, process, thread};
 use support::{help, say};
 
 /// How long a connection may be idle, and how long a whole request, or each write of a response, may take. (With a limit per
-/// read, a client that sends one byte at a time could keep every old process until the drain's deadline.)
+/// read, a client that sends its bytes slowly could keep every old process until the drain's deadline.)
 const IDLE: Duration = Duration::from_secs(60);
 const PATIENCE: Duration = Duration::from_secs(10);
 /// How long an idle connection stays open after the upgrade.

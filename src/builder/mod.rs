@@ -63,7 +63,7 @@ impl Builder {
         Self::default()
     }
 
-    /// Who may be at the other end of a takeover socket.
+    /// Decides which peers a takeover socket accepts.
     pub(crate) fn trust(&self) -> Trust {
         self.trust.clone().unwrap_or_else(|| Arc::new(PeerCred::is_same_user_or_root))
     }

@@ -65,7 +65,6 @@ pub(crate) fn inherit() -> Result<Option<(Vec<Entry>, OwnedFd)>, Error> {
         adopted.map_err(|source| Error::Socket { key, source })
     };
     let entries = sockets.into_iter().map(entry).collect::<Result<_, _>>()?;
-    adopter.close_on_exec().map_err(failed)?;
     Ok(Some((entries, ready)))
 }
 

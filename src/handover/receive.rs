@@ -82,12 +82,9 @@ impl Arrived {
             Ok(entry.with_fd(Arc::new(fd)))
         };
         let entries = named.into_iter().map(own).collect::<Result<_, Error>>()?;
-        // Take ownership to close them, because this version cannot use them.
-        let unused: Vec<_> = unknown.into_iter().map(|fd| descriptors.take(fd)).collect();
-        if let Descriptors::Inherited(adopter) = descriptors {
-            adopter.close_on_exec().map_err(Error::handover("descriptors"))?;
-        }
-        for _closed in unused {
+        for fd in unknown {
+            // Take ownership to close it, because this version cannot use it.
+            drop(descriptors.take(fd));
             logging::info!("closed a descriptor of an unknown kind");
         }
         Ok(entries)

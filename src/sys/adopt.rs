@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use rustix::fs::{fstat, FileType};
 use rustix::io::{fcntl_setfd, ioctl_fionread, FdFlags};
 
-use super::system::{identity, sweep};
+use super::system::identity;
 
 /// Returns the identity of a descriptor besides its number: its inode if it has one, otherwise a number that is made up
 /// now.
@@ -39,15 +39,19 @@ impl Adopter {
         free.then(|| Self { adopted: Vec::new() })
     }
 
-    /// Takes ownership of descriptor `fd` if it is open, has this type and [`identity`], and was not adopted before.
-    /// [`close_on_exec`](Self::close_on_exec) must set close-on-exec on it. Version 1.1.1 hands descriptors over
-    /// without an identity.
+    /// Takes ownership of descriptor `fd` if it is open, has this type and [`identity`], and was not adopted before, and
+    /// sets close-on-exec. Version 1.1.1 hands descriptors over without an identity.
+    ///
+    /// One close_range(2) for all would be faster for thousands of listeners. But the numbers between them may belong to
+    /// descriptors that the program opened before `start`, for a helper that it starts later.
     pub(crate) fn adopt(&mut self, fd: RawFd, file_type: Option<FileType>, wanted: Option<u64>) -> io::Result<OwnedFd> {
         let index = usize::try_from(fd).unwrap_or_default();
         if fd <= libc::STDERR_FILENO || self.adopted.get(index) == Some(&true) {
             return Err(io::ErrorKind::InvalidInput.into());
         }
         check(fd, file_type, wanted)?;
+        // SAFETY: it is open, and no code owns it before this.
+        fcntl_setfd(unsafe { BorrowedFd::borrow_raw(fd) }, FdFlags::CLOEXEC)?;
         // This is no longer than the descriptor table, because this descriptor is open.
         self.adopted.resize(self.adopted.len().max(index + 1), false);
         self.adopted[index] = true;
@@ -55,22 +59,6 @@ impl Adopter {
         // own, so no other code in this process has opened it. `adopted` and the single `Adopter` ensure that it is
         // owned only once.
         Ok(unsafe { OwnedFd::from_raw_fd(fd) })
-    }
-
-    /// Sets close-on-exec on all adopted descriptors: on thousands of listeners in one call, or one by one if the
-    /// system does not have that call.
-    ///
-    /// Descriptors in between that the program has opened before `start` get close-on-exec as well, as they would at
-    /// the next upgrade.
-    pub(crate) fn close_on_exec(&self) -> io::Result<()> {
-        let mut adopted = (0..).zip(&self.adopted).filter(|(_, adopted)| **adopted).map(|(fd, _)| fd);
-        let Some(first) = adopted.clone().next() else { return Ok(()) };
-        // SAFETY: this closes nothing before an execve.
-        if unsafe { sweep::close_on_exec(first as u32, self.adopted.len() as u32 - 1) }.is_ok() {
-            return Ok(());
-        }
-        // SAFETY: a closed number returns EBADF, and no caller has closed any yet.
-        Ok(adopted.try_for_each(|fd| fcntl_setfd(unsafe { BorrowedFd::borrow_raw(fd) }, FdFlags::CLOEXEC))?)
     }
 }
 
@@ -92,4 +80,23 @@ pub(crate) fn may_bring_a_manifest(fd: RawFd) -> bool {
     // SAFETY: used for a call that is harmless on any number; a closed one returns EBADF.
     let bytes = || unsafe { ioctl_fionread(BorrowedFd::borrow_raw(fd)) };
     identity::IS_A_PROOF || bytes().is_ok_and(|bytes| bytes > 0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rustix::io::{dup, fcntl_getfd};
+    use std::os::fd::{AsRawFd, IntoRawFd};
+
+    /// The program may have opened it before `start`, for a helper that it starts later.
+    #[test]
+    fn a_descriptor_between_adopted_ones_stays_inheritable() {
+        // dup(2) returns a descriptor without close-on-exec.
+        let [first, between, last] = [(); 3].map(|()| dup(io::stderr()).unwrap());
+        let mut adopter = Adopter { adopted: Vec::new() };
+        let adopted = [first, last].map(|fd| adopter.adopt(fd.into_raw_fd(), None, None).unwrap());
+        assert!(adopted.iter().all(|fd| fcntl_getfd(fd).unwrap() == FdFlags::CLOEXEC));
+        assert_eq!(fcntl_getfd(&between).unwrap(), FdFlags::empty());
+        assert!(adopter.adopt(adopted[0].as_raw_fd(), None, None).is_err(), "each only once");
+    }
 }

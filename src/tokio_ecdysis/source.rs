@@ -50,18 +50,6 @@ pub trait Listener: Source {
     fn accept(&self) -> impl Future<Output = io::Result<Self::Accepted>> + Send;
 }
 
-impl Listener for TcpListenerStream {
-    fn accept(&self) -> impl Future<Output = io::Result<Self::Accepted>> + Send {
-        self.plain().accept()
-    }
-}
-
-impl Listener for UnixListenerStream {
-    fn accept(&self) -> impl Future<Output = io::Result<Self::Accepted>> + Send {
-        self.plain().accept()
-    }
-}
-
 pub(super) mod sealed {
     pub trait Sealed {}
     impl Sealed for super::TcpListenerStream {}
@@ -78,58 +66,46 @@ fn gone(_: io::Error) -> io::Error {
     rustix::io::Errno::CONNABORTED.into()
 }
 
-impl Source for TcpListenerStream {
-    type Plain = TcpListener;
-    type Accepted = (TcpStream, SocketAddr);
+macro_rules! listeners {
+    ($($source:ty: $listener:ty, $stream:ident, $address:ty;)*) => {$(
+        impl Source for $source {
+            type Plain = $listener;
+            type Accepted = ($stream, $address);
 
-    fn plain(&self) -> &TcpListener {
-        self.as_ref()
-    }
+            fn plain(&self) -> &$listener {
+                self.as_ref()
+            }
 
-    fn into_plain(self) -> TcpListener {
-        self.into_inner()
-    }
+            fn into_plain(self) -> $listener {
+                self.into_inner()
+            }
 
-    fn item(got: io::Result<Self::Accepted>) -> Self::Item {
-        got.map(|(stream, _)| stream)
-    }
+            fn item(got: io::Result<Self::Accepted>) -> Self::Item {
+                got.map(|(stream, _)| stream)
+            }
 
-    fn poll(&self, cx: &mut Context<'_>) -> Poll<io::Result<Self::Accepted>> {
-        self.plain().poll_accept(cx)
-    }
+            fn poll(&self, cx: &mut Context<'_>) -> Poll<io::Result<Self::Accepted>> {
+                self.plain().poll_accept(cx)
+            }
 
-    fn now(&self) -> io::Result<Self::Accepted> {
-        let stream = TcpStream::from_std(accept(self.plain())?.into())?;
-        let peer = stream.peer_addr().map_err(gone)?;
-        Ok((stream, peer))
-    }
+            fn now(&self) -> io::Result<Self::Accepted> {
+                let stream = $stream::from_std(accept(self.plain())?.into())?;
+                let peer = stream.peer_addr().map_err(gone)?;
+                Ok((stream, peer))
+            }
+        }
+
+        impl Listener for $source {
+            fn accept(&self) -> impl Future<Output = io::Result<Self::Accepted>> + Send {
+                self.plain().accept()
+            }
+        }
+    )*};
 }
 
-impl Source for UnixListenerStream {
-    type Plain = UnixListener;
-    type Accepted = (UnixStream, tokio::net::unix::SocketAddr);
-
-    fn plain(&self) -> &UnixListener {
-        self.as_ref()
-    }
-
-    fn into_plain(self) -> UnixListener {
-        self.into_inner()
-    }
-
-    fn item(got: io::Result<Self::Accepted>) -> Self::Item {
-        got.map(|(stream, _)| stream)
-    }
-
-    fn poll(&self, cx: &mut Context<'_>) -> Poll<io::Result<Self::Accepted>> {
-        self.plain().poll_accept(cx)
-    }
-
-    fn now(&self) -> io::Result<Self::Accepted> {
-        let stream = UnixStream::from_std(accept(self.plain())?.into())?;
-        let peer = stream.peer_addr().map_err(gone)?;
-        Ok((stream, peer))
-    }
+listeners! {
+    TcpListenerStream: TcpListener, TcpStream, SocketAddr;
+    UnixListenerStream: UnixListener, UnixStream, tokio::net::unix::SocketAddr;
 }
 
 /// The largest possible datagram.

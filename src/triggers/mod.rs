@@ -20,7 +20,7 @@ use crate::logging;
 use crate::sys::poll::{poll, Deadline};
 use crate::sys::signal::{self, Handlers};
 
-/// All triggers of a process. Only one thread at a time owns them and waits for them.
+/// All triggers of a process. The leading thread owns them and waits for them.
 pub(crate) struct Triggers {
     signals: Vec<(i32, Action)>,
     handlers: Handlers,

@@ -86,7 +86,6 @@ fn from_environment() -> Result<Option<Inherited>, Error> {
     let mut adopt = |fd: FdRef| adopter.adopt(fd.fd, None, Some(fd.inode)).map(Arc::new).map_err(&failed);
     let reader = adopt(end)?;
     let writer = if carrier.is_socket() { reader.clone() } else { adopt(writer)? };
-    adopter.close_on_exec().map_err(&failed)?;
     let arrived = if carrier.is_socket() {
         let received = receive::receive(&reader, MANIFEST).map_err(&failed)?;
         received.map_err(|answer| failed(io::Error::new(io::ErrorKind::InvalidData, answer)))?

@@ -169,6 +169,7 @@ fn a_program_file_that_is_written_for_a_moment_is_waited_for() {
         let mut server = Server::whoami([&ARGS, way, &exec].concat());
         let writer = OpenOptions::new().write(true).open(&next).unwrap();
         let writer = thread::spawn(move || {
+            // No event shows that the child has met the open file and retries.
             thread::sleep(Duration::from_millis(100));
             drop(writer);
         });

@@ -71,6 +71,7 @@ fn serve(dir: &str) -> Result<()> {
         let (sockets, state, dir) = ((*starting).clone(), state.clone(), dir.to_owned());
         move || {
             if fs::exists(format!("{dir}/hang")).unwrap() {
+                // Longer than the library waits for a callback.
                 thread::sleep(DEADLINE);
             }
             if fs::exists(format!("{dir}/fail")).unwrap() {
@@ -147,8 +148,10 @@ fn keep(
             // During the pause and after an upgrade, the connection belongs to the child.
             if shutdown.is_paused() || shutdown.is_over() {
                 drop(state);
-                thread::sleep(Duration::from_millis(1));
-                continue;
+                if shutdown.wait_accepting() {
+                    continue;
+                }
+                return;
             }
             if !matches!(lines.read_line(&mut String::new()), Ok(1..)) {
                 state.connections.remove(&name);

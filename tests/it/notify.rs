@@ -443,6 +443,7 @@ fn a_stop_ends_the_drain_of_a_generation_whose_successor_has_crashed() {
         let steps = [(new, Signal::KILL), (old, Signal::TERM)];
         let [first, second] = if crashes_first { steps } else { [steps[1], steps[0]] };
         send_signal(first.0, first.1);
+        // No event shows that nothing happens. A drain that this signal ended would log that within this time.
         std::thread::sleep(Duration::from_millis(100));
         assert!(!server.said().iter().any(|line| line.starts_with("ended")), "either alone ends no drain");
         send_signal(second.0, second.1);

@@ -337,18 +337,10 @@ fn a_stop_during_an_upgrade_stops_the_service() {
     assert_eq!(connect(&addr).map(drop).unwrap_err().kind(), std::io::ErrorKind::ConnectionRefused);
 }
 
-/// A steady load leaves the queue empty for a moment only, never for long. A loop that waited for longer would accept until
-/// the drain is over, and cut what it accepted last.
 #[test]
 fn a_stop_under_load_ends_accepting_soon() {
-    let mut server = Server::whoami(LISTEN.iter().chain(&["--drain", "600"]));
-    let load = Load::paced(&vec![server.addr(); 4], Duration::from_millis(10));
-    eventually("there is load", || load.answered() > 20);
-    let stop = Instant::now();
-    server.signal(Signal::TERM);
-    let ended = server.wait("ended gen=1");
-    assert!(ended.contains("left=0"), "{ended}");
-    assert!(stop.elapsed() < Duration::from_secs(20), "{:?}", stop.elapsed());
+    let server = Server::whoami(LISTEN.iter().chain(&["--drain", "600"]));
+    stops_soon_under_load(server);
 }
 
 #[test]

@@ -371,7 +371,7 @@ fn stopped_before_the_commit(meeting: &mut Meeting) -> (Server, Server) {
     let (old_pid, new_pid) = (old.pid(), new.first_pid());
     send_signal(old_pid, Signal::STOP);
     goes_on(&new);
-    // It sleeps that long at no other place.
+    // No event shows that it waits. It sleeps that long at no other place.
     eventually("it waits for the answer", || {
         (0..20).all(|_| {
             thread::sleep(Duration::from_millis(2));

@@ -7,7 +7,7 @@ use std::os::unix::fs::symlink;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::Command;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use crate::support::*;
 use ecdysis::tokio_ecdysis::{
@@ -345,20 +345,10 @@ fn a_stop_takes_what_is_queued_first() {
     }
 }
 
-/// A steady load leaves the queue empty for a moment only, never for long. A loop that waited for longer would accept until
-/// the drain is over, and cut what it accepted last.
 #[test]
 fn a_stop_under_load_ends_accepting_soon() {
     for workers in ["0", "2"] {
-        let mut server = server(["--listen", LOCAL, "--workers", workers, "--drain", "600"]);
-        let load = Load::paced(&vec![server.addr(); 4], Duration::from_millis(10));
-        eventually("there is load", || load.answered() > 20);
-        let stop = Instant::now();
-        server.signal(Signal::TERM);
-        let ended = server.wait("ended gen=1");
-        assert!(ended.contains("left=0"), "{ended}");
-        assert!(stop.elapsed() < Duration::from_secs(20), "{:?}", stop.elapsed());
-        drop(load);
+        stops_soon_under_load(server(["--listen", LOCAL, "--workers", workers, "--drain", "600"]));
     }
 }
 

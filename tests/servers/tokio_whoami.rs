@@ -121,6 +121,7 @@ async fn serve(options: Options, mut choices: ecdysis::Builder) -> Result<()> {
             }
             ("die-after-ready", ms) => {
                 let time = Duration::from_millis(ms.parse()?);
+                // The test chose when it dies.
                 std::thread::spawn(move || {
                     std::thread::sleep(time);
                     process::abort();

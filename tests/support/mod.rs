@@ -21,7 +21,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use rustix::event::{poll, PollFd, PollFlags, Timespec};
-use rustix::process::{pidfd_open, Pid, PidfdFlags};
+use rustix::process::{pidfd_open, Pid, PidfdFlags, Signal};
 pub use tempfile::TempDir;
 
 pub use guard::send_signal;
@@ -193,4 +193,16 @@ pub fn control(path: &Path, command: &str) -> io::Result<String> {
     let mut answer = String::new();
     stream.read_to_string(&mut answer)?;
     Ok(answer)
+}
+
+/// A steady load leaves the queue empty only for a moment. A loop that waited for longer would accept until the drain, which
+/// must be long, is over, and cut what it accepted last.
+pub fn stops_soon_under_load(mut server: Server) {
+    let load = Load::paced(&vec![server.addr(); 4], Duration::from_millis(10));
+    eventually("there is load", || load.answered() > 20);
+    let stop = Instant::now();
+    server.signal(Signal::TERM);
+    let ended = server.wait("ended gen=1");
+    assert!(ended.contains("left=0"), "{ended}");
+    assert!(stop.elapsed() < Duration::from_secs(20), "{:?}", stop.elapsed());
 }

@@ -4,17 +4,6 @@
 
 use super::calls::{call, set_fd_flags};
 
-/// Sets close-on-exec on every descriptor from `first` to `last`.
-///
-/// # Safety
-///
-/// This changes descriptors that other code owns. No code may need one of them after an execve.
-pub(crate) unsafe fn close_on_exec(first: u32, last: u32) -> Result<(), i32> {
-    let arguments = [first as usize, last as usize, libc::CLOSE_RANGE_CLOEXEC as usize, 0];
-    // SAFETY: plain numbers (close_range(2)).
-    unsafe { call(libc::SYS_close_range, arguments).map(drop) }
-}
-
 /// Sets close-on-exec on every descriptor from 3 up.
 ///
 /// # Safety
@@ -22,9 +11,10 @@ pub(crate) unsafe fn close_on_exec(first: u32, last: u32) -> Result<(), i32> {
 /// This changes descriptors that other code owns, so only the child of a spawn may call it, which has its own
 /// descriptor table.
 pub(crate) unsafe fn sweep() -> Result<(), i32> {
+    let arguments = [3, u32::MAX as usize, libc::CLOSE_RANGE_CLOEXEC as usize, 0];
     // Kernels before 5.11 lack the call or the flag, and filters refuse what they do not know.
-    // SAFETY: as for this function.
-    unsafe { close_on_exec(3, u32::MAX).or_else(|_| sweep_listed()).or_else(|_| sweep_all()) }
+    // SAFETY: plain numbers (close_range(2)); the rest is as for this function.
+    unsafe { call(libc::SYS_close_range, arguments).map(drop).or_else(|_| sweep_listed()).or_else(|_| sweep_all()) }
 }
 
 /// Sets close-on-exec on every descriptor that /proc/self/fd lists.

@@ -7,15 +7,6 @@ use super::calls::set_fd_flags;
 /// The highest number that is tried. Trying a million takes about a tenth of a second.
 const MOST: u64 = 1 << 20;
 
-/// Not supported: these systems have no single call for a range.
-///
-/// # Safety
-///
-/// There are no conditions. The implementation for Linux has the same signature.
-pub(crate) unsafe fn close_on_exec(_first: u32, _last: u32) -> Result<(), i32> {
-    Err(libc::ENOSYS)
-}
-
 /// Sets close-on-exec on every descriptor from 3 up.
 ///
 /// # Safety

@@ -27,6 +27,7 @@ pub fn report_rate_of(port: u16) {
     while let Some(ms) = hear().strip_prefix("measure ").and_then(|ms| ms.parse().ok()) {
         let state = || (sys::now(), ACCEPTED.load(Ordering::Relaxed), sys::cpu_seconds(false));
         let before = state();
+        // The time over which the rate is measured.
         thread::sleep(Duration::from_millis(ms));
         let after = state();
         let (time, accepted) = (after.0 - before.0, after.1 - before.1);

@@ -61,6 +61,7 @@ fn restart(service: &Service<'_>, open: Box<dyn Conn>) -> bool {
     let unit = service.unit();
     let restarted = thread::spawn(move || systemctl(&["restart", &unit]));
     eventually("it stops", || service.get("ActiveState") == "deactivating");
+    // The outage that is measured depends on this time.
     thread::sleep(Duration::from_millis(500));
     let finished = finish(open);
     assert!(restarted.join().unwrap().status.success());

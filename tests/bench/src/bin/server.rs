@@ -176,6 +176,7 @@ fn measure_stall(args: &Args, server: &Ecdysis) -> Result<(), Box<dyn std::error
         if !matches!(refused, Err(ecdysis::Error::Refused { .. })) {
             return Err(format!("{refused:?}").into());
         }
+        // The longest stall of the same time without an upgrade.
         thread::sleep(Duration::from_nanos(took));
         let quiet = longest();
         say(&format!("stall ns={stall} quiet={quiet} took={took}"));

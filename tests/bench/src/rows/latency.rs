@@ -109,6 +109,7 @@ fn client(port: u16, pace: Duration, over: &AtomicBool) -> Vec<Request> {
     let mut requests = Vec::new();
     let mut due = Instant::now();
     while !over.load(Ordering::Relaxed) {
+        // Requests have fixed times, so that a slow one does not delay the next.
         due += pace;
         thread::sleep(due.saturating_duration_since(Instant::now()));
         let start = sys::now();
