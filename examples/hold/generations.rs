@@ -1,9 +1,14 @@
 //! The generations: the one that serves, which receives the signals and may send messages, and those that it replaced.
 
 use std::fs;
+use std::time::{Duration, Instant};
 
 use crate::process::{self, descendants, Descendant, Process};
 use crate::signals::send;
+
+/// How long after its announcement a successor that dies may give the service back. The upgrade ends when `hold` has
+/// confirmed the announcement.
+const ANNOUNCED: Duration = Duration::from_secs(5);
 
 pub struct Generations {
     /// The generation that serves, or starts.
@@ -16,6 +21,8 @@ pub struct Generations {
     session: i32,
     /// Generations that were replaced, and may still drain.
     former: Vec<i32>,
+    /// The last of them, and when it was replaced.
+    replaced: Option<(i32, Instant)>,
     /// The signals that were sent to the serving generation, as a mask.
     received: u64,
 }
@@ -23,7 +30,7 @@ pub struct Generations {
 impl Generations {
     pub fn new(program: &[u8]) -> Self {
         let program = program.to_vec();
-        Self { main: None, ready: false, program, session: 0, former: Vec::new(), received: 0 }
+        Self { main: None, ready: false, program, session: 0, former: Vec::new(), replaced: None, received: 0 }
     }
 
     pub fn main(&self) -> Option<&Process> {
@@ -46,11 +53,19 @@ impl Generations {
 
     /// Records that another generation serves from now on.
     pub fn replace(&mut self, process: Process) {
-        self.former.extend(self.main.take().map(|main| main.pid));
+        if let Some(main) = self.main.take() {
+            self.former.push(main.pid);
+            self.replaced = Some((main.pid, Instant::now()));
+        }
         self.former.retain(|pid| *pid != process.pid);
         self.received = 0;
         self.main = Some(process);
         self.look();
+    }
+
+    /// Whether the generation that was replaced last is alive and can still take the service back from its successor.
+    pub fn can_take_back(&self) -> bool {
+        self.replaced.is_some_and(|(pid, at)| self.is_former(pid) && at.elapsed() < ANNOUNCED)
     }
 
     /// Records that a process has ended. Returns the serving generation if it was that process.

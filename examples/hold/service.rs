@@ -22,6 +22,8 @@ use crate::{say, CRASHED, KILLED};
 
 /// How long a successor may take to report that it serves when its predecessor has died.
 const ORPHANED: Duration = Duration::from_secs(10);
+/// How long a generation may take to report that it serves again when the successor that it has just announced has died.
+const TAKING_BACK: Duration = Duration::from_millis(500);
 /// How long a restarted server may take to be ready.
 const STARTING: Duration = Duration::from_secs(90);
 /// How long a generation may take to end after SIGABRT.
@@ -64,7 +66,8 @@ enum Phase {
     Running,
     /// No generation serves, because it crashed. The server is restarted at this time.
     Restarting(Instant),
-    /// The serving generation has ended in the middle of an upgrade. Its successor must report by this time that it serves.
+    /// The serving generation has ended in the middle of an upgrade. Its successor, or the predecessor that takes the service
+    /// back, must report by this time that it serves.
     Orphaned(Instant, Ended),
     /// All remaining processes are killed at `until`. `asked`: helpers were sent SIGTERM.
     Stopping { until: Instant, asked: bool },
@@ -292,6 +295,9 @@ impl Service {
                 status.and_then(|status| status.signal()).is_some_and(|signal| self.generations.received(signal));
             let how = if by_us || status.is_some_and(|s| s.success()) { Ended::Well } else { Ended::Crashed };
             match successors.is_empty() {
+                true if self.generations.can_take_back() => {
+                    self.phase = Phase::Orphaned(Instant::now() + TAKING_BACK, how);
+                }
                 true => self.on_service_ended(how),
                 false => self.phase = Phase::Orphaned(Instant::now() + ORPHANED, how),
             }
@@ -356,11 +362,11 @@ impl Service {
             }
             Phase::Orphaned(until, how) => {
                 let successors = self.generations.successors();
-                if until <= now {
+                if until <= now && !successors.is_empty() {
                     say("killing the successor: it did not report in time that it serves");
                     successors.iter().for_each(|successor| signals::send(successor.pid, libc::SIGKILL));
-                    self.on_service_ended(how);
-                } else if successors.is_empty() {
+                }
+                if until <= now || successors.is_empty() && !self.generations.can_take_back() {
                     self.on_service_ended(how);
                 }
             }

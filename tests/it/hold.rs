@@ -210,6 +210,25 @@ fn a_crash_in_the_middle_of_an_upgrade_leaves_one_server() {
     assert_eq!(stop(&mut server), Some(0));
 }
 
+/// The child learns of the stop and of its announcement at the same time, and then stores its listeners.
+#[cfg(feature = "systemd")]
+#[test]
+fn a_stop_during_the_probation_leaves_no_listener() {
+    let mut server = held(&[], &["--probation", "2000", "--drain", "600"]);
+    let (hold, addr) = (server.first_pid(), server.addr());
+    send_signal(hold, Signal::HUP);
+    server.wait("serving gen=2 ");
+    let mut open = connect(&addr).unwrap();
+    assert_eq!(generation(&addr), 2);
+    send_signal(hold, Signal::TERM);
+    eventually("no process listens", || connect(&addr).is_err());
+    open.write_all(b"who\n").unwrap();
+    let mut answer = String::new();
+    open.read_to_string(&mut answer).unwrap();
+    assert!(answer.starts_with("gen=2 "), "the drain is not over: {answer}");
+    server.wait_all_ended();
+}
+
 #[cfg(feature = "systemd")]
 #[test]
 fn requests_in_quick_succession_are_all_answered() {
@@ -317,6 +336,14 @@ fn send(text: &[u8], fds: &[BorrowedFd<'_>]) {
     sendmsg_addr(&socket, &address, &[IoSlice::new(text)], &mut control, SendFlags::empty()).unwrap();
 }
 
+/// Waits until `hold` has read all messages of this process.
+fn wait_until_read() {
+    let (end, theirs) = rustix::pipe::pipe().unwrap();
+    send(b"BARRIER=1\n", &[theirs.as_fd()]);
+    drop(theirs);
+    assert_eq!(rustix::io::read(&end, &mut [0; 1]), Ok(0));
+}
+
 /// Not a test: a server that sends invalid messages, then READY, and crashes. After the restart it prints the
 /// descriptors that it got.
 #[test]
@@ -356,6 +383,55 @@ fn a_server_that_sends_nonsense() {
     send(b"FDSTOREREMOVE=1\nFDNAME=fourth", &[]);
     send(b"READY=1\n", &[]);
     std::process::exit(1);
+}
+
+const TAKES_BACK: &str = "ECDYSIS_TEST_TAKES_BACK";
+
+/// Not a test: a server that announces its child, which then dies, and serves again.
+#[test]
+fn a_server_that_takes_the_service_back() {
+    let Some(role) = std::env::var_os(TAKES_BACK) else { return };
+    let late = role == "late";
+    if late || role == "early" {
+        send(b"READY=1\n", &[]);
+        let mut child = this_program("hold::a_server_that_takes_the_service_back");
+        let mut child = child.env(TAKES_BACK, "child").spawn().unwrap();
+        send(format!("MAINPID={}\nREADY=1\n", child.id()).as_bytes(), &[]);
+        wait_until_read();
+        child.kill().unwrap();
+        child.wait().unwrap();
+        if late {
+            // Longer than `hold` needs to see the end. No event shows that it has.
+            thread::sleep(std::time::Duration::from_millis(200));
+        }
+        send(format!("MAINPID={}\nREADY=1\n", std::process::id()).as_bytes(), &[]);
+    }
+    loop {
+        thread::park();
+    }
+}
+
+#[test]
+fn a_parent_that_takes_the_service_back_is_not_started_twice() {
+    takes_the_service_back("late");
+}
+
+#[test]
+fn a_parent_may_see_the_death_of_its_child_first() {
+    takes_the_service_back("early");
+}
+
+fn takes_the_service_back(when: &str) {
+    let program = this_program("hold::a_server_that_takes_the_service_back");
+    let mut command = Command::new(example("hold"));
+    command.arg("--").arg(program.get_program()).args(program.get_args());
+    command.env(TAKES_BACK, when).stdout(std::process::Stdio::null());
+    let mut server = Server::start(command);
+    let first: u32 = field(&server.wait("hold: started"), "pid");
+    assert_ne!(field::<u32>(&server.wait("hold: serves"), "pid"), first);
+    assert_eq!(field::<u32>(&server.wait("hold: serves"), "pid"), first);
+    assert_eq!(stop(&mut server), Some(128 + 15));
+    assert_eq!(server.said().iter().filter(|line| line.starts_with("hold: started")).count(), 1);
 }
 
 #[test]

@@ -25,19 +25,24 @@ impl Service {
     fn on_message(&mut self, message: Message) -> Result<(), &'static str> {
         let pid = message.pid;
         message.text()?;
-        if self.generations.is_former(pid) {
+        // A parent whose announced child has died serves again. It may know of that death before this process does.
+        let main = message.number("MAINPID");
+        let orphaned = matches!(self.phase, Phase::Orphaned(..));
+        let is_former = self.generations.is_former(pid);
+        let takes_back = is_former && main == Some(pid as u64) && (orphaned || self.generations.can_take_back());
+        if is_former && !takes_back {
             self.extend(&message);
             let knows = ["BARRIER", "EXTEND_TIMEOUT_USEC"].iter().any(|name| message.get(name).is_some());
             return knows.then_some(()).ok_or("that generation was replaced");
         }
-        if matches!(self.phase, Phase::Orphaned(..)) && message.has("READY=1") && Process::of(pid).is_ours() {
+        if (takes_back || orphaned && message.has("READY=1")) && Process::of(pid).is_ours() {
             self.replace_main(Process::of(pid));
         }
         if !self.generations.is_main(pid) {
             return Err("it is not the generation that serves");
         }
         self.above.send(&message);
-        if let Some(main) = message.number("MAINPID").filter(|main| *main != pid as u64) {
+        if let Some(main) = main.filter(|main| *main != pid as u64) {
             let next = Process::of(i32::try_from(main).unwrap_or(0));
             if !next.is_ours() {
                 return Err("MAINPID is no process of this service");
@@ -73,6 +78,10 @@ impl Service {
         let (stores, polled) = (message.has("FDSTORE=1"), !message.has("FDPOLL=0"));
         if !stores && !message.fds.is_empty() && message.get("BARRIER").is_none() {
             return Err("descriptors without FDSTORE");
+        }
+        if stores && matches!(self.phase, Phase::Stopping { .. }) {
+            // As in `stop`: clients would connect to a listener that no process serves.
+            return Ok(());
         }
         let stored: Vec<_> =
             message.fds.into_iter().filter(|_| stores).map(|fd| self.store.put(&name, fd, polled)).collect();
