@@ -10,6 +10,7 @@ use std::sync::{Mutex, PoisonError};
 use crate::error::Error;
 use crate::listen::is_out_of_reach;
 use crate::logging;
+use crate::sys::signal::without_sigxfsz;
 
 /// The PID file of a program, if it has one. This is the only place that knows the path.
 #[derive(Debug, Default)]
@@ -110,7 +111,7 @@ fn replace(path: &Path, content: &[u8]) -> io::Result<()> {
 /// The content is written with one short write, so a reader sees either the old or the new content.
 fn overwrite(path: &Path, content: &[u8]) -> io::Result<()> {
     let mut file = open_in_place(path)?;
-    file.write_all(content)?;
+    without_sigxfsz(|| file.write_all(content))?;
     file.set_len(content.len() as u64)
 }
 
@@ -137,7 +138,7 @@ fn rename_over(path: &Path, content: &[u8]) -> io::Result<()> {
     let written = (|| {
         // Set the mode regardless of the umask.
         file.set_permissions(Permissions::from_mode(0o644))?;
-        file.write_all(content)?;
+        without_sigxfsz(|| file.write_all(content))?;
         fs::rename(&new, path)
     })();
     if written.is_err() {

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use super::entry::Entry;
 use crate::key::Key;
 use crate::sys::blob;
+use crate::sys::signal::without_sigxfsz;
 
 /// The status of this generation.
 pub(crate) struct DrainStatus {
@@ -30,7 +31,7 @@ impl DrainStatus {
     /// Writes the number of remaining connections. The line always has the same length.
     pub(crate) fn write(&self, connections: usize) {
         let line = format!("{:>10} {:>20} {connections:>20}\n", process::id(), self.began);
-        let _ = self.file.write_all_at(line.as_bytes(), 0);
+        let _ = without_sigxfsz(|| self.file.write_all_at(line.as_bytes(), 0));
     }
 }
 

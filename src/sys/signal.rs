@@ -7,6 +7,8 @@ use std::ptr;
 use std::sync::atomic::{AtomicI32, AtomicPtr, AtomicU64, Ordering};
 use std::sync::OnceLock;
 
+use rustix::io::Errno;
+
 use super::flag::Flag;
 use super::system::calls;
 pub(crate) use super::system::mask::Mask;
@@ -202,13 +204,24 @@ impl Drop for Blocked {
 
 /// Runs `write`. If the pipe has no reader, this returns an error, whatever the program's disposition for SIGPIPE is.
 pub(crate) fn without_sigpipe<T>(write: impl FnOnce() -> rustix::io::Result<T>) -> rustix::io::Result<T> {
-    let sigpipe = Mask::of(libc::SIGPIPE);
-    let blocked = Blocked::new(sigpipe);
+    without(libc::SIGPIPE, |error| *error == Errno::PIPE, write)
+}
+
+/// Runs `write`. If the file would exceed RLIMIT_FSIZE (`LimitFSIZE=0` of a unit also counts for memory files), this
+/// returns an error instead of ending the process by SIGXFSZ.
+pub(crate) fn without_sigxfsz<T>(write: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
+    without(libc::SIGXFSZ, |error| error.raw_os_error() == Some(libc::EFBIG), write)
+}
+
+/// Runs `write` with `signal` blocked, and takes the signal if it was raised together with the error.
+fn without<T, E>(signal: i32, raised: impl Fn(&E) -> bool, write: impl FnOnce() -> Result<T, E>) -> Result<T, E> {
+    let mask = Mask::of(signal);
+    let blocked = Blocked::new(mask);
     let written = write();
     if let Ok(Blocked(former)) = &blocked {
-        if matches!(written, Err(rustix::io::Errno::PIPE)) && !former.has(libc::SIGPIPE) {
+        if written.as_ref().is_err_and(raised) && !former.has(signal) {
             // The signal of the write is pending only for this thread.
-            mask::take_pending(sigpipe);
+            mask::take_pending(mask);
         }
     }
     written

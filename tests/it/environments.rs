@@ -207,6 +207,24 @@ fn an_environment_that_is_too_large_is_named() {
     drop(dir);
 }
 
+/// Without a guard, the first write beyond the limit ends the process by SIGXFSZ. It counts for memory files too.
+#[test]
+fn a_limit_on_the_size_of_files_ends_no_server() {
+    let dir = tempdir();
+    let pid_file = dir.path().join("pid");
+    for way in WAYS {
+        let mut server = Server::whoami([&ARGS, way].concat());
+        limit_files(&server);
+        upgrades(&mut server);
+    }
+    let mut server = Server::whoami(ARGS.iter().copied().chain(["--pid-file", pid_file.to_str().unwrap()]));
+    limit_files(&server);
+    let line = server.fail_to_upgrade();
+    assert!(line.contains("PID file") && line.contains("File too large"), "{line}");
+    assert_eq!(fs::read_to_string(&pid_file).unwrap().trim(), server.pid().to_string());
+    assert_eq!(generation(&server.addr()), 1);
+}
+
 /// The limit does not apply to root, so the server runs as another user.
 #[test]
 fn a_limit_on_processes_is_named() {

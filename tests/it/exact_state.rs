@@ -271,6 +271,16 @@ fn a_callback_that_fails_or_hangs_is_a_failed_upgrade() {
     assert_eq!(client.ask(), (2, 4));
 }
 
+#[test]
+fn state_that_a_limit_on_files_forbids_is_a_failed_upgrade() {
+    let mut exact = Exact::start("pipes");
+    let mut client = Client::new(&exact.server.addr());
+    limit_files(&exact.server);
+    let failed = exact.server.fail_to_upgrade();
+    assert!(failed.contains("lines") && failed.contains("File too large"), "{failed}");
+    assert_eq!(client.ask(), (1, 1));
+}
+
 /// If the parent is stopped before the commit, it passes nothing. The child reports that and does not start with empty
 /// state.
 #[test]

@@ -180,6 +180,14 @@ pub fn ask(addr: &str) -> io::Result<String> {
     Ok(answer)
 }
 
+/// Forbids the server, and all generations after it, to write to files.
+pub fn limit_files(server: &Server) {
+    let none = libc::rlimit { rlim_cur: 0, rlim_max: libc::RLIM_INFINITY };
+    // SAFETY: `none` is read, nothing is written.
+    let result = unsafe { libc::prlimit(server.pid() as i32, libc::RLIMIT_FSIZE, &none, std::ptr::null_mut()) };
+    assert_eq!(result, 0, "{}", io::Error::last_os_error());
+}
+
 /// Returns the generation that answers.
 pub fn generation(addr: &str) -> u64 {
     field(&ask(addr).unwrap(), "gen")

@@ -7,6 +7,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use rustix::fs::{fcntl_add_seals, fcntl_get_seals, memfd_create, MemfdFlags, SealFlags};
 use rustix::io::Errno;
 
+use crate::sys::signal::without_sigxfsz;
 use crate::sys::stdio::above_stdio;
 
 /// With these seals the file can no longer be changed, shortened or extended, and the seals cannot be lifted.
@@ -28,7 +29,7 @@ pub(crate) fn open_for_writing() -> io::Result<OwnedFd> {
 /// Returns a close-on-exec descriptor of a file that contains `bytes` and can no longer be changed.
 pub(crate) fn create(bytes: &[u8]) -> io::Result<OwnedFd> {
     let mut file = File::from(open_for_writing()?);
-    file.write_all(bytes)?;
+    without_sigxfsz(|| file.write_all(bytes))?;
     fcntl_add_seals(&file, seals())?;
     Ok(file.into())
 }

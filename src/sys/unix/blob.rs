@@ -11,12 +11,13 @@ use std::os::unix::fs::OpenOptionsExt;
 
 use rustix::fs::{fcntl_getfl, fstat, FileType, OFlags};
 
+use crate::sys::signal::without_sigxfsz;
 use crate::sys::stdio::above_stdio;
 
 /// Returns a close-on-exec descriptor of a file that contains `bytes` and has no name.
 pub(crate) fn create(bytes: &[u8]) -> io::Result<OwnedFd> {
     let (mut file, reader) = files()?;
-    file.write_all(bytes)?;
+    without_sigxfsz(|| file.write_all(bytes))?;
     Ok(above_stdio(reader.into())?)
 }
 
