@@ -1,6 +1,7 @@
 //! One generation: its facts and its handles, without locks or loops.
 
 use std::fmt::Write;
+use std::sync::atomic::AtomicBool;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -24,6 +25,8 @@ pub(crate) struct Generation {
     pub(crate) began: Instant,
     pub(crate) launch: Launch,
     pub(crate) limits: Limits,
+    /// Whether a stop passes state to the next start, through the service manager's store.
+    pub(crate) keep_passed: AtomicBool,
     pub(crate) sockets: Sockets,
     pub(crate) shutdown: Shutdown,
     pub(crate) ancestors: Arc<Ancestors>,

@@ -60,8 +60,6 @@ pub(crate) struct Limits {
     /// Whether a stop signal during the drain ends the drain.
     pub(crate) second_stop_ends_drain: bool,
     pub(crate) stop_delay: Duration,
-    /// Whether a stop passes state to the next start, through the service manager's store.
-    pub(crate) keep_passed: bool,
 }
 
 impl Default for Limits {
@@ -72,7 +70,6 @@ impl Default for Limits {
             overlap: Overlap::default(),
             second_stop_ends_drain: false,
             stop_delay: Duration::ZERO,
-            keep_passed: false,
         }
     }
 }

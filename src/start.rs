@@ -30,6 +30,8 @@ use crate::triggers::Triggers;
 use crate::upgrade::child::inherit;
 use rustix::fs::Mode;
 use std::path::Path;
+#[cfg(all(feature = "tokio_ecdysis", feature = "systemd_notify", feature = "systemd_sockets"))]
+use std::sync::atomic::Ordering;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -119,6 +121,7 @@ impl Builder {
             began,
             launch,
             limits: self.limits,
+            keep_passed: self.keep_passed.into(),
             sockets,
             shutdown,
             ancestors,
@@ -214,6 +217,11 @@ impl Starting {
     #[cfg(feature = "systemd_sockets")]
     pub(crate) fn inherit_from_manager(&self) -> Result<bool, Error> {
         inherit_from_manager(&self.0.generation)
+    }
+
+    #[cfg(all(feature = "systemd_notify", feature = "systemd_sockets"))]
+    pub(crate) fn keep_passed(&self, on: bool) {
+        self.0.generation.keep_passed.store(on, Ordering::Relaxed);
     }
 
     pub(crate) fn set_pid_file(&self, path: &Path) {

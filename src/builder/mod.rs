@@ -55,6 +55,7 @@ pub struct Builder {
     pub(crate) systemd_notify: bool,
     #[cfg(feature = "systemd_sockets")]
     pub(crate) systemd_sockets: bool,
+    pub(crate) keep_passed: bool,
 }
 
 impl Builder {

@@ -68,7 +68,7 @@ impl Builder {
     /// ```
     #[cfg(all(feature = "systemd_notify", feature = "systemd_sockets"))]
     pub fn systemd_keep_passed(&mut self, on: bool) -> &mut Self {
-        self.limits.keep_passed = on;
+        self.keep_passed = on;
         self
     }
 }

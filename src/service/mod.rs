@@ -3,6 +3,7 @@
 mod probation;
 
 use std::os::fd::AsFd;
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
@@ -231,7 +232,7 @@ impl Service {
     /// Accepting is paused for this, and is not resumed.
     fn keep_passed(&self) -> Option<Paused<'_>> {
         let generation = &self.generation;
-        let store = generation.reporter.store().filter(|_| generation.limits.keep_passed)?;
+        let store = generation.reporter.store().filter(|_| generation.keep_passed.load(Ordering::Relaxed))?;
         let mut paused = Paused::begin(&generation.shutdown);
         paused.end(State::Stopped);
         match generation.sockets.keep_passed(&*store, generation.number) {

@@ -219,6 +219,26 @@ impl TokioEcdysisBuilder {
         first.then_some(()).ok_or(SystemdSocketsReadError::DuplicateSystemdSocketsRead)
     }
 
+    /// Sets whether a stop passes state, streams and descriptors to the next start of the service, see
+    /// [`Builder::systemd_keep_passed`]. It needs both of the methods above, and `FileDescriptorStoreMax=` in the unit.
+    /// Default: no.
+    ///
+    /// ```
+    /// # fn main() -> std::io::Result<()> {
+    /// use ecdysis::tokio_ecdysis::{SignalKind, TokioEcdysisBuilder};
+    /// let mut builder = TokioEcdysisBuilder::new(SignalKind::hangup())?;
+    /// // Both fail without a service manager. The second also fails if the manager passes nothing yet.
+    /// let _ = builder.enable_systemd_notifications();
+    /// let _ = builder.read_systemd_sockets();
+    /// builder.systemd_keep_passed(true);
+    /// # Ok(())
+    /// # }
+    /// ```
+    #[cfg(all(feature = "systemd_notify", feature = "systemd_sockets"))]
+    pub fn systemd_keep_passed(&mut self, on: bool) {
+        self.starting.keep_passed(on);
+    }
+
     /// Refuses to serve, with a reason for the operator, see [`Starting::refuse`]. Return the error from `main`.
     pub fn refuse(self, reason: impl fmt::Display) -> Error {
         self.starting.refuse(reason)

@@ -288,6 +288,28 @@ fn listeners_go_into_the_store_by_name() {
     }
 }
 
+#[test]
+#[cfg(feature = "tokio_ecdysis")]
+fn the_tokio_builder_can_store_what_is_passed() {
+    for keep in [true, false] {
+        let manager = Manager::new();
+        let mut command = Command::new(example("tokio_whoami"));
+        command.args(["--systemd", "--listen", "127.0.0.1:0"]).args(keep.then_some("--keep-passed"));
+        command.env("NOTIFY_SOCKET", &manager.address).env("FDSTORE", "8");
+        let server = Server::serving(command);
+        let pid = server.first_pid();
+        manager.expect(pid, "FDSTORE=1\nFDNAME=ecdysis tcp ");
+        manager.expect(pid, "READY=1");
+        server.signal(Signal::TERM);
+        // The text of the manifest, and one end of a pair of sockets.
+        for _ in 0..if keep { 2 } else { 0 } {
+            manager.expect(pid, "FDSTORE=1\nFDNAME=ecdysis-passed ");
+        }
+        manager.expect(pid, "STOPPING=1");
+        server.wait_all_ended();
+    }
+}
+
 /// It no longer reads, and its queue is full.
 #[test]
 fn a_manager_that_hangs_costs_no_request() {

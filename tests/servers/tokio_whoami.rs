@@ -11,6 +11,7 @@
 //!       --tasks N                         tasks that accept from each stream; 0, the default, is one that iterates
 //!       --systemd                         notifies the service manager, and takes its sockets: --listen unit:NAME=PATH;
 //!                                         needs feature systemd
+//!       --keep-passed                     a stop stores what is passed with the service manager
 //!       --gate PATH                       before ready, waits for a connection to this socket and writes to it how many
 //!                                         connections were accepted
 //!       --forget-exit                     drops the exit future, and waits for the shutdown handle instead
@@ -74,6 +75,7 @@ async fn serve(options: Options, mut choices: ecdysis::Builder) -> Result<()> {
         if let Err(why) = builder.read_systemd_sockets() {
             say(format!("{why}"));
         }
+        builder.systemd_keep_passed(options.keep_passed);
     }
     if let Some(path) = &options.pid_file {
         builder.set_pid_file(path);
@@ -287,6 +289,7 @@ struct Options {
     keep: bool,
     hold: bool,
     systemd: bool,
+    keep_passed: bool,
     drain: Duration,
     misbehave: Option<PathBuf>,
     control: Option<PathBuf>,
@@ -309,6 +312,7 @@ impl Options {
                 Long("forget-exit") => options.forget_exit = true,
                 Long("keep") => options.keep = true,
                 Long("hold") => options.hold = true,
+                Long("keep-passed") => options.keep_passed = true,
                 Long("systemd") => options.systemd = cfg!(feature = "systemd"),
                 Long("drain") => {
                     options.drain = args.value()?.parse_with(|s| s.parse().map(Duration::from_secs_f64))?
