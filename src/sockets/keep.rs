@@ -5,6 +5,8 @@ use std::io;
 use std::sync::Arc;
 use std::time::Instant;
 
+use rustix::fs::{fstat, FileType};
+
 use super::late::{produce, TIME};
 use super::Sockets;
 use crate::error::Error;
@@ -32,7 +34,7 @@ impl Sockets {
         check(&all, store.capacity(), early.len() + late.len()).map_err(failed)?;
 
         let is_state = |entry: &Entry| entry.unit.is_none() && !entry.key.kind().has_address();
-        let is_known = |entry: &Entry| known.iter().any(|known| known.inode == entry.inode && known.key == entry.key);
+        let is_known = |entry: &Entry| known.iter().any(|known| Arc::ptr_eq(&known.fd, &entry.fd));
         let (before, since): (Vec<_>, Vec<_>) = all.into_iter().filter(is_state).partition(is_known);
         let count = early.len() + before.len();
         let entries: Vec<Entry> = early.into_iter().chain(before).chain(late).chain(since).collect();
@@ -46,7 +48,7 @@ impl Sockets {
 }
 
 /// Checks that the store has room for everything, and that no two descriptors are the same, because the store would
-/// keep only one of them.
+/// keep only one of them. Descriptors without a file (eventfd(2) and the like) share an inode, so they cannot be compared.
 fn check(all: &[Entry], capacity: usize, produced: usize) -> io::Result<()> {
     let needed = all.iter().filter(|entry| entry.unit.is_none()).count() + produced + 1;
     if needed > capacity {
@@ -54,7 +56,9 @@ fn check(all: &[Entry], capacity: usize, produced: usize) -> io::Result<()> {
     }
     let mut seen = HashMap::new();
     for entry in all {
-        if let Some(other) = seen.insert(entry.inode, &entry.key) {
+        let stat = fstat(&entry.fd)?;
+        let has_file = FileType::from_raw_mode(stat.st_mode) != FileType::Unknown;
+        if let Some(other) = seen.insert((stat.st_dev, stat.st_ino), &entry.key).filter(|_| has_file) {
             return Err(io::Error::other(format!(
                 "{} and {other} are the same file, which is kept only once",
                 entry.key
@@ -62,4 +66,21 @@ fn check(all: &[Entry], capacity: usize, produced: usize) -> io::Result<()> {
         }
     }
     Ok(())
+}
+
+#[cfg(all(test, target_os = "linux"))]
+mod tests {
+    use super::*;
+    use crate::key::Key;
+
+    #[test]
+    fn only_the_same_file_is_refused() {
+        let entry = |name: &str, fd: &dyn std::os::fd::AsFd| Entry::duplicate(Key::fd(name), fd.as_fd()).unwrap();
+        let [one, two] =
+            [(); 2].map(|()| rustix::event::epoll::create(rustix::event::epoll::CreateFlags::CLOEXEC).unwrap());
+        check(&[entry("one", &one), entry("two", &two)], 3, 0).unwrap();
+        let (pipe, _writer) = rustix::pipe::pipe().unwrap();
+        let error = check(&[entry("one", &pipe), entry("two", &pipe)], 3, 0).unwrap_err();
+        assert!(error.to_string().contains("fd two and fd one are the same file"), "{error}");
+    }
 }

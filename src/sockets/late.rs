@@ -5,7 +5,6 @@
 //! after it has paused and before `commit`, so a child that has received `commit` can receive all of them without
 //! waiting.
 
-use std::collections::HashSet;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::{mpsc, Arc, Mutex, PoisonError};
@@ -39,8 +38,9 @@ const BUFFER: usize = 8 << 20;
 pub(crate) struct Late {
     socket: OwnedFd,
     producers: Vec<Producer>,
-    /// The descriptors that are part of the handover already.
-    known: HashSet<u64>,
+    /// The descriptors that are part of the handover already. Their inodes would not identify them, because descriptors
+    /// without a file (eventfd(2) and the like) share one.
+    known: Vec<Arc<OwnedFd>>,
 }
 
 impl Late {
@@ -49,7 +49,7 @@ impl Late {
         let (socket, child_end) = net::socketpair(SocketType::STREAM, Mode::Nonblocking)?;
         // The largest buffer that the system allows (net.core.wmem_max), because the child reads only after the commit.
         let _ = set_socket_send_buffer_size(&socket, BUFFER);
-        let known = entries.iter().map(|entry| entry.inode).collect();
+        let known = entries.iter().map(|entry| entry.fd.clone()).collect();
         entries.push(Entry::new(Key::late(), child_end)?);
         Ok(Self { socket, producers, known })
     }

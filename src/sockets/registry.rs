@@ -191,9 +191,10 @@ impl Registry {
     }
 
     /// Returns the connections and other descriptors that are not `known`.
-    pub(super) fn passed_since(&self, known: &HashSet<u64>) -> Vec<Entry> {
+    pub(super) fn passed_since(&self, known: &[Arc<OwnedFd>]) -> Vec<Entry> {
+        let known: HashSet<_> = known.iter().map(Arc::as_ptr).collect();
         let ours = self.ours.iter().filter(|entry| matches!(entry.key.kind(), Kind::Stream | Kind::Fd));
-        ours.filter(|entry| !known.contains(&entry.inode)).cloned().collect()
+        ours.filter(|entry| !known.contains(&Arc::as_ptr(&entry.fd))).cloned().collect()
     }
 
     /// Returns the files of Unix sockets that this process cannot replace or remove.

@@ -67,6 +67,8 @@ fn serve(dir: &str) -> Result<()> {
     let listener = starting.listen_tcp("127.0.0.1:0".parse()?)?;
     say(format!("listening {} gen={generation} pid={}", listener.local_addr()?, process::id()));
     let state = Arc::new(Mutex::new(State::default()));
+    let eventfd = || rustix::event::eventfd(0, rustix::event::EventfdFlags::CLOEXEC).unwrap();
+    starting.pass_fd("early", eventfd())?;
     starting.pass_bytes_at_commit("lines", {
         let (sockets, state, dir) = ((*starting).clone(), state.clone(), dir.to_owned());
         move || {
@@ -85,6 +87,8 @@ fn serve(dir: &str) -> Result<()> {
             for at in 0..BATCH {
                 sockets.pass_fd(format!("fd-{at}"), fs::File::open("/dev/null").unwrap()).unwrap();
             }
+            // It shares its inode with the early one.
+            sockets.pass_fd("late", eventfd()).unwrap();
             Ok(state.lines.to_string().into_bytes())
         }
     })?;
@@ -234,7 +238,7 @@ fn passes_everything(carrier: &str) {
     exact.touch("go");
     exact.server.wait("upgrade ok");
     let new = second.as_ref().unwrap_or(&exact.server);
-    new.wait_any(&format!("got gen=2 state=true fds={BATCH} streams=2"));
+    new.wait_any(&format!("got gen=2 state=true fds={} streams=2", BATCH + 1));
     assert_eq!((late.ask(), early.ask()), ((2, 4), (2, 5)));
     assert_eq!(Client::new(&addr).ask(), (2, 6));
 }
