@@ -21,8 +21,8 @@ type Call<T> = (T, Option<SyncSender<()>>);
 pub(crate) struct Foreign<T> {
     name: &'static str,
     function: Arc<dyn Fn(T) + Send + Sync>,
-    /// Set at the first call. `None` if no thread could be created.
-    calls: OnceLock<Option<SyncSender<Call<T>>>>,
+    /// Set at the first call. If no thread can be created, the next call tries it again.
+    calls: OnceLock<SyncSender<Call<T>>>,
     /// Whether a call has taken longer than [`PATIENCE`], and none has returned since.
     blocked: Arc<AtomicBool>,
 }
@@ -53,7 +53,9 @@ impl<T: Send + 'static> Foreign<T> {
 
     /// Returns whether a thread makes the call.
     fn send(&self, argument: T, waiting: Option<SyncSender<()>>) -> bool {
-        match self.calls.get_or_init(|| self.start().ok()) {
+        // If two threads start one at the same time, the second ends when its sender is dropped.
+        let start = || self.start().ok().map(|calls| self.calls.get_or_init(|| calls));
+        match self.calls.get().or_else(start) {
             Some(calls) => calls.try_send((argument, waiting)).is_ok(),
             None => {
                 (self.function)(argument);

@@ -2,6 +2,7 @@
 
 mod probation;
 
+use std::collections::HashSet;
 use std::os::fd::AsFd;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -233,7 +234,7 @@ impl Service {
     fn keep_passed(&self) -> Option<Paused<'_>> {
         let generation = &self.generation;
         let store = generation.reporter.store().filter(|_| generation.keep_passed.load(Ordering::Relaxed))?;
-        let mut paused = Paused::begin(&generation.shutdown);
+        let mut paused = Paused::begin(&generation.shutdown, HashSet::new());
         paused.end(State::Stopped);
         match generation.sockets.keep_passed(&*store, generation.number) {
             Ok(count) => logging::info!("stored the passed state for the next start: descriptors={count}"),

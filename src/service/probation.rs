@@ -1,5 +1,6 @@
 //! A generation on probation: requests that its parent forwards, and how it gives the service back.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
@@ -71,7 +72,7 @@ impl Service {
         // First this process stops accepting. Then the parent accepts again, and confirms that with `stop`. If the
         // parent has ended instead, or has just sent the verdict, it does not accept, so this process must continue. If
         // the parent does not answer, it takes the service back when it continues, and `stop` arrives then.
-        let mut paused = Paused::begin(&generation.shutdown);
+        let mut paused = Paused::begin(&generation.shutdown, HashSet::new());
         let _ = parent.send(&refused);
         logging::info!("rollback requested by {reason}, waiting for the parent");
         let state = parent.wait_for(COMMIT, |state| state.given_up || state.free);

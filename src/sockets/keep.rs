@@ -68,16 +68,18 @@ fn check(all: &[Entry], capacity: usize, produced: usize) -> io::Result<()> {
     Ok(())
 }
 
-#[cfg(all(test, target_os = "linux"))]
+#[cfg(test)]
 mod tests {
-    use super::*;
-    use crate::key::Key;
-
+    #[cfg(target_os = "linux")]
     #[test]
     fn only_the_same_file_is_refused() {
-        let entry = |name: &str, fd: &dyn std::os::fd::AsFd| Entry::duplicate(Key::fd(name), fd.as_fd()).unwrap();
-        let [one, two] =
-            [(); 2].map(|()| rustix::event::epoll::create(rustix::event::epoll::CreateFlags::CLOEXEC).unwrap());
+        use super::*;
+        use crate::key::Key;
+        use rustix::event::epoll;
+        use std::os::fd::AsFd;
+
+        let entry = |name: &str, fd: &dyn AsFd| Entry::duplicate(Key::fd(name), fd.as_fd()).unwrap();
+        let [one, two] = [(); 2].map(|()| epoll::create(epoll::CreateFlags::CLOEXEC).unwrap());
         check(&[entry("one", &one), entry("two", &two)], 3, 0).unwrap();
         let (pipe, _writer) = rustix::pipe::pipe().unwrap();
         let error = check(&[entry("one", &pipe), entry("two", &pipe)], 3, 0).unwrap_err();

@@ -127,13 +127,11 @@ impl<S: Listener> StoppableStream<S> {
     pub async fn accept(&self) -> Option<io::Result<S::Accepted>> {
         let open = self.open().clone()?;
         let next = self.accept_from(&open.source).await;
-        let mut slot = self.open();
-        // Hold the lock, so that the last of several tasks sees that it is the last.
-        drop(open);
-        let ended = !matches!(next, Some(Ok(_))) && slot.as_ref().is_some_and(|open| Arc::strong_count(open) == 1);
-        let closed = ended.then(|| slot.take());
-        drop(slot);
-        drop(closed);
+        if !matches!(next, Some(Ok(_))) {
+            // Tasks that still wait own the listener too. So it closes with the last of them, even if that one is dropped
+            // before its end.
+            let _closed = self.open().take();
+        }
         next
     }
 

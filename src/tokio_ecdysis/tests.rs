@@ -195,3 +195,16 @@ async fn a_stop_waits_until_each_task_on_a_stream_has_ended() {
     assert!(soon(stream.accept()).await.is_none());
     assert_eq!(shutdown.drain(Duration::ZERO), 0);
 }
+
+#[tokio::test]
+async fn a_task_that_is_dropped_before_its_end_keeps_no_listener() {
+    let (shutdown, stream) = stream().await;
+    shutdown.set(State::Accepting);
+    let addr = stream.local_addr().unwrap();
+    let mut dropped = Box::pin(stream.accept());
+    assert!(timeout(Duration::ZERO, &mut dropped).await.is_err());
+    shutdown.set(State::HandedOver);
+    assert!(soon(stream.accept()).await.is_none());
+    drop(dropped);
+    assert!(TcpStream::connect(addr).await.is_err(), "clients would wait in a queue that no process serves");
+}

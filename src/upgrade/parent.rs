@@ -1,5 +1,6 @@
 //! The parent's half of an upgrade: steps 2, 3, 4 and 7.
 
+use std::collections::HashSet;
 use std::io;
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -156,8 +157,7 @@ fn commit<'a>(
     since: Instant,
 ) -> Result<(Upgraded, Paused<'a>), Error> {
     let generation = event_loop.generation;
-    generation.shutdown.accept_gate().set_orphans(successor.dropped.clone());
-    let mut paused = Paused::begin(&generation.shutdown);
+    let mut paused = Paused::begin(&generation.shutdown, successor.dropped.clone());
     // Declared after `paused`, so that on every exit path the child is given up before this process accepts again.
     let mut successor = successor;
     let mut passed_on = PassedOn { generation, requests: Vec::new() };
@@ -308,7 +308,9 @@ pub(crate) struct Paused<'a> {
 }
 
 impl<'a> Paused<'a> {
-    pub(crate) fn begin(shutdown: &'a Shutdown) -> Self {
+    /// Accepting goes on for `orphans`, the listeners that the next generation does not have.
+    pub(crate) fn begin(shutdown: &'a Shutdown, orphans: HashSet<u64>) -> Self {
+        shutdown.accept_gate().set_orphans(orphans);
         shutdown.set(State::Paused);
         Self { shutdown, then: State::Accepting }
     }

@@ -68,6 +68,8 @@ pub(super) struct IdleConnections {
     parts: [Mutex<HashMap<RawFd, Idle>>; 16],
     /// Whether the thread runs.
     watched: AtomicBool,
+    /// Held while the thread starts, so that no other reader relies on a thread that then cannot be created.
+    starting: Mutex<()>,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -195,15 +197,23 @@ impl IdleConnections {
         self.part(fd).insert(fd, idle);
         let entry = Entry { connections: self, fd };
         // Check this after the entry is added, because the thread checks the list once more after it has cleared this.
-        if !self.watched.load(Ordering::SeqCst) && !self.watched.swap(true, Ordering::SeqCst) {
-            let (connections, gate) = (self.clone(), gate.clone());
-            let watch = move || while connections.watch(&gate) {};
-            if thread::Builder::new().name("ecdysis-idle".into()).spawn(watch).is_err() {
-                self.watched.store(false, Ordering::SeqCst);
-                return None;
+        if !self.watched.load(Ordering::SeqCst) {
+            let _starting = self.starting();
+            if !self.watched.load(Ordering::SeqCst) {
+                let (connections, gate) = (self.clone(), gate.clone());
+                let watch = move || {
+                    drop(connections.starting());
+                    while connections.watch(&gate) {}
+                };
+                thread::Builder::new().name("ecdysis-idle".into()).spawn(watch).ok()?;
+                self.watched.store(true, Ordering::SeqCst);
             }
         }
         Some(entry)
+    }
+
+    fn starting(&self) -> MutexGuard<'_, ()> {
+        self.starting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Wakes the readers whose time is over, and sleeps until the next one is due. Returns false when no connection is
