@@ -308,7 +308,7 @@ pub(crate) struct Paused<'a> {
 }
 
 impl<'a> Paused<'a> {
-    /// Accepting goes on for `orphans`, the listeners that the next generation does not have.
+    /// Accepting continues on `orphans`, the listeners that the next generation does not have.
     pub(crate) fn begin(shutdown: &'a Shutdown, orphans: HashSet<u64>) -> Self {
         shutdown.accept_gate().set_orphans(orphans);
         shutdown.set(State::Paused);
