@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags};
 use rustix::io::Errno;
-use rustix::process::{kill_process, waitid, waitpid, Pid, Signal, WaitId, WaitIdOptions, WaitOptions};
+use rustix::process::{kill_process, waitpid, Pid, Signal, WaitOptions};
 
 use super::plan::{Parentage, SharedMemory};
 use super::poll::{poll, wait_hangup, wait_readable, Deadline};
@@ -44,7 +44,7 @@ impl Spawned {
             return wait_readable(pidfd, deadline);
         }
         loop {
-            if self.is_unreaped() != Ok(false) {
+            if self.has_ended() {
                 return true;
             }
             if deadline.has_passed() {
@@ -54,10 +54,15 @@ impl Spawned {
         }
     }
 
-    /// Returns whether the child has ended and waits to be reaped; ECHILD if this process cannot reap it (any more).
-    fn is_unreaped(&self) -> rustix::io::Result<bool> {
-        let options = WaitIdOptions::EXITED | WaitIdOptions::NOHANG | WaitIdOptions::NOWAIT;
-        waitid(WaitId::Pid(self.pid), options).map(|status| status.is_some())
+    /// Returns whether the child has ended, or cannot be reaped by this process (any more).
+    fn has_ended(&self) -> bool {
+        let options = libc::WEXITED | libc::WNOHANG | libc::WNOWAIT;
+        // SAFETY: zeros are a valid siginfo_t, and the call writes only there. (rustix has no waitid for OpenBSD.)
+        unsafe {
+            let mut status: libc::siginfo_t = std::mem::zeroed();
+            let pid = self.pid.as_raw_nonzero().get() as libc::id_t;
+            libc::waitid(libc::P_PID, pid, &mut status, options) != 0 || status.si_signo != 0
+        }
     }
 
     /// Lets the child run until it exits, and reaps it later.

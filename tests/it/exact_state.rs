@@ -50,7 +50,7 @@ fn serve(dir: &str) -> Result<()> {
     let mut builder = Ecdysis::builder();
     builder.upgrade_on_signal(libc::SIGHUP).stop_on_signal(libc::SIGTERM).probation(Duration::from_millis(50));
     builder.on_event(|event| match event {
-        Event::Upgraded(new) => say(format!("upgrade ok gen={}", new.generation)),
+        Event::Upgraded(new) => say(format!("upgrade ok pid={} gen={}", new.pid, new.generation)),
         Event::UpgradeFailed { error, .. } => {
             let cause = std::error::Error::source(error).map(|cause| format!(": {cause}")).unwrap_or_default();
             say(format!("upgrade failed: {error}{cause}"));

@@ -70,7 +70,7 @@ fn serve(dir: &str) -> Result<()> {
         .probation(Duration::from_millis(probation))
         .on_event(|event| match event {
             Event::Committed(new) => say(format!("committed gen={}", new.generation)),
-            Event::Upgraded(new) => say(format!("upgrade ok gen={}", new.generation)),
+            Event::Upgraded(new) => say(format!("upgrade ok pid={} gen={}", new.pid, new.generation)),
             Event::UpgradeFailed { error, .. } => say(format!("upgrade failed: {error}")),
             _ => {}
         })

@@ -108,7 +108,7 @@ fn serve(switches: &str) -> Result<(), Box<dyn std::error::Error>> {
             Event::Spawned { .. } if start => start_a_process("during an upgrade"),
             Event::Spawned { .. } => say(format!("faults {}", (pages.lock().unwrap())())),
             Event::Committed(new) => say(format!("committed gen={}", new.generation)),
-            Event::Upgraded(new) => say(format!("upgrade ok gen={}", new.generation)),
+            Event::Upgraded(new) => say(format!("upgrade ok pid={} gen={}", new.pid, new.generation)),
             Event::UpgradeFailed { error, .. } => say(format!("upgrade failed: {error}")),
             _ => {}
         }

@@ -9,7 +9,7 @@ use std::thread;
 
 use rustix::process::{kill_process_group, waitpgid, Pid, Signal, WaitOptions};
 
-use super::{ask, example, guard, proc, send_signal, try_field, Log, TempDir};
+use super::{ask, example, field, guard, proc, send_signal, try_field, Log, TempDir};
 
 /// A server and its later generations. They share stderr and a process group. Dropping this kills all of them.
 pub struct Server {
@@ -84,9 +84,9 @@ impl Server {
     /// Returns the PID of the serving generation, which the verdict of the last upgrade names. That line may come
     /// before or after the new generation prints `serving`.
     pub fn pid(&self) -> u32 {
-        let serves = |line: &String| match line.strip_prefix("upgrade ok ").or(line.strip_prefix("serving ")) {
+        let serves = |line: &String| match line.strip_prefix("serving ") {
             Some(rest) => try_field(rest, "pid"),
-            None => None,
+            None => line.strip_prefix("upgrade ok ").map(|rest| field(rest, "pid")),
         };
         self.said().iter().rev().find_map(serves).unwrap_or(self.child.id())
     }
