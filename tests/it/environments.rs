@@ -41,6 +41,11 @@ fn upgrades(server: &mut Server) {
     load.stop().assert_none_failed();
 }
 
+/// A new descriptor has a low number for an instant, until the library has moved it.
+fn keeps_above(last: i32, pid: u32) {
+    eventually(&format!("no descriptor up to {last}"), || fds(pid).keys().all(|fd| *fd > last));
+}
+
 /// At the start of a program, std opens /dev/null for each closed standard stream. If the program closes them itself,
 /// or has no std `main`, their numbers are the lowest free ones.
 #[test]
@@ -48,8 +53,7 @@ fn no_descriptor_is_a_standard_stream() {
     for way in WAYS {
         let mut server = Server::whoami([&ARGS, way, &["--close", "0"]].concat());
         for _ in 0..2 {
-            let open = fds(server.pid());
-            assert!(!open.contains_key(&0), "{way:?}: {:?}", open.get(&0));
+            keeps_above(0, server.pid());
             server.upgrade();
         }
     }
@@ -71,7 +75,7 @@ fn a_takeover_needs_no_standard_streams() {
         let answers = || ask(&addr).is_ok_and(|answer| try_field(&answer, "gen") == Some(generation));
         eventually("the next generation answers", answers);
         let pid = field(&ask(&addr).unwrap(), "pid");
-        assert!(fds(pid).keys().all(|fd| *fd > 2), "generation {generation}: {:?}", fds(pid));
+        keeps_above(2, pid);
         pid
     };
     let _first = start();
