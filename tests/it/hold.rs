@@ -17,8 +17,8 @@ use rustix::net::{sendmsg_addr, SendAncillaryBuffer, SendAncillaryMessage, SendF
 use rustix::process::Signal;
 
 use crate::support::{
-    ask, children, connect, eventually, example, field, generation, send_signal, status_field, tempdir, this_program,
-    threads, Load, Server,
+    ask, children, connect, eventually, example, field, freeze, frozen, generation, send_signal, status_field, tempdir,
+    this_program, threads, Load, Server,
 };
 
 const SPEAKS: bool = cfg!(feature = "systemd");
@@ -164,8 +164,7 @@ fn a_crash_refuses_no_connection_and_too_many_end_the_service() {
         eventually("load", || load.answered() > answered + 100);
         // The next process serves the connection that waits in the queue.
         let pid = server.pid();
-        send_signal(pid, Signal::STOP);
-        eventually("stopped", || threads(pid).values().all(|state| *state == 'T'));
+        freeze(pid);
         let mut waiting = connect(&addr).unwrap();
         send_signal(pid, Signal::KILL);
         waiting.write_all(b"who\n").unwrap();
@@ -174,6 +173,8 @@ fn a_crash_refuses_no_connection_and_too_many_end_the_service() {
         let next: u32 = field(&answer, "pid");
         assert!(next != pid && answer.contains("gen=1 "), "{answer}");
         server.wait(&format!("hold: ready pid={next}"));
+        // It sends the message first.
+        server.wait_any(&format!("serving gen=1 pid={next}"));
         let counts = load.stop();
         println!("crash {crash}: {counts:?}");
         assert!(!counts.failures.keys().any(|kind| kind.starts_with("Refused")), "{counts:?}");
@@ -193,13 +194,16 @@ fn a_crash_in_the_middle_of_an_upgrade_leaves_one_server() {
     let misbehave = dir.path().join("misbehave");
     let mut server = held(&[], &["--misbehave", misbehave.to_str().unwrap()]);
     let (hold, addr) = (server.first_pid(), server.addr());
-    for (wrong, serves) in [("sleep=700", 2), ("sleep=700\nexit=1", 1)] {
+    for (wrong, serves) in [("stop-self", 2), ("stop-self exit=1", 1)] {
         fs::write(&misbehave, wrong).unwrap();
         let pid = server.pid();
         send_signal(hold, Signal::HUP);
         eventually("the successor is there", || children(hold).len() == 2);
-        server.wait("listening ");
+        let successor = children(hold).into_keys().find(|child| *child != pid).unwrap();
+        frozen(successor);
         send_signal(pid, Signal::KILL);
+        eventually("it is reaped", || children(hold).len() == 1);
+        send_signal(successor, Signal::CONT);
         server.wait(if serves == 2 { "hold: serves" } else { "hold: crashed" });
         eventually("one serves", || ask(&addr).is_ok_and(|answer| field::<u64>(&answer, "gen") == serves));
         server.wait_any(&format!("serving gen={serves} pid={}", field::<u32>(&ask(&addr).unwrap(), "pid")));
@@ -248,7 +252,7 @@ fn requests_in_quick_succession_are_all_answered() {
 #[cfg(feature = "systemd")]
 #[test]
 fn a_server_that_hangs_is_started_again() {
-    let mut server = held(&["--watchdog", "1"], &[]);
+    let mut server = held(&["--watchdog", "2"], &[]);
     upgrade(&mut server);
     let (addr, pid) = (server.addr(), server.pid());
     send_signal(pid, Signal::STOP);

@@ -11,8 +11,8 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use crate::support::{
-    ask, can_unshare, children, connect, eventually, example, field, generation, send_signal, tempdir, Load, Server,
-    DEADLINE,
+    ask, can_unshare, children, connect, eventually, example, field, frozen, generation, send_signal, tempdir, Load,
+    Server, DEADLINE,
 };
 use rustix::net::{recvmsg, sockopt, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags};
 use rustix::process::{pidfd_open, Pid, PidfdFlags, Signal};
@@ -145,8 +145,8 @@ fn the_parent_announces_and_the_child_is_silent_until_then() {
     server.wait("upgrade ok");
     server.wait("ended gen=1");
 
-    let message = manager.within(DEADLINE, |_| true).unwrap();
-    assert_eq!((message.from, message.text.as_str()), (child, "WATCHDOG=1\n"));
+    let message = manager.within(DEADLINE, |message| message.from == child).unwrap();
+    assert_eq!(message.text, "WATCHDOG=1\n");
     server.signal(Signal::TERM);
     let stopping = manager.expect(child, "STOPPING=1\n").text;
     assert!(stopping.contains("STATUS=generation 2, stopped by SIGTERM"), "{stopping}");
@@ -205,6 +205,7 @@ fn a_second_request_gets_an_answer() {
     let first = manager.expect(pid, "RELOADING=1").text;
     let status = manager.expect(pid, "STATUS=generation 1, upgrading to pid ").text;
     let child: u32 = status.trim_end().rsplit(' ').next().unwrap().parse().unwrap();
+    frozen(child);
     server.signal(Signal::HUP);
     std::fs::remove_file(&misbehave).unwrap();
     let open = connect(&server.addr()).unwrap();
@@ -335,7 +336,9 @@ fn a_manager_that_hangs_costs_no_request() {
     assert!(answer.starts_with("gen=2 "), "{answer}");
     server.wait_all_ended();
     let counts = load.stop();
-    assert!(counts.failures.keys().all(|kind| kind.starts_with("Refused")), "{counts:?}");
+    // A client that connects just as the socket is closed is reset, and this one connects all the time.
+    let others: u64 = counts.failures.iter().filter(|(kind, _)| !kind.starts_with("Refused")).map(|(_, n)| n).sum();
+    assert!(others <= 1, "{counts:?}");
 }
 
 #[test]

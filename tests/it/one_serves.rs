@@ -35,13 +35,17 @@ fn refused(addr: &str) {
 fn the_server_behind_a_wrapper_is_given_up_with_it() {
     let dir = tempdir();
     let pid_file = dir.path().join("pid");
-    let more = ["--exec", &wrapper(&dir), "--ready-timeout", "300", "--pid-file", pid_file.to_str().unwrap()];
+    let more = ["--exec", &wrapper(&dir), "--ready-timeout", "2000", "--pid-file", pid_file.to_str().unwrap()];
     for carrier in ["pipes", "socket"] {
         let (mut server, misbehave) = server(&dir, &[&more[..], &["--transport", carrier]].concat());
         let (addr, pid) = (server.addr(), server.first_pid());
-        misbehave("sleep=1000");
-        let line = server.fail_to_upgrade();
-        assert!(line.contains("not ready within 300ms"), "{line}");
+        misbehave("stop-self");
+        server.signal(Signal::HUP);
+        let child = field(&server.wait(" gen=2 "), "pid");
+        frozen(child);
+        let line = server.wait("upgrade ");
+        assert!(line.contains("not ready within 2s"), "{line}");
+        send_signal(child, Signal::CONT);
         // Its link is still open, and it has received the reason.
         server.wait("the parent gave up this upgrade");
         eventually("the old one is alone", || server.processes() == [pid]);
@@ -57,10 +61,13 @@ fn a_stop_during_the_upgrade_also_stops_the_server_behind_a_wrapper() {
     let dir = tempdir();
     let (mut server, misbehave) = server(&dir, &["--exec", &wrapper(&dir)]);
     let addr = server.addr();
-    misbehave("sleep=1000");
+    misbehave("stop-self");
     server.signal(Signal::HUP);
-    server.wait(" gen=2 ");
+    let child = field(&server.wait(" gen=2 "), "pid");
+    frozen(child);
     server.signal_first(Signal::TERM);
+    server.wait("upgrade failed");
+    send_signal(child, Signal::CONT);
     server.wait("the parent gave up this upgrade");
     server.wait_all_ended();
     refused(&addr);
@@ -182,11 +189,14 @@ fn a_rolled_back_child_goes_on_if_its_parent_has_died() {
 #[test]
 fn the_parent_passes_on_what_it_is_asked_for() {
     let dir = tempdir();
-    let (mut server, _) = server(&dir, &["--probation", "1000"]);
+    let verify = dir.path().join("verify");
+    let (mut server, _) = server(&dir, &["--probation", "0", "--verify", verify.to_str().unwrap(), "--log"]);
     let addr = server.addr();
     server.signal(Signal::HUP);
     server.wait("serving gen=2");
     server.signal_first(Signal::HUP);
+    server.wait("forwarded to pid");
+    fs::write(&verify, "ok").unwrap();
     server.wait("serving gen=3");
     assert_eq!(generation(&addr), 3);
 
@@ -239,7 +249,7 @@ fn a_death_is_seen_although_a_helper_holds_the_links() {
 fn a_debugger_on_the_child_holds_up_nobody() {
     let dir = tempdir();
     let control_socket = dir.path().join("control");
-    let more = ["--ready-timeout", "1500", "--control-socket", control_socket.to_str().unwrap()];
+    let more = ["--ready-timeout", "4000", "--control-socket", control_socket.to_str().unwrap()];
     let (mut server, misbehave) = server(&dir, &more);
     misbehave("hang");
     server.signal(Signal::HUP);
@@ -251,7 +261,7 @@ fn a_debugger_on_the_child_holds_up_nobody() {
     let traced = || fs::read_to_string(&status).is_ok_and(|status| !status.contains("TracerPid:\t0\n"));
     eventually("it is traced", traced);
     let line = server.wait("upgrade failed");
-    assert!(line.contains("not ready within 1.5s"), "{line}");
+    assert!(line.contains("not ready within 4s"), "{line}");
     let status = control(&control_socket, "status\n").unwrap();
     assert!(status.contains("phase=serving"), "{status}");
     server.signal_first(Signal::TERM);
@@ -279,11 +289,10 @@ fn a_child_that_cannot_be_killed_holds_up_no_stop() {
     eventually("it is stopped at its end", || {
         try_status_field(child, "State").is_some_and(|state| state.starts_with('t'))
     });
-    let begun = std::time::Instant::now();
     server.signal_first(Signal::TERM);
     server.wait("cannot be reaped yet");
+    // Waiting for the child would take forever.
     server.wait("ended gen=1");
-    assert!(begun.elapsed() < std::time::Duration::from_secs(4), "{:?}", begun.elapsed());
     debugger.kill().unwrap();
     debugger.wait().unwrap();
     server.wait_all_ended();

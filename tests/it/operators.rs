@@ -9,7 +9,9 @@ use std::time::Duration;
 
 use rustix::process::Signal;
 
-use crate::support::{connect, control, eventually, field, generation, install, send_signal, tempdir, Load, Server};
+use crate::support::{
+    connect, control, eventually, field, frozen, generation, install, send_signal, tempdir, wait_exit, Load, Server,
+};
 
 fn can(program: &str, args: &[&str]) -> bool {
     let can = Command::new(program).args(args).output().is_ok_and(|output| output.status.success());
@@ -155,18 +157,23 @@ fn an_upgrade_is_rolled_back_by_a_check_or_by_an_operator() {
 /// meantime is started. The new version performs it if the upgrade succeeds, the old one if it fails.
 #[test]
 fn a_burst_of_reloads_is_followed_by_one_more() {
-    for (child, probation) in [("sleep=1000", "20"), ("", "2000"), ("exit=3", "20"), ("die-after-ready=1000", "20000")]
-    {
+    for (during_start, fails) in [(true, false), (true, true), (false, false), (false, true)] {
         let dir = tempdir();
-        let (how, socket) = (dir.path().join("how"), dir.path().join("control"));
-        let during_start = probation == "20";
-        // It fails only after the signals have arrived.
-        fs::write(&how, if child == "exit=3" { "sleep=1000 exit=3" } else { child }).unwrap();
-        let arguments = ["--listen", "127.0.0.1:0", "--probation", probation, "--misbehave", how.to_str().unwrap()];
-        let more = ["--control-socket", socket.to_str().unwrap(), "--log"];
+        let [how, verify, socket] = ["how", "verify", "control"].map(|name| dir.path().join(name));
+        // The new version waits for the test: before it is ready, or on probation.
+        match (during_start, fails) {
+            (true, false) => fs::write(&how, "stop-self").unwrap(),
+            (true, true) => fs::write(&how, "stop-self exit=3").unwrap(),
+            (false, _) => {}
+        }
+        let arguments = ["--listen", "127.0.0.1:0", "--probation", "20", "--misbehave", how.to_str().unwrap()];
+        let more = ["--verify", verify.to_str().unwrap(), "--control-socket", socket.to_str().unwrap(), "--log"];
         let mut server = Server::whoami(arguments.iter().chain(&more));
         server.signal(Signal::HUP);
-        server.wait(if during_start { " gen=2 pid=" } else { "serving gen=2" });
+        let child = field(&server.wait(if during_start { " gen=2 pid=" } else { "serving gen=2" }), "pid");
+        if during_start {
+            frozen(child);
+        }
         let load = Load::on(&server.addr(), 1);
         for _ in 0..5 {
             server.signal_first(Signal::HUP);
@@ -178,15 +185,23 @@ fn a_burst_of_reloads_is_followed_by_one_more() {
             server.wait("forwarded to pid");
         }
         fs::write(&how, "").unwrap();
-        let fails = child.starts_with("exit") || child.starts_with("die");
+        match (during_start, fails) {
+            (true, _) => send_signal(child, Signal::CONT),
+            (false, true) => {
+                send_signal(child, Signal::KILL);
+                wait_exit(child);
+            }
+            (false, false) => {}
+        }
+        fs::write(&verify, "ok").unwrap();
         server.wait(if fails { "upgrade failed" } else { "upgrade ok" });
         server.wait("upgrade ok");
         let last = if fails { 2 } else { 3 };
         assert_eq!(generation(&server.addr()), last);
         eventually("it is free to upgrade", || control(&socket, "status\n").unwrap().contains("phase=serving"));
         let upgrades = server.said().iter().filter(|line| line.starts_with("log info upgrading")).count();
-        assert_eq!(upgrades, 2, "{child}");
-        if child.starts_with("die") {
+        assert_eq!(upgrades, 2, "during start: {during_start}, fails: {fails}");
+        if !during_start && fails {
             drop(load);
         } else {
             load.stop().assert_none_failed();

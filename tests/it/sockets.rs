@@ -190,8 +190,7 @@ fn a_stop_serves_what_waits_in_the_queue() {
         let addr = server.addr();
         // Make sure that the accept loop runs. A drain cannot wait for a thread that has not started it yet.
         assert_eq!(generation(&addr), 1);
-        server.signal(Signal::STOP);
-        eventually("stopped", || threads(server.first_pid()).values().all(|state| *state == 'T'));
+        freeze(server.first_pid());
         let mut waiting: Vec<_> = (0..50).map(|_| connect(&addr).unwrap()).collect();
         for stream in &mut waiting {
             stream.write_all(b"who\n").unwrap();

@@ -121,6 +121,9 @@ async fn serve(options: Options, mut choices: ecdysis::Builder) -> Result<()> {
                 let time = Duration::from_millis(ms.parse()?);
                 tokio::task::spawn_blocking(move || std::thread::sleep(time)).await?;
             }
+            ("stop-self", _) => {
+                rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::STOP)?
+            }
             ("die-after-ready", ms) => {
                 let time = Duration::from_millis(ms.parse()?);
                 // The test chose when it dies.

@@ -17,6 +17,7 @@ use std::net::{SocketAddr, TcpStream};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -129,6 +130,21 @@ pub fn wait_exit(process: u32) {
     assert_eq!(ended, 1, "process {process} is still alive");
 }
 
+/// Stops a process of this test program, and waits until each of its threads has stopped.
+#[track_caller]
+pub fn freeze(process: u32) {
+    send_signal(process, Signal::STOP);
+    frozen(process);
+}
+
+/// Waits until a process is stopped. Before that, it may still act.
+#[track_caller]
+pub fn frozen(process: u32) {
+    eventually("every thread is stopped", || {
+        state(process) == Some('T') && threads(process).values().all(|state| *state == 'T')
+    });
+}
+
 /// Waits until `condition` holds. For conditions without an event, such as a state in /proc or a new file.
 #[track_caller]
 pub fn eventually(what: &str, condition: impl FnMut() -> bool) {
@@ -144,6 +160,15 @@ pub fn try_eventually(what: &str, mut condition: impl FnMut() -> bool) -> Result
         thread::park_timeout(Duration::from_millis(1));
     }
     Ok(())
+}
+
+/// Sets a flag when dropped, so that the clients of a test that fails end too.
+pub struct SetOnDrop<'a>(pub &'a AtomicBool);
+
+impl Drop for SetOnDrop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
 }
 
 /// A connection to `ip:port` or `unix:path`.

@@ -10,7 +10,7 @@ mod passed;
 mod stopping;
 
 use self::bed::{systemctl, text, under_systemd};
-use crate::support::{self, connect, eventually, field, threads, Conn, Load};
+use crate::support::{self, connect, eventually, field, frozen, Conn, Load};
 use std::fs;
 use std::io::Read;
 use std::time::Duration;
@@ -160,7 +160,7 @@ fn a_restart_keeps_the_stored_listeners_and_their_queues() {
         // A crash loses connections that were being served, but none that wait in the queue.
         let pid = service.main_pid();
         systemctl(&["kill", "--signal=STOP", "fdstore.service"]);
-        eventually("stopped", || threads(pid).values().all(|state| *state == 'T'));
+        frozen(pid);
         let waiting = addresses.map(|address| connect(address).unwrap());
         systemctl(&["kill", "--signal=KILL", "fdstore.service"]);
         for stream in waiting {
