@@ -294,7 +294,7 @@ fn what_a_parent_did_not_pass_is_an_error() {
     exact.touch("wait");
     exact.server.signal(Signal::HUP);
     exact.server.wait("waiting gen=2");
-    send_signal(parent, Signal::STOP);
+    freeze(parent);
     exact.touch("go");
     exact.server.wait("incomplete gen=2: cannot open socket bytes lines");
     send_signal(parent, Signal::CONT);
