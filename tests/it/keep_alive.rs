@@ -100,6 +100,7 @@ fn nobody_notices(listen: &str, how: How, probation: &str) {
         Ok(())
     };
     thread::scope(|scope| {
+        let _stop = SetOnDrop(&stopped);
         let clients: Vec<_> = (0..3).map(|_| scope.spawn(busy)).chain((0..2).map(|_| scope.spawn(new))).collect();
         let under_load = || requests.load(Ordering::Relaxed);
         let before = under_load();

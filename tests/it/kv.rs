@@ -60,6 +60,7 @@ fn connections_and_values_live_through_ten_versions() {
     // Half a request now, and the second half ten versions later.
     patient.send("set pat");
     thread::scope(|scope| {
+        let _stop = SetOnDrop(&stop);
         let clients: Vec<_> = (0..CLIENTS)
             .map(|number| {
                 let (begun, stop, mut client) = (&begun, &stop, Client::connect(&server));
