@@ -7,7 +7,7 @@ use std::net::{TcpStream, UdpSocket};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::Arc;
 use std::thread;
 
@@ -228,9 +228,11 @@ impl Client {
 fn http_keeps_every_request_of_keep_alive_clients_through_upgrades_and_counts_them() {
     let http = Http::start();
     let stop = Arc::new(AtomicBool::new(false));
+    // The newest generation that has answered each client.
+    let seen: Arc<[AtomicU64; 4]> = Arc::default();
     let clients: Vec<_> = (0..4)
-        .map(|_| {
-            let (addr, stop) = (http.addr.clone(), stop.clone());
+        .map(|number| {
+            let (addr, stop, seen) = (http.addr.clone(), stop.clone(), seen.clone());
             thread::spawn(move || {
                 let (mut generations, mut requests, mut connections) = (BTreeSet::new(), 0_u64, 0_u64);
                 while !stop.load(Ordering::Relaxed) {
@@ -239,7 +241,9 @@ fn http_keeps_every_request_of_keep_alive_clients_through_upgrades_and_counts_th
                     while !stop.load(Ordering::Relaxed) {
                         let answer = client.get("/").unwrap();
                         requests += 1;
-                        generations.insert(field::<u64>(&answer.body, "gen"));
+                        let generation = field(&answer.body, "gen");
+                        generations.insert(generation);
+                        seen[number].store(generation, Ordering::Relaxed);
                         if answer.closes {
                             break;
                         }
@@ -249,16 +253,22 @@ fn http_keeps_every_request_of_keep_alive_clients_through_upgrades_and_counts_th
             })
         })
         .collect();
+    let each_has_seen = |generation| {
+        let newest = || seen.iter().all(|newest| newest.load(Ordering::Relaxed) == generation);
+        eventually("each client is answered by the newest generation", newest);
+    };
+    each_has_seen(1);
     for generation in 2..=4 {
         ctl_upgrades(&http.control);
         // From here on the new generation answers new connections and requests for metrics.
         assert_eq!(http.metric("ecdysis_generation"), generation as f64);
         assert_eq!(http.metric("ecdysis_upgrades_total{outcome=\"ok\"}"), (generation - 1) as f64);
+        each_has_seen(generation);
     }
     stop.store(true, Ordering::Relaxed);
     for client in clients {
         let (generations, requests, connections) = client.join().expect("no request may fail");
-        assert!(generations.len() >= 3 && requests > connections, "{generations:?} {requests} {connections}");
+        assert!(generations.into_iter().eq(1..=4) && requests > connections, "{requests} {connections}");
     }
 
     // A file that is not a program cannot be executed, and the metrics count the failed upgrade.
@@ -341,8 +351,9 @@ fn udp_answers_every_datagram_through_upgrades() {
     command.arg("127.0.0.1:0").arg(&control);
     let server = Server::serving(command);
     let stop = Arc::new(AtomicBool::new(false));
+    let seen = Arc::new(AtomicU64::new(0));
     let client = thread::spawn({
-        let (addr, stop) = (server.addr(), stop.clone());
+        let (addr, stop, seen) = (server.addr(), stop.clone(), seen.clone());
         move || {
             let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
             socket.connect(addr).unwrap();
@@ -353,7 +364,9 @@ fn udp_answers_every_datagram_through_upgrades() {
                 let length = socket.recv(&mut answer).expect("every datagram is answered");
                 let answer = std::str::from_utf8(&answer[..length]).unwrap();
                 assert_eq!(field::<u64>(answer, "number"), number);
-                generations.insert(field::<u64>(answer, "gen"));
+                let generation = field(answer, "gen");
+                generations.insert(generation);
+                seen.store(generation, Ordering::Relaxed);
                 if stop.load(Ordering::Relaxed) {
                     break;
                 }
@@ -361,13 +374,15 @@ fn udp_answers_every_datagram_through_upgrades() {
             generations
         }
     });
-    for _ in 0..3 {
+    let has_seen = |generation| eventually("it is answered", || seen.load(Ordering::Relaxed) == generation);
+    has_seen(1);
+    for generation in 2..=4 {
         ctl_upgrades(&control);
+        has_seen(generation);
     }
     stop.store(true, Ordering::Relaxed);
     let generations = client.join().unwrap();
-    // The last answer may come from generation 4 or, if it was already on its way, from generation 3.
-    assert!(generations.len() >= 3, "{generations:?}");
+    assert!(generations.into_iter().eq(1..=4));
     assert_eq!(ctl(&control, &["stop"]).0, 0);
     server.wait_all_ended();
 }

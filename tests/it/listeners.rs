@@ -11,6 +11,7 @@ use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::os::unix::fs::symlink;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::process::{self, Command};
+use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -206,10 +207,13 @@ fn a_dropped_listener_is_served_until_the_verdict_and_then_closed() {
     let [kept, dropped] = &planned.server.addrs()[..] else { panic!("two listeners") };
     let (kept, dropped) = (kept.clone(), dropped.clone());
     planned.plan("tcp 127.0.0.1:0\n");
+    let (begun, answered) = mpsc::channel();
     let probing = thread::spawn({
         let dropped = dropped.clone();
         move || {
             let (mut counts, begin) = (HashMap::new(), Instant::now());
+            probe(&dropped, &mut counts);
+            begun.send(()).unwrap();
             while !counts.contains_key("ConnectionRefused") && begin.elapsed() < DEADLINE {
                 probe(&dropped, &mut counts);
             }
@@ -217,6 +221,7 @@ fn a_dropped_listener_is_served_until_the_verdict_and_then_closed() {
         }
     });
     let mut server = planned.server;
+    answered.recv().unwrap();
     server.upgrade();
     let counts = probing.join().unwrap();
     // A client that connects just as the socket is closed, after the queue was found empty, is reset. As at a stop, the
