@@ -10,6 +10,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::atomic::{AtomicU8, Ordering};
 use std::thread;
 use std::time::Duration;
 
@@ -72,7 +73,7 @@ impl Meeting {
     /// Starts a server that receives everything, and hangs before it is ready.
     fn standing(&self) -> Server {
         let server = self.misbehaving("stop-self");
-        stands(&server);
+        frozen(server.first_pid());
         server
     }
 
@@ -106,10 +107,6 @@ impl Meeting {
         stream.set_read_timeout(Some(DEADLINE)).unwrap();
         stream
     }
-}
-
-fn stands(server: &Server) {
-    eventually("it hangs", || state(server.first_pid()) == Some('T'));
 }
 
 fn goes_on(server: &Server) {
@@ -260,7 +257,15 @@ fn a_child_can_be_fed_through_a_socket() {
     }
     eventually("no descriptor is left behind", || fds(server.pid()).len() <= before + 4);
     load.stop().assert_none_failed();
-    // Connections that it has accepted die with it. Connections in the queue do not.
+    fs::write(&how, "").unwrap();
+    server.upgrade();
+    assert_eq!(generation(&addr), 2);
+
+    // Connections that it has accepted die with it. Connections in the queue do not. On a busy machine it may live for
+    // longer than that.
+    let long = args.iter().copied().chain([how.to_str().unwrap(), "--probation", "60000"]);
+    let mut server = Server::whoami(long);
+    let addr = server.addr();
     fs::write(&how, "die-after-ready=20").unwrap();
     let line = server.fail_to_upgrade();
     assert!(line.contains("after it was ready: signal: 9"), "{line}");
@@ -268,9 +273,9 @@ fn a_child_can_be_fed_through_a_socket() {
     assert_eq!(generation(&addr), 1);
     fs::write(&how, "").unwrap();
     send_signal(server.first_pid(), Signal::HUP);
-    server.wait("upgrade ok");
-    load.stop().assert_none_failed();
+    server.wait("committed ");
     assert_eq!(generation(&addr), 2);
+    load.stop().assert_none_failed();
 
     // The remaining cases take the full timeout.
     let args = args.iter().copied().chain([how.to_str().unwrap(), "--ready-timeout", "500"]);
@@ -321,16 +326,23 @@ fn a_bad_successor_costs_nothing() {
     eventually("no descriptor is left behind", || fds(server.pid()).len() <= before + 4);
     load.stop().assert_none_failed();
 
-    // Connections that it has accepted die with it. Connections in the queue do not.
+    let next = meeting.serving();
+    server.wait("upgrade ok");
+    assert_eq!(field::<u32>(&ask(&addr).unwrap(), "pid"), next.pid());
+
+    // Connections that it has accepted die with it. Connections in the queue do not. On a busy machine it may live for
+    // longer than that.
+    let meeting = Meeting::new(&["--probation", "60000"]);
+    let mut server = meeting.serving();
+    let addr = server.addr();
     let _bad = meeting.misbehaving("die-after-ready=20");
     let line = server.wait("upgrade ");
     assert!(line.starts_with("upgrade failed") && line.contains("after it was ready"), "{line}");
     let load = Load::on(&addr, 2);
     assert_eq!(generation(&addr), 1);
     let next = meeting.serving();
-    server.wait("upgrade ok");
-    load.stop().assert_none_failed();
     assert_eq!(field::<u32>(&ask(&addr).unwrap(), "pid"), next.pid());
+    load.stop().assert_none_failed();
 
     // The remaining cases take the full timeout.
     let meeting = Meeting::new(&["--ready-timeout", "400"]);
@@ -352,7 +364,7 @@ fn a_successor_that_is_too_late_receives_stop() {
         let mut late = meeting.misbehaving(words);
         server.wait("upgrade failed");
         if wake {
-            stands(&late);
+            frozen(late.first_pid());
             goes_on(&late);
         }
         let line = late.wait("whoami: ");
@@ -368,8 +380,8 @@ fn stopped_before_the_commit(meeting: &mut Meeting) -> (Server, Server) {
     meeting.args.extend(["--pid-file", pid_file.to_str().unwrap()].map(String::from));
     let mut old = meeting.serving();
     let new = meeting.standing();
-    let (old_pid, new_pid) = (old.pid(), new.first_pid());
-    send_signal(old_pid, Signal::STOP);
+    let new_pid = new.first_pid();
+    freeze(old.pid());
     goes_on(&new);
     // No event shows that it waits. It sleeps that long at no other place.
     eventually("it waits for the answer", || {
@@ -378,8 +390,7 @@ fn stopped_before_the_commit(meeting: &mut Meeting) -> (Server, Server) {
             state(new_pid) == Some('S')
         })
     });
-    send_signal(new_pid, Signal::STOP);
-    stands(&new);
+    freeze(new_pid);
     goes_on(&old);
     // It really was ready.
     old.wait("committed ");
@@ -478,7 +489,7 @@ fn when_the_old_process_is_stopped_the_new_one_serves_and_the_old_one_then_accep
     let mut first = meeting.serving();
     let addr = first.addr();
     let mut second = meeting.standing();
-    send_signal(first.pid(), Signal::STOP);
+    freeze(first.pid());
     goes_on(&second);
     second.wait("serving gen=2");
     goes_on(&first);
@@ -493,7 +504,7 @@ fn when_the_old_process_is_stopped_the_new_one_serves_and_the_old_one_then_accep
 fn when_the_old_process_dies_before_it_hands_over_the_new_one_begins() {
     let meeting = Meeting::new(&[]);
     let first = meeting.serving();
-    send_signal(first.pid(), Signal::STOP);
+    freeze(first.pid());
     let mut second = Server::start(meeting.command());
     eventually("it has connected", || fds(second.first_pid()).values().any(|what| what.starts_with("socket:")));
     send_signal(first.pid(), Signal::KILL);
@@ -787,14 +798,19 @@ fn across_user_namespaces_of_an_ordinary_user() {
     assert_eq!(generation(&first.addr()), 2);
 }
 
+/// Returns an address that no other server has, so that each generation can be told the same one.
+fn own_address() -> String {
+    static NUMBER: AtomicU8 = AtomicU8::new(1);
+    let [.., high, low] = std::process::id().to_be_bytes();
+    format!("127.{}.{high}.{low}:7002", 100 + NUMBER.fetch_add(1, Ordering::Relaxed))
+}
+
 /// Runs the commands of the guide's two terminals.
 #[test]
 fn the_example_does_what_it_says() {
     let dir = tempdir();
     let socket = dir.path().join("socket");
-    let probe = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-    let addr = probe.local_addr().unwrap().to_string();
-    drop(probe);
+    let addr = own_address();
     let start = |more: &[&str]| {
         let mut command = Command::new(example("takeover"));
         command.args(["--listen", &addr, "--socket"]).arg(&socket).args(more);
@@ -846,9 +862,7 @@ fn the_example_does_what_it_says() {
 #[test]
 fn the_manifest_runs_the_example() {
     let node = tempdir();
-    let probe = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-    let addr = probe.local_addr().unwrap().to_string();
-    drop(probe);
+    let addr = own_address();
     let manifest = include_str!("../../examples/takeover.yaml");
     let args: Vec<_> = manifest.lines().filter_map(|line| line.trim().strip_prefix("- ")).collect();
     let args: Vec<_> = args.into_iter().filter(|arg| arg.starts_with("--")).collect();
