@@ -236,6 +236,8 @@ fn a_limit_on_processes_is_named() {
         eprintln!("not run: it needs root, to become a user without processes");
         return;
     }
+    // A user that no other test run has at the same time.
+    let user = 20_000 + process::id() % 40_000;
     for way in ["", "--fork"] {
         let dir = tempdir();
         fs::set_permissions(dir.path(), Permissions::from_mode(0o777)).unwrap();
@@ -244,7 +246,7 @@ fn a_limit_on_processes_is_named() {
         let server = |limit: libc::rlim_t| {
             let limit = libc::rlimit { rlim_cur: limit, rlim_max: limit };
             let mut command = Command::new(&program);
-            command.args(ARGS).args((!way.is_empty()).then_some(way)).uid(60_017).gid(60_017);
+            command.args(ARGS).args((!way.is_empty()).then_some(way)).uid(user).gid(user);
             // SAFETY: a system call only.
             unsafe { command.pre_exec(move || ok(libc::setrlimit(libc::RLIMIT_NPROC, &limit))) };
             Server::serving(command)

@@ -451,9 +451,7 @@ fn a_thousand_listeners_in_one_handover() {
         let last = servers.len() - 1;
         let new = &mut servers[last];
         eprintln!("{COUNT} listeners by {carrier}: {} ms to the commit", field::<f64>(&line, "ms"));
-        let claimed =
-            new.said().into_iter().find(|line| line.starts_with("claimed ") && line.ends_with("gen=2")).unwrap();
-        eprintln!("start and {COUNT} claims: {} us", field::<u64>(&claimed, "us"));
+        eprintln!("start and {COUNT} claims: {} us", told(new, "claimed us=", " gen=2"));
         assert_eq!(told(new, "ports ", " gen=2"), ports, "in the same order");
         for port in ports.split(',') {
             let mut answer = String::new();
