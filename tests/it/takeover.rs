@@ -301,7 +301,7 @@ fn a_missing_program_is_told_over_the_socket_too() {
 /// Whatever the new process does wrong, the old one keeps serving, and the next one can take over.
 #[test]
 fn a_bad_successor_costs_nothing() {
-    let meeting = Meeting::new(&["--probation", "2000"]);
+    let meeting = Meeting::new(&["--probation", "200"]);
     let mut server = meeting.serving();
     let addr = server.addr();
     let load = Load::on(&addr, 2);
