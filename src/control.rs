@@ -5,12 +5,11 @@ use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::time::Duration;
 
-use rustix::io::{retry_on_intr, Errno};
-use rustix::net::sockopt::{set_socket_timeout, Timeout};
+use rustix::io::Errno;
 use rustix::net::{connect, recv, send, AddressFamily, RecvFlags, SocketType};
 
 use crate::listen::unix_address;
-use crate::sys::poll::{wait_readable, Deadline};
+use crate::sys::poll::{send_until, wait_readable, Deadline};
 use crate::sys::{net, Mode};
 
 /// The longest answer. `status` lists the sockets, and there may be thousands.
@@ -55,25 +54,21 @@ pub fn request(path: impl AsRef<Path>, command: &str, timeout: Duration) -> Resu
     let failed = |what: &str, error: Error| {
         Error::new(error.kind(), format!("cannot {what} control socket {}: {error}", path.display()))
     };
-    let socket = reach(path, timeout).map_err(|error| failed("connect to", error))?;
+    let socket = reach(path, deadline).map_err(|error| failed("connect to", error))?;
     let line = format!("{command}\n");
-    retry_on_intr(|| send(&socket, line.as_bytes(), net::NOSIGNAL)).map_err(|e| failed("write to", e.into()))?;
+    send_until(&socket, deadline, || send(&socket, line.as_bytes(), net::NOSIGNAL))
+        .map_err(|e| failed("write to", e.into()))?;
     let stops = matches!(command, "stop" | "partial-stop");
     let answer = receive(&socket, deadline, stops).map_err(|error| failed("read an answer from", error))?;
     Ok(String::from_utf8_lossy(&answer).trim_end().to_owned())
 }
 
-/// Connects. The send timeout also limits connect, which would otherwise block while the queue is full.
-fn reach(path: &Path, timeout: Duration) -> Result<OwnedFd> {
+/// Connects, which blocks while the queue is full.
+fn reach(path: &Path, deadline: Deadline) -> Result<OwnedFd> {
     let socket = net::socket(AddressFamily::UNIX, SocketType::STREAM, Mode::Blocking)?;
-    // Zero would mean "no limit". A year is enough, and cannot overflow.
-    let limit = timeout.clamp(Duration::from_millis(1), Duration::from_secs(365 * 24 * 60 * 60));
-    set_socket_timeout(&socket, Timeout::Send, Some(limit))?;
     let address = unix_address(path)?;
-    match retry_on_intr(|| connect(&socket, &address)) {
-        Err(Errno::AGAIN) => Err(ErrorKind::TimedOut.into()),
-        other => other.map(|()| socket).map_err(Error::from),
-    }
+    send_until(&socket, deadline, || connect(&socket, &address))?;
+    Ok(socket)
 }
 
 /// Reads the answer. If `to_the_end`, also waits for the end of the connection.

@@ -1,4 +1,4 @@
-//! Waiting with a deadline: poll(2), retried after transient errors.
+//! Waiting with a deadline: poll(2), and calls that send, retried after transient errors.
 
 use std::os::fd::AsFd;
 use std::thread;
@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::io::{self, Errno};
+use rustix::net::sockopt::{set_socket_timeout, Timeout};
 
 /// A point in time, or never.
 ///
@@ -89,6 +90,28 @@ pub(crate) fn wait_writable(fd: impl AsFd, deadline: Deadline) -> bool {
 /// Waits for a hangup or an error, which poll(2) always reports. Leaves pending data unread.
 pub(crate) fn wait_hangup(fd: impl AsFd, deadline: Deadline) -> io::Result<bool> {
     Ok(poll(&mut [PollFd::new(&fd, PollFlags::empty())], deadline)? > 0)
+}
+
+/// Repeats `call`, which sends or connects on a blocking Unix socket, until it succeeds or fails. If `until` passes
+/// first, the error is TIMEDOUT.
+///
+/// poll(2) cannot wait for room in the queue of a socket that is not connected. SO_SNDTIMEO alone is not a limit,
+/// because each signal would restart it.
+pub(crate) fn send_until<T>(
+    socket: impl AsFd,
+    until: Deadline,
+    mut call: impl FnMut() -> io::Result<T>,
+) -> io::Result<T> {
+    loop {
+        // Zero would mean "no limit". A year is enough, and cannot overflow.
+        let left = until.time_left().clamp(Duration::from_millis(1), Duration::from_secs(365 * 24 * 60 * 60));
+        set_socket_timeout(&socket, Timeout::Send, Some(left))?;
+        match call() {
+            Err(Errno::INTR | Errno::AGAIN) if !until.has_passed() => {}
+            Err(Errno::INTR | Errno::AGAIN) => return Err(Errno::TIMEDOUT),
+            result => return result,
+        }
+    }
 }
 
 #[cfg(test)]

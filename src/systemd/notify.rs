@@ -12,12 +12,11 @@ use std::time::Duration;
 
 use rustix::io::Errno;
 use rustix::net::{
-    sendmsg_addr, sockopt, AddressFamily, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketAddrUnix,
-    SocketType,
+    sendmsg_addr, AddressFamily, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketAddrUnix, SocketType,
 };
 
 use crate::sys::clock::monotonic_usec;
-use crate::sys::poll::{wait_hangup, Deadline};
+use crate::sys::poll::{send_until, wait_hangup, Deadline};
 use crate::sys::{net, Mode};
 
 /// The longest datagram that a manager accepts (PIPE_BUF). It discards longer ones.
@@ -83,11 +82,6 @@ impl Notifier {
             _ => return Err(unusable(io::ErrorKind::Unsupported.into())),
         };
         let socket = net::socket(AddressFamily::UNIX, SocketType::DGRAM, Mode::Blocking)
-            .and_then(|socket| {
-                // A manager that hangs must not block this process.
-                sockopt::set_socket_timeout(&socket, sockopt::Timeout::Send, Some(SEND_TIMEOUT))?;
-                Ok(socket)
-            })
             .map_err(|e| NotifyError::Socket { source: e.into() })?;
         // Not connected, because the manager may replace its socket under the same name.
         Ok(Self { socket, address, hangs: AtomicBool::new(false) })
@@ -227,19 +221,15 @@ impl Notifier {
             control.push(SendAncillaryMessage::ScmRights(fds));
         }
         let text = [IoSlice::new(message.0.as_bytes())];
-        let waits = if self.hangs.load(Ordering::Relaxed) { SendFlags::DONTWAIT } else { SendFlags::empty() };
-        let sent = loop {
-            match sendmsg_addr(&self.socket, &self.address, &text, &mut control, net::NOSIGNAL | waits) {
-                Err(Errno::INTR) => {}
-                result => break result,
-            }
+        let (time, flags) = match self.hangs.load(Ordering::Relaxed) {
+            true => (Duration::ZERO, net::NOSIGNAL | SendFlags::DONTWAIT),
+            false => (SEND_TIMEOUT, net::NOSIGNAL),
         };
-        self.hangs.store(sent == Err(Errno::AGAIN), Ordering::Relaxed);
-        match sent {
-            Ok(_) => Ok(()),
-            Err(Errno::AGAIN) => Err(failed(io::ErrorKind::TimedOut.into())),
-            Err(e) => Err(failed(e.into())),
-        }
+        let sent = send_until(&self.socket, Deadline::after(time), || {
+            sendmsg_addr(&self.socket, &self.address, &text, &mut control, flags)
+        });
+        self.hangs.store(sent == Err(Errno::TIMEDOUT), Ordering::Relaxed);
+        sent.map(drop).map_err(|e| failed(e.into()))
     }
 }
 

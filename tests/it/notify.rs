@@ -11,9 +11,10 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use crate::support::{
-    ask, can_unshare, children, connect, eventually, example, field, frozen, generation, send_signal, tempdir, Load,
-    Server, DEADLINE,
+    ask, can_unshare, children, connect, eventually, example, field, frozen, generation, interrupted, is_alone,
+    send_signal, tempdir, Load, Server, DEADLINE,
 };
+use ecdysis::systemd::NotifyError;
 use rustix::net::{recvmsg, sockopt, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags};
 use rustix::process::{pidfd_open, Pid, PidfdFlags, Signal};
 
@@ -35,10 +36,21 @@ impl Manager {
     fn new() -> Self {
         static NUMBER: AtomicU32 = AtomicU32::new(0);
         let number = NUMBER.fetch_add(1, Ordering::Relaxed);
-        let name = format!("ecdysis-test-manager-{}-{number}", std::process::id());
-        let socket = UnixDatagram::bind_addr(&SocketAddr::from_abstract_name(&name).unwrap()).unwrap();
+        Self::at(format!("@ecdysis-test-manager-{}-{number}", std::process::id()))
+    }
+
+    fn at(address: String) -> Self {
+        let socket = UnixDatagram::bind_addr(&SocketAddr::from_abstract_name(&address[1..]).unwrap()).unwrap();
         sockopt::set_socket_passcred(&socket, true).unwrap();
-        Self { socket, address: format!("@{name}") }
+        Self { socket, address }
+    }
+
+    /// Fills the queue, as if the manager hung.
+    fn fill(&self) {
+        let other = UnixDatagram::unbound().unwrap();
+        other.set_nonblocking(true).unwrap();
+        let address = SocketAddr::from_abstract_name(&self.address[1..]).unwrap();
+        while other.send_to_addr(b"STATUS=x", &address).is_ok() {}
     }
 
     fn server(&self, arguments: &[&str], environment: &[(&str, &str)]) -> Server {
@@ -317,10 +329,7 @@ fn a_manager_that_hangs_costs_no_request() {
     let manager = Manager::new();
     let mut server = manager.server(&["--probation", "0"], &[("WATCHDOG_USEC", "1000000")]);
     manager.expect(server.first_pid(), "READY=1");
-    let other = UnixDatagram::unbound().unwrap();
-    other.set_nonblocking(true).unwrap();
-    let address = SocketAddr::from_abstract_name(&manager.address[1..]).unwrap();
-    while other.send_to_addr(b"STATUS=x", &address).is_ok() {}
+    manager.fill();
     let load = Load::on(&server.addr(), 2);
     server.upgrade();
     load.stop().assert_none_failed();
@@ -339,6 +348,19 @@ fn a_manager_that_hangs_costs_no_request() {
     // A client that connects just as the socket is closed is reset, and this one connects all the time.
     let others: u64 = counts.failures.iter().filter(|(kind, _)| !kind.starts_with("Refused")).map(|(_, n)| n).sum();
     assert!(others <= 1, "{counts:?}");
+}
+
+#[test]
+fn signals_do_not_prolong_a_wait_for_the_manager() {
+    if !is_alone("notify::signals_do_not_prolong_a_wait_for_the_manager") {
+        return;
+    }
+    let manager = Manager::new();
+    manager.fill();
+    let notifier = ecdysis::systemd::Notifier::at(&manager.address).unwrap();
+    let error = interrupted(|| notifier.alive()).unwrap_err();
+    let NotifyError::Send { source, .. } = error else { panic!("{error}") };
+    assert_eq!(source.kind(), std::io::ErrorKind::TimedOut);
 }
 
 #[test]

@@ -561,6 +561,24 @@ fn a_foreign_user_triggers_nothing() {
 }
 
 /// Peers of the control socket that send nothing, or too much, block no other peer.
+/// A server that hangs, with a full queue.
+#[test]
+fn signals_do_not_prolong_a_control_request() {
+    if !is_alone("process::signals_do_not_prolong_a_control_request") {
+        return;
+    }
+    let dir = tempdir();
+    let path = dir.path().join("control");
+    let server = std::os::unix::net::UnixListener::bind(&path).unwrap();
+    rustix::net::listen(&server, 0).unwrap();
+    let request = || ecdysis::control::request(&path, "status", Duration::from_millis(300)).unwrap_err();
+    // The first connection is queued, and there is no room for a second one.
+    let queued = std::os::unix::net::UnixStream::connect(&path).unwrap();
+    let error = interrupted(request);
+    assert_eq!(error.kind(), std::io::ErrorKind::TimedOut, "{error}");
+    drop((queued, server));
+}
+
 #[test]
 fn a_peer_that_says_nothing_blocks_nobody() {
     let dir = tempdir();

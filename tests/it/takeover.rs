@@ -798,7 +798,7 @@ fn across_user_namespaces_of_an_ordinary_user() {
     assert_eq!(generation(&first.addr()), 2);
 }
 
-/// Returns an address that no other server has, so that each generation can be told the same one.
+/// Returns an address that no other server has, so that every generation can listen on the same one.
 fn own_address() -> String {
     static NUMBER: AtomicU8 = AtomicU8::new(1);
     let [.., high, low] = std::process::id().to_be_bytes();

@@ -102,6 +102,31 @@ pub fn is_alone(test: &str) -> bool {
     false
 }
 
+/// Calls `wait` in a thread that signals interrupt again and again until `wait` returns. Installs a handler, so only a
+/// test that [`is_alone`] may use this.
+pub fn interrupted<T: Send>(wait: impl FnOnce() -> T + Send) -> T {
+    extern "C" fn nothing(_: i32) {}
+    // SAFETY: the handler does nothing, so it may run at any time.
+    unsafe { libc::signal(libc::SIGUSR1, nothing as extern "C" fn(i32) as libc::sighandler_t) };
+    let (tell, told) = std::sync::mpsc::channel();
+    let begin = Instant::now();
+    thread::scope(|scope| {
+        let waiting = scope.spawn(move || {
+            // SAFETY: no conditions.
+            tell.send(unsafe { libc::pthread_self() }).unwrap();
+            wait()
+        });
+        let id = told.recv().unwrap();
+        while !waiting.is_finished() && begin.elapsed() < DEADLINE {
+            // SAFETY: the thread is joined later, so its id is valid.
+            unsafe { libc::pthread_kill(id, libc::SIGUSR1) };
+            thread::park_timeout(Duration::from_millis(5));
+        }
+        assert!(waiting.is_finished(), "it still waits after {DEADLINE:?}");
+        waiting.join().unwrap()
+    })
+}
+
 /// Some faults can only be injected by strace.
 pub fn has_strace() -> bool {
     let works = Command::new("strace").args(["-o", "/dev/null", "true"]).stderr(Stdio::null()).status();
