@@ -48,8 +48,9 @@ pub(crate) trait ServiceManager: fmt::Debug + Send + Sync {
 
     /// Announces the process that serves now. A child becomes the main process, and this returns only when the manager
     /// knows that, because the service would end with a main process that ends earlier. If a process of another unit
-    /// took over, this service ends, and `child` is `None`.
-    fn announce(&self, upgraded: &Upgraded, child: Option<Child>);
+    /// took over, this service ends, and `child` is `None`. Returns false if the announcement could not be sent: then
+    /// this process is still the main process.
+    fn announce(&self, upgraded: &Upgraded, child: Option<Child>) -> bool;
 
     /// Sends a watchdog message if one is due and `is_main` returns true. Returns when the next one is due.
     fn watchdog_tick(&self, is_main: &dyn Fn() -> bool) -> Option<Instant>;

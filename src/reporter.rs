@@ -116,21 +116,23 @@ impl Reporter {
     }
 
     /// Waits until the parent has announced this process to the manager, which may know it before this process does. A
-    /// parent that has ended or given up on this process announces nothing.
+    /// parent that has sent its verdict, ended or given up on this process announces nothing.
     pub(crate) fn wait_announced(&self) {
         let Some(manager) = self.manager.get() else { return };
         if let Some(parent) = self.ancestors.parent.as_ref().filter(|_| !manager.is_main()) {
-            parent.wait_for(ANNOUNCE, |state| state.announced || state.ended || state.given_up);
+            parent.wait_for(ANNOUNCE, |state| state.announced || state.free || state.given_up);
         }
     }
 
     /// Announces the process that serves now, before this one may end. A child becomes the main process of the service.
-    /// A process that took over belongs to another unit or to none, so this service ends.
-    pub(crate) fn announce(&self, upgraded: &Upgraded, child_id: Option<impl FnOnce() -> Option<u64>>) {
+    /// A process that took over belongs to another unit or to none, so this service ends. Returns false if there is a
+    /// manager and the child could not be announced.
+    pub(crate) fn announce(&self, upgraded: &Upgraded, child_id: Option<impl FnOnce() -> Option<u64>>) -> bool {
         // This process may itself be a child that its parent is about to announce.
         self.wait_announced();
-        if let Some(manager) = self.main() {
-            manager.announce(upgraded, child_id.map(|id| Child { id: id() }));
+        match self.main() {
+            Some(manager) => manager.announce(upgraded, child_id.map(|id| Child { id: id() })),
+            None => self.manager.get().is_none(),
         }
     }
 

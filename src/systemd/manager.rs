@@ -20,6 +20,7 @@ use crate::event::Event;
 use crate::exit::{Exit, ExitMode, Upgraded};
 use crate::logging;
 use crate::manager::{Child, ServiceManager, Store, ANNOUNCE};
+use crate::sys::poll::Deadline;
 use crate::sys::program;
 #[cfg(feature = "systemd_sockets")]
 use crate::{key::Key, listen::FileId};
@@ -163,24 +164,23 @@ impl ServiceManager for Systemd {
         });
     }
 
-    fn announce(&self, Upgraded { pid, generation, .. }: &Upgraded, child: Option<Child>) {
-        let Self { notifier, generation: ours, .. } = self;
-        match child {
-            None => log_failure(
-                notifier.stopping(&format!("generation {ours}, taken over by pid {pid}, generation {generation}")),
-            ),
-            Some(_) if self.nested => {
-                // The manager finds no unit for a message of a process that it did not start and that has already
-                // ended.
-                let status = format!("generation {generation}, upgraded");
-                log_failure(notifier.reloaded(0, &status).and_then(|()| notifier.barrier(ANNOUNCE)));
-            }
+    fn announce(&self, Upgraded { pid, generation, .. }: &Upgraded, child: Option<Child>) -> bool {
+        let (Self { notifier, generation: ours, .. }, until) = (self, Deadline::after(ANNOUNCE));
+        let sent = match child {
+            None => notifier.stopping(&format!("generation {ours}, taken over by pid {pid}, generation {generation}")),
+            Some(_) if self.nested => notifier.reloaded(0, &format!("generation {generation}, upgraded")),
             Some(Child { id }) => {
                 let status = format!("generation {generation}, upgraded from pid {}", std::process::id());
-                log_failure(notifier.announce(*pid, id, &status).and_then(|()| notifier.barrier(ANNOUNCE)));
-                self.handed_over.store(true, Ordering::Relaxed);
+                notifier.announce(*pid, id, &status)
             }
-        }
+        };
+        let is_sent = sent.is_ok();
+        self.handed_over.store(is_sent && child.is_some() && !self.nested, Ordering::Relaxed);
+        // The manager finds no unit for a message of a process that it did not start and that has already ended. So a
+        // nested service waits too.
+        let handled = || if child.is_some() { notifier.barrier(until.time_left()) } else { Ok(()) };
+        log_failure(sent.and_then(|()| handled()));
+        is_sent
     }
 
     fn watchdog_tick(&self, is_main: &dyn Fn() -> bool) -> Option<Instant> {
@@ -241,9 +241,10 @@ impl Store for Systemd {
 
     fn keep_passed(&self, descriptors: Vec<Arc<OwnedFd>>, early: usize) -> io::Result<()> {
         let stop = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_nanos();
+        let until = Deadline::after(ANNOUNCE);
         // Store the text last, because without it nothing is used.
         for (index, fd) in descriptors.iter().enumerate().rev() {
-            self.notifier.store(&Piece { stop, index, early }.name(), fd).map_err(io::Error::other)?;
+            self.notifier.store_by(until, &Piece { stop, index, early }.name(), fd).map_err(io::Error::other)?;
         }
         Ok(())
     }

@@ -167,8 +167,12 @@ impl Notifier {
     /// # Errors
     /// The name is empty, longer than 255 bytes, or contains `:` or anything but printable ASCII.
     pub fn store(&self, name: &str, fd: impl AsFd) -> Result<(), NotifyError> {
+        self.store_by(Deadline::NEVER, name, fd)
+    }
+
+    pub(crate) fn store_by(&self, until: Deadline, name: &str, fd: impl AsFd) -> Result<(), NotifyError> {
         let message = Message::new().with("FDSTORE", "1").with("FDNAME", fd_name(name)?).with("FDPOLL", "0");
-        self.send("FDSTORE", message, &[fd.as_fd()])
+        self.send_by(until, "FDSTORE", message, &[fd.as_fd()])
     }
 
     /// Removes all descriptors with this name from the manager's store.
@@ -188,7 +192,7 @@ impl Notifier {
         let until = Deadline::after(deadline);
         let failed = |e: Errno| NotifyError::Send { what: "BARRIER", source: e.into() };
         let (reader, writer) = net::pipe().map_err(failed)?;
-        self.send("BARRIER", Message::new().with("BARRIER", "1"), &[writer.as_fd()])?;
+        self.send_by(until, "BARRIER", Message::new().with("BARRIER", "1"), &[writer.as_fd()])?;
         // The manager's copy is now the only one, and the pipe ends when the manager closes it.
         drop(writer);
         match wait_hangup(&reader, until) {
@@ -211,6 +215,17 @@ impl Notifier {
     }
 
     fn send(&self, what: &'static str, message: Message, fds: &[BorrowedFd<'_>]) -> Result<(), NotifyError> {
+        self.send_by(Deadline::NEVER, what, message, fds)
+    }
+
+    /// Waits at most until this deadline, and at most for [`SEND_TIMEOUT`].
+    fn send_by(
+        &self,
+        until: Deadline,
+        what: &'static str,
+        message: Message,
+        fds: &[BorrowedFd<'_>],
+    ) -> Result<(), NotifyError> {
         let failed = |source| NotifyError::Send { what, source };
         if message.0.len() > MAX_MESSAGE {
             return Err(failed(io::Error::new(io::ErrorKind::InvalidInput, "the message is too long")));
@@ -225,7 +240,7 @@ impl Notifier {
             true => (Duration::ZERO, net::NOSIGNAL | SendFlags::DONTWAIT),
             false => (SEND_TIMEOUT, net::NOSIGNAL),
         };
-        let sent = send_until(&self.socket, Deadline::after(time), || {
+        let sent = send_until(&self.socket, until.min(Deadline::after(time)), || {
             sendmsg_addr(&self.socket, &self.address, &text, &mut control, flags)
         });
         self.hangs.store(sent == Err(Errno::TIMEDOUT), Ordering::Relaxed);
@@ -437,6 +452,19 @@ mod tests {
         });
         notifier.barrier(Duration::from_secs(5)).unwrap();
         answer.join().unwrap();
+    }
+
+    #[test]
+    fn the_deadline_of_a_barrier_includes_its_message() {
+        let (_manager, notifier) = pair("full");
+        while notifier.alive().is_ok() {}
+        let begin = Instant::now();
+        for _ in 0..20 {
+            notifier.hangs.store(false, Ordering::Relaxed);
+            assert!(notifier.barrier(Duration::from_millis(10)).is_err());
+        }
+        // With the limit of a message, this would take 40 seconds.
+        assert!(begin.elapsed() < Duration::from_secs(20), "{:?}", begin.elapsed());
     }
 
     #[test]

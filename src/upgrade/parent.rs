@@ -237,8 +237,8 @@ fn commit<'a>(
         };
     }
     let id = || successor.pidfd().and_then(pidfd_id);
-    generation.reporter.announce(&upgraded, is_child.then_some(id));
-    if is_child {
+    // A child that could not be announced announces itself when this process ends.
+    if generation.reporter.announce(&upgraded, is_child.then_some(id)) && is_child {
         let _ = successor.link.send(FromParent::Main);
     }
     // Forward requests that arrived during the announcement. After the verdict they would have reached the wrong

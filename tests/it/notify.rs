@@ -350,6 +350,30 @@ fn a_manager_that_hangs_costs_no_request() {
     assert!(others <= 1, "{counts:?}");
 }
 
+/// The manager restarts, say, while the parent announces its child. Until its end the parent is the main process.
+#[test]
+fn a_child_that_could_not_be_announced_announces_itself() {
+    let manager = Manager::new();
+    let mut server = manager.server(&["--probation", "0"], &[]);
+    let parent = server.first_pid();
+    manager.expect(parent, "READY=1");
+    let mut open = connect(&server.addr()).unwrap();
+    open.write_all(b"w").unwrap();
+    ask(&server.addr()).unwrap();
+    let Manager { socket, address } = manager;
+    drop(socket);
+    server.upgrade();
+    server.wait_serving();
+    let (child, manager) = (server.pid(), Manager::at(address));
+    open.write_all(b"ho\n").unwrap();
+    server.wait("ended gen=1");
+    let announced = manager.within(DEADLINE, |message| message.from == child).unwrap().text;
+    assert!(announced.starts_with(&format!("MAINPID={child}\n")) && announced.contains("\nREADY=1\n"), "{announced}");
+    server.signal(Signal::TERM);
+    manager.expect(child, "STOPPING=1\n");
+    server.wait_all_ended();
+}
+
 #[test]
 fn signals_do_not_prolong_a_wait_for_the_manager() {
     if !is_alone("notify::signals_do_not_prolong_a_wait_for_the_manager") {
