@@ -233,7 +233,11 @@ impl Service {
     /// Accepting is paused for this, and is not resumed.
     fn keep_passed(&self) -> Option<Paused<'_>> {
         let generation = &self.generation;
-        let store = generation.reporter.store().filter(|_| generation.keep_passed.load(Ordering::Relaxed))?;
+        let store = generation.keep_passed.load(Ordering::Relaxed).then(|| generation.reporter.store())?;
+        let Some(store) = store else {
+            logging::warn!("cannot store the passed state for the next start: this process has no store, see Builder::systemd_keep_passed");
+            return None;
+        };
         let mut paused = Paused::begin(&generation.shutdown, HashSet::new());
         paused.end(State::Stopped);
         match generation.sockets.keep_passed(&*store, generation.number) {

@@ -388,6 +388,15 @@ fn signals_do_not_prolong_a_wait_for_the_manager() {
 }
 
 #[test]
+fn a_stop_that_finds_no_store_says_so() {
+    let manager = Manager::new();
+    let mut server = manager.server(&["--keep-passed", "--log"], &[]);
+    server.signal(Signal::TERM);
+    server.wait("log warn cannot store the passed state for the next start");
+    server.wait_all_ended();
+}
+
+#[test]
 fn without_a_manager_nothing_is_different() {
     let mut command = Command::new(example("whoami"));
     command.args(["--systemd", "--listen", "127.0.0.1:0", "--probation", "0"]).env_remove("NOTIFY_SOCKET");

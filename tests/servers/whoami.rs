@@ -29,6 +29,7 @@
 //!       --stop-delay MS
 //!       --log                             print every line of the log, as `log LEVEL TEXT`
 //!       --systemd                         notify the service manager, take its sockets (with feature systemd)
+//!       --keep-passed                     a stop stores what is passed with the service manager
 //!       --misbehave FILE                  how the next generation misbehaves, read when it starts; see `Misbehavior`
 //!
 //! Several generations share stderr, so each line is one write:
@@ -248,6 +249,8 @@ impl Options {
                 }
                 #[cfg(feature = "systemd")]
                 Long("systemd") => drop(builder.systemd_notify(true).systemd_sockets(true)),
+                #[cfg(feature = "systemd")]
+                Long("keep-passed") => drop(builder.systemd_keep_passed(true)),
                 Long("misbehave") => options.misbehave = Some(args.value()?.into()),
                 Long("upgrade-socket") => drop(builder.upgrade_on_socket(args.value()?)),
                 Long("stop-socket") => drop(builder.stop_on_socket(args.value()?)),
