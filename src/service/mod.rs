@@ -173,11 +173,11 @@ impl Service {
         // Accepting ends when this is dropped, after everyone has been notified.
         let mut _paused = None;
         let mode = match action {
-            Action::Stop | Action::PartialStop if self.stop_was_taken_back(event_loop) => return Ok(()),
+            Action::Stop | Action::PartialStop if self.stop_was_taken_back(action) => {
+                self.yield_to_parent(event_loop, reply);
+                return Ok(());
+            }
             Action::Stop => {
-                // The parent announces this process when it learns of the stop. Until then, this process can neither
-                // extend the manager's timeout nor use its store.
-                generation.reporter.wait_announced();
                 _paused = self.keep_passed();
                 generation.sockets.registry().unlink(|_| true);
                 generation.pid_file.remove();

@@ -6,6 +6,7 @@ use std::thread;
 use std::time::Duration;
 
 use super::{Lead, Service};
+use crate::error::Error;
 use crate::event_loop::EventLoop;
 use crate::exit::{Exit, ExitMode, ExitReason};
 use crate::handover::ancestors::{ParentLink, ParentState};
@@ -59,7 +60,9 @@ impl Service {
             };
             event_loop.triggers.push(Request::new(action, ExitReason::Parent, Reply::Nobody));
         }
-        self.check_given_up(event_loop);
+        if self.is_given_up() {
+            self.yield_to_parent(event_loop, Reply::Nobody);
+        }
     }
 
     /// Gives the service back to the parent, which keeps its sockets during the probation.
@@ -94,20 +97,26 @@ impl Service {
 
     /// Notifies the parent that the service stops. Returns true if the parent has just given up on this process: then
     /// the parent performs the stop, and owns the socket files and the PID file.
-    pub(super) fn stop_was_taken_back(&self, event_loop: &mut EventLoop<'_>) -> bool {
+    pub(super) fn stop_was_taken_back(&self, action: Action) -> bool {
         self.generation.ancestors.send_to_parent(&FromChild::Stopping);
-        self.check_given_up(event_loop)
+        if action == Action::Stop {
+            // The parent announces this process when it learns of the stop. Until then, this process can neither extend
+            // the manager's timeout nor use its store.
+            self.generation.reporter.wait_announced();
+        }
+        self.is_given_up()
     }
 
-    /// Ends the service of this process if the parent has given up on it, and returns whether that is so.
-    fn check_given_up(&self, event_loop: &mut EventLoop<'_>) -> bool {
-        let ancestors = &self.generation.ancestors;
-        let given_up = ancestors.parent.as_ref().is_some_and(|parent| parent.state().given_up);
-        if given_up {
-            logging::error!("the parent has given up on this process and serves again");
-            self.end(event_loop.triggers, Exit { mode: ExitMode::PartiallyStopped, reason: ExitReason::Parent }, true);
-            ancestors.send_to_parent(&FromChild::Refused("taken back".into()));
-        }
-        given_up
+    fn is_given_up(&self) -> bool {
+        self.generation.ancestors.parent.as_ref().is_some_and(|parent| parent.state().given_up)
+    }
+
+    /// Ends the service of this process, because the parent has given up on it.
+    pub(super) fn yield_to_parent(&self, event_loop: &mut EventLoop<'_>, reply: Reply) {
+        logging::error!("the parent has given up on this process and serves again");
+        // The parent may not have received the request, so the caller must repeat it.
+        reply.upgrade(Err(Error::GivenUp));
+        self.end(event_loop.triggers, Exit { mode: ExitMode::PartiallyStopped, reason: ExitReason::Parent }, true);
+        self.generation.ancestors.send_to_parent(&FromChild::Refused("taken back".into()));
     }
 }

@@ -160,15 +160,30 @@ impl<'a> Successor<'a> {
     pub(super) fn roll_back(&mut self, reason: String) -> Error {
         let (pid, deadline) = (self.pid(), Deadline::after(COMMIT));
         let _ = self.link.send(FromParent::Stop);
+        let mut stopping = false;
         while !self.drains {
             match self.link.next() {
-                Ok(Read::Line(line)) => self.drains = matches!(FromChild::parse(&line), Some(FromChild::Refused(_))),
+                Ok(Read::Line(line)) => {
+                    stopping |= self.take_stop(&line);
+                    self.drains = matches!(FromChild::parse(&line), Some(FromChild::Refused(_)));
+                }
                 Ok(Read::Wait) if !self.link.is_deaf() && self.link_is_ready(deadline) => {}
                 // It does not answer, so it is killed when this is dropped.
                 _ => break,
             }
         }
+        self.drains |= stopping;
         Error::Refused { pid, reason }
+    }
+
+    /// Requests a stop if this message of a process that is given up says that the service was asked to stop, because
+    /// that request has reached only that process.
+    fn take_stop(&self, line: &str) -> bool {
+        let stopping = FromChild::parse(line) == Some(FromChild::Stopping);
+        if stopping {
+            self.generation.calls.post(Request::new(Action::Stop, ExitReason::Call, Reply::Nobody));
+        }
+        stopping
     }
 
     fn link_is_ready(&self, deadline: Deadline) -> bool {
@@ -190,10 +205,7 @@ impl<'a> Successor<'a> {
         }
         let told = self.link.is_sent() && self.link.send(FromParent::Stop).is_ok();
         while let Ok(Read::Line(line)) = self.link.next() {
-            if FromChild::parse(&line) == Some(FromChild::Stopping) {
-                // The service was asked to stop by a request that has reached only the child.
-                self.generation.calls.post(Request::new(Action::Stop, ExitReason::Call, Reply::Nobody));
-            }
+            self.take_stop(&line);
         }
         self.link.stop_receiving();
         let status = match &self.process {

@@ -1,11 +1,11 @@
 //! The messages that a service manager receives from a server and its later generations, and their senders. Here the
 //! test is the manager. The tests in `systemd` use a real one.
 
-use std::io::{IoSliceMut, Read, Write};
+use std::io::{BufRead, BufReader, IoSliceMut, Read, Write};
 use std::mem::MaybeUninit;
 use std::os::fd::OwnedFd;
 use std::os::linux::net::SocketAddrExt;
-use std::os::unix::net::{SocketAddr, UnixDatagram};
+use std::os::unix::net::{SocketAddr, UnixDatagram, UnixListener, UnixStream};
 use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
@@ -393,6 +393,41 @@ fn a_stop_that_finds_no_store_says_so() {
     let mut server = manager.server(&["--keep-passed", "--log"], &[]);
     server.signal(Signal::TERM);
     server.wait("log warn cannot store the passed state for the next start");
+    server.wait_all_ended();
+}
+
+/// Here the test is the parent, which gives up on the child after that has read the command.
+#[test]
+fn a_client_whose_stop_was_taken_back_learns_that() {
+    let (manager, dir) = (Manager::new(), tempdir());
+    let [takeover, control] = ["takeover", "control"].map(|name| dir.path().join(name));
+    let parent = UnixListener::bind(&takeover).unwrap();
+    let mut command = Command::new(example("whoami"));
+    command.args(["--systemd", "--listen", "127.0.0.1:0", "--take-over"]).arg(&takeover);
+    command.arg("--control-socket").arg(&control).env("NOTIFY_SOCKET", &manager.address);
+    let mut server = Server::start(command);
+    let mut link = BufReader::new(parent.accept().unwrap().0);
+    link.get_ref().set_read_timeout(Some(DEADLINE)).unwrap();
+    let mut steps = |received: &str, answer: &str| {
+        let mut line = String::new();
+        link.read_line(&mut line).unwrap();
+        assert!(line.starts_with(received), "{received:?}, not {line:?}");
+        link.get_mut().write_all(answer.as_bytes()).unwrap();
+    };
+    steps("takeover 1", "ecdysis 1\ngeneration 1\nend\n");
+    steps("ready\n", "commit\n");
+    steps("serving\n", "");
+    server.wait("serving gen=2");
+    let mut client = UnixStream::connect(&control).unwrap();
+    client.set_read_timeout(Some(DEADLINE)).unwrap();
+    client.write_all(b"stop\n").unwrap();
+    // It waits until its parent has announced it.
+    steps("stopping\n", "stop\n");
+    let mut answer = String::new();
+    client.read_to_string(&mut answer).unwrap();
+    assert!(answer.starts_with("failed: "), "{answer:?}");
+    steps("refused ", "");
+    server.wait("ended gen=2");
     server.wait_all_ended();
 }
 

@@ -471,6 +471,33 @@ fn a_successor_that_closes_its_link_and_lives_on_is_named() {
     load.stop().assert_none_failed();
 }
 
+/// The new process receives a stop at the moment at which the old one takes the service back. So the old one stops.
+#[test]
+fn a_stop_that_crosses_a_rollback_stops_the_service() {
+    for words in ["stopping\nrefused taken%20back\n", "stopping\n"] {
+        let mut meeting = Meeting::new(&["--probation", "20", "--verify"]);
+        let verify = meeting.dir.path().join("verify");
+        meeting.args.push(verify.to_str().unwrap().to_owned());
+        let mut server = meeting.serving();
+        let mut stream = BufReader::new(meeting.begin());
+        for (last, answer) in [("end\n", "ready\n"), ("commit\n", "serving\n"), ("stop\n", words)] {
+            let mut line = String::new();
+            while line != last {
+                line.clear();
+                assert!(stream.read_line(&mut line).unwrap() > 0, "no {last:?}");
+            }
+            stream.get_mut().write_all(answer.as_bytes()).unwrap();
+            if answer == "serving\n" {
+                fs::write(&verify, "bad").unwrap();
+            }
+        }
+        drop(stream);
+        server.wait("not verified: bad");
+        server.wait("ended gen=1");
+        server.wait_all_ended();
+    }
+}
+
 #[test]
 fn when_the_old_process_is_killed_the_new_one_serves() {
     let meeting = Meeting::new(&[]);
