@@ -82,11 +82,18 @@ impl Spawned {
         if self.ends_before(Deadline::after(REAPING)) {
             return true;
         }
-        let (Some(pidfd), Ok(wake)) = (&self.pidfd, wake_fd()) else {
-            return self.ends_before(Deadline::after(KILLING));
-        };
-        let mut fds = [PollFd::new(pidfd, PollFlags::IN), PollFd::new(&wake, PollFlags::IN)];
-        poll(&mut fds, Deadline::after(KILLING)).is_ok() && !fds[0].revents().is_empty()
+        let deadline = Deadline::after(KILLING);
+        let Ok(wake) = wake_fd() else { return self.ends_before(deadline) };
+        if let Some(pidfd) = &self.pidfd {
+            let mut fds = [PollFd::new(pidfd, PollFlags::IN), PollFd::new(&wake, PollFlags::IN)];
+            return poll(&mut fds, deadline).is_ok() && !fds[0].revents().is_empty();
+        }
+        while !self.has_ended() {
+            if deadline.has_passed() || wait_readable(wake, Deadline::after(LOOK)) {
+                return false;
+            }
+        }
+        true
     }
 
     /// Kills and reaps the child. Returns its exit status, unless another process or another part of this one has

@@ -117,6 +117,7 @@ fn the_next_version_has_the_cpus_and_the_nice_value_of_the_first() {
     }
 }
 
+#[cfg(not(ecdysis_unix))]
 fn is_allowed(cpu: usize) -> bool {
     // SAFETY: the call only writes to a local set.
     unsafe {

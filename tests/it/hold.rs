@@ -17,9 +17,11 @@ use rustix::net::{sendmsg_addr, SendAncillaryBuffer, SendAncillaryMessage, SendF
 use rustix::process::Signal;
 
 use crate::support::{
-    ask, children, connect, eventually, example, field, freeze, frozen, generation, send_signal, status_field, tempdir,
-    this_program, threads, Load, Server,
+    ask, children, connect, eventually, example, field, generation, send_signal, status_field, tempdir, this_program,
+    threads, Load, Server,
 };
+#[cfg(feature = "systemd")]
+use crate::support::{freeze, frozen};
 
 const SPEAKS: bool = cfg!(feature = "systemd");
 
