@@ -100,7 +100,7 @@ impl Builder {
     }
 
     /// Stops when a peer connects to this Unix socket. The connection receives the line `stopping`, and is closed when
-    /// this process ends.
+    /// this process ends. It receives `failed: …` if the old process of an upgrade takes the service back at that moment.
     pub fn stop_on_socket(&mut self, path: impl AsRef<Path>) -> &mut Self {
         self.on_socket(path.as_ref(), Purpose::Connect(Action::Stop))
     }

@@ -174,7 +174,7 @@ impl Service {
         let mut _paused = None;
         let mode = match action {
             Action::Stop | Action::PartialStop if self.stop_was_taken_back(action) => {
-                self.yield_to_parent(event_loop, reply);
+                self.yield_to_parent(event_loop, Some(reply));
                 return Ok(());
             }
             Action::Stop => {

@@ -1,6 +1,7 @@
 //! A generation on probation: requests that its parent forwards, and how it gives the service back.
 
 use std::collections::HashSet;
+use std::iter;
 use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
@@ -61,7 +62,7 @@ impl Service {
             event_loop.triggers.push(Request::new(action, ExitReason::Parent, Reply::Nobody));
         }
         if self.is_given_up() {
-            self.yield_to_parent(event_loop, Reply::Nobody);
+            self.yield_to_parent(event_loop, None);
         }
     }
 
@@ -111,11 +112,23 @@ impl Service {
         self.generation.ancestors.parent.as_ref().is_some_and(|parent| parent.state().given_up)
     }
 
-    /// Ends the service of this process, because the parent has given up on it.
-    pub(super) fn yield_to_parent(&self, event_loop: &mut EventLoop<'_>, reply: Reply) {
+    /// Ends the service of this process, because the parent has given up on it. Refuses this request, whose action the
+    /// parent knows, and every queued one.
+    pub(super) fn yield_to_parent(&self, event_loop: &mut EventLoop<'_>, reply: Option<Reply>) {
         logging::error!("the parent has given up on this process and serves again");
-        // The parent may not have received the request, so the caller must repeat it.
-        reply.upgrade(Err(Error::GivenUp));
+        // Requests that have arrived at the same time.
+        let _ = event_loop.triggers.poll(&[], Deadline::after(Duration::ZERO), false);
+        let delayed = self.lead().delayed.take().map(|(stop, _)| stop);
+        let queued = delayed.into_iter().chain(iter::from_fn(|| event_loop.triggers.take_request(|_| true)));
+        let replies = queued.map(|request| {
+            // The parent remembers those that it has forwarded.
+            if request.action.stops() && !matches!(request.reason, ExitReason::Parent) {
+                self.generation.ancestors.send_to_parent(&FromChild::Stopping);
+            }
+            request.reply
+        });
+        // The parent may not have received a stop, so the caller must repeat it.
+        reply.into_iter().chain(replies).for_each(|reply| reply.upgrade(Err(Error::GivenUp)));
         self.end(event_loop.triggers, Exit { mode: ExitMode::PartiallyStopped, reason: ExitReason::Parent }, true);
         self.generation.ancestors.send_to_parent(&FromChild::Refused("taken back".into()));
     }

@@ -1,7 +1,7 @@
 //! The messages that a service manager receives from a server and its later generations, and their senders. Here the
 //! test is the manager. The tests in `systemd` use a real one.
 
-use std::io::{BufRead, BufReader, IoSliceMut, Read, Write};
+use std::io::{IoSliceMut, Read, Write};
 use std::mem::MaybeUninit;
 use std::os::fd::OwnedFd;
 use std::os::linux::net::SocketAddrExt;
@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use crate::support::{
     ask, can_unshare, children, connect, eventually, example, field, frozen, generation, interrupted, is_alone,
-    send_signal, tempdir, Load, Server, DEADLINE,
+    send_signal, tempdir, ChildLink, Load, Server, DEADLINE,
 };
 use ecdysis::systemd::NotifyError;
 use rustix::net::{recvmsg, sockopt, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags};
@@ -406,27 +406,18 @@ fn a_client_whose_stop_was_taken_back_learns_that() {
     command.args(["--systemd", "--listen", "127.0.0.1:0", "--take-over"]).arg(&takeover);
     command.arg("--control-socket").arg(&control).env("NOTIFY_SOCKET", &manager.address);
     let mut server = Server::start(command);
-    let mut link = BufReader::new(parent.accept().unwrap().0);
-    link.get_ref().set_read_timeout(Some(DEADLINE)).unwrap();
-    let mut steps = |received: &str, answer: &str| {
-        let mut line = String::new();
-        link.read_line(&mut line).unwrap();
-        assert!(line.starts_with(received), "{received:?}, not {line:?}");
-        link.get_mut().write_all(answer.as_bytes()).unwrap();
-    };
-    steps("takeover 1", "ecdysis 1\ngeneration 1\nend\n");
-    steps("ready\n", "commit\n");
-    steps("serving\n", "");
+    let mut link = ChildLink::accept(&parent);
     server.wait("serving gen=2");
     let mut client = UnixStream::connect(&control).unwrap();
     client.set_read_timeout(Some(DEADLINE)).unwrap();
     client.write_all(b"stop\n").unwrap();
     // It waits until its parent has announced it.
-    steps("stopping\n", "stop\n");
+    link.expect("stopping\n");
+    link.send("stop\n");
     let mut answer = String::new();
     client.read_to_string(&mut answer).unwrap();
     assert!(answer.starts_with("failed: "), "{answer:?}");
-    steps("refused ", "");
+    link.expect("refused ");
     server.wait("ended gen=2");
     server.wait_all_ended();
 }

@@ -498,6 +498,34 @@ fn a_stop_that_crosses_a_rollback_stops_the_service() {
     }
 }
 
+/// The new process has not carried out a stop when the old one takes the service back. The old one must learn of it.
+#[test]
+fn a_stop_that_is_queued_at_a_rollback_reaches_the_old_process() {
+    for delayed in [false, true] {
+        let meeting = Meeting::new(&["--stop-delay", if delayed { "600000" } else { "0" }, "--log"]);
+        let takeover = UnixListener::bind(&meeting.socket).unwrap();
+        let mut command = Command::new(example("whoami"));
+        command.args(["--listen", "127.0.0.1:0", "--take-over"]).arg(&meeting.socket).args(&meeting.args);
+        let mut server = Server::start(command);
+        let mut link = ChildLink::accept(&takeover);
+        server.wait_any("serving gen=2");
+        if delayed {
+            server.signal_first(Signal::TERM);
+            server.wait("accepting for 600s more");
+            link.send("stop\n");
+        } else {
+            freeze(server.first_pid());
+            link.send("stop\n");
+            server.signal_first(Signal::TERM);
+            goes_on(&server);
+        }
+        link.expect("stopping\n");
+        link.expect("refused ");
+        server.wait("ended gen=2");
+        server.wait_all_ended();
+    }
+}
+
 #[test]
 fn when_the_old_process_is_killed_the_new_one_serves() {
     let meeting = Meeting::new(&[]);

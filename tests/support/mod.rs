@@ -12,9 +12,9 @@ pub mod request;
 mod server;
 
 use std::fs;
-use std::io::{self, Read, Write};
+use std::io::{self, BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpStream};
-use std::os::unix::net::UnixStream;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -125,6 +125,35 @@ pub fn interrupted<T: Send>(wait: impl FnOnce() -> T + Send) -> T {
         assert!(waiting.is_finished(), "it still waits after {DEADLINE:?}");
         waiting.join().unwrap()
     })
+}
+
+/// The link to a process that takes over, where the test is the old process.
+pub struct ChildLink(BufReader<UnixStream>);
+
+impl ChildLink {
+    /// Hands over nothing to the process that connects, and waits until it serves.
+    pub fn accept(takeover: &UnixListener) -> Self {
+        let mut link = ChildLink(BufReader::new(takeover.accept().unwrap().0));
+        link.0.get_ref().set_read_timeout(Some(DEADLINE)).unwrap();
+        link.expect("takeover 1");
+        link.send("ecdysis 1\ngeneration 1\nend\n");
+        link.expect("ready\n");
+        link.send("commit\n");
+        link.expect("serving\n");
+        link
+    }
+
+    pub fn send(&mut self, lines: &str) {
+        self.0.get_mut().write_all(lines.as_bytes()).unwrap();
+    }
+
+    /// Reads a line, which must begin like this.
+    #[track_caller]
+    pub fn expect(&mut self, beginning: &str) {
+        let mut line = String::new();
+        self.0.read_line(&mut line).unwrap();
+        assert!(line.starts_with(beginning), "{beginning:?}, not {line:?}");
+    }
 }
 
 /// Some faults can only be injected by strace.
