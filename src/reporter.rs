@@ -63,6 +63,10 @@ impl Reporter {
         Some(manager)
     }
 
+    pub(crate) fn has_manager(&self) -> bool {
+        self.manager.get().is_some()
+    }
+
     /// Makes the manager store every socket, current and future.
     pub(crate) fn store_sockets(&self) {
         if let Some(store) = self.store() {

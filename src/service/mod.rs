@@ -233,7 +233,9 @@ impl Service {
     /// Accepting is paused for this, and is not resumed.
     fn keep_passed(&self) -> Option<Paused<'_>> {
         let generation = &self.generation;
-        let store = generation.keep_passed.load(Ordering::Relaxed).then(|| generation.reporter.store())?;
+        // Without a service manager, for example in a terminal, nothing is expected to be stored.
+        let keeps = generation.keep_passed.load(Ordering::Relaxed) && generation.reporter.has_manager();
+        let store = keeps.then(|| generation.reporter.store())?;
         let Some(store) = store else {
             logging::warn!("cannot store the passed state for the next start: this process has no store, see Builder::systemd_keep_passed");
             return None;

@@ -394,6 +394,11 @@ fn a_stop_that_finds_no_store_says_so() {
     server.signal(Signal::TERM);
     server.wait("log warn cannot store the passed state for the next start");
     server.wait_all_ended();
+
+    let in_terminal = Server::whoami(["--listen", "127.0.0.1:0", "--systemd", "--keep-passed", "--log"]);
+    in_terminal.signal(Signal::TERM);
+    in_terminal.wait_all_ended();
+    assert_eq!(in_terminal.said().iter().find(|line| line.starts_with("log warn")), None);
 }
 
 /// Here the test is the parent, which gives up on the child after that has read the command.
