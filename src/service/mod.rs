@@ -174,7 +174,9 @@ impl Service {
         let mut _paused = None;
         let mode = match action {
             Action::Stop | Action::PartialStop if self.stop_was_taken_back(action) => {
-                self.yield_to_parent(event_loop, Some(reply));
+                // The parent may not have received it, so the caller must repeat it.
+                reply.upgrade(Err(Error::GivenUp));
+                self.yield_to_parent(event_loop);
                 return Ok(());
             }
             Action::Stop => {

@@ -62,7 +62,7 @@ impl Service {
             event_loop.triggers.push(Request::new(action, ExitReason::Parent, Reply::Nobody));
         }
         if self.is_given_up() {
-            self.yield_to_parent(event_loop, None);
+            self.yield_to_parent(event_loop);
         }
     }
 
@@ -91,6 +91,7 @@ impl Service {
         }
         paused.end(State::HandedOver);
         logging::warn!("rolled back by {reason}: the parent serves again");
+        self.refuse_queued(event_loop);
         // This comes last, because after it this process may exit immediately.
         reply.status("rolled back\n");
         self.end(event_loop.triggers, Exit { mode: ExitMode::PartiallyStopped, reason }, true);
@@ -112,24 +113,26 @@ impl Service {
         self.generation.ancestors.parent.as_ref().is_some_and(|parent| parent.state().given_up)
     }
 
-    /// Ends the service of this process, because the parent has given up on it. Refuses this request, whose action the
-    /// parent knows, and every queued one.
-    pub(super) fn yield_to_parent(&self, event_loop: &mut EventLoop<'_>, reply: Option<Reply>) {
+    /// Ends the service of this process, because the parent has given up on it.
+    pub(super) fn yield_to_parent(&self, event_loop: &mut EventLoop<'_>) {
         logging::error!("the parent has given up on this process and serves again");
+        self.refuse_queued(event_loop);
+        self.end(event_loop.triggers, Exit { mode: ExitMode::PartiallyStopped, reason: ExitReason::Parent }, true);
+        self.generation.ancestors.send_to_parent(&FromChild::Refused("taken back".into()));
+    }
+
+    /// Refuses every request that this process has not carried out, because the parent serves again. Reports stops to it.
+    fn refuse_queued(&self, event_loop: &mut EventLoop<'_>) {
         // Requests that have arrived at the same time.
         let _ = event_loop.triggers.poll(&[], Deadline::after(Duration::ZERO), false);
         let delayed = self.lead().delayed.take().map(|(stop, _)| stop);
-        let queued = delayed.into_iter().chain(iter::from_fn(|| event_loop.triggers.take_request(|_| true)));
-        let replies = queued.map(|request| {
+        let queued = iter::from_fn(|| event_loop.triggers.take_request(|_| true));
+        for request in delayed.into_iter().chain(queued) {
             // The parent remembers those that it has forwarded.
             if request.action.stops() && !matches!(request.reason, ExitReason::Parent) {
                 self.generation.ancestors.send_to_parent(&FromChild::Stopping);
             }
-            request.reply
-        });
-        // The parent may not have received a stop, so the caller must repeat it.
-        reply.into_iter().chain(replies).for_each(|reply| reply.upgrade(Err(Error::GivenUp)));
-        self.end(event_loop.triggers, Exit { mode: ExitMode::PartiallyStopped, reason: ExitReason::Parent }, true);
-        self.generation.ancestors.send_to_parent(&FromChild::Refused("taken back".into()));
+            request.reply.upgrade(Err(Error::GivenUp));
+        }
     }
 }

@@ -526,6 +526,28 @@ fn a_stop_that_is_queued_at_a_rollback_reaches_the_old_process() {
     }
 }
 
+/// The new process gives the service back itself, and is then asked to stop.
+#[test]
+fn a_stop_during_a_rollback_reaches_the_old_process() {
+    let meeting = Meeting::new(&[]);
+    let control = meeting.dir.path().join("control");
+    let takeover = UnixListener::bind(&meeting.socket).unwrap();
+    let mut command = Command::new(example("whoami"));
+    command.args(["--listen", "127.0.0.1:0", "--take-over"]).arg(&meeting.socket);
+    command.arg("--control-socket").arg(&control);
+    let mut server = Server::start(command);
+    let mut link = ChildLink::accept(&takeover);
+    server.wait("serving gen=2");
+    let mut client = UnixStream::connect(&control).unwrap();
+    client.write_all(b"rollback\n").unwrap();
+    link.expect("refused ");
+    server.signal_first(Signal::TERM);
+    link.send("stop\n");
+    link.expect("stopping\n");
+    assert_eq!(rest(client), "rolled back\n");
+    server.wait_all_ended();
+}
+
 #[test]
 fn when_the_old_process_is_killed_the_new_one_serves() {
     let meeting = Meeting::new(&[]);
