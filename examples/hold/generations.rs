@@ -10,6 +10,9 @@ use crate::signals::send;
 /// confirmed the announcement.
 const ANNOUNCED: Duration = Duration::from_secs(5);
 
+/// How often to look for generations at most, if processes start and end all the time.
+const LOOKS: usize = 20;
+
 pub struct Generations {
     /// The generation that serves, or starts.
     main: Option<Process>,
@@ -84,14 +87,28 @@ impl Generations {
     /// Returns the generations that are alive and were not replaced, the youngest last. A successor has executed the same
     /// program itself, whereas a worker was only forked and a helper runs another program.
     pub fn successors(&self) -> Vec<Descendant> {
-        let mut all = descendants();
-        all.retain(|process| !self.is_former(process.pid) && process.runs(&self.program));
-        all
+        self.generations(|pid| !self.is_former(pid))
     }
 
     /// Whether any generation is alive, draining or not.
     pub fn any_lives(&self) -> bool {
-        self.main.is_some() || descendants().iter().any(|process| process.runs(&self.program))
+        self.main.is_some() || !self.generations(|_| true).is_empty()
+    }
+
+    /// While this reads /proc, a generation that it has read may end, and the next one may start too late to be read. So
+    /// it finds none only if nothing has changed since the last look.
+    fn generations(&self, wanted: impl Fn(i32) -> bool) -> Vec<Descendant> {
+        let mut before = Vec::new();
+        for _ in 0..LOOKS {
+            let mut all = descendants();
+            let pids: Vec<i32> = all.iter().map(|process| process.pid).collect();
+            all.retain(|process| wanted(process.pid) && process.runs(&self.program));
+            if !all.is_empty() || pids == before {
+                return all;
+            }
+            before = pids;
+        }
+        Vec::new()
     }
 
     /// Sends a signal to the generation that serves.

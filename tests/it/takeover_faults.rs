@@ -263,6 +263,12 @@ fn attempt(point: &Point, setting: &Setting) -> Result<bool, String> {
         if !point.is_held(&output) || (!killed_old && serves(&new)) {
             return Ok(false);
         }
+        // Or it is already ready, and the old process would end its short probation before it sees the death.
+        let trace = fs::read_to_string(&output).unwrap();
+        let (before, _) = trace.rsplit_once('\n').unwrap_or_default();
+        if point.call.role == Role::New && !point.call.late && before.contains("\"ready\\n\"") {
+            return Ok(false);
+        }
         quiet = Some(load.quiet());
         let victim = if killed_old { Some(old_pid) } else { children(new.first_pid()).into_keys().next() };
         let victim = victim.ok_or("no process to kill")?;
