@@ -404,16 +404,16 @@ fn a_sample_of_faults_and_deaths_is_survived() {
     }
     let calls = record();
     let sampled: Vec<_> = faults(&calls).into_iter().step_by(7).collect();
-    sweep("faults, every seventh", &sampled, 3);
+    sweep("faults, every seventh", &sampled, 6);
     let sampled: Vec<_> = deaths(&calls).into_iter().step_by(9).collect();
-    sweep("deaths, every ninth", &sampled, 4);
+    sweep("deaths, every ninth", &sampled, 6);
 }
 
 #[test]
 #[ignore = "takes minutes"]
 fn every_fault_is_survived() {
     if has_strace() {
-        sweep("faults", &faults(&record()), 3);
+        sweep("faults", &faults(&record()), 6);
     }
 }
 

@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Duration;
 
-use support::{field, wait_exit, Server, DEADLINE};
+use support::{field, wait_exit, Server, SetOnDrop, DEADLINE};
 
 fn server() -> Server {
     let mut command = Command::new(env!("CARGO_BIN_EXE_ecdysis-axum"));
@@ -79,6 +79,7 @@ fn no_request_fails_over_upgrades() {
     let (addr, stop) = (server.addr(), AtomicBool::new(false));
     server.wait("serving gen=1");
     thread::scope(|scope| {
+        let _stop = SetOnDrop(&stop);
         // Half of the clients send without a break. The others pause, but for less than the server's grace period.
         let clients: Vec<_> = (0..16)
             .map(|number| {
