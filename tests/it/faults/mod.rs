@@ -2,7 +2,8 @@
 //! and at every call a process is killed or stopped. Each point is a separate run under load.
 //!
 //! `cargo test --test it faults:: -- --nocapture` shows the figures. It runs only a sample of the stops, because each
-//! takes a full deadline, and of the killings with fork and with a socket. `cargo test --test it faults:: -- --ignored --nocapture` runs all.
+//! takes a full deadline, and of the killings with fork and with a socket. `cargo test --test it faults:: -- --ignored
+//! --nocapture` runs all.
 
 mod errors;
 pub mod trace;
