@@ -113,13 +113,13 @@ pub fn interrupted<T: Send>(wait: impl FnOnce() -> T + Send) -> T {
     thread::scope(|scope| {
         let waiting = scope.spawn(move || {
             // SAFETY: no conditions.
-            tell.send(unsafe { libc::pthread_self() }).unwrap();
+            tell.send(unsafe { libc::pthread_self() } as usize).unwrap(); // with musl it is a pointer
             wait()
         });
         let id = told.recv().unwrap();
         while !waiting.is_finished() && begin.elapsed() < DEADLINE {
             // SAFETY: the thread is joined later, so its id is valid.
-            unsafe { libc::pthread_kill(id, libc::SIGUSR1) };
+            unsafe { libc::pthread_kill(id as libc::pthread_t, libc::SIGUSR1) };
             thread::park_timeout(Duration::from_millis(5));
         }
         assert!(waiting.is_finished(), "it still waits after {DEADLINE:?}");
