@@ -503,9 +503,10 @@ fn a_stop_that_crosses_a_rollback_stops_the_service() {
 fn a_stop_that_is_queued_at_a_rollback_reaches_the_old_process() {
     for delayed in [false, true] {
         let meeting = Meeting::new(&["--stop-delay", if delayed { "600000" } else { "0" }, "--log"]);
-        let takeover = UnixListener::bind(&meeting.socket).unwrap();
+        let (takeover, commands) = (UnixListener::bind(&meeting.socket).unwrap(), meeting.dir.path().join("control"));
         let mut command = Command::new(example("whoami"));
         command.args(["--listen", "127.0.0.1:0", "--take-over"]).arg(&meeting.socket).args(&meeting.args);
+        command.arg("--control-socket").arg(&commands);
         let mut server = Server::start(command);
         let mut link = ChildLink::accept(&takeover);
         server.wait_any("serving gen=2");
@@ -514,10 +515,15 @@ fn a_stop_that_is_queued_at_a_rollback_reaches_the_old_process() {
             server.wait("accepting for 600s more");
             link.send("stop\n");
         } else {
+            let mut client = UnixStream::connect(&commands).unwrap();
+            client.write_all(b"sto").unwrap();
+            // After this answer, the earlier connection is accepted too.
+            control(&commands, "status\n").unwrap();
             freeze(server.first_pid());
+            client.write_all(b"p\n").unwrap();
             link.send("stop\n");
-            server.signal_first(Signal::TERM);
             goes_on(&server);
+            assert!(rest(client).starts_with("failed: "));
         }
         link.expect("stopping\n");
         link.expect("refused ");
