@@ -38,7 +38,7 @@ const SEND_TIMEOUT: Duration = Duration::from_secs(2);
 /// logs) messages of a new generation before the end of the upgrade.
 ///
 /// No method after [`from_env`](Self::from_env) reads or changes the environment. A message waits at most two seconds
-/// for a manager that does not read. After that, messages do not wait until one gets through.
+/// for a manager that does not read. After that, only [`new_main`](Self::new_main) waits until a message gets through.
 ///
 /// ```
 /// if let Some(manager) = ecdysis::systemd::Notifier::from_env()? {
@@ -139,6 +139,8 @@ impl Notifier {
             message = message.with("MAINPIDFDID", &id.to_string());
         }
         let message = message.with("READY", "1").with("WATCHDOG", "1").with("ERRNO", "0").status(status);
+        // This waits even if the manager did not read before, because a service can end without this message.
+        self.hangs.store(false, Ordering::Relaxed);
         self.send("MAINPID", message, &[])
     }
 
@@ -484,6 +486,9 @@ mod tests {
             assert!(notifier.alive().is_err());
         }
         assert!(begin.elapsed() < Duration::from_secs(60), "those after it do not: {:?}", begin.elapsed());
+        let begin = Instant::now();
+        assert!(notifier.announce(1, None, "").is_err());
+        assert!(begin.elapsed() >= SEND_TIMEOUT, "an announcement always waits");
         // As soon as there is room, messages get through and wait again.
         receive(&manager);
         notifier.alive().unwrap();
