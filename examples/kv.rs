@@ -11,7 +11,7 @@
 //! keeps them too.
 //!
 //! The handed-over state is exact because no request runs between the snapshot and the end of this process. Every request,
-//! and every accept, locks `turn` for reading and then checks whether the server is paused. The snapshot locks it for
+//! and every accept, locks `turn` for reading and then checks whether this process still serves. The snapshot locks it for
 //! writing. If the new process fails, the pause ends, and the threads here continue.
 
 mod support;
@@ -103,7 +103,7 @@ impl Server {
     fn accept(self: &Arc<Self>, listener: &TcpListener) {
         while self.readable_in_turn(listener) {
             let _turn = self.turn.read().unwrap();
-            if self.shutdown.is_paused() {
+            if !self.serves() {
                 continue;
             }
             match listener.accept() {
@@ -139,7 +139,7 @@ impl Server {
         stream.set_write_timeout(Some(PATIENCE))?;
         while self.readable_in_turn(stream) {
             let _turn = self.turn.read().unwrap();
-            if self.shutdown.is_paused() {
+            if !self.serves() {
                 continue;
             }
             let (mut received, mut chunk) = (connection.received.lock().unwrap(), [0; 4096]);
@@ -157,6 +157,12 @@ impl Server {
             }
         }
         Ok(())
+    }
+
+    /// Returns false also in a thread that runs again so late that the pause has led to the end: a value that it set would
+    /// be lost. The end can only follow the pause, so check the pause first.
+    fn serves(&self) -> bool {
+        !self.shutdown.is_paused() && !self.shutdown.is_over()
     }
 
     /// Blocks until `fd` is readable and this process serves. Returns false once it no longer serves.

@@ -224,7 +224,8 @@ impl Shutdown {
         self.state() == State::Accepting && !self.0.gate.is_leaving()
     }
 
-    /// Returns whether accepting is paused, while a new generation is on probation.
+    /// Returns whether accepting is paused, while a new generation is on probation. When the new one has passed it,
+    /// this returns false again, and [`is_over`](Self::is_over) returns true.
     pub fn is_paused(&self) -> bool {
         self.state() == State::Paused
     }
