@@ -2,6 +2,12 @@
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::time::Duration;
+
+use rustix::event::{poll, PollFd, PollFlags};
+use rustix::process::{pidfd_open, Pid, PidfdFlags};
+
+use super::timespec;
 
 /// Returns the descriptors of a process and the objects they refer to. Empty if the process has ended.
 pub fn fds(process: u32) -> BTreeMap<i32, String> {
@@ -73,9 +79,12 @@ pub fn stat(process: u32) -> Option<(char, i32)> {
     Some((fields.next()?.chars().next()?, fields.nth(1)?.parse().ok()?))
 }
 
-/// Whether a process has ended. It may still be a zombie.
+/// Whether a process has ended. It may still be a zombie. Its state would say so when only its first thread has ended,
+/// and the others still have its descriptors.
 pub fn gone(process: u32) -> bool {
-    matches!(state(process), None | Some('Z' | 'X'))
+    let pidfd = pidfd_open(Pid::from_raw(process as i32).unwrap(), PidfdFlags::empty());
+    pidfd
+        .map_or(true, |pidfd| poll(&mut [PollFd::new(&pidfd, PollFlags::IN)], Some(&timespec(Duration::ZERO))) == Ok(1))
 }
 
 /// Returns a field of /proc/PID/status.
