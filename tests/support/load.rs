@@ -87,11 +87,15 @@ impl Load {
             let mut client = Client::new(addr.parse().unwrap(), DEADLINE);
             thread::spawn(move || {
                 let mut counts = Counts::default();
-                while !stop.load(Ordering::Relaxed) {
+                // Each client sends a request, even if a loaded machine runs it only after the stop.
+                let mut has_asked = false;
+                while !(has_asked && stop.load(Ordering::Relaxed)) {
                     if !gate.enter() {
+                        has_asked |= stop.load(Ordering::Relaxed);
                         thread::park_timeout(Duration::from_millis(1));
                         continue;
                     }
+                    has_asked = true;
                     let answer = client.ask();
                     gate.leave();
                     match answer {
