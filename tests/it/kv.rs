@@ -38,7 +38,10 @@ impl Client {
 fn kv() -> Server {
     let mut command = Command::new(example("kv"));
     command.arg("127.0.0.1:0");
-    Server::serving(command)
+    let mut server = Server::serving(command);
+    // So that each upgrade waits for its own line, and not for that of the version before.
+    server.wait("serving ");
+    server
 }
 
 fn upgrade(server: &mut Server) {
