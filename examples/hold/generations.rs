@@ -98,15 +98,15 @@ impl Generations {
     /// While this reads /proc, a generation that it has read may end, and the next one may start too late to be read. So
     /// it finds none only if nothing has changed since the last look.
     fn generations(&self, wanted: impl Fn(i32) -> bool) -> Vec<Descendant> {
-        let mut before = Vec::new();
+        let mut before = None;
         for _ in 0..LOOKS {
             let mut all = descendants();
             let pids: Vec<i32> = all.iter().map(|process| process.pid).collect();
             all.retain(|process| wanted(process.pid) && process.runs(&self.program));
-            if !all.is_empty() || pids == before {
+            if !all.is_empty() || before.as_ref() == Some(&pids) {
                 return all;
             }
-            before = pids;
+            before = Some(pids);
         }
         Vec::new()
     }
