@@ -299,6 +299,13 @@ fn attempt(point: &Point, setting: &Setting) -> Result<bool, String> {
         });
     }
 
+    if stops && !stopped_old && old.said().iter().any(|line| line.starts_with("upgrade ok")) {
+        // It has told the old process that it serves, and was stopped only then, or has not printed that yet.
+        eventually("the new process serves", || {
+            new.signal_all(Signal::CONT);
+            serves(&new)
+        });
+    }
     // If the old process died before it handed anything over, its sockets died with it.
     drop(quiet);
     if serves(&new) {
