@@ -104,7 +104,7 @@ fn nothing_leaks_into_the_new_version() {
     for way in ["--probation=20", "--fork"] {
         let mut command = Command::new(example("whoami"));
         command.args(LISTEN).args([way, "--probation", "20"]);
-        let stray = rustix::io::dup(&stray).unwrap();
+        let stray = stray.try_clone().unwrap();
         // SAFETY: only calls that are async-signal-safe.
         unsafe {
             command.pre_exec(move || {
@@ -235,7 +235,7 @@ fn a_wrapper_script_does_no_harm_and_a_stale_variable_means_nothing() {
     command.args(LISTEN).args(["--probation", "20", "--exec"]).arg(&wrapper);
     // As in a process that a server started long ago: the variable is set, and its numbers are pipes of other code.
     command.env("ECDYSIS_HANDOVER", "v1:manifest=100@1,status=101@2");
-    let (reader, writer) = rustix::pipe::pipe().unwrap();
+    let (reader, writer) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).unwrap();
     // SAFETY: only calls that are async-signal-safe.
     unsafe {
         command.pre_exec(move || {
