@@ -236,9 +236,10 @@ impl Service {
     fn keep_passed(&self) -> Option<Paused<'_>> {
         let generation = &self.generation;
         // Without a service manager, for example in a terminal, nothing is expected to be stored.
-        let keeps = generation.keep_passed.load(Ordering::Relaxed) && generation.reporter.has_manager();
-        let store = keeps.then(|| generation.reporter.store())?;
-        let Some(store) = store else {
+        if !generation.keep_passed.load(Ordering::Relaxed) || !generation.reporter.has_manager() {
+            return None;
+        }
+        let Some(store) = generation.reporter.store() else {
             logging::warn!("cannot store the passed state for the next start: this process has no store, see Builder::systemd_keep_passed");
             return None;
         };

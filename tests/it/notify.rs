@@ -345,7 +345,8 @@ fn a_manager_that_hangs_costs_no_request() {
     assert!(answer.starts_with("gen=2 "), "{answer}");
     server.wait_all_ended();
     let counts = load.stop();
-    // A client that connects just as the socket is closed is reset, and this one connects all the time.
+    // A client that connects in the instant between the last accept and the close is reset. The guide says so at
+    // "Stopping". This client connects all the time.
     let others: u64 = counts.failures.iter().filter(|(kind, _)| !kind.starts_with("Refused")).map(|(_, n)| n).sum();
     assert!(others <= 1, "{counts:?}");
 }
