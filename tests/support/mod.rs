@@ -1,7 +1,7 @@
 //! The test bed: real servers as child processes, waits with a deadline, load, /proc.
 //!
 //! Everything here is used by several tests. A failing test leaves no process behind: see `guard`.
-#![allow(dead_code)] // No test program uses all of it.
+#![allow(dead_code, unused_imports)] // No test program uses all of it.
 
 pub mod guard;
 mod load;
