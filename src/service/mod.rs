@@ -42,8 +42,8 @@ pub(crate) struct Lead {
     exit: Option<Exit>,
     /// The source of a stop request that came after this process was replaced.
     stop: Option<ExitReason>,
-    /// A stop that waits for its delay.
-    delayed: Option<(Request, Deadline)>,
+    /// A stop that waits for its delay, and when the delay began.
+    delayed: Option<(Request, Instant)>,
 }
 
 impl Service {
@@ -257,7 +257,8 @@ impl Service {
         let generation = &self.generation;
         let parent = generation.ancestors.parent.as_ref().filter(|parent| !parent.state().ended);
         let fds: Vec<_> = parent.iter().map(|parent| (parent.reader.as_fd(), PollFlags::IN)).collect();
-        let until = self.lead().delayed.as_ref().map_or(Deadline::NEVER, |(_, until)| *until);
+        let delay = generation.limits.stop_delay;
+        let until = self.lead().delayed.as_ref().map_or(Deadline::NEVER, |(_, began)| Deadline::since(*began, delay));
         event_loop.wait(Phase::Serving, &fds, until)?;
         // The parent may have sent its announcement.
         generation.reporter.main();
@@ -267,18 +268,28 @@ impl Service {
 
     /// Delays a stop. During the delay another stop takes effect immediately, and other requests are answered.
     fn after_delay(&self, next: Option<Request>) -> Option<Request> {
-        let generation = &self.generation;
+        let (generation, delay) = (&self.generation, self.generation.limits.stop_delay);
         let mut lead = self.lead();
         match (lead.delayed.take(), next) {
-            (None, Some(stop)) if stop.action == Action::Stop && !generation.limits.stop_delay.is_zero() => {
-                let delay = generation.limits.stop_delay;
+            (None, Some(stop)) if stop.action == Action::Stop && !delay.is_zero() => {
                 logging::info!("stop requested by {}: accepting for {delay:?} more", stop.reason);
                 generation.shutdown.accept_gate().leave();
-                lead.delayed = Some((stop, Deadline::after(delay)));
+                lead.delayed = Some((stop, Instant::now()));
                 None
             }
             (None, next) => next,
-            (Some((stop, until)), None) if until.has_passed() => Some(stop),
+            (Some((stop, began)), None) if Deadline::since(began, delay).has_passed() => Some(stop),
+            // A signal to the whole process group also reaches the parent, which forwards it, and a parent that takes the
+            // service back has its child's stop in addition to its own. Both are one request for a stop.
+            (Some((stop, began)), Some(again))
+                if again.action == Action::Stop
+                    && (again.since <= began || again.is_forwarded() || stop.is_forwarded()) =>
+            {
+                let (kept, copy) = if stop.is_forwarded() { (again, stop) } else { (stop, again) };
+                copy.reply.stopping();
+                lead.delayed = Some((kept, began));
+                None
+            }
             (Some((stop, _)), Some(again)) if again.action.stops() => {
                 again.reply.stopping();
                 Some(stop)

@@ -129,7 +129,7 @@ impl Service {
         let queued = iter::from_fn(|| event_loop.triggers.take_request(|_| true));
         for request in delayed.into_iter().chain(queued) {
             // The parent remembers those that it has forwarded.
-            if request.action.stops() && !matches!(request.reason, ExitReason::Parent) {
+            if request.action.stops() && !request.is_forwarded() {
                 self.generation.ancestors.send_to_parent(&FromChild::Stopping);
             }
             request.reply.upgrade(Err(Error::GivenUp));

@@ -47,6 +47,11 @@ impl Request {
         Self { action, reason, since: Instant::now(), reply }
     }
 
+    /// Whether the parent received it during the probation.
+    pub(crate) fn is_forwarded(&self) -> bool {
+        matches!(self.reason, ExitReason::Parent)
+    }
+
     /// Whether it requests an upgrade without waiting for the outcome, like a signal.
     pub(super) fn is_signal(&self) -> bool {
         self.action == Action::Upgrade && matches!(self.reply, Reply::Nobody)

@@ -3,6 +3,7 @@
 use std::fs;
 use std::io::{ErrorKind, Read, Write};
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 use crate::support::*;
 use rustix::process::Signal;
@@ -104,6 +105,35 @@ fn a_stop_during_the_probation_stops_the_service() {
     server.signal_first(Signal::TERM);
     server.wait_all_ended();
     assert_eq!(connect(&addr).map(drop).unwrap_err().kind(), std::io::ErrorKind::ConnectionRefused);
+}
+
+/// Such a signal, for example Ctrl-C in a terminal, is one request: the parent's copy does not end the child's delay,
+/// and the child's stop does not end the parent's after a rollback.
+#[test]
+fn a_stop_of_the_process_group_is_delayed_as_one() {
+    const DELAY: Duration = Duration::from_secs(2);
+    for last in [2, 1] {
+        let dir = tempdir();
+        let verify = dir.path().join("verify");
+        let args =
+            ["--stop-delay", "2000", "--log", "--verify", verify.to_str().unwrap(), "--ready-timeout", "3600000"];
+        let (mut server, _) = server(&dir, &args);
+        let addr = server.addr();
+        server.signal(Signal::HUP);
+        server.wait("serving gen=2");
+        let began = Instant::now();
+        server.signal_all(Signal::TERM);
+        server.wait_any("accepting for 2s more");
+        server.wait_any("forwarded to pid");
+        if last == 1 {
+            fs::write(&verify, "bad").unwrap();
+            server.wait_any("upgrade failed");
+        }
+        server.wait_any(&format!("ended gen={last} "));
+        assert!(began.elapsed() >= DELAY, "after {:?}", began.elapsed());
+        server.wait_all_ended();
+        assert_eq!(connect(&addr).map(drop).unwrap_err().kind(), ErrorKind::ConnectionRefused);
+    }
 }
 
 #[test]
