@@ -1,10 +1,8 @@
 //! Short runs of the demo: its counts, its messages when something goes wrong, and that it leaves no process behind.
 
-use std::io::{BufRead, BufReader, Read};
 use std::process::{Child, Command, ExitStatus, Stdio};
-use std::thread;
 
-use crate::support::{children, example, guard, send_signal, tempdir, wait_exit};
+use crate::support::{children, example, guard, send_signal, tempdir, wait, wait_exit, Log};
 use rustix::process::Signal;
 use serde_json::Value;
 
@@ -20,9 +18,7 @@ impl Demo {
     /// Returns the processes of its server after the first progress line, which appears one second and some upgrades
     /// after the start.
     fn server(&mut self) -> Vec<u32> {
-        let mut stderr = BufReader::new(self.0.stderr.take().unwrap());
-        stderr.read_line(&mut String::new()).unwrap();
-        thread::spawn(move || stderr.read_to_end(&mut vec![]));
+        Log::of(self.0.stderr.take().unwrap()).wait(0, |_| true).unwrap();
         let server: Vec<u32> = children(self.0.id()).into_keys().collect();
         assert!(!server.is_empty());
         server
@@ -30,11 +26,12 @@ impl Demo {
 
     /// Returns the exit status and the last line, as JSON.
     fn wait(mut self) -> (ExitStatus, Value) {
-        wait_exit(self.0.id());
-        let mut out = String::new();
-        self.0.stdout.take().unwrap().read_to_string(&mut out).unwrap();
-        let json = out.lines().last().and_then(|line| serde_json::from_str(line).ok());
-        (self.0.wait().unwrap(), json.unwrap_or_else(|| panic!("no JSON at the end of {out:?}")))
+        let status = wait(&mut self.0);
+        let out = Log::of(self.0.stdout.take().unwrap());
+        out.wait_end().unwrap();
+        let out = out.since(0);
+        let json = out.last().and_then(|line| serde_json::from_str(line).ok());
+        (status, json.unwrap_or_else(|| panic!("no JSON at the end of {out:?}")))
     }
 }
 

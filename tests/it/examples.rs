@@ -21,7 +21,7 @@ fn each_answers_help() {
         all.extend(["tokio_echo", "tokio_whoami"]);
     }
     for name in all {
-        let output = Command::new(example(name)).arg("--help").output().unwrap();
+        let output = output(Command::new(example(name)).arg("--help"));
         let text = String::from_utf8(output.stdout).unwrap();
         assert!(output.status.success() && text.lines().count() > 3, "{name}: {text}");
     }
@@ -40,7 +40,8 @@ fn start_ctl(socket: &Path, words: &[&str]) -> Child {
     guard::mark(&mut command, 0).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
 }
 
-fn ended(ctl: Child) -> (i32, String, String) {
+fn ended(mut ctl: Child) -> (i32, String, String) {
+    wait(&mut ctl);
     let output = ctl.wait_with_output().unwrap();
     let text = |bytes| String::from_utf8(bytes).unwrap();
     (output.status.code().unwrap(), text(output.stdout), text(output.stderr))
@@ -111,11 +112,13 @@ fn ctl_gives_up_on_a_server_that_does_not_answer_and_on_wrong_usage() {
     let dir = tempdir();
     let socket = dir.path().join("control");
     let listener = UnixListener::bind(&socket).unwrap();
-    let mute = Command::new(example("ctl")).arg(&socket).args(["upgrade", "--timeout", "0.05"]).output().unwrap();
+    let mute = output(Command::new(example("ctl")).arg(&socket).args(["upgrade", "--timeout", "0.05"]));
     assert_eq!(mute.status.code(), Some(4), "{mute:?}");
+    readable(&listener, "ctl connects");
     drop(listener.accept().unwrap());
 
     let closing = start_ctl(&socket, &["upgrade"]);
+    readable(&listener, "ctl connects");
     let (mut stream, _) = listener.accept().unwrap();
     stream.read_exact(&mut [0; 8]).unwrap();
     drop(stream);
@@ -125,7 +128,7 @@ fn ctl_gives_up_on_a_server_that_does_not_answer_and_on_wrong_usage() {
     // It also gives up if the server does not accept. With this queue length the second connect waits.
     rustix::net::listen(&listener, 0).unwrap();
     let _queued = UnixStream::connect(&socket).unwrap();
-    let full = Command::new(example("ctl")).arg(&socket).args(["status", "--timeout", "0.05"]).output().unwrap();
+    let full = output(Command::new(example("ctl")).arg(&socket).args(["status", "--timeout", "0.05"]));
     assert_eq!(full.status.code(), Some(4), "{full:?}");
 
     for wrong in [&["dance"][..], &[], &["stop", "now"], &["stop", "--timeout", "-1"], &["stop", "--fast"]] {

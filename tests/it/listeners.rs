@@ -221,7 +221,7 @@ fn a_dropped_listener_is_served_until_the_verdict_and_then_closed() {
         }
     });
     let mut server = planned.server;
-    answered.recv().unwrap();
+    answered.recv_timeout(DEADLINE).unwrap();
     server.upgrade();
     let counts = probing.join().unwrap();
     // A client that connects just as the socket is closed, after the queue was found empty, is reset. As at a stop, the
@@ -353,11 +353,11 @@ fn an_address_that_a_service_manager_holds_names_that() {
 /// The kernel's "address in use" does not name the other socket.
 #[test]
 fn an_address_that_overlaps_an_inherited_one_names_it() {
-    let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
-    let mut planned = Planned::start(&format!("tcp 0.0.0.0:{port}\ntcp 127.0.0.1:0\n"), |_| {});
-    planned.plan(&format!("tcp 127.0.0.1:0\ntcp 127.0.0.1:{port}\n"));
+    let mut planned = Planned::start("tcp 0.0.0.0:0\ntcp 127.0.0.1:0\n", |_| {});
+    let overlapping = planned.server.addr().replace("0.0.0.0", "127.0.0.1");
+    planned.plan(&format!("tcp 127.0.0.1:0\ntcp {overlapping}\n"));
     planned.server.fail_to_upgrade();
-    planned.server.wait_any(&format!("the inherited tcp 0.0.0.0:{port}, which is unclaimed, has it"));
+    planned.server.wait_any("the inherited tcp 0.0.0.0:0, which is unclaimed, has it");
 }
 
 // ---- moved ------------------------------------------------------------------------------------------------------

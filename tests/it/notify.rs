@@ -5,14 +5,14 @@ use std::io::{IoSliceMut, Read, Write};
 use std::mem::MaybeUninit;
 use std::os::fd::OwnedFd;
 use std::os::linux::net::SocketAddrExt;
-use std::os::unix::net::{SocketAddr, UnixDatagram, UnixListener, UnixStream};
+use std::os::unix::net::{SocketAddr, UnixDatagram, UnixListener};
 use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use crate::support::{
     ask, can_unshare, children, connect, eventually, example, field, frozen, generation, interrupted, is_alone,
-    send_signal, tempdir, ChildLink, Load, Server, DEADLINE,
+    send_signal, tempdir, unix, ChildLink, Load, Server, DEADLINE,
 };
 use ecdysis::systemd::NotifyError;
 use rustix::net::{recvmsg, sockopt, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags};
@@ -414,8 +414,7 @@ fn a_client_whose_stop_was_taken_back_learns_that() {
     let mut server = Server::start(command);
     let mut link = ChildLink::accept(&parent);
     server.wait("serving gen=2");
-    let mut client = UnixStream::connect(&control).unwrap();
-    client.set_read_timeout(Some(DEADLINE)).unwrap();
+    let mut client = unix(&control).unwrap();
     client.write_all(b"stop\n").unwrap();
     // It waits until its parent has announced it.
     link.expect("stopping\n");

@@ -11,7 +11,7 @@ use rustix::fs::{fcntl_getfl, fcntl_setfl, OFlags};
 use rustix::io::Errno;
 use rustix::pipe::{pipe_with, PipeFlags};
 
-use crate::support::{example, field, guard, tempdir, wait_exit, DEADLINE};
+use crate::support::{example, field, guard, readable, tempdir, wait, wait_exit, DEADLINE};
 
 #[derive(Clone, Copy, Debug)]
 enum Reader {
@@ -34,6 +34,9 @@ fn upgraded_without(reader: Reader, name: &str) {
     let mut line = String::new();
     while !line.starts_with("serving ") {
         line.clear();
+        if read.buffer().is_empty() {
+            readable(read.get_ref(), "the server starts");
+        }
         assert_ne!(read.read_line(&mut line).unwrap(), 0, "{name} does not start");
     }
     let kept = Some((read, write)).filter(|_| matches!(reader, Reader::Stopped));
@@ -42,7 +45,7 @@ fn upgraded_without(reader: Reader, name: &str) {
     }
     let answer = request(&control, "upgrade", DEADLINE).unwrap();
     assert!(answer.starts_with("upgraded "), "{name}, {reader:?}: {answer}");
-    assert!(child.wait().unwrap().success(), "{name}, {reader:?}: the old process");
+    assert!(wait(&mut child).success(), "{name}, {reader:?}: the old process");
     let new = field(&answer, "pid");
     assert_eq!(request(&control, "stop", DEADLINE).unwrap(), "stopping", "{name}, {reader:?}");
     wait_exit(new);

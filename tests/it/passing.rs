@@ -8,7 +8,7 @@ use std::fs;
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::fd::AsFd;
-use std::os::unix::net::{UnixDatagram, UnixStream};
+use std::os::unix::net::UnixDatagram;
 use std::path::{Path, PathBuf};
 use std::process::{self, Command};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -343,6 +343,7 @@ fn everything_goes_over() {
             command
         };
         let mut servers = vec![Server::serving(command())];
+        readable(&upstream, "the server connects");
         let (stream, _) = upstream.accept().unwrap();
         stream.set_read_timeout(Some(DEADLINE)).unwrap();
         let mut stream = BufReader::new(stream);
@@ -359,6 +360,7 @@ fn everything_goes_over() {
         let record = |words: &[u8]| {
             let connection = UnixSeqpacketConn::connect(dir.path().join("records")).unwrap();
             connection.send(words).unwrap();
+            readable(&connection, "an answer");
             let mut answer = [0; 1000];
             let length = connection.recv(&mut answer).unwrap();
             String::from_utf8_lossy(&answer[..length]).into_owned()
@@ -455,7 +457,7 @@ fn a_thousand_listeners_in_one_handover() {
         assert_eq!(told(new, "ports ", " gen=2"), ports, "in the same order");
         for port in ports.split(',') {
             let mut answer = String::new();
-            TcpStream::connect(("127.0.0.1", port.parse().unwrap())).unwrap().read_to_string(&mut answer).unwrap();
+            connect(&format!("127.0.0.1:{port}")).unwrap().read_to_string(&mut answer).unwrap();
             assert_eq!(answer, "gen=2\n", "port {port}");
         }
     });
@@ -468,10 +470,10 @@ fn a_program_with_its_own_loop_hands_over() {
     let addr = first.addr();
     let load = Load::on(&addr, 2);
     // One peer sends nothing, and one fails.
-    let mut stream = UnixStream::connect(dir.path().join("takeover")).unwrap();
+    let mut stream = unix(&dir.path().join("takeover")).unwrap();
     stream.write_all(b"hello?\n").unwrap();
     first.wait("no request");
-    let mut stream = UnixStream::connect(dir.path().join("takeover")).unwrap();
+    let mut stream = unix(&dir.path().join("takeover")).unwrap();
     stream.write_all(b"takeover 1\n").unwrap();
     stream.read_exact(&mut [0; 10]).unwrap();
     drop(stream);
@@ -535,7 +537,7 @@ fn under_a_filter_that_forbids_new_processes() {
     let dir = tempdir();
     let mut old = filtered(&dir, "hands over");
     for word in ["garbage\n", "ready\n"] {
-        let mut stream = UnixStream::connect(dir.path().join("takeover")).unwrap();
+        let mut stream = unix(&dir.path().join("takeover")).unwrap();
         stream.write_all(b"takeover 1\n").unwrap();
         stream.read_exact(&mut [0; 10]).unwrap();
         stream.write_all(word.as_bytes()).unwrap();

@@ -253,8 +253,8 @@ fn a_file_that_is_no_socket_is_left_alone() {
     let dir = tempdir();
     let path = dir.path().join("precious");
     fs::write(&path, "data").unwrap();
-    let output = Command::new(example("whoami")).args(["--listen", &format!("unix:{}", path.display())]).output();
-    assert!(!output.unwrap().status.success());
+    let started = output(Command::new(example("whoami")).args(["--listen", &format!("unix:{}", path.display())]));
+    assert!(!started.status.success());
     assert_eq!(fs::read_to_string(&path).unwrap(), "data");
 }
 

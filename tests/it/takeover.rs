@@ -103,9 +103,7 @@ impl Meeting {
     }
 
     fn connect(&self) -> UnixStream {
-        let stream = UnixStream::connect(&self.socket).unwrap();
-        stream.set_read_timeout(Some(DEADLINE)).unwrap();
-        stream
+        unix(&self.socket).unwrap()
     }
 }
 
@@ -515,7 +513,7 @@ fn a_stop_that_is_queued_at_a_rollback_reaches_the_old_process() {
             server.wait("accepting for 600s more");
             link.send("stop\n");
         } else {
-            let mut client = UnixStream::connect(&commands).unwrap();
+            let mut client = unix(&commands).unwrap();
             client.write_all(b"sto").unwrap();
             // After this answer, the earlier connection is accepted too.
             control(&commands, "status\n").unwrap();
@@ -544,7 +542,7 @@ fn a_stop_during_a_rollback_reaches_the_old_process() {
     let mut server = Server::start(command);
     let mut link = ChildLink::accept(&takeover);
     server.wait("serving gen=2");
-    let mut client = UnixStream::connect(&control).unwrap();
+    let mut client = unix(&control).unwrap();
     client.write_all(b"rollback\n").unwrap();
     link.expect("refused ");
     server.signal_first(Signal::TERM);

@@ -4,7 +4,6 @@ use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::UdpSocket;
 use std::os::unix::fs::symlink;
-use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
@@ -90,7 +89,7 @@ fn yields_nothing_before_ready() {
     early.write_all(b"who\n").unwrap();
     let mut opened = None;
     eventually("the gate", || {
-        opened = UnixStream::connect(&gate).ok();
+        opened = unix(&gate).ok();
         opened.is_some()
     });
     let mut opened = opened.unwrap();
@@ -241,6 +240,7 @@ fn seqpacket_and_the_chain_of_datagram_pairs() {
         let mut answers = Vec::new();
         for record in ["one", "two"] {
             connection.send(record.as_bytes()).unwrap();
+            readable(&connection, "an answer");
             let mut answer = [0; 100];
             let length = connection.recv(&mut answer).unwrap();
             answers.push(String::from_utf8_lossy(&answer[..length]).into_owned());
@@ -409,7 +409,7 @@ fn a_lack_of_descriptors_ends_no_stream_and_no_trigger() {
     }
     eventually("no descriptor is left", || fds(server.pid()).len() >= 40);
     let last = held.pop().unwrap();
-    let mut asks = UnixStream::connect(&control_socket).unwrap();
+    let mut asks = unix(&control_socket).unwrap();
     asks.write_all(b"status\n").unwrap();
     asks.set_read_timeout(Some(Duration::from_millis(300))).unwrap();
     assert!(asks.read(&mut [0]).is_err(), "there is no descriptor for it");
@@ -515,7 +515,9 @@ fn a_pid_file_is_restored_when_a_takeover_is_given_up() {
     let listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
     let args = ["--listen", LOCAL, "--take-over", path(&socket), "--pid-file", path(&pid_file)];
     let mut new = Server::start(command(args));
+    readable(&listener, "a process that takes over");
     let mut old = BufReader::new(listener.accept().unwrap().0);
+    old.get_ref().set_read_timeout(Some(DEADLINE)).unwrap();
     let mut line = String::new();
     old.read_line(&mut line).unwrap();
     old.get_mut().write_all(b"ecdysis 1\ngeneration 1\nend\n").unwrap();

@@ -11,6 +11,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::process::CommandExt;
 use std::process::{ChildStdin, Command, Stdio};
 use std::sync::OnceLock;
+use std::thread;
 use std::time::SystemTime;
 
 use rustix::process::{pidfd_open, pidfd_send_signal, set_child_subreaper, Pid, PidfdFlags, Signal};
@@ -57,18 +58,28 @@ pub fn end_part(part: usize) {
     end(&format!("{}.{part}.", run()));
 }
 
-/// Repeat until there is none, because a process may have forked in between.
+/// Repeats until there is none, because a process may have forked in between.
 fn end(mark: &str) {
-    loop {
+    let mut found = Vec::new();
+    let ended = super::try_eventually("every process ends that was killed", || {
         let processes = fs::read_dir("/proc").unwrap().flatten();
-        let pids = processes.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
-        let found: Vec<_> = pids.filter_map(Pid::from_raw).filter_map(|pid| open(pid, mark)).collect();
-        if found.is_empty() {
-            return;
-        }
-        for pidfd in found {
+        let pids = processes.filter_map(|entry| Pid::from_raw(entry.file_name().to_str()?.parse().ok()?));
+        found = pids.filter_map(|pid| Some((pid, open(pid, mark)?))).collect();
+        for (_, pidfd) in &found {
             let _ = pidfd_send_signal(pidfd, Signal::KILL);
         }
+        found.is_empty()
+    });
+    let pids = || found.iter().map(|(pid, _)| pid.as_raw_nonzero()).collect::<Vec<_>>();
+    ended.unwrap_or_else(|e| fail(format!("{e}: {:?}", pids())));
+}
+
+/// Panics, unless the test already does: a second panic would abort all other tests.
+pub fn fail(error: String) {
+    if thread::panicking() {
+        eprintln!("{error}");
+    } else {
+        panic!("{error}");
     }
 }
 

@@ -12,11 +12,12 @@ pub mod request;
 mod server;
 
 use std::fs;
-use std::io::{self, BufRead, BufReader, Read, Write};
+use std::io::{self, BufRead, BufReader, Read, Seek, Write};
 use std::net::{SocketAddr, TcpStream};
+use std::os::fd::AsFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -116,7 +117,7 @@ pub fn interrupted<T: Send>(wait: impl FnOnce() -> T + Send) -> T {
             tell.send(unsafe { libc::pthread_self() } as usize).unwrap(); // with musl it is a pointer
             wait()
         });
-        let id = told.recv().unwrap();
+        let id = told.recv_timeout(DEADLINE).unwrap();
         while !waiting.is_finished() && begin.elapsed() < DEADLINE {
             // SAFETY: the thread is joined later, so its id is valid.
             unsafe { libc::pthread_kill(id as libc::pthread_t, libc::SIGUSR1) };
@@ -133,6 +134,7 @@ pub struct ChildLink(BufReader<UnixStream>);
 impl ChildLink {
     /// Hands over nothing to the process that connects, and waits until it serves.
     pub fn accept(takeover: &UnixListener) -> Self {
+        readable(takeover, "a process that takes over");
         let mut link = ChildLink(BufReader::new(takeover.accept().unwrap().0));
         link.0.get_ref().set_read_timeout(Some(DEADLINE)).unwrap();
         link.expect("takeover 1");
@@ -180,8 +182,42 @@ pub fn timespec(time: Duration) -> Timespec {
 #[track_caller]
 pub fn wait_exit(process: u32) {
     let Ok(pidfd) = pidfd_open(Pid::from_raw(process as i32).unwrap(), PidfdFlags::empty()) else { return };
-    let ended = poll(&mut [PollFd::new(&pidfd, PollFlags::IN)], Some(&timespec(DEADLINE))).unwrap();
-    assert_eq!(ended, 1, "process {process} is still alive");
+    readable(pidfd, &format!("the end of process {process}"));
+}
+
+/// Waits until a descriptor is readable: a listener has a connection, a pipe has data, the process of a pidfd has ended.
+#[track_caller]
+pub fn readable(fd: impl AsFd, what: &str) {
+    let ready = poll(&mut [PollFd::new(&fd, PollFlags::IN)], Some(&timespec(DEADLINE))).unwrap();
+    assert_eq!(ready, 1, "not within {DEADLINE:?}: {what}");
+}
+
+/// Waits for the end of a child. If it does not end in time, kills it and panics.
+#[track_caller]
+pub fn wait(child: &mut Child) -> ExitStatus {
+    let ended = try_eventually(&format!("process {} ends", child.id()), || child.try_wait().unwrap().is_some());
+    if let Err(e) = ended {
+        let _ = child.kill();
+        panic!("{e}");
+    }
+    child.wait().unwrap()
+}
+
+/// Like [`Command::output`], with a deadline. A process that outlives the command does not hold this up, as it would
+/// with pipes.
+#[track_caller]
+pub fn output(command: &mut Command) -> Output {
+    let files = [(); 2].map(|()| tempfile::tempfile().unwrap());
+    let [stdout, stderr] = files.each_ref().map(|file| file.try_clone().unwrap());
+    let command = guard::mark(command, 0).stdin(Stdio::null()).stdout(stdout).stderr(stderr);
+    let status = wait(&mut command.spawn().unwrap_or_else(|e| panic!("{command:?}: {e}")));
+    let [stdout, stderr] = files.map(|mut file| {
+        let mut all = Vec::new();
+        file.rewind().unwrap();
+        file.read_to_end(&mut all).unwrap();
+        all
+    });
+    Output { status, stdout, stderr }
 }
 
 /// Stops a process of this test program, and waits until each of its threads has stopped.
@@ -236,7 +272,7 @@ pub fn connect(addr: &str) -> io::Result<Box<dyn Conn>> {
                 use std::os::linux::net::SocketAddrExt;
                 UnixStream::connect_addr(&std::os::unix::net::SocketAddr::from_abstract_name(name)?)?
             }
-            None => UnixStream::connect(path)?,
+            None => unix(path.as_ref())?,
         };
         stream.set_read_timeout(Some(DEADLINE))?;
         return Ok(Box::new(stream));
@@ -245,6 +281,13 @@ pub fn connect(addr: &str) -> io::Result<Box<dyn Conn>> {
     let stream = TcpStream::connect_timeout(&addr, DEADLINE)?;
     stream.set_read_timeout(Some(DEADLINE))?;
     Ok(Box::new(stream))
+}
+
+/// Connects to a Unix socket. A read has a deadline, as with all connections of the test bed.
+pub fn unix(path: &Path) -> io::Result<UnixStream> {
+    let stream = UnixStream::connect(path)?;
+    stream.set_read_timeout(Some(DEADLINE))?;
+    Ok(stream)
 }
 
 /// Sends one request, and returns the whole answer.
@@ -274,8 +317,7 @@ pub fn generation(addr: &str) -> u64 {
 
 /// Connects to a control socket, sends `command` if it is not empty, and returns the whole answer.
 pub fn control(path: &Path, command: &str) -> io::Result<String> {
-    let mut stream = UnixStream::connect(path)?;
-    stream.set_read_timeout(Some(DEADLINE))?;
+    let mut stream = unix(path)?;
     stream.write_all(command.as_bytes())?;
     let mut answer = String::new();
     stream.read_to_string(&mut answer)?;

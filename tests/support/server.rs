@@ -9,7 +9,7 @@ use std::thread;
 
 use rustix::process::{kill_process_group, waitpgid, Pid, Signal, WaitOptions};
 
-use super::{ask, example, field, guard, proc, send_signal, try_field, Log, TempDir};
+use super::{ask, example, field, guard, proc, send_signal, try_eventually, try_field, Log, TempDir};
 
 /// A server and its later generations. They share stderr and a process group. Dropping this kills all of them.
 pub struct Server {
@@ -193,12 +193,12 @@ impl Server {
 
     /// Returns the signal that ended the first generation, which must have ended.
     pub fn exit_signal(&mut self) -> Option<i32> {
-        self.child.wait().unwrap().signal()
+        super::wait(&mut self.child).signal()
     }
 
     /// Returns the exit code of the first process, which must have ended.
     pub fn exit_code(&mut self) -> Option<i32> {
-        self.child.wait().unwrap().code()
+        super::wait(&mut self.child).code()
     }
 
     pub fn signal_all(&self, signal: Signal) {
@@ -220,7 +220,8 @@ impl Drop for Server {
     fn drop(&mut self) {
         guard::end_part(self.part);
         // Later generations have become children of this process. A tracer may have reaped the first one.
-        let _ = self.child.wait();
+        let ended = try_eventually("the first process ends", || !matches!(self.child.try_wait(), Ok(None)));
+        ended.unwrap_or_else(guard::fail);
         while let Ok(Some(_)) = waitpgid(self.group, WaitOptions::NOHANG) {}
         if thread::panicking() {
             eprintln!("the server said:\n{}", self.said().join("\n"));

@@ -16,7 +16,7 @@ use std::process::{Command, Stdio};
 
 use rustix::process::Signal;
 
-use crate::support::{ask, connect, eventually, example, generation, send_signal, Load, Server};
+use crate::support::{ask, connect, eventually, example, generation, output, send_signal, wait, Load, Server};
 
 /// A supervisor, as shell commands in its own directory. `$HOLD` is the command line that it runs, and `$SUPERVISOR` is
 /// its PID.
@@ -159,7 +159,7 @@ struct Bed<'a> {
 impl Bed<'_> {
     /// Runs one of the supervisor's commands. Returns what it prints.
     fn shell(&mut self, command: &str) -> String {
-        let output = self.command(command).output().unwrap();
+        let output = output(&mut self.command(command));
         String::from_utf8_lossy(&output.stdout).trim().to_owned()
     }
 
@@ -179,7 +179,7 @@ impl Bed<'_> {
     }
 
     fn upgrade(&mut self, outcome: &str) {
-        let output = self.command(self.supervisor.upgrade).output().unwrap();
+        let output = output(&mut self.command(self.supervisor.upgrade));
         assert!(output.status.success(), "{output:?}");
         let line = self.server.wait("upgrade ");
         assert!(line.starts_with(outcome), "{line}");
@@ -314,14 +314,14 @@ fn supervise_at(supervisor: &Supervisor, programs: &Path, [hold, server, directo
     }
     let stopped = bed.server.wait("hold: over");
     assert_eq!(stopped, "hold: over code=0");
-    assert!(stop.wait().unwrap().success());
+    assert!(wait(&mut stop).success());
     if supervisor.leave.is_empty() {
         bed.server.wait_all_ended();
     }
     let code = if supervisor.leave.is_empty() { bed.server.exit_code().map(|code| code.to_string()) } else { None };
     let mut ended = String::new();
     eventually("the supervisor has seen the end", || {
-        let output = bed.command(supervisor.ended).env("CODE", code.as_deref().unwrap_or_default()).output().unwrap();
+        let output = output(bed.command(supervisor.ended).env("CODE", code.as_deref().unwrap_or_default()));
         ended = String::from_utf8_lossy(&output.stdout).trim().to_owned();
         ended == supervisor.expected
     });

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use super::{is_there, supervise_at, Supervisor};
-use crate::support::{generation, tempdir, Load, Server};
+use crate::support::{generation, output, tempdir, Load, Server};
 
 const RUNC: Supervisor = Supervisor {
     name: "a container (runc)",
@@ -144,7 +144,7 @@ fn containers_take_over_from_each_other() {
     let mut old = container(1);
     let addr = old.addr();
     // Process 1 cannot be upgraded inside its container, and keeps serving.
-    let hangup = Command::new("./p").args(["kill", "-s", "HUP", "test-1"]).current_dir(dir.path()).output().unwrap();
+    let hangup = output(Command::new("./p").args(["kill", "-s", "HUP", "test-1"]).current_dir(dir.path()));
     assert!(hangup.status.success(), "{hangup:?}");
     let failed = old.wait("upgrade failed");
     assert!(failed.contains("this is process 1"), "{failed}");
@@ -159,7 +159,7 @@ fn containers_take_over_from_each_other() {
     let counts = load.stop();
     counts.assert_none_failed();
     println!("| takeovers between containers (podman) | {}, 0 failed |", counts.requests);
-    let stopped = Command::new("./p").args(["stop", "-t", "100", "test-4"]).current_dir(dir.path()).output().unwrap();
+    let stopped = output(Command::new("./p").args(["stop", "-t", "100", "test-4"]).current_dir(dir.path()));
     assert!(stopped.status.success(), "{stopped:?}");
     old.wait_all_ended();
 }
