@@ -82,6 +82,7 @@ impl Arrived {
             Ok(entry.with_fd(Arc::new(fd)))
         };
         let entries = named.into_iter().map(own).collect::<Result<_, Error>>()?;
+        descriptors.seal().map_err(Error::handover("descriptors"))?;
         for fd in unknown {
             // Take ownership to close it, because this version cannot use it.
             drop(descriptors.take(fd));
@@ -100,10 +101,18 @@ enum Descriptors {
 }
 
 impl Descriptors {
+    /// Sets close-on-exec on those that were taken.
+    fn seal(&self) -> io::Result<()> {
+        match self {
+            Self::Inherited(adopter) => adopter.seal(),
+            Self::Received(_) => Ok(()),
+        }
+    }
+
     /// Takes ownership of the descriptor that the manifest means. Works once for each.
     fn take(&mut self, fd: FdRef) -> io::Result<OwnedFd> {
         match self {
-            Self::Inherited(adopter) => adopter.adopt(fd.fd, None, Some(fd.inode)),
+            Self::Inherited(adopter) => adopter.own(fd.fd, None, Some(fd.inode)),
             Self::Received(received) => {
                 let index = usize::try_from(fd.fd).map_err(|_| io::ErrorKind::InvalidInput)?;
                 let owned = received.get_mut(index).and_then(Option::take);

@@ -1,13 +1,16 @@
 //! Turns a descriptor number from the parent into an owned descriptor, after verifying that it is the intended one.
 
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
+use rustix::event::{PollFd, PollFlags};
 use rustix::fs::{fstat, FileType};
 use rustix::io::{fcntl_setfd, ioctl_fionread, FdFlags};
 
-use super::system::identity;
+use super::poll::{poll, Deadline};
+use super::system::{identity, sweep};
 
 /// Returns the identity of a descriptor besides its number: its inode if it has one, otherwise a number that is made up
 /// now.
@@ -41,17 +44,20 @@ impl Adopter {
 
     /// Takes ownership of descriptor `fd` if it is open, has this type and [`identity`], and was not adopted before, and
     /// sets close-on-exec. Version 1.1.1 hands descriptors over without an identity.
-    ///
-    /// One close_range(2) for all would be faster for thousands of listeners. But the numbers between them may belong to
-    /// descriptors that the program opened before `start`, for a helper that it starts later.
     pub(crate) fn adopt(&mut self, fd: RawFd, file_type: Option<FileType>, wanted: Option<u64>) -> io::Result<OwnedFd> {
+        let owned = self.own(fd, file_type, wanted)?;
+        fcntl_setfd(&owned, FdFlags::CLOEXEC)?;
+        Ok(owned)
+    }
+
+    /// Takes ownership like [`adopt`](Self::adopt). [`seal`](Self::seal) sets close-on-exec later, with few system calls
+    /// for thousands of listeners.
+    pub(crate) fn own(&mut self, fd: RawFd, file_type: Option<FileType>, wanted: Option<u64>) -> io::Result<OwnedFd> {
         let index = usize::try_from(fd).unwrap_or_default();
         if fd <= libc::STDERR_FILENO || self.adopted.get(index) == Some(&true) {
             return Err(io::ErrorKind::InvalidInput.into());
         }
         check(fd, file_type, wanted)?;
-        // SAFETY: it is open, and no code owns it before this.
-        fcntl_setfd(unsafe { BorrowedFd::borrow_raw(fd) }, FdFlags::CLOEXEC)?;
         // This is no longer than the descriptor table, because this descriptor is open.
         self.adopted.resize(self.adopted.len().max(index + 1), false);
         self.adopted[index] = true;
@@ -59,6 +65,31 @@ impl Adopter {
         // own, so no other code in this process has opened it. `adopted` and the single `Adopter` ensure that it is
         // owned only once.
         Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+    }
+
+    /// Sets close-on-exec on everything that was adopted.
+    ///
+    /// The numbers in between may belong to descriptors that the program opened before `start`, for a helper that it
+    /// starts later. So a close_range(2) covers only adopted numbers, and those that poll(2) reports as not open. There
+    /// are many of the latter, because each listener had its duplicate for the program under the next number.
+    pub(crate) fn seal(&self) -> io::Result<()> {
+        // SAFETY: used for calls that are harmless on any number.
+        let borrow = |fd: usize| unsafe { BorrowedFd::borrow_raw(fd as RawFd) };
+        let others = (3..self.adopted.len()).filter(|fd| !self.adopted[*fd]);
+        let mut others: Vec<_> = others.map(|fd| PollFd::from_borrowed_fd(borrow(fd), PollFlags::empty())).collect();
+        // After an error all of them count as open.
+        let _ = poll(&mut others, Deadline::after(Duration::ZERO));
+        let open = others.iter().filter(|fd| !fd.revents().contains(PollFlags::NVAL));
+        let mut first = 3;
+        for end in open.map(|fd| fd.as_fd().as_raw_fd() as usize).chain([self.adopted.len()]) {
+            // SAFETY: the open descriptors in this range are adopted.
+            if first < end && unsafe { sweep::sweep_range(first, end - 1) }.is_err() {
+                let mut adopted = (first..end).filter(|fd| self.adopted[*fd]).map(borrow);
+                adopted.try_for_each(|fd| fcntl_setfd(fd, FdFlags::CLOEXEC))?;
+            }
+            first = end + 1;
+        }
+        Ok(())
     }
 }
 
@@ -91,12 +122,14 @@ mod tests {
     /// The program may have opened it before `start`, for a helper that it starts later.
     #[test]
     fn a_descriptor_between_adopted_ones_stays_inheritable() {
-        // dup(2) returns a descriptor without close-on-exec.
-        let [first, between, last] = [(); 3].map(|()| dup(io::stderr()).unwrap());
+        // dup(2) returns a descriptor without close-on-exec. A closed one lies in between too.
+        let [first, closed, second, between, last] = [(); 5].map(|()| dup(io::stderr()).unwrap());
         let mut adopter = Adopter { adopted: Vec::new() };
-        let adopted = [first, last].map(|fd| adopter.adopt(fd.into_raw_fd(), None, None).unwrap());
+        drop(closed);
+        let adopted = [first, second, last].map(|fd| adopter.own(fd.into_raw_fd(), None, None).unwrap());
+        adopter.seal().unwrap();
         assert!(adopted.iter().all(|fd| fcntl_getfd(fd).unwrap() == FdFlags::CLOEXEC));
         assert_eq!(fcntl_getfd(&between).unwrap(), FdFlags::empty());
-        assert!(adopter.adopt(adopted[0].as_raw_fd(), None, None).is_err(), "each only once");
+        assert!(adopter.own(adopted[0].as_raw_fd(), None, None).is_err(), "each only once");
     }
 }

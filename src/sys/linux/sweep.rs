@@ -11,10 +11,19 @@ use super::calls::{call, set_fd_flags};
 /// This changes descriptors that other code owns, so only the child of a spawn may call it, which has its own
 /// descriptor table.
 pub(crate) unsafe fn sweep() -> Result<(), i32> {
-    let arguments = [3, u32::MAX as usize, libc::CLOSE_RANGE_CLOEXEC as usize, 0];
-    // Kernels before 5.11 lack the call or the flag, and filters refuse what they do not know.
-    // SAFETY: plain numbers (close_range(2)); the rest is as for this function.
-    unsafe { call(libc::SYS_close_range, arguments).map(drop).or_else(|_| sweep_listed()).or_else(|_| sweep_all()) }
+    // SAFETY: as for this function.
+    unsafe { sweep_range(3, u32::MAX as usize).or_else(|_| sweep_listed()).or_else(|_| sweep_all()) }
+}
+
+/// Sets close-on-exec on the descriptors from `first` to `last`. Kernels before 5.11 lack the call or the flag, and
+/// filters refuse what they do not know.
+///
+/// # Safety
+///
+/// The caller owns every open descriptor in this range.
+pub(crate) unsafe fn sweep_range(first: usize, last: usize) -> Result<(), i32> {
+    // SAFETY: plain numbers (close_range(2)).
+    unsafe { call(libc::SYS_close_range, [first, last, libc::CLOSE_RANGE_CLOEXEC as usize, 0]).map(drop) }
 }
 
 /// Sets close-on-exec on every descriptor that /proc/self/fd lists.

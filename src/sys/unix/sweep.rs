@@ -26,3 +26,12 @@ pub(crate) unsafe fn sweep() -> Result<(), i32> {
     }
     Ok(())
 }
+
+/// Fails: the caller has to set close-on-exec on each.
+///
+/// # Safety
+///
+/// There are no conditions. The implementation for Linux has some.
+pub(crate) unsafe fn sweep_range(_first: usize, _last: usize) -> Result<(), i32> {
+    Err(libc::ENOSYS)
+}

@@ -57,7 +57,7 @@ pub const TABLE: &[Row] = &[
         "the fork, flags `CLONE_CHILD_SETTID \\| CLONE_CHILD_CLEARTID \\| SIGCHLD`; threads, flags with `CLONE_THREAD`",
     ),
     row("close", SYS_close, &[Serving, Parent, Child, HandsOver, TakesOver, Program], ""),
-    row("close_range", SYS_close_range, &[Before], "the sweep; may be refused with an error"),
+    row("close_range", SYS_close_range, &[Before, Child], "close-on-exec; may be refused with an error"),
     row(
         "connect",
         SYS_connect,
