@@ -13,6 +13,7 @@ use self::bed::{systemctl, text, under_systemd};
 use crate::support::{self, connect, eventually, field, frozen, Conn, Load};
 use std::fs;
 use std::io::Read;
+use std::process::Command;
 use std::time::Duration;
 
 fn ask(address: &str) -> String {
@@ -257,6 +258,43 @@ fn sockets_of_a_unit_are_handed_on() {
         assert!(ask(addresses[1]).starts_with("gen=1 "), "it is started by a connection again");
         systemctl(&["stop", "socket-activated.socket", "socket-activated.service"]);
         assert_eq!(machine.complaints(), Vec::<String>::new());
+    });
+}
+
+/// The parent announces its child. A child that announces itself is ignored, as is any other process of the service,
+/// unless the unit has `NotifyAccess=all`.
+#[test]
+#[ignore = "needs root, cgroup2, overlayfs and apt"]
+fn a_process_that_announces_itself_needs_notify_access_all() {
+    under_systemd("a_process_that_announces_itself_needs_notify_access_all", |machine| {
+        let service = machine.service("notify-reload", "");
+        service.start();
+        let main = service.main_pid();
+        let announced = || {
+            let procs = format!("/sys/fs/cgroup{}/cgroup.procs", service.get("ControlGroup"));
+            // systemd-notify waits until systemd has read the message.
+            let script = format!(
+                "echo $$ >{procs} && NOTIFY_SOCKET=/run/systemd/notify systemd-notify --pid=$$ && exec sleep infinity"
+            );
+            let process = Command::new("sh").args(["-c", &script]).spawn().unwrap();
+            let name = format!("/proc/{}/comm", process.id());
+            eventually("it has sent its message", || fs::read_to_string(&name).unwrap() == "sleep\n");
+            process
+        };
+        let ignored = announced();
+        assert_eq!(service.main_pid(), main);
+        assert!(
+            machine.complaints().iter().any(|line| line.contains("Got notification")),
+            "{:?}",
+            machine.complaints()
+        );
+        machine.set("notify-reload.service", "access", "[Service]\nNotifyAccess=all\n");
+        let accepted = announced();
+        assert_eq!(service.main_pid(), accepted.id());
+        service.succeed("stop");
+        for mut process in [ignored, accepted] {
+            support::wait(&mut process);
+        }
     });
 }
 
