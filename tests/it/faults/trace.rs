@@ -7,7 +7,8 @@ use std::collections::{HashMap, HashSet};
 use std::fs;
 use std::io;
 use std::ptr;
-use std::time::Instant;
+use std::thread;
+use std::time::{Duration, Instant};
 
 /// The process that makes a system call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -148,9 +149,12 @@ pub fn upgrade(
                                 // SAFETY: plain numbers. This thread traces the process, which is stopped.
                                 unsafe { libc::kill(process, signal) };
                                 // Another thread may receive the signal, and then waits for the tracer. If the thread
-                                // that makes the call were released first, it could finish the upgrade before the
-                                // process stops.
+                                // that makes the call were released first, or before the other has run again, it could
+                                // finish the upgrade before the process stops.
                                 tracer.detach_all_but(Some(tid));
+                                if signal == libc::SIGSTOP {
+                                    wait_stopped(process, tid);
+                                }
                                 // The tracer must wait for the end of a killed process. Otherwise its own parent does
                                 // not see it.
                                 if signal != libc::SIGKILL {
@@ -298,6 +302,18 @@ impl Tracer {
     fn forget(&mut self, tid: i32) {
         self.tids.remove(&tid);
         self.gone.insert(tid);
+    }
+}
+
+/// Waits until all threads of a process but this one have stopped, as long as a loaded machine may need for that.
+fn wait_stopped(process: i32, but: i32) {
+    let until = Instant::now() + Duration::from_secs(10);
+    let others = || fs::read_dir(format!("/proc/{process}/task")).into_iter().flatten().flatten();
+    let tids = || others().filter_map(|task| task.file_name().to_str()?.parse::<i32>().ok()).filter(|tid| *tid != but);
+    while tids().any(|tid| !matches!(crate::support::state(tid as u32), None | Some('T' | 'Z' | 'X')))
+        && Instant::now() < until
+    {
+        thread::yield_now();
     }
 }
 
