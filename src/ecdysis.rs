@@ -9,6 +9,7 @@ use crate::error::Error;
 use crate::event::Event;
 use crate::exit::{Exit, ExitReason, Upgraded};
 use crate::handover::lines::FromChild;
+use crate::logging;
 use crate::service::Service;
 use crate::shutdown::{Shutdown, State};
 use crate::sockets::Sockets;
@@ -58,7 +59,9 @@ impl Starting {
         generation.reporter.store_sockets();
         generation.reporter.emit(&Event::Serving { generation: generation.number });
         if generation.number == 1 {
-            generation.reporter.warn_of_the_end();
+            if let Err(e) = generation.reporter.check_unit() {
+                logging::warn!("upgrades by a child will fail: {e}");
+            }
             generation.warn_of_lost_rights();
         }
         self.0.watch_probation();

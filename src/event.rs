@@ -41,26 +41,19 @@ pub(crate) type Delivery = Box<dyn FnOnce(&dyn Fn(&Event<'_>)) + Send>;
 
 impl Event<'_> {
     pub(crate) fn delivery(&self) -> Delivery {
+        fn deliver<T: Send + 'static>(copy: T, event: impl FnOnce(&T) -> Event<'_> + Send + 'static) -> Delivery {
+            Box::new(move |observer| observer(&event(&copy)))
+        }
         match *self {
-            Self::Serving { generation } => Box::new(move |observer| observer(&Event::Serving { generation })),
-            Self::Upgrading => Box::new(|observer| observer(&Event::Upgrading)),
-            Self::Spawned { pid } => Box::new(move |observer| observer(&Event::Spawned { pid })),
-            Self::Committed(upgraded) => {
-                let upgraded = upgraded.clone();
-                Box::new(move |observer| observer(&Event::Committed(&upgraded)))
-            }
-            Self::Upgraded(upgraded) => {
-                let upgraded = upgraded.clone();
-                Box::new(move |observer| observer(&Event::Upgraded(&upgraded)))
-            }
+            Self::Serving { generation } => deliver((), move |()| Event::Serving { generation }),
+            Self::Upgrading => deliver((), |()| Event::Upgrading),
+            Self::Spawned { pid } => deliver((), move |()| Event::Spawned { pid }),
+            Self::Committed(upgraded) => deliver(upgraded.clone(), |copy| Event::Committed(copy)),
+            Self::Upgraded(upgraded) => deliver(upgraded.clone(), |copy| Event::Upgraded(copy)),
             Self::UpgradeFailed { error, after } => {
-                let error = error.copy();
-                Box::new(move |observer| observer(&Event::UpgradeFailed { error: &error, after }))
+                deliver(error.copy(), move |error| Event::UpgradeFailed { error, after })
             }
-            Self::Ended(exit) => {
-                let exit = exit.clone();
-                Box::new(move |observer| observer(&Event::Ended(&exit)))
-            }
+            Self::Ended(exit) => deliver(exit.clone(), |copy| Event::Ended(copy)),
         }
     }
 

@@ -82,10 +82,12 @@ impl EventLoop<'_> {
 
     /// Answers requests that can be answered immediately. Returns when to call this again.
     fn answer(&mut self, phase: Phase, on_probation: bool) -> Deadline {
-        let name = match phase {
-            Phase::Serving if !on_probation => "serving",
-            Phase::Upgrading => "upgrading",
-            Phase::Serving | Phase::Probation => "probation",
+        // How long an upgrade may wait for this phase to end.
+        let (name, time) = match phase {
+            Phase::Serving if !on_probation => ("serving", None),
+            Phase::Serving => ("probation", Some(self.generation.options.ready_timeout)),
+            Phase::Upgrading => ("upgrading", Some(Duration::ZERO)),
+            Phase::Probation => ("probation", Some(Duration::ZERO)),
             Phase::Over => {
                 self.triggers.answer_over();
                 return Deadline::NEVER;
@@ -94,15 +96,10 @@ impl EventLoop<'_> {
         while let Some(request) = self.triggers.take_request(|action| action == Action::Status) {
             request.reply.status(&self.generation.status(name));
         }
-        match phase {
-            Phase::Serving if on_probation => self.triggers.keep_upgrades(self.generation.limits.ready_timeout),
-            Phase::Serving => Deadline::NEVER,
-            _ => {
-                while let Some(request) = self.triggers.take_request(|action| action == Action::Rollback) {
-                    request.reply.status("failed: not on probation\n");
-                }
-                self.triggers.keep_upgrades(Duration::ZERO)
-            }
+        let is_refused = |action| action == Action::Rollback && phase != Phase::Serving;
+        while let Some(request) = self.triggers.take_request(is_refused) {
+            request.reply.status("failed: not on probation\n");
         }
+        time.map_or(Deadline::NEVER, |time| self.triggers.keep_upgrades(time))
     }
 }

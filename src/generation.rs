@@ -10,11 +10,13 @@ use crate::handover::drain_status::{self, DrainStatus};
 use crate::handover::escape::escaped;
 use crate::handover::manifest::Origin;
 use crate::logging;
-use crate::options::{Launch, Limits, Overlap};
+use crate::options::{Options, Overlap};
 use crate::pid_file::PidFile;
+use crate::program::Program;
 use crate::reporter::Reporter;
 use crate::shutdown::Shutdown;
 use crate::sockets::Sockets;
+use crate::sys::attributes::Attributes;
 use crate::triggers::request::Calls;
 
 pub(crate) struct Generation {
@@ -23,8 +25,11 @@ pub(crate) struct Generation {
     /// How this generation identifies itself when it hands over.
     pub(crate) origin: Origin,
     pub(crate) began: Instant,
-    pub(crate) launch: Launch,
-    pub(crate) limits: Limits,
+    pub(crate) options: Options,
+    /// What the next generation runs, unless `before_upgrade` changes it.
+    pub(crate) program: Program,
+    /// The attributes with which this process was started, and with which every child will start.
+    pub(crate) attributes: Attributes,
     /// Whether a stop passes state to the next start, through the service manager's store.
     pub(crate) keep_passed: AtomicBool,
     pub(crate) sockets: Sockets,
@@ -93,12 +98,12 @@ impl Generation {
 
     /// Checks that the program allows an upgrade now.
     pub(crate) fn may_overlap(&self) -> bool {
-        self.limits.overlap != Overlap::Refuse || self.ancestors.draining().next().is_none()
+        self.options.overlap != Overlap::Refuse || self.ancestors.draining().next().is_none()
     }
 
     /// After a successful upgrade, asks the oldest generations to end their drains if too many generations drain.
     pub(crate) fn bound_overlap(&self) {
-        let Overlap::AtMost(most) = self.limits.overlap else { return };
+        let Overlap::AtMost(most) = self.options.overlap else { return };
         let draining: Vec<_> = self.ancestors.draining().collect();
         let too_many = (draining.len() + 1).saturating_sub(most);
         for link in draining.iter().take(too_many) {

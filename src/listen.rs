@@ -168,10 +168,12 @@ pub(crate) const MAX_BACKLOG: i32 = i32::MAX;
 /// Device and inode of a file.
 pub(crate) type FileId = (u64, u64);
 
+/// A bound socket, and the identity of its file, so that a stop can check whether the file still belongs to it.
+pub(crate) type Bound = (OwnedFd, Option<FileId>);
+
 /// Binds a Unix socket to a path, or to the abstract name after an `@`. A stale file, on which no process listens, is
 /// replaced; a live one is an error. The file has `mode` from the start; without one, the umask decides, as in std.
-/// Also returns the file's identity, so that a stop can check whether the file still belongs to this socket.
-pub(crate) fn bind_unix(path: &Path, kind: SocketType, mode: Option<Mode>) -> io::Result<(OwnedFd, Option<FileId>)> {
+pub(crate) fn bind_unix(path: &Path, kind: SocketType, mode: Option<Mode>) -> io::Result<Bound> {
     let socket = open(AddressFamily::UNIX, kind)?;
     if is_abstract(path) {
         net::bind(&socket, &unix_address(path)?)?;
@@ -312,7 +314,7 @@ mod tests {
         (directory, path)
     }
 
-    fn bind(path: &Path) -> io::Result<(OwnedFd, Option<FileId>)> {
+    fn bind(path: &Path) -> io::Result<Bound> {
         bind_unix(path, SocketType::STREAM, None)
     }
 

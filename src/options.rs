@@ -10,7 +10,6 @@ use crate::error::Error;
 use crate::exit::Upgraded;
 use crate::handover::link::Transport;
 use crate::program::{Changes, Program};
-use crate::sys::attributes::Attributes;
 use crate::sys::spawn::Spawn;
 
 /// Chooses the program of the next generation, at each upgrade.
@@ -19,22 +18,26 @@ pub(crate) type BeforeUpgrade = Arc<dyn Fn(&mut Changes) -> Result<(), Box<dyn S
 /// Decides during the probation whether the new process is kept.
 pub(crate) type Verify = Arc<dyn Fn(&Upgraded) -> Result<(), Box<dyn StdError + Send + Sync>> + Send + Sync>;
 
-/// How the next generation is started.
-pub(crate) struct Launch {
-    pub(crate) program: Program,
+/// The builder's choices that are needed after the start.
+#[derive(Clone)]
+pub(crate) struct Options {
     pub(crate) before_upgrade: Option<BeforeUpgrade>,
     /// Upgrades are not possible.
     pub(crate) standalone: bool,
     pub(crate) verify: Option<Verify>,
     pub(crate) spawn: Spawn,
     pub(crate) transport: Transport,
-    /// The attributes with which this process was started, and with which every child will start.
-    pub(crate) attributes: Attributes,
+    pub(crate) ready_timeout: Duration,
+    pub(crate) probation: Duration,
+    pub(crate) overlap: Overlap,
+    /// Whether a stop signal during the drain ends the drain.
+    pub(crate) second_stop_ends_drain: bool,
+    pub(crate) stop_delay: Duration,
 }
 
-impl Launch {
-    /// Returns how to start the next generation, according to the program's current choice.
-    pub(crate) fn program(&self) -> Result<Program, Error> {
+impl Options {
+    /// Returns how to start the next generation: `program` with the changes that the program chooses now.
+    pub(crate) fn change(&self, program: &Program) -> Result<Program, Error> {
         if self.standalone {
             let source = io::Error::new(io::ErrorKind::Unsupported, "this service is standalone");
             return Err(Error::prepare("the next generation")(source));
@@ -47,24 +50,18 @@ impl Launch {
                 .unwrap_or_else(|_| Err("the callback panicked".into()))
                 .map_err(|e| Error::prepare("before_upgrade")(io::Error::other(e)))?;
         }
-        Ok(self.program.clone().with(&changes))
+        Ok(program.clone().with(&changes))
     }
 }
 
-/// The time limits of an upgrade.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Limits {
-    pub(crate) ready_timeout: Duration,
-    pub(crate) probation: Duration,
-    pub(crate) overlap: Overlap,
-    /// Whether a stop signal during the drain ends the drain.
-    pub(crate) second_stop_ends_drain: bool,
-    pub(crate) stop_delay: Duration,
-}
-
-impl Default for Limits {
+impl Default for Options {
     fn default() -> Self {
         Self {
+            before_upgrade: None,
+            standalone: false,
+            verify: None,
+            spawn: Spawn::default(),
+            transport: Transport::default(),
             ready_timeout: Duration::from_secs(60),
             probation: Duration::from_secs(1),
             overlap: Overlap::default(),

@@ -62,7 +62,7 @@ impl PidFile {
     /// At a final stop, removes the file if it names this process.
     pub(crate) fn remove(&self) {
         let Some(path) = self.path() else { return };
-        if let Err(e) = remove_if_ours(&path) {
+        if let Err(e) = restore(&path, None) {
             logging::warn!("cannot remove PID file {}: {e}", path.display());
         }
     }
@@ -93,12 +93,13 @@ fn write(path: &Path) -> io::Result<()> {
     replace(path, format!("{}\n", process::id()).as_bytes())
 }
 
-/// Restores the previous contents unless another process has written the file since.
+/// Restores the previous contents, unless another process has written the file since. If there were none, removes the
+/// file, or empties it if it cannot be removed.
 fn restore(path: &Path, before: Option<&[u8]>) -> io::Result<()> {
     match before {
-        Some(before) if is_ours(path)? => replace(path, before),
-        Some(_) => Ok(()),
-        None => remove_if_ours(path),
+        _ if !is_ours(path)? => Ok(()),
+        Some(before) => replace(path, before),
+        None => fs::remove_file(path).or_else(|e| open_in_place(path)?.set_len(0).map_err(|_| e)),
     }
 }
 
@@ -131,7 +132,9 @@ fn open_in_place(path: &Path) -> io::Result<File> {
 }
 
 fn rename_over(path: &Path, content: &[u8]) -> io::Result<()> {
-    let new = beside(path)?;
+    // In the same directory, because rename works only within one file system.
+    let name = path.file_name().ok_or(io::ErrorKind::InvalidInput)?;
+    let new = path.with_file_name(format!(".{}.{}", name.to_string_lossy(), process::id()));
     // A process with the same PID may have been killed between the two steps below.
     let _ = fs::remove_file(&new);
     let mut file = OpenOptions::new().write(true).create_new(true).mode(0o644).open(&new)?;
@@ -147,29 +150,12 @@ fn rename_over(path: &Path, content: &[u8]) -> io::Result<()> {
     written
 }
 
-/// Removes the file if it names this process. Empties it if it cannot be removed.
-fn remove_if_ours(path: &Path) -> io::Result<()> {
-    if is_ours(path)? {
-        fs::remove_file(path).or_else(|e| open_in_place(path)?.set_len(0).map_err(|_| e))?;
-    }
-    Ok(())
-}
-
 fn is_ours(path: &Path) -> io::Result<bool> {
     match fs::read(path) {
         Ok(pid) => Ok(pid.trim_ascii() == process::id().to_string().as_bytes()),
         Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(false),
         Err(e) => Err(e),
     }
-}
-
-/// Returns a name in the same directory, because rename works only within one file system.
-fn beside(path: &Path) -> io::Result<PathBuf> {
-    let name = path.file_name().ok_or(io::ErrorKind::InvalidInput)?;
-    let mut new = std::ffi::OsString::from(".");
-    new.push(name);
-    new.push(format!(".{}", process::id()));
-    Ok(path.with_file_name(new))
 }
 
 #[cfg(test)]
@@ -194,12 +180,12 @@ mod tests {
     fn only_ours_is_removed() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("pid");
-        remove_if_ours(&path).unwrap();
+        restore(&path, None).unwrap();
         fs::write(&path, "1\n").unwrap();
-        remove_if_ours(&path).unwrap();
+        restore(&path, None).unwrap();
         assert!(path.exists());
         write(&path).unwrap();
-        remove_if_ours(&path).unwrap();
+        restore(&path, None).unwrap();
         assert!(!path.exists());
     }
 

@@ -10,7 +10,6 @@ use crate::event::{Delivery, Event};
 use crate::exit::Upgraded;
 use crate::foreign::Foreign;
 use crate::handover::ancestors::Ancestors;
-use crate::logging;
 use crate::manager::{Child, ServiceManager, Store, ANNOUNCE};
 use crate::sockets::Sockets;
 
@@ -63,10 +62,6 @@ impl Reporter {
         Some(manager)
     }
 
-    pub(crate) fn has_manager(&self) -> bool {
-        self.manager.get().is_some()
-    }
-
     /// Makes the manager store every socket, current and future.
     pub(crate) fn store_sockets(&self) {
         if let Some(store) = self.store() {
@@ -109,13 +104,6 @@ impl Reporter {
                  or UnsetEnvironment=SYSTEMD_EXEC_PID, if the old process stays until it is stopped",
             ),
             _ => Ok(()),
-        }
-    }
-
-    /// Logs a warning if an upgrade would end the service.
-    pub(crate) fn warn_of_the_end(&self) {
-        if let Err(e) = self.check_unit() {
-            logging::warn!("upgrades by a child will fail: {e}");
         }
     }
 

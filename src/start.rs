@@ -9,7 +9,6 @@ use crate::handover::manifest::Origin;
 use crate::handover::receive::Inherited;
 use crate::logging;
 use crate::manager::ServiceManager;
-use crate::options::Launch;
 use crate::pid_file::PidFile;
 use crate::program::Program;
 use crate::reporter::Reporter;
@@ -18,7 +17,7 @@ use crate::shutdown::Shutdown;
 use crate::sockets::Sockets;
 use crate::started::Started;
 use crate::sys::attributes::Attributes;
-use crate::sys::program;
+use crate::sys::program::mounts;
 use crate::sys::signal::{self, Handlers};
 #[cfg(feature = "systemd_notify")]
 use crate::systemd::manager::{is_nested, Systemd, EXEC_PID};
@@ -44,29 +43,22 @@ impl Builder {
     /// [`Error::AlreadyStarted`], [`Error::Signal`], [`Error::Socket`] for a control socket, [`Error::Handover`]. An
     /// error in a child fails the upgrade: return it from `main`, and the parent keeps serving.
     pub fn start(&mut self) -> Result<Starting, Error> {
-        let started = match self.standalone {
+        let started = match self.options.standalone {
             true => None,
             false => Some(Started::claim().ok_or(Error::AlreadyStarted)?),
         };
+        // Read these first, while they are still as the parent set them.
+        let attributes = Attributes::of_this_thread().map_err(Error::prepare("signal mask"))?;
         #[cfg_attr(not(feature = "systemd_notify"), allow(unused_mut))]
-        let mut launch = Launch {
-            // Read these first, while they are still as the parent set them.
-            attributes: Attributes::of_this_thread().map_err(Error::prepare("signal mask"))?,
-            program: Program::running().with(&self.changes),
-            before_upgrade: self.before_upgrade.clone(),
-            standalone: self.standalone,
-            verify: self.verify.clone(),
-            spawn: self.spawn,
-            transport: self.transport,
-        };
+        let mut program = Program::running().with(&self.changes);
         let (trust, app) = (self.trust(), self.application.clone());
-        let inherited = match self.standalone {
+        let inherited = match self.options.standalone {
             true => None,
-            false => inherit(self.take_over.as_deref(), &trust, app.as_deref(), self.limits.ready_timeout)?,
+            false => inherit(self.take_over.as_deref(), &trust, app.as_deref(), self.options.ready_timeout)?,
         };
         let Inherited { origin: parent, is_takeover, entries, ancestors } = inherited.unwrap_or_default();
         let number = parent.generation + 1;
-        let origin = Origin { generation: number, app: app.clone(), mounts: program::mounts() };
+        let origin = Origin { generation: number, app: app.clone(), mounts: mounts() };
         let same_paths = match (&parent.mounts, &origin.mounts) {
             (Some(parent), Some(own)) => parent == own,
             // A child usually sees the same files as its parent. A process that takes over may be in another mount
@@ -77,15 +69,15 @@ impl Builder {
         #[cfg(feature = "systemd_notify")]
         {
             let nested = is_nested(ancestors.parent.is_some());
-            launch.program.set_env(EXEC_PID, nested.then_some("0"));
+            program.set_env(EXEC_PID, nested.then_some("0"));
         }
-        if number == 1 && launch.program.names_its_version() {
-            let program = launch.program.path.display();
+        if number == 1 && program.names_its_version() {
+            let program = program.path.display();
             logging::warn!("the path {program} contains a version, so an upgrade runs the same version again: start it through a symlink, or use Builder::exec");
         }
 
         let (mut handlers, mut signals) = (Handlers::default(), Vec::new());
-        let calls = if self.standalone {
+        let calls = if self.options.standalone {
             Calls::standalone().map_err(Error::prepare("wake descriptor"))?
         } else {
             signal::wake_fd().map_err(Error::prepare("wake descriptor"))?;
@@ -96,8 +88,7 @@ impl Builder {
             Calls::default()
         };
         let sockets = Sockets::new(entries, ancestors.is_child(), same_paths);
-        let shutdown = Shutdown::new().map_err(Error::prepare("shutdown handle"))?;
-        shutdown.accept_gate().set_spread(self.spread);
+        let shutdown = Shutdown::new(self.spread).map_err(Error::prepare("shutdown handle"))?;
         let ancestors = Arc::new(ancestors);
         let reporter = Reporter::new(self.observer.clone(), ancestors.clone(), sockets.clone());
         let pid_file = PidFile::new(self.pid_file.clone());
@@ -119,8 +110,9 @@ impl Builder {
             number,
             origin,
             began,
-            launch,
-            limits: self.limits,
+            options: self.options.clone(),
+            program,
+            attributes,
             keep_passed: self.keep_passed.into(),
             sockets,
             shutdown,
@@ -130,11 +122,11 @@ impl Builder {
             drain_status,
             calls: calls.clone(),
         };
-        if self.systemd_notify && !self.standalone {
+        if self.systemd_notify && !self.options.standalone {
             enable_manager(&generation)?;
         }
         #[cfg(feature = "systemd_sockets")]
-        if self.systemd_sockets && !self.standalone {
+        if self.systemd_sockets && !self.options.standalone {
             inherit_from_manager(&generation)?;
         }
         let control = self.sockets.iter().map(|(path, purpose)| control_socket(&generation, path, *purpose));
@@ -157,7 +149,7 @@ fn enable_manager(generation: &Generation) -> Result<(), Error> {
     #[cfg(feature = "systemd_notify")]
     let manager = {
         let is_child = generation.ancestors.parent.is_some();
-        let times = generation.limits.ready_timeout.saturating_add(generation.limits.probation);
+        let times = generation.options.ready_timeout.saturating_add(generation.options.probation);
         let systemd = Systemd::from_env(generation.number, is_child, times)?;
         systemd.map(|systemd| Arc::new(systemd) as Arc<dyn ServiceManager>)
     };

@@ -13,7 +13,7 @@ use crate::ecdysis::Ecdysis;
 use crate::event::Event;
 use crate::exit::Upgraded;
 use crate::handover::link::Transport;
-use crate::options::{BeforeUpgrade, Limits, Overlap, Verify};
+use crate::options::{Options, Overlap};
 use crate::program::Changes;
 use crate::reporter::Observer;
 use crate::sys::peer::PeerCred;
@@ -40,14 +40,9 @@ pub struct Builder {
     pub(crate) signals: Vec<(i32, Action)>,
     pub(crate) sockets: Vec<(PathBuf, Purpose)>,
     pub(crate) changes: Changes,
-    pub(crate) before_upgrade: Option<BeforeUpgrade>,
-    pub(crate) standalone: bool,
-    pub(crate) verify: Option<Verify>,
     pub(crate) spread: Duration,
     pub(crate) pid_file: Option<PathBuf>,
-    pub(crate) spawn: Spawn,
-    pub(crate) transport: Transport,
-    pub(crate) limits: Limits,
+    pub(crate) options: Options,
     pub(crate) take_over: Option<PathBuf>,
     pub(crate) application: Option<String>,
     trust: Option<Trust>,
@@ -152,7 +147,7 @@ impl Builder {
     /// Sets how long a child may take from the trigger to its `ready`. After that it is killed, and the upgrade fails.
     /// Default: 60 seconds.
     pub fn ready_timeout(&mut self, time: Duration) -> &mut Self {
-        self.limits.ready_timeout = time;
+        self.options.ready_timeout = time;
         self
     }
 
@@ -160,7 +155,7 @@ impl Builder {
     /// time this process accepts nothing but keeps its sockets. If the child dies, this process accepts again, and the
     /// upgrade has failed. Default: one second. Zero means no probation.
     pub fn probation(&mut self, time: Duration) -> &mut Self {
-        self.limits.probation = time;
+        self.options.probation = time;
         self
     }
 
@@ -175,7 +170,7 @@ impl Builder {
         &mut self,
         verify: impl Fn(&Upgraded) -> Result<(), Box<dyn StdError + Send + Sync>> + Send + Sync + 'static,
     ) -> &mut Self {
-        self.verify = Some(Arc::new(verify));
+        self.options.verify = Some(Arc::new(verify));
         self
     }
 
@@ -183,7 +178,7 @@ impl Builder {
     /// late. During the delay [`Shutdown::is_ready`](crate::Shutdown::is_ready) returns false, which a readiness probe
     /// should report. A second stop ends the delay. A partial stop has no delay. Default: zero.
     pub fn stop_delay(&mut self, time: Duration) -> &mut Self {
-        self.limits.stop_delay = time;
+        self.options.stop_delay = time;
         self
     }
 
@@ -197,13 +192,13 @@ impl Builder {
 
     /// Sets how the child process is created.
     pub fn spawn(&mut self, spawn: Spawn) -> &mut Self {
-        self.spawn = spawn;
+        self.options.spawn = spawn;
         self
     }
 
     /// Sets what carries a handover to a child.
     pub fn transport(&mut self, transport: Transport) -> &mut Self {
-        self.transport = transport;
+        self.options.transport = transport;
         self
     }
 
@@ -267,13 +262,13 @@ impl Builder {
     /// # }
     /// ```
     pub fn second_stop_ends_drain(&mut self, ends: bool) -> &mut Self {
-        self.limits.second_stop_ends_drain = ends;
+        self.options.second_stop_ends_drain = ends;
         self
     }
 
     /// Sets what happens when an upgrade is requested while an older generation still drains.
     pub fn overlap(&mut self, overlap: Overlap) -> &mut Self {
-        self.limits.overlap = overlap;
+        self.options.overlap = overlap;
         self
     }
 

@@ -57,7 +57,7 @@ impl Builder {
     /// # }
     /// ```
     pub fn standalone(&mut self) -> &mut Self {
-        self.standalone = true;
+        self.options.standalone = true;
         self
     }
 
@@ -85,7 +85,7 @@ impl Builder {
         &mut self,
         choose: impl Fn(&mut Changes) -> Result<(), Box<dyn StdError + Send + Sync>> + Send + Sync + 'static,
     ) -> &mut Self {
-        self.before_upgrade = Some(Arc::new(choose));
+        self.options.before_upgrade = Some(Arc::new(choose));
         self
     }
 }

@@ -236,7 +236,7 @@ impl Service {
     fn keep_passed(&self) -> Option<Paused<'_>> {
         let generation = &self.generation;
         // Without a service manager, for example in a terminal, nothing is expected to be stored.
-        if !generation.keep_passed.load(Ordering::Relaxed) || !generation.reporter.has_manager() {
+        if !generation.keep_passed.load(Ordering::Relaxed) || generation.reporter.manager.get().is_none() {
             return None;
         }
         let Some(store) = generation.reporter.store() else {
@@ -257,7 +257,7 @@ impl Service {
         let generation = &self.generation;
         let parent = generation.ancestors.parent.as_ref().filter(|parent| !parent.state().ended);
         let fds: Vec<_> = parent.iter().map(|parent| (parent.reader.as_fd(), PollFlags::IN)).collect();
-        let delay = generation.limits.stop_delay;
+        let delay = generation.options.stop_delay;
         let until = self.lead().delayed.as_ref().map_or(Deadline::NEVER, |(_, began)| Deadline::since(*began, delay));
         event_loop.wait(Phase::Serving, &fds, until)?;
         // The parent may have sent its announcement.
@@ -268,13 +268,15 @@ impl Service {
 
     /// Delays a stop. During the delay another stop takes effect immediately, and other requests are answered.
     fn after_delay(&self, next: Option<Request>) -> Option<Request> {
-        let (generation, delay) = (&self.generation, self.generation.limits.stop_delay);
+        let (generation, delay) = (&self.generation, self.generation.options.stop_delay);
         let mut lead = self.lead();
         match (lead.delayed.take(), next) {
             (None, Some(stop)) if stop.action == Action::Stop && !delay.is_zero() => {
                 logging::info!("stop requested by {}: accepting for {delay:?} more", stop.reason);
-                generation.shutdown.accept_gate().leave();
                 lead.delayed = Some((stop, Instant::now()));
+                // Without the lock, because this wakes tasks.
+                drop(lead);
+                generation.shutdown.set(State::Leaving);
                 None
             }
             (None, next) => next,
@@ -313,10 +315,9 @@ impl Service {
         generation.sockets.registry().close_all();
         self.lead().stop = triggers.stop_reason();
         triggers.close();
-        if generation.limits.second_stop_ends_drain || handed_over {
+        if generation.options.second_stop_ends_drain || handed_over {
             match StopSignal::new(triggers.stop_signals(), handed_over) {
-                Ok(signal) if handed_over => generation.shutdown.drains().set_last_signal(Arc::new(signal)),
-                Ok(signal) => generation.shutdown.drains().set_end_signal(Arc::new(signal)),
+                Ok(signal) => generation.shutdown.drains().add_end_signal(Arc::new(signal)),
                 Err(e) => logging::warn!("a stop signal will not end the drain: {e}"),
             }
         }

@@ -3,12 +3,12 @@
 use std::io;
 use std::iter::FusedIterator;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags};
 
-use super::decide::{decide_and_log, Step, Tries};
+use super::decide::{decide, Step, Tries};
 use super::drain::LoopGuard;
 use super::gate::{Gate, Phase, State};
 use super::listener::Accept;
@@ -21,33 +21,20 @@ use crate::sys::watch::Watch;
 const WAIT_FIRST: u32 = 8;
 
 /// The state of one loop.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(crate) struct AcceptLoop {
-    readiness: Readiness,
+    /// How to wait for the listener and the gate, set by the first wait. With EPOLLEXCLUSIVE, one connection wakes one
+    /// thread. `None` is poll(2), with which it would wake all of them.
+    watch: OnceLock<Option<Watch>>,
     tries: Tries,
     /// The remaining number of accepts that wait first.
     wait_first: u32,
 }
 
-/// How a loop waits for its listener and the gate.
-#[derive(Debug)]
-enum Readiness {
-    /// No way of waiting is chosen yet.
-    Unused,
-    /// EPOLLEXCLUSIVE: one connection wakes one thread. With poll it would wake all of them.
-    Watch(Watch),
-    Poll,
-}
-
 impl AcceptLoop {
-    /// For many connections.
-    pub(crate) fn new() -> Self {
-        Self { readiness: Readiness::Unused, tries: Tries::default(), wait_first: 0 }
-    }
-
     /// For a single connection, for which an epoll is not worth its cost.
     pub(crate) fn once() -> Self {
-        Self { readiness: Readiness::Poll, ..Self::new() }
+        Self { watch: None.into(), ..Self::default() }
     }
 
     /// Calls `attempt`, which must not block, until it returns a connection or datagram of `fd`. Returns `None` when
@@ -64,7 +51,8 @@ impl AcceptLoop {
         loop {
             let phase = gate.phase(Some(fd));
             match phase {
-                Phase::Accept if !waited && self.waits_first() => {
+                Phase::Accept if !waited && self.wait_first > 0 => {
+                    self.wait_first = self.wait_first.saturating_sub(1);
                     self.wait(fd, gate);
                     waited = true;
                     continue;
@@ -82,7 +70,7 @@ impl AcceptLoop {
                 Phase::End => return None,
             }
             let result = attempt();
-            match decide_and_log(phase, gate.settled().has_passed(), &result, &mut self.tries) {
+            match decide(phase, gate.settled().has_passed(), &result, &mut self.tries) {
                 Step::Return | Step::Fail => return Some(result),
                 Step::End => return None,
                 Step::Retry => {}
@@ -92,15 +80,9 @@ impl AcceptLoop {
                     waited = true;
                 }
                 Step::Linger => drop(wait_readable(fd, gate.settled())),
-                Step::Pause => drop(wait_readable(gate.over(), Deadline::after(SCARCE))),
+                Step::Pause => drop(wait_readable(&gate.over, Deadline::after(SCARCE))),
             }
         }
-    }
-
-    fn waits_first(&mut self) -> bool {
-        let waits = self.wait_first > 0;
-        self.wait_first = self.wait_first.saturating_sub(1);
-        waits
     }
 
     /// Wakes the other processes and threads that wait for the listener, if a connection is queued.
@@ -110,31 +92,23 @@ impl AcceptLoop {
     /// thread of the other generation, which accepts, would sleep until the next connection arrived. shutdown(2) of the
     /// sending side has no other effect on a listener, but wakes all waiting threads.
     fn pass_on(&self, fd: BorrowedFd<'_>) {
-        if matches!(self.readiness, Readiness::Watch(_)) && wait_readable(fd, Deadline::after(Duration::ZERO)) {
+        if matches!(self.watch.get(), Some(Some(_))) && wait_readable(fd, Deadline::after(Duration::ZERO)) {
             let _ = rustix::net::shutdown(fd, rustix::net::Shutdown::Write);
         }
     }
 
     /// Returns when there may be something to accept. The next attempt reports errors.
-    fn wait(&mut self, fd: BorrowedFd<'_>, gate: &Gate) {
-        let closed = gate.closed();
-        if gate.is_paused() {
-            // The next generation does not have this listener, and the gate's flag is always raised now.
-            let mut fds = [PollFd::from_borrowed_fd(fd, PollFlags::IN), PollFd::new(gate.over(), PollFlags::IN)];
-            let _ = poll(&mut fds, Deadline::NEVER);
-            return;
+    fn wait(&self, fd: BorrowedFd<'_>, gate: &Gate) {
+        let is_paused = gate.state() == State::Paused;
+        // If no descriptor is free, poll does the same at a higher cost.
+        let watch = || self.watch.get_or_init(|| Watch::new(fd, gate.closed.as_fd()).ok()).as_ref();
+        if let Some(watch) = (!is_paused).then(watch).flatten() {
+            return watch.wait();
         }
-        if let Readiness::Unused = self.readiness {
-            // If no descriptor is free, poll does the same at a higher cost.
-            self.readiness = Watch::new(fd, closed.as_fd()).map_or(Readiness::Poll, Readiness::Watch);
-        }
-        match &self.readiness {
-            Readiness::Watch(watch) => watch.wait(),
-            _ => {
-                let mut fds = [PollFd::from_borrowed_fd(fd, PollFlags::IN), PollFd::new(closed, PollFlags::IN)];
-                let _ = poll(&mut fds, Deadline::NEVER);
-            }
-        }
+        // In a pause the next generation does not have this listener, and `closed` is always raised.
+        let flag = if is_paused { &gate.over } else { &gate.closed };
+        let mut fds = [PollFd::from_borrowed_fd(fd, PollFlags::IN), PollFd::new(flag, PollFlags::IN)];
+        let _ = poll(&mut fds, Deadline::NEVER);
     }
 }
 
@@ -149,7 +123,7 @@ pub struct Incoming<'a, L> {
 
 impl<'a, L> Incoming<'a, L> {
     pub(super) fn new(listener: &'a L, gate: Arc<Gate>, counted: LoopGuard) -> Self {
-        Self { listener, gate, accept_loop: Some((AcceptLoop::new(), counted)) }
+        Self { listener, gate, accept_loop: Some((AcceptLoop::default(), counted)) }
     }
 }
 

@@ -39,75 +39,52 @@ pub(crate) enum Step {
     Fail,
 }
 
-/// Decides what follows from `result` in `phase`, which is [`Phase::Accept`] or [`Phase::AcceptQueued`]. `settled`:
-/// [`Gate::settled`](super::gate::Gate::settled) has passed.
+/// Decides what follows from `result` in `phase`, which is [`Phase::Accept`] or [`Phase::AcceptQueued`], and logs what an
+/// operator should know. `settled`: [`Gate::settled`](super::gate::Gate::settled) has passed.
 ///
 /// A client may consider itself connected before its last packet has put the connection into the queue, so a queue that
 /// is empty right at the stop proves nothing. A queue that is empty later ends the loop. If the queue had to stay empty
 /// for a while, a steady load would keep the loop accepting, and the last connections would be cut at the end of the
 /// drain.
+///
+/// accept(2) reports errors of the new connection as its own, and the list of these errors is open: firewalls (EPERM) and
+/// security modules (EACCES) add to it. In the same way recvfrom(2) reports errors of earlier answers. A loop that ended
+/// because of one of them would leave every later client unserved. So a loop ends only on errors about the descriptor
+/// itself, and on errors of Tokio without an errno, which mean that its runtime is gone.
 pub(crate) fn decide<T>(phase: Phase, settled: bool, result: &io::Result<T>, tries: &mut Tries) -> Step {
-    let failure = match result {
-        Ok(_) => {
-            *tries = Tries::default();
-            return Step::Return;
-        }
-        Err(error) => AcceptFailure::of(error),
+    let Err(error) = result else {
+        *tries = Tries::default();
+        return Step::Return;
     };
-    tries.failed = if failure == AcceptFailure::Empty { 0 } else { tries.failed.saturating_add(1) };
-    match failure {
-        AcceptFailure::Empty if phase == Phase::Accept => Step::Wait,
-        AcceptFailure::Empty if !settled => Step::Linger,
-        AcceptFailure::Empty => Step::End,
-        AcceptFailure::Connection if tries.failed < MAX_FAILED => Step::Retry,
-        AcceptFailure::Connection | AcceptFailure::Exhausted => Step::Pause,
-        AcceptFailure::Listener => Step::Fail,
+    tries.failed = tries.failed.saturating_add(1);
+    match Errno::from_io_error(error) {
+        Some(Errno::AGAIN) => {
+            tries.failed = 0;
+            match phase {
+                Phase::Accept => Step::Wait,
+                _ if settled => Step::End,
+                _ => Step::Linger,
+            }
+        }
+        // ENOSPC: epoll is out of watches. An asynchronous runtime needs one for each connection.
+        Some(Errno::MFILE | Errno::NFILE | Errno::NOMEM | Errno::NOBUFS | Errno::NOSPC) => {
+            tries.pause("out of descriptors or memory", error)
+        }
+        Some(Errno::BADF | Errno::FAULT | Errno::INVAL | Errno::NOTSOCK | Errno::NOSYS) | None => {
+            logging::error!("accept failed, and the accept loop ends: {error}");
+            Step::Fail
+        }
+        Some(_) if tries.failed < MAX_FAILED => Step::Retry,
+        Some(_) => tries.pause("accept fails repeatedly", error),
     }
 }
 
-/// Like [`decide`], and logs what an operator should know.
-pub(crate) fn decide_and_log<T>(phase: Phase, settled: bool, result: &io::Result<T>, tries: &mut Tries) -> Step {
-    let step = decide(phase, settled, result, tries);
-    match (step, result) {
-        (Step::Pause, Err(error)) if !std::mem::replace(&mut tries.logged, true) => {
-            let reason = match AcceptFailure::of(error) {
-                AcceptFailure::Exhausted => "out of descriptors or memory",
-                _ => "accept fails repeatedly",
-            };
+impl Tries {
+    fn pause(&mut self, reason: &str, error: &io::Error) -> Step {
+        if !std::mem::replace(&mut self.logged, true) {
             logging::warn!("{reason}; retrying accept: {error}");
         }
-        (Step::Fail, Err(error)) => logging::error!("accept failed, and the accept loop ends: {error}"),
-        _ => {}
-    }
-    step
-}
-
-/// The meaning of a failed accept.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum AcceptFailure {
-    /// Nothing is queued.
-    Empty,
-    /// One connection is lost; the listener works.
-    Connection,
-    /// The process is out of descriptors or memory.
-    Exhausted,
-    /// The descriptor is not a listener, or no longer one.
-    Listener,
-}
-
-impl AcceptFailure {
-    /// accept(2) reports errors of the new connection as its own, and the list of these errors is open: firewalls
-    /// (EPERM) and security modules (EACCES) add to it. In the same way recvfrom(2) reports errors of earlier answers.
-    /// A loop that ended because of one of them would leave every later client unserved. So a loop ends only on errors
-    /// about the descriptor itself, and on errors of Tokio without an errno, which mean that its runtime is gone.
-    fn of(error: &io::Error) -> Self {
-        match Errno::from_io_error(error) {
-            Some(Errno::AGAIN) => Self::Empty,
-            // ENOSPC: epoll is out of watches. An asynchronous runtime needs one for each connection.
-            Some(Errno::MFILE | Errno::NFILE | Errno::NOMEM | Errno::NOBUFS | Errno::NOSPC) => Self::Exhausted,
-            Some(Errno::BADF | Errno::FAULT | Errno::INVAL | Errno::NOTSOCK | Errno::NOSYS) | None => Self::Listener,
-            Some(_) => Self::Connection,
-        }
+        Step::Pause
     }
 }
 

@@ -11,7 +11,7 @@ use std::time::Duration;
 use rustix::event::{PollFd, PollFlags};
 
 use super::gate::{Gate, State};
-use super::sync::{AtomicBool, AtomicUsize, Flag, Mutex};
+use super::sync::{AtomicBool, AtomicUsize, Flag, Mutex, MutexGuard};
 use crate::handover::ancestors::{Ancestors, DrainLink};
 use crate::sys::poll::{poll, Deadline};
 
@@ -51,9 +51,8 @@ pub(crate) struct Drain {
     end: Mutex<Deadline>,
     /// The older generations, which must end with this one. Set by a stop of the service.
     older: OnceLock<Arc<Ancestors>>,
-    signal: Mutex<Option<Arc<dyn EndSignal>>>,
-    /// Used if there is no `signal`, or no longer one.
-    last_signal: OnceLock<Arc<dyn EndSignal>>,
+    /// What may end the drains. Only the first is read, until it is [`End::Gone`].
+    signals: Mutex<Vec<Arc<dyn EndSignal>>>,
     progress: OnceLock<Progress>,
 }
 
@@ -66,8 +65,7 @@ impl Drain {
             look: Flag::new(false)?,
             end: Mutex::new(Deadline::NEVER),
             older: OnceLock::new(),
-            signal: Mutex::new(None),
-            last_signal: OnceLock::new(),
+            signals: Mutex::new(Vec::new()),
             progress: OnceLock::new(),
         })
     }
@@ -76,16 +74,6 @@ impl Drain {
     pub(crate) fn count_loop(self: &Arc<Self>) -> LoopGuard {
         self.loops.fetch_add(1, Ordering::SeqCst);
         LoopGuard(self.clone())
-    }
-
-    pub(crate) fn begin_connection(&self) {
-        self.guards.fetch_add(1, Ordering::SeqCst);
-    }
-
-    pub(crate) fn end_connection(&self) {
-        if self.guards.fetch_sub(1, Ordering::SeqCst) == 1 || self.progress.get().is_some() {
-            self.look_again();
-        }
     }
 
     pub(crate) fn connections(&self) -> usize {
@@ -106,15 +94,9 @@ impl Drain {
         let _ = self.older.set(older);
     }
 
-    /// Lets `signal` end the drains, including one that has already begun.
-    pub(crate) fn set_end_signal(&self, signal: Arc<dyn EndSignal>) {
-        *self.signal.lock().unwrap_or_else(PoisonError::into_inner) = Some(signal);
-        self.look_again();
-    }
-
-    /// Lets `signal` end the drains once every later generation has ended.
-    pub(crate) fn set_last_signal(&self, signal: Arc<dyn EndSignal>) {
-        let _ = self.last_signal.set(signal);
+    /// Lets `signal` end the drains, including one that has already begun, once the earlier signals are gone.
+    pub(crate) fn add_end_signal(&self, signal: Arc<dyn EndSignal>) {
+        self.signals().push(signal);
         self.look_again();
     }
 
@@ -157,7 +139,7 @@ impl Drain {
                     progress(left);
                 }
             }
-            let signal = self.signal();
+            let signal = self.signals().first().cloned();
             let again = if older.is_empty() { Deadline::NEVER } else { Deadline::after(OLDER) };
             self.sleep(gate, signal.as_deref(), &older, deadline.min(again));
             self.look.lower();
@@ -165,7 +147,7 @@ impl Drain {
                 match signal.read() {
                     End::Continue => {}
                     End::Within(time) => self.end(time),
-                    End::Gone => self.forget(&signal),
+                    End::Gone => self.signals().retain(|known| !Arc::ptr_eq(known, &signal)),
                 }
             }
         }
@@ -174,7 +156,7 @@ impl Drain {
     #[cfg(not(all(test, ecdysis_loom)))]
     fn sleep(&self, gate: &Gate, signal: Option<&dyn EndSignal>, older: &[&DrainLink], deadline: Deadline) {
         let mut fds = vec![PollFd::new(&self.look, PollFlags::IN)];
-        fds.extend((!gate.state().is_over()).then(|| PollFd::new(gate.over(), PollFlags::IN)));
+        fds.extend((!gate.state().is_over()).then(|| PollFd::new(&gate.over, PollFlags::IN)));
         fds.extend(signal.map(|signal| PollFd::from_borrowed_fd(signal.fd(), PollFlags::IN)));
         fds.extend(older.iter().map(|link| PollFd::new(&link.fd, PollFlags::empty())));
         let _ = poll(&mut fds, deadline);
@@ -185,14 +167,8 @@ impl Drain {
         self.look.wait();
     }
 
-    fn signal(&self) -> Option<Arc<dyn EndSignal>> {
-        let signal = self.signal.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        signal.or_else(|| self.last_signal.get().cloned())
-    }
-
-    fn forget(&self, closed: &Arc<dyn EndSignal>) {
-        let mut signal = self.signal.lock().unwrap_or_else(PoisonError::into_inner);
-        signal.take_if(|signal| Arc::ptr_eq(signal, closed));
+    fn signals(&self) -> MutexGuard<'_, Vec<Arc<dyn EndSignal>>> {
+        self.signals.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn look_again(&self) {
@@ -234,13 +210,15 @@ pub struct Guard(Arc<Drain>);
 
 impl Guard {
     pub(super) fn new(drain: &Arc<Drain>) -> Self {
-        drain.begin_connection();
+        drain.guards.fetch_add(1, Ordering::SeqCst);
         Self(drain.clone())
     }
 }
 
 impl Drop for Guard {
     fn drop(&mut self) {
-        self.0.end_connection();
+        if self.0.guards.fetch_sub(1, Ordering::SeqCst) == 1 || self.0.progress.get().is_some() {
+            self.0.look_again();
+        }
     }
 }

@@ -1,14 +1,13 @@
 //! Whether this generation accepts, and how threads wait until that changes.
 
 use std::collections::HashSet;
-use std::hash::{BuildHasher, Hasher, RandomState};
 use std::io;
 use std::os::fd::BorrowedFd;
 use std::sync::atomic::Ordering;
 use std::sync::{OnceLock, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
-use super::sync::{AtomicBool, AtomicU8, AtomicUsize, Condvar, Flag, Mutex};
+use super::sync::{AtomicU8, AtomicUsize, Condvar, Flag, Mutex};
 use crate::sys::adopt::identity;
 use crate::sys::poll::Deadline;
 
@@ -18,6 +17,8 @@ use crate::sys::poll::Deadline;
 pub(crate) enum State {
     Starting,
     Accepting,
+    /// Accepting for the delay of a stop that was requested.
+    Leaving,
     Paused,
     /// Over. Connections in the accept queue belong to the next generation.
     HandedOver,
@@ -26,7 +27,8 @@ pub(crate) enum State {
 }
 
 impl State {
-    const ALL: [Self; 5] = [Self::Starting, Self::Accepting, Self::Paused, Self::HandedOver, Self::Stopped];
+    const ALL: [Self; 6] =
+        [Self::Starting, Self::Accepting, Self::Leaving, Self::Paused, Self::HandedOver, Self::Stopped];
 
     pub(crate) fn is_over(self) -> bool {
         matches!(self, Self::HandedOver | Self::Stopped)
@@ -53,23 +55,19 @@ const HANDSHAKE: Duration = Duration::from_millis(20);
 
 #[derive(Debug)]
 pub(crate) struct Gate {
-    state: AtomicU8,
+    pub(super) state: AtomicU8,
     /// Locked while the state changes.
     change: Mutex<()>,
     changed: Condvar,
     /// Raised unless accepting: wakes the threads that wait for a connection.
-    closed: Flag,
+    pub(super) closed: Flag,
     /// Raised once over, and never lowered.
-    over: Flag,
+    pub(super) over: Flag,
     over_since: OnceLock<Instant>,
     /// The number of accept calls since the stop.
     queued: AtomicUsize,
     /// The listeners that the next generation does not have, by identity. This generation serves them until it is over.
     orphans: RwLock<HashSet<u64>>,
-    /// The window after the grace period in which idle connections close.
-    spread: OnceLock<Duration>,
-    /// A stop was requested, and accepting continues for its delay.
-    leaving: AtomicBool,
 }
 
 impl Gate {
@@ -83,8 +81,6 @@ impl Gate {
             over_since: OnceLock::new(),
             queued: AtomicUsize::new(0),
             orphans: RwLock::default(),
-            spread: OnceLock::new(),
-            leaving: AtomicBool::new(false),
         })
     }
 
@@ -103,7 +99,7 @@ impl Gate {
         }
         self.state.store(state as u8, Ordering::SeqCst);
         match state {
-            State::Accepting => self.closed.lower(),
+            State::Accepting | State::Leaving => self.closed.lower(),
             _ => self.closed.raise(),
         }
         if state.is_over() {
@@ -118,7 +114,7 @@ impl Gate {
     pub(crate) fn phase(&self, listener: Option<BorrowedFd<'_>>) -> Phase {
         let is_orphan = || listener.is_some_and(|listener| self.is_orphan(listener));
         match self.state() {
-            State::Accepting => Phase::Accept,
+            State::Accepting | State::Leaving => Phase::Accept,
             State::Paused if is_orphan() => Phase::Accept,
             State::Starting | State::Paused => Phase::Wait,
             State::HandedOver if !is_orphan() => Phase::End,
@@ -137,10 +133,6 @@ impl Gate {
         !orphans.is_empty() && identity(listener).is_ok_and(|identity| orphans.contains(&identity))
     }
 
-    pub(crate) fn is_paused(&self) -> bool {
-        self.state() == State::Paused
-    }
-
     /// Counts an accept call in [`Phase::AcceptQueued`], which ends after [`MAX_QUEUED`] of them.
     pub(crate) fn count_queued(&self) {
         self.queued.fetch_add(1, Ordering::Relaxed);
@@ -154,16 +146,6 @@ impl Gate {
         }
     }
 
-    /// For tests of the moment of a pause at which no thread has been woken yet.
-    #[cfg(test)]
-    pub(crate) fn pause_unnoticed(&self) {
-        self.state.store(State::Paused as u8, Ordering::SeqCst);
-    }
-
-    pub(crate) fn closed(&self) -> &Flag {
-        &self.closed
-    }
-
     /// Returns the time at which all handshakes that were in progress at the end of accepting have reached the queue.
     pub(crate) fn settled(&self) -> Deadline {
         self.over_since().map_or(Deadline::NEVER, |over| Deadline::since(over, HANDSHAKE))
@@ -172,31 +154,5 @@ impl Gate {
     /// Returns when accepting ended.
     pub(crate) fn over_since(&self) -> Option<Instant> {
         self.over_since.get().copied()
-    }
-
-    pub(crate) fn over(&self) -> &Flag {
-        &self.over
-    }
-
-    pub(crate) fn set_spread(&self, window: Duration) {
-        let _ = self.spread.set(window);
-    }
-
-    /// Returns `grace` plus a random part of the window, which differs at each call.
-    pub(crate) fn spread(&self, grace: Duration) -> Duration {
-        let window = self.spread.get().copied().unwrap_or_default();
-        if window.is_zero() {
-            return grace;
-        }
-        let random = RandomState::new().build_hasher().finish() as u32;
-        grace.saturating_add(window.mul_f64(f64::from(random) / f64::from(u32::MAX)))
-    }
-
-    pub(crate) fn leave(&self) {
-        self.leaving.store(true, Ordering::SeqCst);
-    }
-
-    pub(crate) fn is_leaving(&self) -> bool {
-        self.leaving.load(Ordering::SeqCst)
     }
 }

@@ -17,6 +17,7 @@ mod tests;
 #[cfg(feature = "tokio_ecdysis")]
 mod watch;
 
+use std::hash::{BuildHasher, Hasher, RandomState};
 use std::io::{self, BufReader};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
@@ -24,7 +25,7 @@ use std::time::Duration;
 
 pub use self::accept::Incoming;
 #[cfg(feature = "tokio_ecdysis")]
-pub(crate) use self::decide::{decide_and_log, Step, Tries};
+pub(crate) use self::decide::{decide, Step, Tries};
 use self::drain::Drain;
 pub use self::drain::Guard;
 #[cfg(feature = "tokio_ecdysis")]
@@ -93,16 +94,19 @@ struct Inner {
     gate: Arc<Gate>,
     drain: Arc<Drain>,
     idle: Arc<IdleConnections>,
+    /// The window after the grace period in which idle connections close.
+    spread: Duration,
     #[cfg(feature = "tokio_ecdysis")]
     watchers: Watchers,
 }
 
 impl Shutdown {
-    pub(crate) fn new() -> io::Result<Self> {
+    pub(crate) fn new(spread: Duration) -> io::Result<Self> {
         Ok(Self(Arc::new(Inner {
             gate: Arc::new(Gate::new()?),
             drain: Arc::new(Drain::new()?),
             idle: Arc::default(),
+            spread,
             #[cfg(feature = "tokio_ecdysis")]
             watchers: Watchers::default(),
         })))
@@ -198,7 +202,7 @@ impl Shutdown {
         idle: Duration,
         grace: Duration,
     ) -> io::Result<bool> {
-        keep_alive::next_request(&self.0.gate, &self.0.idle, requests, idle, self.0.gate.spread(grace))
+        keep_alive::next_request(&self.0.gate, &self.0.idle, requests, idle, self.spread(grace))
     }
 
     /// Blocks until accepting is over.
@@ -221,7 +225,7 @@ impl Shutdown {
     /// Returns whether a readiness probe should succeed: this generation accepts, and no stop was requested. It returns
     /// false from a stop on, even while accepting continues for [`Builder::stop_delay`](crate::Builder::stop_delay).
     pub fn is_ready(&self) -> bool {
-        self.state() == State::Accepting && !self.0.gate.is_leaving()
+        self.state() == State::Accepting
     }
 
     /// Returns whether accepting is paused, while a new generation is on probation. When the new one has passed it,
@@ -236,7 +240,7 @@ impl Shutdown {
     /// For accept loops that do not use this handle: add the descriptor to their poll, and accept only while it is not
     /// readable. Do not read from it.
     pub fn gate(&self) -> BorrowedFd<'_> {
-        self.0.gate.closed().as_fd()
+        self.0.gate.closed.as_fd()
     }
 
     /// Counts a connection until the guard is dropped. Call this before you pass the connection to another thread.
@@ -280,6 +284,16 @@ impl Shutdown {
         self.state() == State::HandedOver
     }
 
+    /// Returns `grace` plus a random part of the window, which differs at each call.
+    pub(crate) fn spread(&self, grace: Duration) -> Duration {
+        let window = self.0.spread;
+        if window.is_zero() {
+            return grace;
+        }
+        let random = RandomState::new().build_hasher().finish() as u32;
+        grace.saturating_add(window.mul_f64(f64::from(random) / f64::from(u32::MAX)))
+    }
+
     /// Returns the gate, which decides when an accept loop may accept.
     pub(crate) fn accept_gate(&self) -> &Gate {
         &self.0.gate
@@ -298,6 +312,6 @@ impl Shutdown {
 
 impl AsFd for Shutdown {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.0.gate.over().as_fd()
+        self.0.gate.over.as_fd()
     }
 }

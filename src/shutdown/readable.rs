@@ -22,7 +22,7 @@ pub enum Readable {
 
 /// See [`Shutdown::readable`](crate::Shutdown::readable).
 pub(super) fn readable(gate: &Gate, fd: BorrowedFd<'_>, timeout: Option<Duration>) -> io::Result<Readable> {
-    let mut fds = [PollFd::new(&fd, PollFlags::IN), PollFd::new(gate.over(), PollFlags::IN)];
+    let mut fds = [PollFd::new(&fd, PollFlags::IN), PollFd::new(&gate.over, PollFlags::IN)];
     match poll(&mut fds, timeout.map_or(Deadline::NEVER, Deadline::after))? {
         0 => Ok(Readable::TimedOut),
         _ if !fds[0].revents().is_empty() => Ok(Readable::Ready),

@@ -13,7 +13,7 @@ use super::*;
 const LONG: Duration = Duration::from_secs(30);
 
 fn accepting() -> Shutdown {
-    let shutdown = Shutdown::new().unwrap();
+    let shutdown = Shutdown::new(Duration::ZERO).unwrap();
     shutdown.set(State::Accepting);
     shutdown
 }
@@ -107,7 +107,7 @@ fn a_drain_that_began_before_the_upgrade_can_be_ended_by_the_successor() {
         move || shutdown.drain(LONG)
     });
     let signal = Arc::new(Signal(crate::sys::flag::Flag::new(false).unwrap()));
-    shutdown.drains().set_end_signal(signal.clone());
+    shutdown.drains().add_end_signal(signal.clone());
     shutdown.set(State::HandedOver);
     signal.0.raise();
     assert_eq!(early.join().unwrap(), 1);
@@ -197,7 +197,8 @@ fn passes_on<L: Accept + Send + Sync + 'static>(listener: L, connect: impl FnOnc
     // The kernel wakes the thread that waited first.
     let old_thread = accepting_thread(&old, &listener).0;
     let (new_thread, accepted) = accepting_thread(&new, &listener);
-    old.0.gate.pause_unnoticed();
+    // No thread has been woken for the pause yet.
+    old.0.gate.state.store(State::Paused as u8, Ordering::SeqCst);
     connect();
     accepted.recv_timeout(LONG).expect("the connection waits for a thread that is paused");
     for shutdown in [&old, &new] {

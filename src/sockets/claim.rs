@@ -62,8 +62,8 @@ impl Registry {
         Arc::try_unwrap(entry.fd).or_else(duplicate).ok()
     }
 
-    /// Explains why an address is in use.
-    pub(super) fn causes_in_use(&mut self, key: &Key) -> Vec<String> {
+    /// Adds the causes to "address in use", which is hard to understand without them.
+    pub(super) fn explain_in_use(&mut self, key: &Key, error: io::Error) -> io::Error {
         let is_child = self.pending.is_some();
         let mut causes = in_use::causes(key, self.inherited.make_contiguous(), &self.ours, is_child);
         let passed = self.passed();
@@ -71,7 +71,10 @@ impl Registry {
         if causes.is_empty() && !passed.is_empty() {
             causes.push(format!("the service manager passed {passed}, which is unclaimed"));
         }
-        causes
+        match causes.is_empty() {
+            true => error,
+            false => io::Error::new(error.kind(), format!("{error}; {}", causes.join("; "))),
+        }
     }
 
     /// Returns the unclaimed sockets of a unit, as text.

@@ -7,12 +7,10 @@ use std::time::Instant;
 
 use rustix::fs::{fstat, FileType};
 
-use super::late::{produce, TIME};
+use super::late::{pack, produce, TIME};
 use super::Sockets;
 use crate::error::Error;
-use crate::handover::blob;
 use crate::handover::entry::Entry;
-use crate::handover::manifest::{self, Origin};
 use crate::manager::Store;
 
 impl Sockets {
@@ -23,8 +21,7 @@ impl Sockets {
     ///
     /// Those of the callbacks; and [`Error::Prepare`] if the store has no room for everything.
     pub(crate) fn keep_passed(&self, store: &dyn Store, generation: u64) -> Result<usize, Error> {
-        let producers = self.registry().producers.clone();
-        let (late, now): (Vec<_>, Vec<_>) = producers.into_iter().partition(|producer| producer.at_commit);
+        let [now, late] = self.registry().producers();
         let end = Instant::now() + TIME;
         let early = produce(now, end)?;
         let known: Vec<Entry> = self.registry().snapshot();
@@ -38,11 +35,8 @@ impl Sockets {
         let (before, since): (Vec<_>, Vec<_>) = all.into_iter().filter(is_state).partition(is_known);
         let count = early.len() + before.len();
         let entries: Vec<Entry> = early.into_iter().chain(before).chain(late).chain(since).collect();
-        let text = manifest::encode(&Origin { generation, ..Origin::default() }, None, (0..).zip(&entries));
-        let text = blob::seal(text.as_bytes(), manifest::MAX_SIZE as u64).map_err(failed)?;
         let number = entries.len();
-        let descriptors = [Arc::new(text)].into_iter().chain(entries.into_iter().map(|entry| entry.fd)).collect();
-        store.keep_passed(descriptors, count).map_err(failed)?;
+        pack(entries, generation).and_then(|packed| store.keep_passed(packed, count)).map_err(failed)?;
         Ok(number)
     }
 }

@@ -63,15 +63,16 @@ impl Late {
         let end = Instant::now() + TIME;
         let mut entries = produce(self.producers, end)?;
         entries.extend(registry.lock().unwrap_or_else(PoisonError::into_inner).passed_since(&self.known));
-        let origin = Origin { generation, ..Origin::default() };
-        let text = manifest::encode(&origin, None, (0..).zip(&entries));
-        blob::seal(text.as_bytes(), manifest::MAX_SIZE as u64)
-            .and_then(|text| {
-                let descriptors = entries.into_iter().map(|entry| entry.fd);
-                send(&self.socket, [Arc::new(text)].into_iter().chain(descriptors).collect(), end)
-            })
-            .map_err(Error::prepare("state at the commit"))
+        let packed = pack(entries, generation);
+        packed.and_then(|packed| send(&self.socket, packed, end)).map_err(Error::prepare("state at the commit"))
     }
+}
+
+/// Returns the text that describes the entries, in the form of a manifest, and their descriptors in order.
+pub(super) fn pack(entries: Vec<Entry>, generation: u64) -> io::Result<Vec<Arc<OwnedFd>>> {
+    let text = manifest::encode(&Origin { generation, ..Origin::default() }, None, (0..).zip(&entries));
+    let text = blob::seal(text.as_bytes(), manifest::MAX_SIZE as u64)?;
+    Ok([Arc::new(text)].into_iter().chain(entries.into_iter().map(|entry| entry.fd)).collect())
 }
 
 /// Calls the callbacks in a separate thread, so that one that hangs cannot keep this process from serving.

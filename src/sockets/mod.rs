@@ -29,7 +29,7 @@ use self::registry::Registry;
 use crate::error::Error;
 use crate::handover::entry::Entry;
 use crate::key::Key;
-use crate::listen::{self, FileId, Socket, Start};
+use crate::listen::{self, Bound, Socket, Start};
 use crate::logging;
 use crate::seqpacket::UnixSeqpacketListener;
 use crate::triggers::control::TakeoverSocket;
@@ -259,71 +259,39 @@ impl Sockets {
     fn unix(&self, key: Key, kind: SocketType, mode: Option<Mode>) -> Result<OwnedFd, Error> {
         let path = PathBuf::from(key.name());
         self.claim_or(key, |start| {
-            let (socket, file) = listen::bind_unix(&path, kind, mode)?;
+            let bound = listen::bind_unix(&path, kind, mode)?;
             if kind != SocketType::DGRAM {
-                start.listen(&socket, listen::MAX_BACKLOG)?;
+                start.listen(&bound.0, listen::MAX_BACKLOG)?;
             }
-            Ok((socket, file))
+            Ok(bound)
         })
     }
 
     /// Returns the inherited socket with this key, or otherwise the one that `make` creates.
-    fn claim_or(
-        &self,
-        key: Key,
-        make: impl FnOnce(&Start) -> io::Result<(OwnedFd, Option<FileId>)>,
-    ) -> Result<OwnedFd, Error> {
+    fn claim_or(&self, key: Key, make: impl FnOnce(&Start) -> io::Result<Bound>) -> Result<OwnedFd, Error> {
         let key = match &self.label {
             Some(label) => key.named(&**label),
             None => key,
         };
-        let claimed = (|| {
-            let lost = self.registry().take_lost(&key);
-            if let Some(lost) = lost {
-                return self.replace_lost(&key, lost, make);
-            }
+        self.claim_or_make(&key, make).map_err(|source| Error::Socket { key, source })
+    }
+
+    /// Also creates a socket if the path no longer leads to the inherited one. If that fails, keeps the inherited one,
+    /// because clients that have connected to it are in its queue.
+    fn claim_or_make(&self, key: &Key, make: impl FnOnce(&Start) -> io::Result<Bound>) -> io::Result<OwnedFd> {
+        let lost = self.registry().take_lost(key);
+        if lost.is_none() {
             // The inode verifies that it is the parent's socket with this key, whose kind `hold` has checked there. A
             // failed claim must not lead to a bind: for port 0 that would succeed, on another port.
-            let inherited = self.registry().claim(&key)?;
+            let inherited = self.registry().claim(key)?;
             if let Some(fd) = inherited {
                 logging::debug!("claimed {key} from the parent");
                 return Ok(fd);
             }
-            self.make(&key, make)
-        })();
-        claimed.map_err(|source| Error::Socket { key, source })
-    }
-
-    fn make(
-        &self,
-        key: &Key,
-        make: impl FnOnce(&Start) -> io::Result<(OwnedFd, Option<FileId>)>,
-    ) -> io::Result<OwnedFd> {
-        let start = self.registry().start();
-        // Without its causes, the error "address in use" is hard to understand.
-        let (fd, file) = make(&start).map_err(|error| {
-            let is_in_use = error.kind() == io::ErrorKind::AddrInUse;
-            let causes = if is_in_use { self.registry().causes_in_use(key) } else { Vec::new() };
-            match causes.is_empty() {
-                true => error,
-                false => io::Error::new(error.kind(), format!("{error}; {}", causes.join("; "))),
-            }
-        })?;
-        self.registry().hold(key, fd.as_fd(), file, start.pending())?;
-        logging::debug!("opened {key}");
-        Ok(fd)
-    }
-
-    /// Creates a socket at a path that no longer leads to the inherited one. If that fails, keeps the inherited one,
-    /// because clients that have connected to it are in its queue.
-    fn replace_lost(
-        &self,
-        key: &Key,
-        lost: Entry,
-        make: impl FnOnce(&Start) -> io::Result<(OwnedFd, Option<FileId>)>,
-    ) -> io::Result<OwnedFd> {
-        match self.make(key, make) {
-            Ok(fd) => {
+        }
+        match (self.make(key, make), lost) {
+            (made, None) => made,
+            (Ok(fd), Some(lost)) => {
                 logging::warn!("{key} no longer leads to the inherited socket: opened a new one");
                 // The parent serves the old socket until it is over.
                 let mut registry = self.registry();
@@ -331,10 +299,21 @@ impl Sockets {
                 registry.retired.push(lost);
                 Ok(fd)
             }
-            Err(e) => {
+            (Err(e), Some(lost)) => {
                 logging::warn!("{key} no longer leads to the inherited socket, and a new one cannot be opened: {e}");
                 self.registry().claim_lost(key, lost)
             }
         }
+    }
+
+    fn make(&self, key: &Key, make: impl FnOnce(&Start) -> io::Result<Bound>) -> io::Result<OwnedFd> {
+        let start = self.registry().start();
+        let (fd, file) = make(&start).map_err(|error| match error.kind() {
+            io::ErrorKind::AddrInUse => self.registry().explain_in_use(key, error),
+            _ => error,
+        })?;
+        self.registry().hold(key, fd.as_fd(), file, start.pending())?;
+        logging::debug!("opened {key}");
+        Ok(fd)
     }
 }

@@ -2,11 +2,9 @@
 //! Each socket is held twice, once here for the handover and once by the program.
 
 use std::collections::{HashSet, VecDeque};
-use std::ffi::OsStr;
 use std::io;
 use std::mem;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -190,6 +188,11 @@ impl Registry {
         self.ours.iter().chain(unclaimed).cloned().collect()
     }
 
+    /// Returns what produces state when an upgrade begins, and what does so at its commit.
+    pub(super) fn producers(&self) -> [Vec<Producer>; 2] {
+        [false, true].map(|late| self.producers.iter().filter(|held| held.at_commit == late).cloned().collect())
+    }
+
     /// Returns the connections and other descriptors that are not `known`.
     pub(super) fn passed_since(&self, known: &[Arc<OwnedFd>]) -> Vec<Entry> {
         let known: HashSet<_> = known.iter().map(Arc::as_ptr).collect();
@@ -272,7 +275,7 @@ impl Registry {
 /// Removes the file of a Unix socket, if it still belongs to it.
 fn unlink(entry: &Entry) {
     let Some(file) = entry.file else { return };
-    let path = Path::new(OsStr::from_bytes(entry.key.raw_name()));
+    let path = Path::new(entry.key.name());
     if let Err(e) = listen::unlink_if_ours(path, file) {
         logging::warn!("cannot remove {}: {e}", path.display());
     }

@@ -26,8 +26,7 @@ impl Sockets {
     /// Returns everything that an upgrade hands over when it begins, and what must be sent at its commit. State is
     /// produced now, so that it is current.
     pub(crate) fn snapshot(&self) -> Result<(Vec<Entry>, Option<Late>), Error> {
-        let producers = self.registry().producers.clone();
-        let (late, now): (Vec<_>, Vec<_>) = producers.into_iter().partition(|producer| producer.at_commit);
+        let [now, late] = self.registry().producers();
         let produced = now.iter().map(Producer::produce).collect::<Result<Vec<_>, _>>()?;
         let mut entries = self.registry().snapshot();
         entries.extend(produced);

@@ -30,7 +30,7 @@ impl Shutdown {
     ///
     /// Outside a Tokio runtime with timers (`enable_time`).
     pub fn over_after(&self, grace: Duration) -> impl Future<Output = ()> + Send + 'static {
-        let (over, grace) = (self.over(), self.accept_gate().spread(grace));
+        let (over, grace) = (self.over(), self.spread(grace));
         async move {
             over.await;
             time::sleep(grace).await;
@@ -60,7 +60,7 @@ impl Shutdown {
     /// Resolves to true when this generation accepts, or to false when accepting is over. Needs no runtime.
     pub fn accepting(&self) -> impl Future<Output = bool> + Send + Unpin + 'static {
         self.when(|state| match state {
-            State::Accepting => Some(true),
+            State::Accepting | State::Leaving => Some(true),
             State::Starting | State::Paused => None,
             State::HandedOver | State::Stopped => Some(false),
         })

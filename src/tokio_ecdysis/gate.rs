@@ -9,7 +9,7 @@ use std::thread;
 use std::time::Duration;
 
 use super::watch::Watch;
-use crate::shutdown::{decide_and_log, Phase, Shutdown, Step, Tries};
+use crate::shutdown::{decide, Phase, Shutdown, Step, Tries};
 use crate::sys::poll::SCARCE;
 
 /// Whether a stream ends at a stop. Every stream ends at an upgrade.
@@ -105,7 +105,7 @@ impl Gate {
             };
             self.again = None;
             let settled = self.watch.shutdown.accept_gate().settled();
-            let step = decide_and_log(phase, settled.has_passed(), &result, &mut self.tries);
+            let step = decide(phase, settled.has_passed(), &result, &mut self.tries);
             match step {
                 Step::Return => return Poll::Ready(Some(result)),
                 Step::Retry => {}

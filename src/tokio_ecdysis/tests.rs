@@ -23,7 +23,7 @@ async fn soon<T>(future: impl Future<Output = T>) -> T {
 
 #[tokio::test]
 async fn futures_follow_the_states() {
-    let shutdown = Shutdown::new().unwrap();
+    let shutdown = Shutdown::new(Duration::ZERO).unwrap();
     let (mut paused, mut over, mut accepting) = (shutdown.paused(), shutdown.over(), shutdown.accepting());
     assert!(timeout(SHORT, &mut paused).await.is_err(), "not ready yet is not paused");
     assert!(timeout(SHORT, &mut accepting).await.is_err());
@@ -49,7 +49,7 @@ async fn futures_follow_the_states() {
 
 #[tokio::test]
 async fn a_busy_connection_outlives_the_grace_and_an_idle_one_does_not() {
-    let shutdown = Shutdown::new().unwrap();
+    let shutdown = Shutdown::new(Duration::ZERO).unwrap();
     shutdown.set(State::Accepting);
     let (mut client, server) = duplex(64);
     let mut requests = BufReader::new(server);
@@ -74,7 +74,7 @@ async fn a_busy_connection_outlives_the_grace_and_an_idle_one_does_not() {
 
 #[tokio::test]
 async fn a_connection_ends_when_its_idle_time_is_over_or_its_peer_closes() {
-    let shutdown = Shutdown::new().unwrap();
+    let shutdown = Shutdown::new(Duration::ZERO).unwrap();
     shutdown.set(State::Accepting);
     let (client, server) = duplex(64);
     let mut requests = BufReader::new(server);
@@ -90,7 +90,7 @@ async fn a_request_that_crosses_the_end_of_the_grace_is_read_whole() {
     use std::io::Write;
     use tokio::io::AsyncBufReadExt;
     const PAUSE: Duration = Duration::from_millis(300);
-    let shutdown = Shutdown::new().unwrap();
+    let shutdown = Shutdown::new(Duration::ZERO).unwrap();
     shutdown.set(State::Accepting);
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let (mut clients, mut servers) = (Vec::new(), Vec::new());
@@ -127,7 +127,7 @@ async fn a_request_that_crosses_the_end_of_the_grace_is_read_whole() {
 type Stream = Arc<StoppableStream<TcpListenerStream>>;
 
 async fn stream() -> (Shutdown, Stream) {
-    let shutdown = Shutdown::new().unwrap();
+    let shutdown = Shutdown::new(Duration::ZERO).unwrap();
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let stream = StoppableStream::new(TcpListenerStream::new(listener), shutdown.clone(), StopOnShutdown::Yes);
     (shutdown, Arc::new(stream))

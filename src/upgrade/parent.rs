@@ -58,11 +58,11 @@ fn pack(generation: &Generation) -> Result<(Handover, Option<Late>), Error> {
 
 /// Step 3 with a child. Everything that needs memory is built before the child exists.
 fn start(generation: &Generation, handover: Handover) -> Result<Successor<'_>, Error> {
-    let launch = &generation.launch;
+    let options = &generation.options;
     generation.warn_of_lost_rights();
     generation.reporter.check_unit().map_err(Error::prepare("the next generation"))?;
-    let program = launch.program()?;
-    let (link, child_end) = match launch.transport {
+    let program = options.change(&generation.program)?;
+    let (link, child_end) = match options.transport {
         Transport::Pipes => ChildLink::pipes(handover)?,
         Transport::Socket => ChildLink::socketpair(handover)?,
     };
@@ -73,14 +73,15 @@ fn start(generation: &Generation, handover: Handover) -> Result<Successor<'_>, E
         directory: program.directory_c().map_err(Error::prepare("directory"))?,
         keep: child_end.keep(),
         status: child_end.carrier.writer.fd,
-        attributes: launch.attributes.clone(),
+        attributes: generation.attributes.clone(),
         // At a stop systemd waits only for its own children, and kills all others immediately (`unit_kill_context`).
         parent: match generation.reporter.main() {
             Some(manager) if manager.is_parent() => Parentage::OurParent,
             _ => Parentage::Us,
         },
     };
-    let spawned = spawn(plan, launch.spawn).map_err(|source| Error::Spawn { program: program.path.clone(), source })?;
+    let spawned =
+        spawn(plan, options.spawn).map_err(|source| Error::Spawn { program: program.path.clone(), source })?;
     let mut successor = Successor::new(generation, Process::Child(spawned), link);
     successor.program = program.path;
     // Otherwise this process keeps the child's ends open and never sees the child's end.
@@ -104,7 +105,7 @@ fn begin<'a>(
 
 /// Step 4: one poll over the link, the triggers and the deadline.
 fn wait_ready(successor: &mut Successor<'_>, event_loop: &mut EventLoop<'_>, since: Instant) -> Result<(), Error> {
-    let (pid, timeout) = (successor.pid(), event_loop.generation.limits.ready_timeout);
+    let (pid, timeout) = (successor.pid(), event_loop.generation.options.ready_timeout);
     let deadline = Deadline::since(since, timeout);
     let mut wake = Wake::Ready;
     loop {
@@ -185,8 +186,8 @@ fn commit<'a>(
         match successor.next_message() {
             Ok(Some(FromChild::Serving)) => {
                 serving = true;
-                until = Deadline::since(committed, generation.limits.probation);
-                verification = generation.launch.verify.as_ref().map(|verify| Verification::begin(verify, &upgraded));
+                until = Deadline::since(committed, generation.options.probation);
+                verification = generation.options.verify.as_ref().map(|verify| Verification::begin(verify, &upgraded));
                 continue;
             }
             Ok(Some(FromChild::Stopping)) => {
@@ -209,7 +210,7 @@ fn commit<'a>(
         }
         match wake {
             Wake::Deadline if until.has_passed() && serving => {
-                let limit = Deadline::since(committed, generation.limits.ready_timeout);
+                let limit = Deadline::since(committed, generation.options.ready_timeout);
                 match verification.as_ref().map(|running: &Verification| running.outcome(limit)) {
                     None | Some(Some(Ok(()))) => break,
                     Some(Some(Err(why))) => return Err(successor.roll_back(why)),

@@ -130,7 +130,7 @@ impl<'a> Successor<'a> {
             self.generation
                 .shutdown
                 .drains()
-                .set_end_signal(Arc::new(LaterGenerations { from, lines: Mutex::new(lines) }));
+                .add_end_signal(Arc::new(LaterGenerations { from, lines: Mutex::new(lines) }));
         }
     }
 

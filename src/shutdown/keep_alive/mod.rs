@@ -131,7 +131,7 @@ fn poll_for_request<S: Connection>(gate: &Gate, requests: &mut BufReader<S>, idl
     loop {
         let over = gate.over_since();
         let mut fds = vec![PollFd::new(requests.get_ref(), PollFlags::IN)];
-        fds.extend(over.is_none().then(|| PollFd::new(gate.over(), PollFlags::IN)));
+        fds.extend(over.is_none().then(|| PollFd::new(&gate.over, PollFlags::IN)));
         let ready = poll(&mut fds, idle.until(over))?;
         let readable = !fds[0].revents().is_empty();
         drop(fds);
@@ -229,7 +229,7 @@ impl IdleConnections {
         };
         let next = next.min(Deadline::after(LONGEST_SLEEP));
         match over {
-            None => drop(wait_readable(gate.over(), next)),
+            None => drop(wait_readable(&gate.over, next)),
             Some(_) => drop(poll(&mut [], next)),
         }
         true

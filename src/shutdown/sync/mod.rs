@@ -4,7 +4,7 @@
 #[cfg(not(all(test, ecdysis_loom)))]
 pub(super) use std::sync::{
     atomic::{AtomicBool, AtomicU8, AtomicUsize},
-    Condvar, Mutex,
+    Condvar, Mutex, MutexGuard,
 };
 
 #[cfg(not(all(test, ecdysis_loom)))]
@@ -15,7 +15,7 @@ pub(super) use self::tests::Flag;
 #[cfg(all(test, ecdysis_loom))]
 pub(super) use loom::sync::{
     atomic::{AtomicBool, AtomicU8, AtomicUsize},
-    Condvar, Mutex,
+    Condvar, Mutex, MutexGuard,
 };
 
 #[cfg(all(test, ecdysis_loom))]

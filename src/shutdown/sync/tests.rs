@@ -14,7 +14,7 @@ use loom::sync::atomic::AtomicUsize;
 use loom::sync::{Condvar, Mutex};
 use loom::thread;
 
-use crate::shutdown::drain::Drain;
+use crate::shutdown::drain::{Drain, Guard};
 use crate::shutdown::gate::{Gate, Phase, State};
 
 /// The replacement for the flag that threads poll.
@@ -74,11 +74,8 @@ fn model(run: impl Fn() + Send + Sync + 'static) {
 fn a_drain_sees_the_last_guard_go() {
     model(|| {
         let (gate, drain) = over();
-        drain.begin_connection();
-        let connection = thread::spawn({
-            let drain = drain.clone();
-            move || drain.end_connection()
-        });
+        let guard = Guard::new(&drain);
+        let connection = thread::spawn(move || drop(guard));
         assert_eq!(drains(&gate, &drain), 0);
         connection.join().unwrap();
     });
@@ -88,15 +85,12 @@ fn a_drain_sees_the_last_guard_go() {
 fn two_drains_see_the_last_guard_go() {
     model(|| {
         let (gate, drain) = over();
-        drain.begin_connection();
+        let guard = Guard::new(&drain);
         let other = thread::spawn({
             let (gate, drain) = (gate.clone(), drain.clone());
             move || assert_eq!(drains(&gate, &drain), 0)
         });
-        let connection = thread::spawn({
-            let drain = drain.clone();
-            move || drain.end_connection()
-        });
+        let connection = thread::spawn(move || drop(guard));
         assert_eq!(drains(&gate, &drain), 0);
         connection.join().unwrap();
         other.join().unwrap();
@@ -113,10 +107,9 @@ fn a_drain_misses_no_connection_of_a_loop() {
         let accepting = thread::spawn({
             let (drain, served) = (drain.clone(), served.clone());
             move || {
-                drain.begin_connection();
+                let _guard = Guard::new(&drain);
                 drop(counted);
                 served.store(1, Ordering::SeqCst);
-                drain.end_connection();
             }
         });
         assert_eq!(drains(&gate, &drain), 0);
@@ -135,7 +128,7 @@ fn an_accepting_thread_follows_every_change() {
                 match gate.phase(None) {
                     // No connection arrives. Between the change and the lowered flag this is a short busy loop.
                     Phase::Accept => {
-                        gate.closed().wait();
+                        gate.closed.wait();
                         thread::yield_now();
                     }
                     Phase::Wait => gate.wait_while(|state| matches!(state, State::Starting | State::Paused)),
