@@ -240,18 +240,12 @@ impl Ecdysis {
     }
 }
 
-#[cfg(feature = "tokio_ecdysis")]
+#[cfg(all(feature = "tokio_ecdysis", feature = "systemd_notify"))]
 impl Ecdysis {
     /// Asks the service manager to extend the current timeout by `time`, if it accepts messages of this process.
-    #[cfg(feature = "systemd_notify")]
     pub(crate) fn extend_timeout(&self, time: Duration) -> std::io::Result<()> {
         let manager = self.0.generation.reporter.main().filter(|_| !self.0.generation.shutdown.is_handed_over());
         manager.map_or(Ok(()), |manager| manager.extend_timeout(time))
-    }
-
-    #[cfg(feature = "systemd_sockets")]
-    pub(crate) fn takes_sockets(&self) -> bool {
-        self.0.generation.reporter.takes_sockets()
     }
 }
 

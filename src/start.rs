@@ -8,7 +8,6 @@ use crate::handover::drain_status::DrainStatus;
 use crate::handover::manifest::Origin;
 use crate::handover::receive::Inherited;
 use crate::logging;
-use crate::manager::ServiceManager;
 use crate::pid_file::PidFile;
 use crate::program::Program;
 use crate::reporter::Reporter;
@@ -21,16 +20,16 @@ use crate::sys::program::mounts;
 use crate::sys::signal::{self, Handlers};
 #[cfg(feature = "systemd_notify")]
 use crate::systemd::manager::{is_nested, Systemd, EXEC_PID};
-use crate::triggers::control::{ControlSocket, Purpose};
+use crate::triggers::control::ControlSockets;
+#[cfg(feature = "tokio_ecdysis")]
+use crate::triggers::control::Purpose;
 #[cfg(feature = "tokio_ecdysis")]
 use crate::triggers::request::Action;
 use crate::triggers::request::Calls;
 use crate::triggers::Triggers;
 use crate::upgrade::child::inherit;
-use rustix::fs::Mode;
+#[cfg(feature = "tokio_ecdysis")]
 use std::path::Path;
-#[cfg(all(feature = "tokio_ecdysis", feature = "systemd_notify", feature = "systemd_sockets"))]
-use std::sync::atomic::Ordering;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -122,6 +121,7 @@ impl Builder {
             drain_status,
             calls: calls.clone(),
         };
+        #[cfg(feature = "systemd_notify")]
         if self.systemd_notify && !self.options.standalone {
             enable_manager(&generation)?;
         }
@@ -129,33 +129,24 @@ impl Builder {
         if self.systemd_sockets && !self.options.standalone {
             inherit_from_manager(&generation)?;
         }
-        let control = self.sockets.iter().map(|(path, purpose)| control_socket(&generation, path, *purpose));
-        let control = control.collect::<Result<_, _>>()?;
-        generation.sockets.registry().begin_claims();
-        let triggers = Triggers::new(signals, handlers, control, trust.clone(), app, calls);
+        let control =
+            self.sockets.iter().map(|(path, purpose)| Ok((generation.sockets.listen_control(path)?, *purpose)));
+        let control = control.collect::<Result<_, Error>>()?;
+        // What counts are the claims of the program.
+        generation.sockets.registry().claimed = false;
+        let triggers = Triggers::new(signals, handlers, ControlSockets::new(control, trust.clone(), app), calls);
         Ok(Starting(Arc::new(Service::new(generation, triggers, trust, started))))
     }
 }
 
-fn control_socket(generation: &Generation, path: &Path, purpose: Purpose) -> Result<ControlSocket, Error> {
-    let listener = generation.sockets.listen_unix_with_mode(path, Some(Mode::RUSR | Mode::WUSR))?;
-    Ok(ControlSocket { path: path.to_owned(), listener, purpose })
-}
-
 /// Reports to the service manager from now on, if there is one.
-fn enable_manager(generation: &Generation) -> Result<(), Error> {
-    #[cfg(not(feature = "systemd_notify"))]
-    let manager: Option<Arc<dyn ServiceManager>> = None;
-    #[cfg(feature = "systemd_notify")]
-    let manager = {
-        let is_child = generation.ancestors.parent.is_some();
-        let times = generation.options.ready_timeout.saturating_add(generation.options.probation);
-        let systemd = Systemd::from_env(generation.number, is_child, times)?;
-        systemd.map(|systemd| Arc::new(systemd) as Arc<dyn ServiceManager>)
-    };
-    if let Some(manager) = manager {
+#[cfg(feature = "systemd_notify")]
+pub(crate) fn enable_manager(generation: &Generation) -> Result<(), Error> {
+    let is_child = generation.ancestors.parent.is_some();
+    let times = generation.options.ready_timeout.saturating_add(generation.options.probation);
+    if let Some(systemd) = Systemd::from_env(generation.number, is_child, times)? {
         // The first manager is kept.
-        let _ = generation.reporter.manager.set(manager);
+        let _ = generation.reporter.manager.set(Arc::new(systemd));
     }
     Ok(())
 }
@@ -163,13 +154,13 @@ fn enable_manager(generation: &Generation) -> Result<(), Error> {
 /// Takes the sockets that the service manager passed, in addition to those of the parent. Returns false if that was
 /// already done.
 #[cfg(feature = "systemd_sockets")]
-fn inherit_from_manager(generation: &Generation) -> Result<bool, Error> {
+pub(crate) fn inherit_from_manager(generation: &Generation) -> Result<bool, Error> {
     if generation.reporter.take_sockets() {
         return Ok(false);
     }
     let passed = crate::systemd::sockets::inherit()?;
     generation.sockets.registry().inherit(passed.sockets);
-    generation.sockets.registry().forget_later(passed.stale);
+    generation.sockets.registry().closed.extend(passed.stale);
     #[cfg(feature = "systemd_notify")]
     {
         let (kept, names) = passed.pieces.join();
@@ -182,41 +173,17 @@ fn inherit_from_manager(generation: &Generation) -> Result<bool, Error> {
 /// For the asynchronous interface, whose builder starts first and lets the program choose triggers later.
 #[cfg(feature = "tokio_ecdysis")]
 impl Starting {
-    /// Returns the future handle of this generation. Before `ready` it refuses upgrades.
-    pub(crate) fn handle(&self) -> crate::Ecdysis {
-        crate::Ecdysis(self.0.clone())
-    }
-
     pub(crate) fn add_signal(&self, signal: i32, action: Action) -> Result<(), Error> {
         self.with_triggers(|triggers| triggers.add_signal(signal, action))?
             .map_err(|source| Error::Signal { signal, source })
     }
 
     pub(crate) fn add_socket(&self, path: &Path, purpose: Purpose) -> Result<(), Error> {
-        let socket = control_socket(&self.0.generation, path, purpose)?;
-        self.with_triggers(|triggers| triggers.add_socket(socket))
+        let socket = self.0.generation.sockets.listen_control(path)?;
+        self.with_triggers(|triggers| triggers.control.sockets.push((socket, purpose)))
     }
 
     fn with_triggers<T>(&self, change: impl FnOnce(&mut Triggers) -> T) -> Result<T, Error> {
         self.0.lead().triggers.as_mut().map(change).ok_or(Error::Busy)
-    }
-
-    #[cfg(feature = "systemd_notify")]
-    pub(crate) fn enable_manager(&self) -> Result<(), Error> {
-        enable_manager(&self.0.generation)
-    }
-
-    #[cfg(feature = "systemd_sockets")]
-    pub(crate) fn inherit_from_manager(&self) -> Result<bool, Error> {
-        inherit_from_manager(&self.0.generation)
-    }
-
-    #[cfg(all(feature = "systemd_notify", feature = "systemd_sockets"))]
-    pub(crate) fn keep_passed(&self, on: bool) {
-        self.0.generation.keep_passed.store(on, Ordering::Relaxed);
-    }
-
-    pub(crate) fn set_pid_file(&self, path: &Path) {
-        self.0.generation.pid_file.set(path);
     }
 }

@@ -47,6 +47,7 @@ pub struct Builder {
     pub(crate) application: Option<String>,
     trust: Option<Trust>,
     pub(crate) observer: Option<Observer>,
+    #[cfg(feature = "systemd_notify")]
     pub(crate) systemd_notify: bool,
     #[cfg(feature = "systemd_sockets")]
     pub(crate) systemd_sockets: bool,

@@ -5,7 +5,7 @@ mod probation;
 use std::collections::HashSet;
 use std::os::fd::AsFd;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{mpsc, Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use rustix::event::PollFlags;
@@ -21,7 +21,7 @@ use crate::started::Started;
 use crate::stop_signal::StopSignal;
 use crate::sys::poll::Deadline;
 use crate::triggers::control::{TakeoverSocket, Trust};
-use crate::triggers::request::{take_outcome, Action, Outcome, Reply, Request};
+use crate::triggers::request::{Action, Outcome, Reply, Request};
 use crate::triggers::Triggers;
 use crate::upgrade::parent::{upgrade, Paused};
 
@@ -112,11 +112,11 @@ impl Service {
     /// Upgrades, or hands over, and waits for the verdict.
     pub(crate) fn upgrade(&self, reply: impl FnOnce(Outcome) -> Reply) -> Result<Upgraded, Error> {
         self.check_ready()?;
-        let outcome = Outcome::default();
-        self.generation.calls.post(Request::new(Action::Upgrade, ExitReason::Call, reply(outcome.clone())));
+        let (outcome, outcomes) = mpsc::channel();
+        self.generation.calls.post(Request::new(Action::Upgrade, ExitReason::Call, reply(outcome)));
         let upgraded = self.lead_until(
             |event_loop| self.serve(event_loop),
-            |lead| take_outcome(&outcome).or_else(|| lead.exit.is_some().then_some(Err(Error::Over))),
+            |lead| outcomes.try_recv().ok().or_else(|| lead.exit.is_some().then_some(Err(Error::Over))),
         )??;
         self.generation.shutdown.wait();
         Ok(upgraded)
@@ -192,7 +192,7 @@ impl Service {
                 return Ok(());
             }
             Action::PartialStop => {
-                generation.sockets.registry().unlink(|key| event_loop.triggers.listens_on(key));
+                generation.sockets.registry().unlink(|key| event_loop.triggers.control.listens_on(key));
                 reply.stopping();
                 ExitMode::PartiallyStopped
             }

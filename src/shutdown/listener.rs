@@ -2,7 +2,7 @@
 
 use std::io;
 use std::net::{TcpListener, TcpStream, UdpSocket};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
 
 use crate::seqpacket::{UnixSeqpacketConn, UnixSeqpacketListener};
@@ -43,7 +43,7 @@ impl Accept for TcpListener {
     type Stream = TcpStream;
 
     fn try_accept(&self) -> io::Result<TcpStream> {
-        accept(self).map(TcpStream::from)
+        Ok(net::accept(self, Mode::Blocking)?.into())
     }
 }
 
@@ -51,12 +51,8 @@ impl Accept for UnixListener {
     type Stream = UnixStream;
 
     fn try_accept(&self) -> io::Result<UnixStream> {
-        accept(self).map(UnixStream::from)
+        Ok(net::accept(self, Mode::Blocking)?.into())
     }
-}
-
-fn accept(listener: impl AsFd) -> io::Result<OwnedFd> {
-    Ok(net::accept(listener, Mode::Blocking)?)
 }
 
 impl Accept for UnixSeqpacketListener {

@@ -10,7 +10,6 @@ mod drain;
 mod gate;
 mod keep_alive;
 mod listener;
-mod readable;
 mod sync;
 #[cfg(all(test, not(ecdysis_loom)))]
 mod tests;
@@ -22,6 +21,8 @@ use std::io::{self, BufReader};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::time::Duration;
+
+use rustix::event::{PollFd, PollFlags};
 
 pub use self::accept::Incoming;
 #[cfg(feature = "tokio_ecdysis")]
@@ -38,9 +39,9 @@ pub(crate) use self::gate::State;
 pub use self::keep_alive::Connection;
 use self::keep_alive::IdleConnections;
 pub use self::listener::{Accept, Datagram};
-pub use self::readable::Readable;
 #[cfg(feature = "tokio_ecdysis")]
 pub(crate) use self::watch::{Slot, Watchers};
+use crate::sys::poll::{poll, Deadline};
 
 /// Tells every thread whether this generation accepts, and when accepting is over.
 ///
@@ -159,7 +160,12 @@ impl Shutdown {
     ///
     /// That of poll(2). An interrupted wait continues.
     pub fn readable(&self, fd: impl AsFd, timeout: Option<Duration>) -> io::Result<Readable> {
-        readable::readable(&self.0.gate, fd.as_fd(), timeout)
+        let mut fds = [PollFd::new(&fd, PollFlags::IN), PollFd::new(&self.0.gate.over, PollFlags::IN)];
+        match poll(&mut fds, timeout.map_or(Deadline::NEVER, Deadline::after))? {
+            0 => Ok(Readable::TimedOut),
+            _ if !fds[0].revents().is_empty() => Ok(Readable::Ready),
+            _ => Ok(Readable::Over),
+        }
     }
 
     /// Blocks between two requests on a persistent connection. Returns true when the next request has begun to arrive;
@@ -308,6 +314,17 @@ impl Shutdown {
     pub(crate) fn watchers(&self) -> &Watchers {
         &self.0.watchers
     }
+}
+
+/// Why [`Shutdown::readable`] returned.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Readable {
+    /// The descriptor is readable, or its peer has closed.
+    Ready,
+    /// Accepting is over, and the descriptor is not readable.
+    Over,
+    /// The timeout has passed.
+    TimedOut,
 }
 
 impl AsFd for Shutdown {

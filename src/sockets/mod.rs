@@ -32,7 +32,7 @@ use crate::key::Key;
 use crate::listen::{self, Bound, Socket, Start};
 use crate::logging;
 use crate::seqpacket::UnixSeqpacketListener;
-use crate::triggers::control::TakeoverSocket;
+use crate::triggers::control::{ControlSocket, TakeoverSocket};
 
 /// The sockets of this generation: creates them, or claims those that the parent handed over.
 ///
@@ -190,11 +190,7 @@ impl Sockets {
     ///
     /// [`Error::Socket`], with the error of bind(2) or listen(2).
     pub fn listen_unix(&self, path: impl AsRef<Path>) -> Result<UnixListener, Error> {
-        self.listen_unix_with_mode(path.as_ref(), None)
-    }
-
-    pub(crate) fn listen_unix_with_mode(&self, path: &Path, mode: Option<Mode>) -> Result<UnixListener, Error> {
-        self.unix(Key::unix(path), SocketType::STREAM, mode).map(UnixListener::from)
+        self.unix(Key::unix(path), SocketType::STREAM, None).map(UnixListener::from)
     }
 
     /// Returns a Unix seqpacket listener at `path`, under the rules of [`listen_unix`](Self::listen_unix).
@@ -251,9 +247,12 @@ impl Sockets {
     ///
     /// [`Error::Socket`], with the error of bind(2) or listen(2).
     pub fn listen_takeover(&self, path: impl AsRef<Path>) -> Result<TakeoverSocket, Error> {
-        let path = path.as_ref();
-        let listener = self.listen_unix_with_mode(path, Some(Mode::RUSR | Mode::WUSR))?;
-        Ok(TakeoverSocket { path: path.to_owned(), listener })
+        self.listen_control(path.as_ref()).map(|socket| TakeoverSocket { socket })
+    }
+
+    pub(crate) fn listen_control(&self, path: &Path) -> Result<ControlSocket, Error> {
+        let listener = self.unix(Key::unix(path), SocketType::STREAM, Some(Mode::RUSR | Mode::WUSR))?;
+        Ok(ControlSocket { path: path.to_owned(), listener: listener.into() })
     }
 
     fn unix(&self, key: Key, kind: SocketType, mode: Option<Mode>) -> Result<OwnedFd, Error> {

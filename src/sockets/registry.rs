@@ -34,7 +34,7 @@ pub(crate) struct Registry {
     /// handover, which is usually also the order of the claims, so that each claim finds its entry at the front.
     pub(super) inherited: VecDeque<Entry>,
     /// Inherited entries that were closed, which the service manager must remove from its store.
-    pub(super) closed: Vec<(Key, Option<FileId>)>,
+    pub(crate) closed: Vec<(Key, Option<FileId>)>,
     /// The state that an earlier stop has passed at its commit, to be taken after `ready`; and the names of everything
     /// that it has stored.
     pub(super) kept_late: Vec<Entry>,
@@ -51,7 +51,7 @@ pub(crate) struct Registry {
     /// Whether a path leads to the same file here and in the parent.
     pub(super) same_paths: bool,
     /// Whether the program has claimed a socket that has an address.
-    pub(super) claimed: bool,
+    pub(crate) claimed: bool,
     /// Whether the program intentionally drops every listener of its parent.
     pub(super) discards: bool,
     /// Inherited, and retired before `ready`.
@@ -208,11 +208,6 @@ impl Registry {
 
     // ---- close ------------------------------------------------------------------------------------------------------
 
-    /// Call this before the program claims its sockets, after the claims of the control sockets.
-    pub(crate) fn begin_claims(&mut self) {
-        self.claimed = false;
-    }
-
     /// Removes listeners that the next generation does not have, once this one is over.
     pub(crate) fn unlink_orphans(&self, orphans: &HashSet<u64>) {
         for entry in self.ours.iter().filter(|entry| orphans.contains(&entry.inode)) {
@@ -244,12 +239,6 @@ impl Registry {
         self.kept_late = entries.split_off(early.min(entries.len()));
         self.kept_names = names;
         self.inherit(entries);
-    }
-
-    /// Also removes these, which cannot be used, from the store.
-    #[cfg(feature = "systemd_sockets")]
-    pub(crate) fn forget_later(&mut self, stale: Vec<(Key, Option<FileId>)>) {
-        self.closed.extend(stale);
     }
 
     /// From now on `store` keeps a copy of every socket that is created here, and drops retired ones. It does not keep

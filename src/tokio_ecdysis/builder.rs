@@ -4,6 +4,8 @@ use std::fmt;
 use std::io;
 use std::ops::Deref;
 use std::path::Path;
+#[cfg(all(feature = "systemd_notify", feature = "systemd_sockets"))]
+use std::sync::atomic::Ordering;
 use std::sync::{mpsc, Arc};
 
 use tokio::signal::unix::SignalKind;
@@ -15,6 +17,8 @@ use super::systemd_notify::{SystemdNotifier, SystemdNotifierError};
 #[cfg(feature = "systemd_sockets")]
 use super::systemd_sockets::{passed_to_us, SystemdSocketsReadError};
 use super::thread::in_thread;
+#[cfg(any(feature = "systemd_notify", feature = "systemd_sockets"))]
+use crate::start;
 use crate::triggers::control::Purpose;
 use crate::triggers::request::Action;
 use crate::{Builder, Ecdysis, Error, Starting};
@@ -59,7 +63,8 @@ impl TokioEcdysisBuilder {
     /// As for [`Builder::start`].
     pub fn from_builder(builder: &mut Builder) -> Result<Self, Error> {
         let starting = builder.start()?;
-        let tokio_ecdysis = TokioEcdysis { ecdysis: starting.handle() };
+        // Before `ready` this handle refuses upgrades.
+        let tokio_ecdysis = TokioEcdysis { ecdysis: Ecdysis(starting.0.clone()) };
         Ok(Self {
             starting,
             tokio_ecdysis,
@@ -154,7 +159,7 @@ impl TokioEcdysisBuilder {
 
     /// Keeps the serving process's PID in this file, see [`Builder::pid_file`].
     pub fn set_pid_file<P: AsRef<Path>>(&mut self, pid_file: P) {
-        self.starting.set_pid_file(pid_file.as_ref());
+        self.starting.0.generation.pid_file.set(pid_file.as_ref());
     }
 
     /// Serves from now on: the streams begin to yield. In a child this blocks until the parent has stopped accepting, which
@@ -194,7 +199,7 @@ impl TokioEcdysisBuilder {
     #[cfg(feature = "systemd_notify")]
     pub fn enable_systemd_notifications(&mut self) -> Result<(), SystemdNotifierError> {
         let notifier = SystemdNotifier::new()?;
-        let enabled = self.starting.enable_manager();
+        let enabled = start::enable_manager(&self.starting.0.generation);
         enabled.map_err(|e| SystemdNotifierError::SocketConnectError(e.into()))?;
         self.notifier = Some(notifier);
         Ok(())
@@ -210,7 +215,7 @@ impl TokioEcdysisBuilder {
     /// manager can ignore this.
     #[cfg(feature = "systemd_sockets")]
     pub fn read_systemd_sockets(&mut self) -> Result<(), SystemdSocketsReadError> {
-        let inherited = self.starting.inherit_from_manager();
+        let inherited = start::inherit_from_manager(&self.starting.0.generation);
         let first = inherited.map_err(|e| SystemdSocketsReadError::EnvironmentVariableError(e.to_string()))?;
         if self.is_child() {
             return Ok(());
@@ -236,7 +241,7 @@ impl TokioEcdysisBuilder {
     /// ```
     #[cfg(all(feature = "systemd_notify", feature = "systemd_sockets"))]
     pub fn systemd_keep_passed(&mut self, on: bool) {
-        self.starting.keep_passed(on);
+        self.starting.0.generation.keep_passed.store(on, Ordering::Relaxed);
     }
 
     /// Refuses to serve, with a reason for the operator, see [`Starting::refuse`]. Return the error from `main`.

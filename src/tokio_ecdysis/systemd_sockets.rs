@@ -175,7 +175,7 @@ impl TokioEcdysis {
         use SystemdSocketError::{
             SockInfoIncorrect, SocketNotFoundInChildRegistry, SocketNotFoundInParent, SystemdSocketsNotInitialized,
         };
-        let nothing_passed = || !self.std_ecdysis().takes_sockets() || passed_to_us().is_err();
+        let nothing_passed = || !self.std_ecdysis().0.generation.reporter.takes_sockets() || passed_to_us().is_err();
         if RESERVED.contains(&name) && (self.is_child() || !nothing_passed()) {
             let why = format!("{name:?} is not a name that a unit has chosen: set FileDescriptorName=");
             return Err(if self.is_child() { SocketNotFoundInChildRegistry(why) } else { SocketNotFoundInParent(why) });

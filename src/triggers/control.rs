@@ -43,12 +43,11 @@ pub(crate) enum Purpose {
 pub(crate) struct ControlSocket {
     pub(crate) path: PathBuf,
     pub(crate) listener: UnixListener,
-    pub(crate) purpose: Purpose,
 }
 
 /// All control sockets of a process.
-pub(super) struct ControlSockets {
-    sockets: Vec<ControlSocket>,
+pub(crate) struct ControlSockets {
+    pub(crate) sockets: Vec<(ControlSocket, Purpose)>,
     trust: Trust,
     /// The name of this application.
     app: Option<String>,
@@ -68,17 +67,13 @@ struct PendingCommand {
 }
 
 impl ControlSockets {
-    pub(super) fn new(sockets: Vec<ControlSocket>, trust: Trust, app: Option<String>) -> Self {
+    pub(crate) fn new(sockets: Vec<(ControlSocket, Purpose)>, trust: Trust, app: Option<String>) -> Self {
         Self { sockets, trust, app, pending: Vec::new(), accept_again: Deadline::after(Duration::ZERO) }
     }
 
-    #[cfg(feature = "tokio_ecdysis")]
-    pub(super) fn add(&mut self, socket: ControlSocket) {
-        self.sockets.push(socket);
-    }
-
-    pub(super) fn listens_on(&self, key: &Key) -> bool {
-        self.sockets.iter().any(|socket| Key::unix(&socket.path) == *key)
+    /// Whether this is the key of one of the control sockets.
+    pub(crate) fn listens_on(&self, key: &Key) -> bool {
+        self.sockets.iter().any(|(socket, _)| Key::unix(&socket.path) == *key)
     }
 
     pub(super) fn close(&mut self) {
@@ -98,7 +93,7 @@ impl ControlSockets {
         let accept = accept && self.accept_again.has_passed();
         let sockets = self.sockets.iter().filter(move |_| accept);
         let pending = self.pending.iter().map(|pending| PollFd::new(&pending.stream, PollFlags::IN));
-        pending.chain(sockets.map(|socket| PollFd::new(&socket.listener, PollFlags::IN)))
+        pending.chain(sockets.map(|(socket, _)| PollFd::new(&socket.listener, PollFlags::IN)))
     }
 
     /// Handles the ready descriptors, in the order of [`poll_for`](Self::poll_for), and returns the requests.
@@ -116,7 +111,7 @@ impl ControlSockets {
     }
 
     fn accept(&mut self, at: usize) -> Option<Request> {
-        let ControlSocket { path, listener, purpose } = &self.sockets[at];
+        let (ControlSocket { path, listener }, purpose) = &self.sockets[at];
         let stream = match accept(listener) {
             Ok(stream) => stream?,
             Err(e) => {
@@ -208,13 +203,12 @@ pub(crate) fn command(received: &[u8]) -> Option<Action> {
 /// [`Ecdysis::hand_over`](crate::Ecdysis::hand_over). It is nonblocking.
 #[derive(Debug)]
 pub struct TakeoverSocket {
-    pub(crate) path: PathBuf,
-    pub(crate) listener: UnixListener,
+    pub(crate) socket: ControlSocket,
 }
 
 impl AsFd for TakeoverSocket {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.listener.as_fd()
+        self.socket.listener.as_fd()
     }
 }
 
@@ -222,9 +216,10 @@ impl TakeoverSocket {
     /// Returns the next process that requests a takeover; `None` if no process has connected. Waits only for the first
     /// line.
     pub(crate) fn accept(&self, trust: &Trust, app: Option<&str>) -> Result<Option<TakeoverRequest>, Error> {
-        let accepted = accept(&self.listener).map_err(|source| Error::Connect { path: self.path.clone(), source })?;
+        let ControlSocket { path, listener } = &self.socket;
+        let accepted = accept(listener).map_err(|source| Error::Connect { path: path.clone(), source })?;
         let Some(stream) = accepted else { return Ok(None) };
-        let Some(peer) = trusted(&stream, &self.path, &**trust, true) else { return Ok(None) };
+        let Some(peer) = trusted(&stream, path, &**trust, true) else { return Ok(None) };
         let line = FirstLine::default().wait(&stream, Deadline::after(GREETING_TIME));
         Ok(TakeoverRequest::new(stream.into(), peer, &line, app))
     }

@@ -11,11 +11,10 @@ use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags};
 
-use self::control::{ControlSocket, ControlSockets, Trust};
+use self::control::ControlSockets;
 use self::request::{Action, Calls, Reply, Request};
 use crate::error::Error;
 use crate::exit::ExitReason;
-use crate::key::Key;
 use crate::logging;
 use crate::sys::poll::{poll, Deadline};
 use crate::sys::signal::{self, Handlers};
@@ -24,7 +23,7 @@ use crate::sys::signal::{self, Handlers};
 pub(crate) struct Triggers {
     signals: Vec<(i32, Action)>,
     handlers: Handlers,
-    control: ControlSockets,
+    pub(crate) control: ControlSockets,
     calls: Arc<Calls>,
     /// Requests that are not handled yet.
     requests: VecDeque<Request>,
@@ -34,12 +33,9 @@ impl Triggers {
     pub(crate) fn new(
         signals: Vec<(i32, Action)>,
         handlers: Handlers,
-        sockets: Vec<ControlSocket>,
-        trust: Trust,
-        app: Option<String>,
+        control: ControlSockets,
         calls: Arc<Calls>,
     ) -> Self {
-        let control = ControlSockets::new(sockets, trust, app);
         Self { signals, handlers, control, calls, requests: VecDeque::new() }
     }
 
@@ -59,16 +55,6 @@ impl Triggers {
         self.handlers.install(signal)?;
         self.signals.push((signal, action));
         Ok(())
-    }
-
-    #[cfg(feature = "tokio_ecdysis")]
-    pub(crate) fn add_socket(&mut self, socket: ControlSocket) {
-        self.control.add(socket);
-    }
-
-    /// Whether this is the key of one of the control sockets.
-    pub(crate) fn listens_on(&self, key: &Key) -> bool {
-        self.control.listens_on(key)
     }
 
     /// Queues a request. An upgrade without a waiting caller is queued only once, however often it is requested.

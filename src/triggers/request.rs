@@ -3,7 +3,7 @@
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{mpsc, Mutex, PoisonError};
 use std::time::Instant;
 
 use rustix::net::{send, SendFlags};
@@ -68,12 +68,8 @@ pub(crate) enum Reply {
     Takeover(TakeoverRequest, Option<Outcome>),
 }
 
-/// The place where a call finds its outcome.
-pub(crate) type Outcome = Arc<Mutex<Option<Result<Upgraded, Error>>>>;
-
-pub(crate) fn take_outcome(outcome: &Outcome) -> Option<Result<Upgraded, Error>> {
-    outcome.lock().unwrap_or_else(PoisonError::into_inner).take()
-}
+/// Where a call waits for its outcome.
+pub(crate) type Outcome = mpsc::Sender<Result<Upgraded, Error>>;
 
 impl Reply {
     /// Delivers the outcome.
@@ -89,7 +85,7 @@ impl Reply {
             Self::Socket(stream) => return send_line(&stream, &line),
         };
         if let Some(call) = call {
-            *call.lock().unwrap_or_else(PoisonError::into_inner) = Some(outcome);
+            let _ = call.send(outcome);
         }
     }
 

@@ -21,18 +21,17 @@ pub(crate) struct TakeoverRequest {
 impl TakeoverRequest {
     /// Returns `None` for a connection whose first line is another request.
     pub(super) fn new(socket: OwnedFd, peer: PeerCred, line: &[u8], app: Option<&str>) -> Option<Self> {
-        let Some(greeting) = Greeting::parse(line) else {
-            refuse(&socket, "failed: this is a takeover socket");
-            return None;
+        let refused = |why: &str| {
+            refuse(&socket, why);
+            None
         };
+        let Some(greeting) = Greeting::parse(line) else { return refused("failed: this is a takeover socket") };
         if let (Some(app), Some(other)) = (app, another_app(app, greeting.app.as_deref())) {
             logging::warn!("refused to hand over to application {other:?}: this is {app:?}");
-            refuse(&socket, &format!("failed: this is application {app:?}, not {other:?}"));
-            return None;
+            return refused(&format!("failed: this is application {app:?}, not {other:?}"));
         }
         if let Err(e) = nonblocking(&socket) {
-            refuse(&socket, &format!("failed: {e}"));
-            return None;
+            return refused(&format!("failed: {e}"));
         }
         Some(Self { socket: Arc::new(socket), peer, begun: Cell::new(false) })
     }
