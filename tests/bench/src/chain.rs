@@ -16,7 +16,7 @@ pub const DEADLINE: Duration = Duration::from_secs(60);
 /// A server program and its arguments.
 #[derive(Clone)]
 pub struct Server {
-    /// The program's path, relative to this program's directory.
+    /// The program's path, absolute or relative to this program's directory.
     pub program: String,
     pub args: Vec<String>,
     /// The path of `hold`, if the server runs under it. Then `hold` keeps its PID and receives the signals.

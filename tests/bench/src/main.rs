@@ -1,7 +1,9 @@
 //! Compares this library with a bare handover and with `ecdysis` 1.1.1. The runs that are compared are interleaved.
 //!
-//! `ecdysis-bench [--quick] [--only ROW]... [--list]`: without `--quick`, every row that was run replaces its part of
-//! RESULTS.md and its picture.
+//! `ecdysis-bench [--quick] [--only ROW]... [--against SERVER] [--list]`: without `--quick`, every row that was run
+//! replaces its part of RESULTS.md and its picture. With `--against`, the row `upgrade` also measures another build of
+//! this library: SERVER is the absolute path of `server` in the target directory of another checkout's benchmarks.
+//! Nothing is written then.
 
 #![deny(unsafe_code)]
 
@@ -13,6 +15,7 @@ mod stats;
 use std::error::Error;
 use std::path::Path;
 use std::process::{Command, ExitCode};
+use std::sync::OnceLock;
 use std::{fs, io};
 
 use ecdysis_bench::sys;
@@ -55,6 +58,9 @@ const ROWS: [(&str, &str, Row); 15] = [
     ("build", "The cost of building", rows::build::build),
 ];
 
+/// The server of another build of this library.
+static AGAINST: OnceLock<Option<String>> = OnceLock::new();
+
 const HERE: &str = env!("CARGO_MANIFEST_DIR");
 
 fn main() -> ExitCode {
@@ -70,11 +76,13 @@ fn main() -> ExitCode {
 fn run() -> Result<(), Box<dyn Error>> {
     let mut quick = false;
     let mut only = Vec::new();
+    let mut against = None;
     let mut args = std::env::args().skip(1);
     while let Some(arg) = args.next() {
         match arg.as_str() {
             "--quick" => quick = true,
             "--only" => only.push(args.next().ok_or("--only needs a row")?),
+            "--against" => against = Some(args.next().ok_or("--against needs a path")?),
             "--list" => {
                 ROWS.iter().for_each(|(name, title, _)| println!("{name}: {title}"));
                 return Ok(());
@@ -87,6 +95,8 @@ fn run() -> Result<(), Box<dyn Error>> {
     if let Some(unknown) = only.iter().find(|only| !ROWS.iter().any(|(name, ..)| name == only)) {
         return Err(format!("no row {unknown}").into());
     }
+    let keeps = !quick && against.is_none();
+    AGAINST.get_or_init(|| against);
     sys::adopt_orphans();
     sys::raise_descriptor_limit();
     build(&["--bins"], "", None)?;
@@ -97,7 +107,7 @@ fn run() -> Result<(), Box<dyn Error>> {
         eprintln!("measuring {name}, load {}", load());
         let outcome = row(quick).map_err(|e| format!("{name}: {e}"))?;
         println!("## {title}\n\n{}", outcome.text);
-        if !quick {
+        if keeps {
             keep(name, title, outcome)?;
         }
     }

@@ -65,13 +65,17 @@ fn picture(title: &str, who: &[Who], times: &[Vec<f64>]) -> String {
 
 /// Compares with the least that is possible: the same binary, the same number of processes, no probation, no sleep.
 pub fn against_bare(quick: bool) -> Result<Outcome, Box<dyn Error>> {
-    let who = [
+    let mut who = vec![
         ("bare, fork", Server::new("server", &["way=bare-fork"])),
         ("bare, vfork", Server::new("server", &["way=bare-vfork"])),
         ("bare, shared memory", Server::new("server", &["way=bare-vm"])),
         (OURS, Server::new("server", &["way=auto"])),
         ("this library, fork", Server::new("server", &["way=fork"])),
     ];
+    if let Some(Some(other)) = crate::AGAINST.get() {
+        who.push(("another build", Server::new(other, &["way=auto"])));
+        who.push(("another build, fork", Server::new(other, &["way=fork"])));
+    }
     let times = interleaved(&who, if quick { 5 } else { 200 }, |upgrade| upgrade.call)?;
     let floor = cheapest(&times[..3]);
     let text = format!(
