@@ -4,17 +4,21 @@ use std::os::fd::AsFd;
 
 use crate::handover::entry::Entry;
 use crate::handover::lines::{FromChild, FromParent, Lines, Read};
-use crate::handover::manifest::{Manifest, Origin};
+use crate::handover::manifest::{self, Manifest, Origin};
 use crate::handover::scm::{length, Receiver};
 use crate::handover::variable::Carrier;
 use crate::key::{Key, Kind};
+
+fn encode(manifest: &Manifest) -> String {
+    manifest::encode(&manifest.origin, manifest.nonce, manifest.entries.iter().map(|entry| (entry.fd, entry)))
+}
 
 /// Any bytes are either a manifest or an error. A decoded manifest is encoded again in the same form.
 pub fn manifest(data: &[u8]) {
     let Ok(manifest) = Manifest::decode(data) else { return };
     assert!(manifest.entries.len() + manifest.unknown.len() <= data.len());
     let known = Manifest { unknown: Vec::new(), ..manifest };
-    let text = known.encode();
+    let text = encode(&known);
     // Escapes make a line longer, so a line that just fitted may not fit again.
     if text.lines().all(|line| line.len() <= 4096) {
         assert_eq!(Manifest::decode(text.as_bytes()).ok(), Some(known));
@@ -101,7 +105,7 @@ pub fn round_trip(data: &[u8]) {
             unit: (chunk.len() % 3 == 0).then(|| String::from_utf8_lossy(chunk).into_owned()),
         });
     }
-    let mut text = manifest.encode().into_bytes();
+    let mut text = encode(&manifest).into_bytes();
     let expected = text.len();
     assert_eq!(Manifest::decode(&text).ok(), Some(manifest));
     text.extend_from_slice(b"commit\n");
@@ -179,8 +183,8 @@ mod tests {
             ],
             unknown: Vec::new(),
         };
-        assert_eq!(manifest.encode(), include_str!("../tests/golden/2.0.0.manifest"));
-        assert_eq!(Manifest::decode(manifest.encode().as_bytes()).ok(), Some(manifest));
+        assert_eq!(encode(&manifest), include_str!("../tests/golden/2.0.0.manifest"));
+        assert_eq!(Manifest::decode(encode(&manifest).as_bytes()).ok(), Some(manifest));
     }
 
     /// Lines, kinds and attributes of a later version are ignored, and the descriptors of unknown kinds are reported.

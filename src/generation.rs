@@ -46,7 +46,7 @@ pub(crate) struct Generation {
 impl Generation {
     /// Returns the answer to `status`.
     pub(crate) fn status(&self, phase: &str) -> String {
-        let draining: Vec<_> = self.ancestors.draining().map(|link| link.generation.to_string()).collect();
+        let draining: Vec<_> = self.ancestors.draining().map(|link| link.generation().to_string()).collect();
         let mut line = format!(
             "pid={} generation={} uptime_ms={} phase={phase} connections={} draining={}",
             std::process::id(),
@@ -58,10 +58,10 @@ impl Generation {
         let phase = if self.ancestors.on_probation() { "probation" } else { "draining" };
         let parent = self.ancestors.parent.as_ref().map(|parent| parent.generation());
         for link in self.ancestors.draining() {
-            let phase = if Some(link.generation) == parent { phase } else { "draining" };
+            let phase = if Some(link.generation()) == parent { phase } else { "draining" };
             // Writing to a string cannot fail.
-            let _ = write!(line, " older=generation:{},phase:{phase}", link.generation);
-            if let Some((pid, age, left)) = link.status(&self.ancestors).and_then(drain_status::read) {
+            let _ = write!(line, " older=generation:{},phase:{phase}", link.generation());
+            if let Some((pid, age, left)) = self.ancestors.status_of(link).and_then(drain_status::read) {
                 let _ = write!(line, ",pid:{pid},uptime_ms:{},connections:{left}", age.as_millis());
             }
         }
@@ -107,7 +107,7 @@ impl Generation {
         let draining: Vec<_> = self.ancestors.draining().collect();
         let too_many = (draining.len() + 1).saturating_sub(most);
         for link in draining.iter().take(too_many) {
-            logging::info!("ending the drain of generation {}", link.generation);
+            logging::info!("ending the drain of generation {}", link.generation());
             link.end_drain(Duration::ZERO);
         }
         if too_many > draining.len() {

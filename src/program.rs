@@ -15,17 +15,12 @@ use rustix::fs::{access, Access};
 use crate::handover::from_1_1_1::VARIABLES;
 use crate::handover::variable::VARIABLE;
 use crate::sys::plan::IfMissing;
-use crate::sys::program;
+use crate::sys::program::{self, SECURE};
 
 /// Variables of a service manager that are meant only for the process that it has started itself. (NOTIFY_SOCKET and
 /// WATCHDOG_USEC are meant for the main process, whichever that is.)
 const FOR_THIS_PROCESS_ONLY: [&str; 5] =
     ["LISTEN_PID", "LISTEN_PIDFDID", "LISTEN_FDS", "LISTEN_FDNAMES", "WATCHDOG_PID"];
-
-/// The reason why a privileged program gets no handover.
-pub(crate) const SECURE: &str =
-    "the program has more rights than its caller (AT_SECURE: set-user-ID, set-group-ID or file \
-    capabilities), so it does not trust its environment; use ambient capabilities, or a takeover";
 
 /// Changes to the program of the next generation, compared with this one. The builder has one, and
 /// [`Builder::before_upgrade`](crate::Builder::before_upgrade) gets another at each upgrade.
@@ -76,11 +71,11 @@ pub(crate) struct Program {
     /// The program file. No link in the path is resolved, so that the next upgrade runs the file that is there then.
     pub(crate) path: PathBuf,
     args: Vec<OsString>,
-    /// The directory in which this process was started.
-    start: Option<PathBuf>,
-    /// Returns the chosen directory; or the one in which this process was started, so that relative paths in the
-    /// arguments keep their meaning, unless it is gone.
-    directory: Option<(PathBuf, IfMissing)>,
+    /// The directory in which this process was started; empty if it is unknown.
+    start: PathBuf,
+    /// The chosen directory; or the one in which this process was started, so that relative paths in the arguments keep
+    /// their meaning, unless it is gone.
+    directory: (PathBuf, IfMissing),
     env: BTreeMap<OsString, Option<OsString>>,
 }
 
@@ -92,27 +87,26 @@ impl Program {
         if program::is_secure() {
             // A caller with fewer privileges chooses argv[0], PATH, PWD and the directory, and may also have linked the
             // running file into its own directory.
-            let (path, start) = (program::running(), Some("/".into()));
-            return Self { path, args, start, directory: None, env: BTreeMap::new() };
+            let (path, directory) = (program::running(), (PathBuf::new(), IfMissing::Stay));
+            return Self { path, args, start: "/".into(), directory, env: BTreeMap::new() };
         }
         let start = start_directory();
         let argv0 = args.first().cloned().unwrap_or_default();
-        let path = resolve_argv0(&argv0, start.as_deref(), env::var_os("PATH").as_deref());
-        let directory = start.clone().map(|start| (start, IfMissing::Stay));
+        let path = resolve_argv0(&argv0, &start, env::var_os("PATH").as_deref());
+        let directory = (start.clone(), IfMissing::Stay);
         Self { path, args, start, directory, env: BTreeMap::new() }
     }
 
     pub(crate) fn with(mut self, changes: &Changes) -> Self {
-        let absolute = |path: &PathBuf| self.start.as_ref().map_or_else(|| path.clone(), |start| start.join(path));
         if let Some(exec) = &changes.exec {
-            self.path = absolute(exec);
+            self.path = self.start.join(exec);
         }
         if let Some(args) = &changes.args {
             self.args.truncate(1);
             self.args.extend_from_slice(args);
         }
         if let Some(directory) = &changes.directory {
-            self.directory = Some((absolute(directory), IfMissing::Fail));
+            self.directory = (self.start.join(directory), IfMissing::Fail);
         }
         self.env.extend(changes.env.clone());
         self
@@ -161,9 +155,8 @@ impl Program {
         kept.chain(set).chain([(VARIABLE.into(), handover.into())]).map(pair).collect()
     }
 
-    pub(crate) fn directory_c(&self) -> io::Result<Option<(CString, IfMissing)>> {
-        let path = |(path, if_missing): &(PathBuf, IfMissing)| Ok((c_string(path.as_os_str())?, *if_missing));
-        self.directory.as_ref().map(path).transpose()
+    pub(crate) fn directory_c(&self) -> io::Result<(CString, IfMissing)> {
+        Ok((c_string(self.directory.0.as_os_str())?, self.directory.1))
     }
 }
 
@@ -173,29 +166,28 @@ fn c_string(text: &OsStr) -> io::Result<CString> {
 
 /// Returns the directory as the shell names it, if that is correct. `getcwd` resolves links, so below /srv/current it
 /// would pin the release to which the link points now.
-fn start_directory() -> Option<PathBuf> {
-    let physical = env::current_dir().ok();
+fn start_directory() -> PathBuf {
+    let physical = env::current_dir().unwrap_or_default();
     let named = env::var_os("PWD").map(PathBuf::from).filter(|path| path.is_absolute());
     match named {
-        Some(named) if physical.as_ref() == Some(&named) || same_file(&named, Path::new(".")) => Some(named),
+        Some(named) if physical == named || same_file(&named, Path::new(".")) => named,
         _ => physical,
     }
 }
 
 /// Returns the path under which this program would be found again.
-fn resolve_argv0(argv0: &OsStr, start: Option<&Path>, search: Option<&OsStr>) -> PathBuf {
+fn resolve_argv0(argv0: &OsStr, start: &Path, search: Option<&OsStr>) -> PathBuf {
     let running = program::running();
-    let absolute = |path: &Path| start.map_or_else(|| path.to_owned(), |start| start.join(path));
     let named = Path::new(argv0);
     if named.components().count() > 1 || named.is_absolute() {
-        let path = absolute(named);
+        let path = start.join(named);
         if runnable(&path) {
             return path;
         }
     } else if !argv0.is_empty() {
         // A bare name may be arbitrary (a login shell is called "-sh"), so it must lead to the running program.
         let found = env::split_paths(search.unwrap_or_default())
-            .map(|dir| absolute(&dir.join(named)))
+            .map(|dir| start.join(dir).join(named))
             .find(|path| runnable(path));
         if let Some(path) = found.filter(|path| same_file(path, &running)) {
             return path;
@@ -203,7 +195,7 @@ fn resolve_argv0(argv0: &OsStr, start: Option<&Path>, search: Option<&OsStr>) ->
     }
     // argv[0] can be arbitrary. Then use the path that the kernel knows, without the suffix that it adds for a removed
     // file.
-    let link = program::path().unwrap_or_else(|| absolute(named)).into_os_string().into_vec();
+    let link = program::path().unwrap_or_else(|| start.join(named)).into_os_string().into_vec();
     OsStr::from_bytes(link.strip_suffix(b" (deleted)").unwrap_or(&link)).into()
 }
 

@@ -11,7 +11,6 @@ use super::held_open::hold_open;
 use super::lines::{send, FromChild, FromParent, Lines, Read};
 use crate::key::Key;
 use crate::logging;
-use crate::sys::adopt::identity;
 use crate::sys::child::LOOK;
 use crate::sys::poll::{wait_hangup, wait_readable, wait_writable, Deadline};
 use crate::sys::signal;
@@ -22,7 +21,7 @@ pub(crate) struct Ancestors {
     /// The process that handed over to this one.
     pub(crate) parent: Option<ParentLink>,
     /// The generations before the parent, oldest first.
-    pub(crate) older: Vec<DrainLink>,
+    pub(crate) older: Vec<Entry>,
     /// The status files of those and of the parent, which they update while they drain.
     pub(crate) statuses: Vec<Entry>,
     /// The pipe to a parent of version 1.1.1, which has no link.
@@ -36,9 +35,14 @@ impl Ancestors {
     }
 
     /// Returns those that still run, oldest first.
-    pub(crate) fn draining(&self) -> impl Iterator<Item = &DrainLink> {
+    pub(crate) fn draining(&self) -> impl Iterator<Item = &Entry> {
         let parent = self.parent.as_ref().map(|parent| &parent.writer);
         self.older.iter().chain(parent).filter(|link| link.is_alive())
+    }
+
+    /// Returns the file in which that generation writes its status, if it has one.
+    pub(crate) fn status_of(&self, link: &Entry) -> Option<&Entry> {
+        self.statuses.iter().find(|status| status.key.drain_generation() == link.key.drain_generation())
     }
 
     /// Whether the parent can still take the commit back.
@@ -63,7 +67,7 @@ impl Ancestors {
 #[derive(Debug)]
 pub(crate) struct ParentLink {
     pub(crate) reader: Arc<OwnedFd>,
-    writer: DrainLink,
+    writer: Entry,
     received: Mutex<Received>,
 }
 
@@ -95,7 +99,7 @@ impl ParentLink {
     /// Creates the link from two descriptors, which may be the same. `lines` contains bytes that were read together
     /// with the manifest.
     pub(crate) fn new(generation: u64, reader: Arc<OwnedFd>, writer: Arc<OwnedFd>, lines: Lines) -> io::Result<Self> {
-        let writer = DrainLink { generation, inode: identity(&writer)?, fd: writer };
+        let writer = Entry::shared(Key::drain(generation), writer)?;
         Ok(Self { reader, writer, received: Mutex::new(Received { lines, ..Received::default() }) })
     }
 
@@ -161,7 +165,7 @@ impl ParentLink {
     }
 
     pub(crate) fn generation(&self) -> u64 {
-        self.writer.generation
+        self.writer.generation()
     }
 
     /// Whether the parent has closed the end on which it receives. Then it is dead, or has given up on this process.
@@ -205,14 +209,11 @@ impl ParentLink {
 
 /// The status pipe or socket of an older generation, which can be asked on it to end its drain. It is passed from child
 /// to child.
-#[derive(Debug)]
-pub(crate) struct DrainLink {
-    pub(crate) generation: u64,
-    pub(crate) inode: u64,
-    pub(crate) fd: Arc<OwnedFd>,
-}
+impl Entry {
+    pub(crate) fn generation(&self) -> u64 {
+        self.key.drain_generation().unwrap_or_default()
+    }
 
-impl DrainLink {
     /// A pipe without a reader reports an error, a socket without a peer a hangup (poll(2)).
     fn is_alive(&self) -> bool {
         matches!(wait_hangup(&self.fd, Deadline::after(Duration::ZERO)), Ok(false))
@@ -221,16 +222,6 @@ impl DrainLink {
     pub(crate) fn end_drain(&self, within: Duration) {
         // An error means that the generation has ended, and so has its drain.
         let _ = send(&self.fd, &FromChild::EndDrain(within).line());
-    }
-
-    /// Returns the file in which that generation writes its status, if it has one.
-    pub(crate) fn status<'a>(&self, ancestors: &'a Ancestors) -> Option<&'a Entry> {
-        ancestors.statuses.iter().find(|entry| entry.key.drain_generation() == Some(self.generation))
-    }
-
-    pub(crate) fn entry(&self) -> Entry {
-        let (key, fd) = (Key::drain(self.generation), self.fd.clone());
-        Entry { key, fd, inode: self.inode, file: None, unit: None }
     }
 }
 

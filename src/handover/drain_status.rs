@@ -1,11 +1,11 @@
 //! The status of a draining generation: an unnamed memory file that is passed from child to child. Later generations
 //! read it without asking the older one, so a frozen generation does not delay them.
 
-use std::fs::File;
 use std::io;
-use std::os::unix::fs::FileExt;
 use std::process;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use rustix::io::{pread, pwrite};
 
 use super::entry::Entry;
 use crate::key::Key;
@@ -15,30 +15,27 @@ use crate::sys::signal::without_sigxfsz;
 /// The status of this generation.
 pub(crate) struct DrainStatus {
     pub(crate) entry: Entry,
-    file: File,
     /// The start of this generation, in milliseconds since 1970.
     began: u128,
 }
 
 impl DrainStatus {
     pub(crate) fn new(generation: u64, began: Instant) -> io::Result<Self> {
-        let fd = blob::open_for_writing()?;
-        let file = File::from(fd.try_clone()?);
-        let began = now().saturating_sub(began.elapsed().as_millis());
-        Ok(Self { entry: Entry::new(Key::drain_status(generation), fd)?, file, began })
+        let entry = Entry::new(Key::drain_status(generation), blob::open_for_writing()?)?;
+        Ok(Self { entry, began: now().saturating_sub(began.elapsed().as_millis()) })
     }
 
     /// Writes the number of remaining connections. The line always has the same length.
     pub(crate) fn write(&self, connections: usize) {
         let line = format!("{:>10} {:>20} {connections:>20}\n", process::id(), self.began);
-        let _ = without_sigxfsz(|| self.file.write_all_at(line.as_bytes(), 0));
+        let _ = without_sigxfsz(|| Ok(pwrite(&self.entry.fd, line.as_bytes(), 0)?));
     }
 }
 
 /// Returns the PID, the age and the number of connections that another generation has written.
 pub(crate) fn read(entry: &Entry) -> Option<(u32, Duration, usize)> {
     let mut line = [0; 53];
-    File::from(entry.fd.try_clone().ok()?).read_exact_at(&mut line, 0).ok()?;
+    pread(&entry.fd, &mut line, 0).ok()?;
     let mut words = std::str::from_utf8(&line).ok()?.split_whitespace();
     let (pid, began) = (words.next()?.parse().ok()?, words.next()?.parse().ok()?);
     let age = u64::try_from(now().saturating_sub(began)).ok()?;

@@ -29,9 +29,11 @@ pub(crate) struct Entry<F = Arc<OwnedFd>> {
 
 impl Entry {
     pub(crate) fn new(key: Key, fd: OwnedFd) -> io::Result<Self> {
-        let fd = above_stdio(fd)?;
-        let inode = identity(&fd)?;
-        Ok(Self { key, fd: Arc::new(fd), inode, file: None, unit: None })
+        Self::shared(key, above_stdio(fd)?.into())
+    }
+
+    pub(crate) fn shared(key: Key, fd: Arc<OwnedFd>) -> io::Result<Self> {
+        Ok(Self { key, inode: identity(&fd)?, fd, file: None, unit: None })
     }
 
     pub(crate) fn duplicate(key: Key, fd: BorrowedFd<'_>) -> io::Result<Self> {
@@ -40,12 +42,6 @@ impl Entry {
 
     pub(crate) fn number(&self) -> RawFd {
         self.fd.as_raw_fd()
-    }
-}
-
-impl Entry<RawFd> {
-    pub(crate) fn fd_ref(&self) -> FdRef {
-        FdRef { fd: self.fd, inode: self.inode }
     }
 }
 

@@ -9,19 +9,21 @@ use std::ffi::OsStr;
 use std::fs::File;
 use std::io::{self, Read};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
-use std::os::fd::{OwnedFd, RawFd};
+use std::os::fd::RawFd;
 use std::os::unix::ffi::OsStrExt;
 use std::time::Duration;
 
 use rustix::fs::FileType;
-use rustix::io::retry_on_intr;
 
+use super::ancestors::Ancestors;
 use super::entry::Entry;
+use super::manifest::Origin;
+use super::receive::Inherited;
 use crate::error::Error;
 use crate::key::{Key, Kind};
 use crate::sys::adopt::{check, Adopter};
 use crate::sys::poll::{wait_readable, Deadline};
-use crate::sys::program::is_secure;
+use crate::sys::program::{is_secure, SECURE};
 
 /// Its environment variables. They are meant for one child and must not be inherited by others.
 pub(crate) const VARIABLES: [&str; 3] = [UPGRADE, LIST_PIPE, READY_PIPE];
@@ -32,9 +34,12 @@ const READY_PIPE: &str = "ECDYSIS_RUST_PIPE_READY";
 /// How long the list may take to arrive. The parent gives up after 5 seconds.
 const LIST: Duration = Duration::from_secs(5);
 
-/// Returns the sockets of a parent of version 1.1.1, and the pipe for [`ready`]. `None` if no such parent started this
+/// The message that the upgrade has succeeded.
+pub(crate) const READY: &str = "OK";
+
+/// Returns the sockets of a parent of version 1.1.1, and the pipe for [`READY`]. `None` if no such parent started this
 /// process.
-pub(crate) fn inherit() -> Result<Option<(Vec<Entry>, OwnedFd)>, Error> {
+pub(crate) fn inherit() -> Result<Option<Inherited>, Error> {
     let number = |variable| env::var(variable).ok().and_then(|value| value.parse::<RawFd>().ok());
     if env::var_os(UPGRADE).is_none_or(|value| value != "yes") {
         return Ok(None);
@@ -49,10 +54,7 @@ pub(crate) fn inherit() -> Result<Option<(Vec<Entry>, OwnedFd)>, Error> {
         return Ok(None);
     }
     if is_secure() {
-        return Err(failed(io::Error::new(
-            io::ErrorKind::PermissionDenied,
-            "the program has more rights than its caller (AT_SECURE)",
-        )));
+        return Err(failed(io::Error::new(io::ErrorKind::PermissionDenied, SECURE)));
     }
     let Some(mut adopter) = Adopter::take() else { return Ok(None) };
     let list = adopter.adopt(list, Some(FileType::Fifo), None).map_err(failed)?;
@@ -65,13 +67,10 @@ pub(crate) fn inherit() -> Result<Option<(Vec<Entry>, OwnedFd)>, Error> {
         adopted.map_err(|source| Error::Socket { key, source })
     };
     let entries = sockets.into_iter().map(entry).collect::<Result<_, _>>()?;
-    Ok(Some((entries, ready)))
-}
-
-/// Reports to the parent that the upgrade has succeeded.
-pub(crate) fn ready(pipe: &OwnedFd) -> io::Result<()> {
-    retry_on_intr(|| rustix::io::write(pipe, b"OK"))?;
-    Ok(())
+    // That version does not count its generations.
+    let origin = Origin { generation: 1, ..Origin::default() };
+    let ancestors = Ancestors { of_1_1_1: Some(ready), ..Ancestors::default() };
+    Ok(Some(Inherited { origin, is_takeover: false, entries, ancestors }))
 }
 
 /// Reads everything up to the end of the pipe.

@@ -54,33 +54,26 @@ impl FirstLine {
     }
 }
 
-/// The takeover request: `takeover 1`, and the name of the application if it has one.
-#[derive(Debug, Default, PartialEq, Eq)]
-pub(crate) struct Greeting {
-    pub(crate) app: Option<String>,
+/// Returns the takeover request: `takeover 1`, and the name of the application if it has one.
+fn takeover(app: Option<&str>) -> String {
+    let app = app.map(|app| format!(" app={}", escaped(app)));
+    format!("takeover 1{}\n", app.unwrap_or_default())
 }
 
-impl Greeting {
-    pub(crate) fn line(&self) -> String {
-        let app = self.app.as_ref().map(|app| format!(" app={}", escaped(app)));
-        format!("takeover 1{}\n", app.unwrap_or_default())
+/// Returns the name of the application in a takeover request. The outer `None` means anything but exactly one such line.
+/// Additions of later versions are ignored.
+pub(crate) fn parse_takeover(received: &[u8]) -> Option<Option<String>> {
+    let line = std::str::from_utf8(received).ok()?.strip_suffix('\n')?;
+    let (mut words, mut app) = (line.split(' '), None);
+    if (words.next()?, words.next()?) != ("takeover", "1") {
+        return None;
     }
-
-    /// Returns `None` for anything but exactly one such line. Additions of later versions are ignored.
-    pub(crate) fn parse(received: &[u8]) -> Option<Self> {
-        let line = std::str::from_utf8(received).ok()?.strip_suffix('\n')?;
-        let mut words = line.split(' ');
-        if (words.next()?, words.next()?) != ("takeover", "1") {
-            return None;
+    for word in words {
+        if let ("app", name) = word.split_once('=')? {
+            app = Some(unescape_text(name)?);
         }
-        let mut greeting = Self::default();
-        for word in words {
-            if let ("app", name) = word.split_once('=')? {
-                greeting.app = Some(unescape_text(name)?);
-            }
-        }
-        (!line.contains('\n')).then_some(greeting)
     }
+    (!line.contains('\n')).then_some(app)
 }
 
 /// Answers a process that does not get the handover, with one line and the line `end`.
@@ -107,8 +100,7 @@ pub(crate) fn connect(
     if !trust(&peer) {
         return Err(Error::Untrusted { path: path.to_owned(), uid: peer.uid });
     }
-    let greeting = Greeting { app: app.map(str::to_owned) }.line();
-    match retry_on_intr(|| send(&socket, greeting.as_bytes(), NOSIGNAL)) {
+    match retry_on_intr(|| send(&socket, takeover(app).as_bytes(), NOSIGNAL)) {
         // If the process has ended in the meantime, the wait for its answer reports that.
         Ok(_) | Err(Errno::PIPE | Errno::CONNRESET) => Ok(Some(socket)),
         Err(e) => Err(failed(e.into())),
@@ -128,20 +120,26 @@ mod tests {
 
     #[test]
     fn the_line_is_the_contract() {
-        let named = |app: &str| Greeting { app: Some(app.into()) };
-        for (greeting, line) in [
-            (Greeting::default(), "takeover 1\n"),
-            (named("shop"), "takeover 1 app=shop\n"),
-            (named("my shop%\n"), "takeover 1 app=my%20shop%25%0A\n"),
+        for (app, line) in [
+            (None, "takeover 1\n"),
+            (Some("shop"), "takeover 1 app=shop\n"),
+            (Some("my shop%\n"), "takeover 1 app=my%20shop%25%0A\n"),
         ] {
-            assert_eq!(greeting.line(), line);
-            assert_eq!(Greeting::parse(line.as_bytes()), Some(greeting));
+            assert_eq!(takeover(app), line);
+            assert_eq!(parse_takeover(line.as_bytes()), Some(app.map(str::to_owned)));
         }
-        assert_eq!(Greeting::parse(b"takeover 1 color=blue app=shop\n"), Some(named("shop")));
-        for other in
-            ["", "takeover 1", "takeover 2\n", "takeover 1 \n", "takeover 1\nready\n", "upgrade\n", "takeover 1 app\n"]
-        {
-            assert_eq!(Greeting::parse(other.as_bytes()), None, "{other:?}");
+        assert_eq!(parse_takeover(b"takeover 1 color=blue app=shop\n"), Some(Some("shop".into())));
+        for other in [
+            "",
+            "takeover 1",
+            "takeover 2\n",
+            "takeover 12\n",
+            "takeover 1 \n",
+            "takeover 1\nready\n",
+            "upgrade\n",
+            "takeover 1 app\n",
+        ] {
+            assert_eq!(parse_takeover(other.as_bytes()), None, "{other:?}");
         }
     }
 

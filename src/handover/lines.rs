@@ -7,7 +7,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::Duration;
 
-use rustix::io::Errno;
+use rustix::io::{retry_on_intr, Errno};
 
 use super::escape::{escaped, unescape};
 use crate::sys::signal::without_sigpipe;
@@ -161,14 +161,13 @@ impl Lines {
                 None => {}
             }
             let mut chunk = [0; 512];
-            match rustix::io::read(fd, &mut chunk) {
+            match retry_on_intr(|| rustix::io::read(fd, &mut chunk)) {
                 Ok(0) if self.buffer.is_empty() => return Ok(Read::End),
                 Ok(0) => return Ok(Read::Garbage(preview(&self.buffer))),
                 Ok(n) => self.buffer.extend_from_slice(&chunk[..n]),
                 Err(Errno::AGAIN) => return Ok(Read::Wait),
                 // The peer of a Unix socket closed it with unread data.
                 Err(Errno::CONNRESET) => return Ok(Read::End),
-                Err(Errno::INTR) => {}
                 Err(e) => return Err(e.into()),
             }
         }
@@ -196,13 +195,9 @@ pub(crate) fn preview(bytes: &[u8]) -> String {
 
 /// Writes one line. Every line is shorter than PIPE_BUF, so a pipe accepts it either completely or not at all.
 pub(crate) fn send(fd: impl AsFd, line: &str) -> io::Result<()> {
-    loop {
-        match without_sigpipe(|| rustix::io::write(&fd, line.as_bytes())) {
-            Ok(n) if n == line.len() => return Ok(()),
-            Ok(_) => return Err(io::ErrorKind::WriteZero.into()),
-            Err(Errno::INTR) => {}
-            Err(e) => return Err(e.into()),
-        }
+    match without_sigpipe(|| retry_on_intr(|| rustix::io::write(&fd, line.as_bytes())))? {
+        written if written == line.len() => Ok(()),
+        _ => Err(io::ErrorKind::WriteZero.into()),
     }
 }
 

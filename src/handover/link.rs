@@ -6,26 +6,23 @@
 
 use std::io;
 use std::mem;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
 
 use rustix::event::PollFlags;
 use rustix::fs::{fcntl_getfl, fcntl_setfl, OFlags};
-use rustix::io::Errno;
 use rustix::net::{shutdown, Shutdown, SocketType};
 
 use super::entry::{Entry, FdRef};
 use super::held_open::hold_open;
 use super::lines::{send, FromParent, Lines, Read};
 use super::manifest::{self, Origin};
-use super::scm::{Sender, Sent, LAST_LINE};
+use super::scm::{Sender, Sent, CROWDED};
 use super::variable::Carrier;
-use crate::error::Error;
 use crate::sys::adopt::nonce;
 use crate::sys::net;
-use crate::sys::poll::{wait_hangup, wait_writable, Deadline};
-use crate::sys::signal::without_sigpipe;
+use crate::sys::poll::{wait_hangup, wait_readable, Deadline};
 use crate::sys::Mode;
 
 /// How a child gets its handover. A process that takes over always gets it over its socket.
@@ -40,12 +37,6 @@ pub enum Transport {
     Socket,
 }
 
-/// The data that is handed over.
-pub(crate) struct Handover {
-    pub(crate) origin: Origin,
-    pub(crate) entries: Vec<Entry>,
-}
-
 /// The parent's end. None of its methods blocks.
 pub(crate) struct ChildLink {
     /// Carries the manifest, followed by messages. It stays open until this process ends, and the child notices the
@@ -55,135 +46,84 @@ pub(crate) struct ChildLink {
     /// child.
     from: Option<Arc<OwnedFd>>,
     lines: Lines,
-    unsent: Unsent,
-}
-
-/// The data that is not sent yet.
-enum Unsent {
-    Nothing,
-    /// For the pipe.
-    Text(Vec<u8>),
-    /// For the socket.
-    Message(Sender<Arc<OwnedFd>>),
-    /// For the socket, to be retried after a pause: see [`Sent::Crowded`].
-    Crowded(Sender<Arc<OwnedFd>>),
+    handover: Sender<Arc<OwnedFd>>,
+    /// How much of the handover is sent.
+    sent: Sent,
 }
 
 /// The free space that a pipe needs beyond the manifest so that the last line fits: one page.
 const ROOM: usize = 8 * 1024;
 
-/// How long to wait when the kernel accepts no more descriptors. No event reports when it accepts them again.
-const CROWDED: Duration = Duration::from_millis(10);
-
-/// The descriptors that a spawned child gets besides stdin, stdout and stderr.
+/// The other end of the link, and the descriptors that a spawned child gets besides stdin, stdout and stderr: its ends of
+/// the link, and the entries if it inherits.
 ///
-/// Drop this after the spawn. Otherwise this process keeps the child's ends open and never sees the child's end.
-pub(crate) struct ChildEnd {
-    pub(crate) carrier: Carrier,
-    ends: Vec<OwnedFd>,
-    inherited: Vec<Entry>,
-}
-
-impl ChildEnd {
-    /// The descriptors that survive the execve.
-    pub(crate) fn keep(&self) -> Vec<RawFd> {
-        let inherited = self.inherited.iter().map(Entry::number);
-        inherited.chain(self.ends.iter().map(AsRawFd::as_raw_fd)).collect()
-    }
-}
+/// Drop them after the spawn. Otherwise this process keeps the child's ends open and never sees the child's end.
+pub(crate) type ChildEnd = (Carrier, Vec<Arc<OwnedFd>>);
 
 impl ChildLink {
-    /// Creates the link to a child that inherits. As much of the manifest as fits is already written to the pipe, so
-    /// that the child can usually proceed on its own if this process dies.
-    pub(crate) fn pipes(handover: Handover) -> Result<(Self, ChildEnd), Error> {
+    /// Creates the link to a child that inherits.
+    pub(crate) fn pipes(origin: &Origin, entries: Vec<Entry>) -> io::Result<(Self, ChildEnd)> {
         // Nonblocking at both ends: each process waits only in a poll with a deadline, never in a read or write.
-        let (manifest_read, manifest_write) = net::pipe().map_err(Error::prepare("manifest pipe"))?;
-        let (status_read, status_write) = net::pipe().map_err(Error::prepare("status pipe"))?;
-        let Handover { origin, entries } = handover;
-        let reader = FdRef::to(&manifest_read).map_err(Error::prepare("manifest pipe"))?;
-        let writer = FdRef::to(&status_write).map_err(Error::prepare("status pipe"))?;
+        let (manifest_read, manifest_write) = net::pipe()?;
+        let (status_read, status_write) = net::pipe()?;
+        let carrier = Carrier { reader: FdRef::to(&manifest_read)?, writer: FdRef::to(&status_write)? };
         let named = entries.iter().map(|entry| (entry.number(), entry));
-        let text = manifest::encode(&origin, nonce(reader.inode), named).into_bytes();
+        let text = manifest::encode(origin, nonce(carrier.reader.inode), named);
         // A larger pipe only saves the child a wait. If the manifest does not fit, the rest is sent while this process
         // waits for `ready`.
         if text.len() + ROOM > 64 * 1024 {
             net::grow_pipe(&manifest_write, text.len() + ROOM);
         }
-        let mut link = Self::new(manifest_write.into(), status_read.into(), Unsent::Text(text));
-        link.send_some().map_err(Error::prepare("manifest"))?;
-        let ends = vec![manifest_read, status_write];
-        Ok((link, ChildEnd { carrier: Carrier { reader, writer }, ends, inherited: entries }))
+        let link = Self::new(manifest_write.into(), status_read.into(), text, Vec::new())?;
+        let ends = [manifest_read, status_write].map(Arc::new).into_iter();
+        Ok((link, (carrier, ends.chain(entries.into_iter().map(|entry| entry.fd)).collect())))
     }
 
     /// Creates the link to a child that receives.
-    pub(crate) fn socketpair(handover: Handover) -> Result<(Self, ChildEnd), Error> {
-        let pair = net::socketpair(SocketType::STREAM, Mode::Nonblocking);
-        let (ours, child_end) = pair.map_err(Error::prepare("handover socket"))?;
-        let reader = FdRef::to(&child_end).map_err(Error::prepare("handover socket"))?;
-        let mut link = Self::over_socket(ours.into(), handover, nonce(reader.inode))?;
-        link.send_some().map_err(Error::prepare("manifest"))?;
-        let carrier = Carrier { reader, writer: reader };
-        Ok((link, ChildEnd { carrier, ends: vec![child_end], inherited: Vec::new() }))
+    pub(crate) fn socketpair(origin: &Origin, entries: Vec<Entry>) -> io::Result<(Self, ChildEnd)> {
+        let (ours, child_end) = net::socketpair(SocketType::STREAM, Mode::Nonblocking)?;
+        let reader = FdRef::to(&child_end)?;
+        let link = Self::socket(ours.into(), origin, entries, nonce(reader.inode))?;
+        Ok((link, (Carrier { reader, writer: reader }, vec![child_end.into()])))
     }
 
-    /// Creates the link to the peer of a nonblocking socket. Sends nothing yet.
-    pub(crate) fn socket(socket: Arc<OwnedFd>, handover: Handover) -> Result<Self, Error> {
-        Self::over_socket(socket, handover, None)
-    }
-
-    fn over_socket(socket: Arc<OwnedFd>, handover: Handover, nonce: Option<u64>) -> Result<Self, Error> {
-        let Handover { origin, entries } = handover;
+    /// Creates the link to the peer of a nonblocking socket.
+    pub(crate) fn socket(
+        socket: Arc<OwnedFd>,
+        origin: &Origin,
+        entries: Vec<Entry>,
+        nonce: Option<u64>,
+    ) -> io::Result<Self> {
         // Descriptor numbers mean nothing in the other process, so the manifest names descriptors by their order.
-        let text = manifest::encode(&origin, nonce, (0..).zip(&entries)).into_bytes();
+        let text = manifest::encode(origin, nonce, (0..).zip(&entries));
         let descriptors = entries.into_iter().map(|entry| entry.fd).collect();
-        let sender = Sender::new(text, descriptors).map_err(Error::prepare("manifest"))?;
-        Ok(Self::new(socket.clone(), socket, Unsent::Message(sender)))
+        Self::new(socket.clone(), socket, text, descriptors)
     }
 
-    fn new(to: Arc<OwnedFd>, from: Arc<OwnedFd>, unsent: Unsent) -> Self {
-        Self { to, from: Some(from), lines: Lines::default(), unsent }
+    /// Sends nothing yet.
+    fn new(to: Arc<OwnedFd>, from: Arc<OwnedFd>, text: String, descriptors: Vec<Arc<OwnedFd>>) -> io::Result<Self> {
+        let handover = Sender::new(text.into_bytes(), descriptors)?;
+        Ok(Self { to, from: Some(from), lines: Lines::default(), handover, sent: Sent::Blocked })
     }
 
     /// Sends as much as the kernel accepts now.
     pub(crate) fn send_some(&mut self) -> io::Result<()> {
-        self.unsent = match mem::replace(&mut self.unsent, Unsent::Nothing) {
-            Unsent::Nothing => Unsent::Nothing,
-            Unsent::Text(mut text) => {
-                let last_line = text.split_off(text.len().saturating_sub(LAST_LINE));
-                write_some(&self.to, &mut text)?;
-                let rest = text.len();
-                text.extend(last_line);
-                // The last line is sent separately, as over a socket: see `LAST_LINE`.
-                if rest == 0 && wait_writable(&self.to, Deadline::after(Duration::ZERO)) {
-                    write_some(&self.to, &mut text)?;
-                }
-                if text.is_empty() {
-                    Unsent::Nothing
-                } else {
-                    Unsent::Text(text)
-                }
-            }
-            Unsent::Message(mut sender) | Unsent::Crowded(mut sender) => match sender.step(&self.to)? {
-                Sent::All => Unsent::Nothing,
-                Sent::Blocked => Unsent::Message(sender),
-                Sent::Crowded => Unsent::Crowded(sender),
-            },
-        };
+        self.sent = self.handover.step(&self.to)?;
         Ok(())
     }
 
     pub(crate) fn is_sent(&self) -> bool {
-        matches!(self.unsent, Unsent::Nothing)
+        self.sent == Sent::All
     }
 
     /// Returns what to poll for messages of the child and for room to send more, and when to retry in any case.
     pub(crate) fn poll_for(&self) -> (Vec<(BorrowedFd<'_>, PollFlags)>, Deadline) {
         let mut fds: Vec<_> = self.from.iter().map(|from| (from.as_fd(), PollFlags::IN)).collect();
         // poll(2) always reports the error of a pipe without a reader.
-        let (room, again) = match self.unsent {
-            Unsent::Nothing => (PollFlags::empty(), Deadline::NEVER),
-            Unsent::Text(_) | Unsent::Message(_) => (PollFlags::OUT, Deadline::NEVER),
-            Unsent::Crowded(_) => (PollFlags::empty(), Deadline::after(CROWDED)),
+        let (room, again) = match self.sent {
+            Sent::All => (PollFlags::empty(), Deadline::NEVER),
+            Sent::Blocked => (PollFlags::OUT, Deadline::NEVER),
+            Sent::Crowded => (PollFlags::empty(), Deadline::after(CROWDED)),
         };
         fds.push((self.to.as_fd(), room));
         (fds, again)
@@ -210,6 +150,11 @@ impl ChildLink {
         }
     }
 
+    /// Waits for a message of the child, or for its end. Returns false if the deadline passes first.
+    pub(crate) fn wait(&self, deadline: Deadline) -> bool {
+        self.from.as_ref().is_some_and(|from| wait_readable(from, deadline))
+    }
+
     /// Whether the child has closed its end of a pipe. Then it is dead, or will not serve.
     pub(crate) fn is_deaf(&self) -> bool {
         wait_hangup(&self.to, Deadline::after(Duration::ZERO)) != Ok(false)
@@ -229,19 +174,6 @@ impl ChildLink {
     }
 }
 
-/// Writes as much as possible without waiting, and removes it from `unsent`.
-fn write_some(fd: &OwnedFd, unsent: &mut Vec<u8>) -> io::Result<()> {
-    while !unsent.is_empty() {
-        match without_sigpipe(|| rustix::io::write(fd, unsent)) {
-            Ok(n) => drop(unsent.drain(..n)),
-            Err(Errno::INTR) => {}
-            Err(Errno::AGAIN) => break,
-            Err(e) => return Err(e.into()),
-        }
-    }
-    Ok(())
-}
-
 /// Makes this end of a connection nonblocking. The other end keeps its own mode.
 pub(crate) fn nonblocking(fd: impl AsFd) -> io::Result<()> {
     Ok(fcntl_setfl(&fd, fcntl_getfl(&fd)? | OFlags::NONBLOCK)?)
@@ -254,10 +186,11 @@ mod tests {
     /// A child that was given up cannot send, but can see that this process is alive.
     #[test]
     fn giving_up_closes_one_direction() {
-        let handover = || Handover { origin: Origin::default(), entries: Vec::new() };
-        for (mut link, child_end) in [ChildLink::pipes(handover()).unwrap(), ChildLink::socketpair(handover()).unwrap()]
-        {
-            let (reader, writer) = (&child_end.ends[0], child_end.ends.last().unwrap());
+        let origin = Origin { generation: 1, ..Origin::default() };
+        for create in [ChildLink::pipes, ChildLink::socketpair] {
+            let (mut link, (_, child_end)) = create(&origin, Vec::new()).unwrap();
+            link.send_some().unwrap();
+            let (reader, writer) = (&child_end[0], child_end.last().unwrap());
             send(writer, "ready\n").unwrap();
             assert_eq!(link.next().unwrap(), Read::Line("ready".into()));
             link.send(FromParent::Stop).unwrap();

@@ -94,12 +94,7 @@ pub(crate) fn encode<'a, F: 'a>(
 }
 
 impl Manifest {
-    #[cfg(any(test, fuzzing))]
-    pub(crate) fn encode(&self) -> String {
-        encode(&self.origin, self.nonce, self.entries.iter().map(|entry| (entry.fd, entry)))
-    }
-
-    /// Decodes a complete manifest.
+    /// Decodes a complete manifest. It may name a descriptor twice, but only one can be taken.
     pub(crate) fn decode(text: &[u8]) -> io::Result<Self> {
         let text = std::str::from_utf8(text).map_err(|_| malformed(0, "not UTF-8"))?;
         let text = text.strip_suffix("\nend\n").ok_or_else(|| malformed(0, "no end"))?;
@@ -125,12 +120,6 @@ impl Manifest {
                 _ => Some(()),
             };
             read.ok_or_else(|| malformed(at, word))?;
-        }
-        let known = manifest.entries.iter().map(|entry| entry.fd);
-        let mut numbers: Vec<_> = known.chain(manifest.unknown.iter().map(|fd| fd.fd)).collect();
-        numbers.sort_unstable();
-        if numbers.windows(2).any(|pair| pair[0] == pair[1]) {
-            return Err(malformed(0, "descriptor named twice"));
         }
         if manifest.origin.generation == 0 {
             return Err(malformed(0, "no generation"));
@@ -175,6 +164,6 @@ fn number<T: std::str::FromStr>(word: &str) -> Option<T> {
 }
 
 /// Line 0 is the manifest as a whole.
-pub(super) fn malformed(line: usize, what: &str) -> io::Error {
+fn malformed(line: usize, what: &str) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, format!("malformed manifest, line {line}: {what}"))
 }

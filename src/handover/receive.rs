@@ -1,23 +1,20 @@
 //! The child's half of a handover: reads the manifest, and takes ownership of the descriptors that it names.
 
 use std::io;
-use std::os::fd::{OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::sync::Arc;
 use std::time::Duration;
 
-use rustix::buffer::spare_capacity;
-use rustix::io::Errno;
-
-use super::ancestors::{Ancestors, DrainLink, ParentLink};
+use super::ancestors::{Ancestors, ParentLink};
 use super::blob;
 use super::entry::{Entry, FdRef};
 use super::lines::{Lines, COMMIT};
-use super::manifest::{malformed, Manifest, Origin, MAX_ENTRIES, MAX_SIZE};
-use super::scm::{self, Receiver};
+use super::manifest::{Manifest, Origin, MAX_ENTRIES, MAX_SIZE};
+use super::scm::Receiver;
 use crate::error::Error;
 use crate::key::Kind;
 use crate::logging;
-use crate::sys::adopt::{is_identical, nonce, Adopter};
+use crate::sys::adopt::{check, nonce, Adopter};
 use crate::sys::poll::{wait_readable, Deadline};
 
 /// The data received from the parent, before any of it is used.
@@ -55,30 +52,18 @@ impl Arrived {
         if parent.state().given_up || (parent.is_deaf() && !parent.is_dead(COMMIT)) {
             return Err(Error::GivenUp);
         }
-        let (mut older, mut statuses) = (Vec::new(), Vec::new());
-        let mut entries = self.into_entries()?;
-        entries.retain(|entry| {
-            let Some(generation) = entry.key.drain_generation() else { return true };
-            if entry.key.kind() == Kind::DrainStatus {
-                statuses.push(entry.clone());
-            } else {
-                older.push(DrainLink { generation, inode: entry.inode, fd: entry.fd.clone() });
-            }
-            false
-        });
-        Ok(Inherited {
-            origin,
-            is_takeover: false,
-            entries,
-            ancestors: Ancestors { parent: Some(parent), older, statuses, of_1_1_1: None },
-        })
+        let is = |kind| move |entry: &Entry| entry.key.kind() == kind;
+        let (older, entries): (_, Vec<_>) = self.into_entries()?.into_iter().partition(is(Kind::Drain));
+        let (statuses, entries) = entries.into_iter().partition(is(Kind::DrainStatus));
+        let ancestors = Ancestors { parent: Some(parent), older, statuses, of_1_1_1: None };
+        Ok(Inherited { origin, is_takeover: false, entries, ancestors })
     }
 
     /// Takes ownership of the descriptors that the manifest names.
     pub(crate) fn into_entries(self) -> Result<Vec<Entry>, Error> {
         let Self { manifest: Manifest { entries: named, unknown, .. }, mut descriptors, .. } = self;
         let own = |entry: Entry<RawFd>| {
-            let fd = descriptors.take(entry.fd_ref()).map_err(Error::socket(&entry.key))?;
+            let fd = descriptors.take(FdRef { fd: entry.fd, inode: entry.inode }).map_err(Error::socket(&entry.key))?;
             Ok(entry.with_fd(Arc::new(fd)))
         };
         let entries = named.into_iter().map(own).collect::<Result<_, Error>>()?;
@@ -118,65 +103,34 @@ impl Descriptors {
                 let owned = received.get_mut(index).and_then(Option::take);
                 let owned =
                     owned.ok_or_else(|| io::Error::new(io::ErrorKind::NotFound, "the descriptor is missing"))?;
-                if !is_identical(&owned, fd.inode)? {
-                    return Err(io::Error::new(io::ErrorKind::InvalidData, "the descriptor is another file"));
-                }
+                check(owned.as_raw_fd(), None, Some(fd.inode))?;
                 Ok(owned)
             }
         }
     }
 }
 
-/// Reads the manifest from its pipe. The descriptors are already open here, for `adopter` to adopt.
-pub(crate) fn read(pipe: &OwnedFd, adopter: Adopter, time: Duration) -> io::Result<Arrived> {
-    let mut text = Vec::new();
-    let deadline = Deadline::after(time);
-    // The position up to which the last line was searched for. It may arrive in two pieces.
-    let mut searched: usize = 0;
-    let length = loop {
-        if let Some(length) = scm::length(&text, searched.saturating_sub(scm::END.len())) {
-            break length;
-        }
-        if text.len() > MAX_SIZE {
-            return Err(malformed(0, "too large"));
-        }
-        searched = text.len();
-        text.reserve(1 << 16);
-        match rustix::io::read(pipe, spare_capacity(&mut text)) {
-            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
-            Ok(_) | Err(Errno::INTR) => {}
-            Err(Errno::AGAIN) => wait_until(pipe, deadline)?,
-            Err(e) => return Err(e.into()),
-        }
-    };
-    let rest = text.split_off(length);
-    Ok(Arrived { manifest: Manifest::decode(&text)?, descriptors: Descriptors::Inherited(adopter), rest })
-}
-
-/// Receives manifest and descriptors from a socket. If the text is not a manifest, it is returned as the inner error.
-pub(crate) fn receive(socket: &OwnedFd, time: Duration) -> io::Result<Result<Arrived, String>> {
-    let deadline = Deadline::after(time);
-    let mut receiver = Receiver::new(MAX_SIZE, MAX_ENTRIES);
-    while !receiver.step(socket)? {
-        wait_until(socket, deadline)?;
-    }
-    let (text, rest, received) = receiver.into_parts();
+/// Receives manifest and descriptors from a socket; or reads the manifest from a pipe, if the descriptors are already open
+/// here, for `inherited` to adopt. If the text is not a manifest, it is returned as the inner error.
+pub(crate) fn receive(
+    link: &OwnedFd,
+    inherited: Option<Adopter>,
+    time: Duration,
+) -> io::Result<Result<Arrived, String>> {
+    let most = if inherited.is_some() { 0 } else { MAX_ENTRIES };
+    let (text, rest, received) = wait(Receiver::new(MAX_SIZE, most), link, time)?;
     if !Manifest::is_meant(&text) {
         return Ok(Err(String::from_utf8_lossy(&text).into_owned()));
     }
-    let manifest = Manifest::decode(&text)?;
-    let received = received.into_iter().map(Some).collect();
-    Ok(Ok(Arrived { manifest, descriptors: Descriptors::Received(received), rest }))
+    let received = || Descriptors::Received(received.into_iter().map(Some).collect());
+    let descriptors = inherited.map_or_else(received, Descriptors::Inherited);
+    Ok(Ok(Arrived { manifest: Manifest::decode(&text)?, descriptors, rest }))
 }
 
 /// Receives the data that is sent at the commit, without waiting. The manifest is the first descriptor, a sealed memory
 /// file, so that everything fits into the buffer of the socket.
 pub(crate) fn receive_late(socket: &OwnedFd) -> io::Result<Arrived> {
-    let mut receiver = Receiver::new(MAX_ENTRIES, MAX_ENTRIES);
-    if !receiver.step(socket)? {
-        return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "not everything was sent"));
-    }
-    let (_, _, received) = receiver.into_parts();
+    let (.., received) = wait(Receiver::new(MAX_ENTRIES, MAX_ENTRIES), socket, Duration::ZERO)?;
     with_text(received)
 }
 
@@ -189,9 +143,13 @@ pub(crate) fn with_text(received: Vec<OwnedFd>) -> io::Result<Arrived> {
     Ok(Arrived { manifest: Manifest::decode(&text)?, descriptors, rest: Vec::new() })
 }
 
-fn wait_until(fd: &OwnedFd, deadline: Deadline) -> io::Result<()> {
-    if wait_readable(fd, deadline) {
-        return Ok(());
+/// Waits until everything has arrived. Returns the text, the bytes after it, and the descriptors.
+fn wait(mut receiver: Receiver, fd: &OwnedFd, time: Duration) -> io::Result<(Vec<u8>, Vec<u8>, Vec<OwnedFd>)> {
+    let deadline = Deadline::after(time);
+    while !receiver.step(fd)? {
+        if !wait_readable(fd, deadline) {
+            return Err(io::ErrorKind::TimedOut.into());
+        }
     }
-    Err(io::ErrorKind::TimedOut.into())
+    Ok(receiver.into_parts())
 }

@@ -1,5 +1,5 @@
-//! Sends a text and any number of descriptors over a connected Unix stream socket (SCM_RIGHTS, unix(7)), one step at a
-//! time.
+//! Sends a text and any number of descriptors over a connected Unix stream socket (SCM_RIGHTS, unix(7)), or a text over a
+//! pipe, one step at a time.
 //!
 //! Nothing here blocks. `step` of a [`Sender`] or [`Receiver`] does as much as the socket allows at that moment and
 //! returns whether everything is done, so that a stalled peer cannot keep this process from handling its triggers. The
@@ -18,21 +18,25 @@ use std::time::Duration;
 use rustix::io::Errno;
 use rustix::net::{
     recvmsg, sendmsg, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
-    SendAncillaryMessage, SendFlags,
+    SendAncillaryMessage,
 };
 
 use crate::sys::net::{received, CMSG_CLOEXEC, NOSIGNAL};
 use crate::sys::poll::{wait_writable, Deadline};
+use crate::sys::signal::without_sigpipe;
+
+/// How long to wait when the kernel accepts no more descriptors. No event reports when it accepts them again.
+pub(crate) const CROWDED: Duration = Duration::from_millis(10);
 
 /// The kernel's limit (SCM_MAX_FD) on descriptors in one message.
 pub(crate) const DESCRIPTORS_PER_MESSAGE: usize = 253;
 
 /// The newline before the last line, and the last line.
-pub(super) const END: &[u8] = b"\nend\n";
+const END: &[u8] = b"\nend\n";
 
 /// The length of the last line. It is sent only when the socket has room again after everything else, so that every
 /// later message fits, most importantly `stop`.
-pub(super) const LAST_LINE: usize = b"end\n".len();
+const LAST_LINE: usize = b"end\n".len();
 
 /// The result of a sender's step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -50,8 +54,8 @@ pub(crate) enum Sent {
 pub(crate) struct Sender<F> {
     text: Vec<u8>,
     text_sent: usize,
+    /// Those that are not sent yet.
     descriptors: Vec<F>,
-    descriptors_sent: usize,
 }
 
 impl<F: AsFd> Sender<F> {
@@ -68,39 +72,39 @@ impl<F: AsFd> Sender<F> {
                 "the text of a handover must end with the line \"end\" and be longer than it has messages",
             ));
         }
-        Ok(Sender { text, text_sent: 0, descriptors, descriptors_sent: 0 })
+        Ok(Sender { text, text_sent: 0, descriptors })
     }
 
-    /// Sends as much as `socket` accepts now. The socket may be in either blocking mode.
+    /// Sends as much as `fd` accepts now. It is a nonblocking socket or, without descriptors, a nonblocking pipe.
     ///
     /// # Errors
     ///
-    /// The error of sendmsg(2): EPIPE, without SIGPIPE, if the peer has closed. After an error nothing more can be sent.
-    pub(crate) fn step(&mut self, socket: impl AsFd) -> io::Result<Sent> {
+    /// The error of sendmsg(2) or write(2): EPIPE, without SIGPIPE, if the peer has closed. After an error nothing more
+    /// can be sent.
+    pub(crate) fn step(&mut self, fd: impl AsFd) -> io::Result<Sent> {
         while self.text_sent < self.text.len() {
-            let batch: Vec<BorrowedFd<'_>> = self.descriptors[self.descriptors_sent..]
-                .iter()
-                .take(DESCRIPTORS_PER_MESSAGE)
-                .map(AsFd::as_fd)
-                .collect();
+            let batch: Vec<_> = self.descriptors.iter().take(DESCRIPTORS_PER_MESSAGE).map(AsFd::as_fd).collect();
             let unsent = &self.text[self.text_sent..];
             let piece = match unsent.len().checked_sub(LAST_LINE) {
                 _ if !batch.is_empty() => &unsent[..1],
-                None | Some(0) if !wait_writable(&socket, Deadline::after(Duration::ZERO)) => return Ok(Sent::Blocked),
+                None | Some(0) if !wait_writable(&fd, Deadline::after(Duration::ZERO)) => return Ok(Sent::Blocked),
                 None | Some(0) => unsent,
                 Some(before_last) => &unsent[..before_last],
             };
-
-            let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(DESCRIPTORS_PER_MESSAGE))];
-            let mut control = SendAncillaryBuffer::new(&mut space);
-            if !batch.is_empty() {
+            let sent = if batch.is_empty() {
+                without_sigpipe(|| rustix::io::write(&fd, piece))
+            } else {
+                let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(DESCRIPTORS_PER_MESSAGE))];
+                let mut control = SendAncillaryBuffer::new(&mut space);
                 control.push(SendAncillaryMessage::ScmRights(&batch));
-            }
-            match sendmsg(&socket, &[IoSlice::new(piece)], &mut control, NOSIGNAL | SendFlags::DONTWAIT) {
+                sendmsg(&fd, &[IoSlice::new(piece)], &mut control, NOSIGNAL)
+            };
+            match sent {
                 // The kernel sends the descriptors with the first byte, so if one byte was sent, all of them were.
                 Ok(count) => {
                     self.text_sent += count;
-                    self.descriptors_sent += batch.len();
+                    let batch = batch.len();
+                    self.descriptors.drain(..batch);
                 }
                 Err(Errno::INTR) => {}
                 Err(Errno::AGAIN) => return Ok(Sent::Blocked),
@@ -114,7 +118,7 @@ impl<F: AsFd> Sender<F> {
 
 /// The receiving end of one handover. Dropping it closes what it has received.
 pub(crate) struct Receiver {
-    /// The limits on what it accepts.
+    /// The limits on what it accepts. From a pipe it accepts no descriptors.
     most_bytes: usize,
     most_descriptors: usize,
     text: Vec<u8>,
@@ -134,52 +138,56 @@ impl Receiver {
     ///
     /// `UnexpectedEof` if the peer has closed, `InvalidData` for more than the limits allow, `Other` if the kernel
     /// dropped descriptors, and the error of recvmsg(2). After an error the receiver can only be dropped.
-    pub(crate) fn step(&mut self, socket: impl AsFd) -> io::Result<bool> {
-        let mut bytes = [0; 16 * 1024];
+    pub(crate) fn step(&mut self, fd: impl AsFd) -> io::Result<bool> {
+        let mut buffer = [0; 16 * 1024];
         while self.length.is_none() {
-            let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(DESCRIPTORS_PER_MESSAGE))];
-            let mut control = RecvAncillaryBuffer::new(&mut space);
-            let flags = CMSG_CLOEXEC | RecvFlags::DONTWAIT;
-            let message = match recvmsg(&socket, &mut [IoSliceMut::new(&mut bytes)], &mut control, flags) {
-                Ok(message) => message,
-                Err(Errno::INTR) => continue,
-                Err(Errno::AGAIN) => return Ok(false),
-                Err(error) => return Err(error.into()),
+            let arrived = match self.most_descriptors {
+                0 => rustix::io::read(&fd, &mut buffer).map_err(io::Error::from),
+                _ => self.receive(fd.as_fd(), &mut buffer),
             };
-            for part in control.drain() {
-                if let RecvAncillaryMessage::ScmRights(descriptors) = part {
-                    for fd in descriptors {
-                        self.descriptors.push(received(fd)?);
-                    }
+            let count = match arrived {
+                Ok(0) => {
+                    return Err(io::Error::new(
+                        io::ErrorKind::UnexpectedEof,
+                        "the other process closed the connection during the handover",
+                    ));
                 }
-            }
-            // The kernel drops descriptors for which this process has no free number. Only this flag reports it.
-            if message.flags.contains(ReturnFlags::CTRUNC) {
-                return Err(io::Error::other(
-                    "the kernel dropped descriptors: is the limit on open files too low here?",
-                ));
-            }
-            if message.bytes == 0 {
-                return Err(io::Error::new(
-                    io::ErrorKind::UnexpectedEof,
-                    "the other process closed the connection during the handover",
-                ));
-            }
+                Ok(count) => count,
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(false),
+                Err(e) => return Err(e),
+            };
             // The last line may arrive in two pieces.
             let looked_at = self.text.len().saturating_sub(END.len());
-            self.text.extend_from_slice(&bytes[..message.bytes]);
+            self.text.extend_from_slice(&buffer[..count]);
             self.length = length(&self.text, looked_at);
-            for (received, most, what) in [
-                (self.text.len(), self.most_bytes, "bytes"),
-                (self.descriptors.len(), self.most_descriptors, "descriptors"),
-            ] {
-                if received > most {
-                    let reason = format!("the other process sent more than {most} {what}");
-                    return Err(io::Error::new(io::ErrorKind::InvalidData, reason));
-                }
+            let (bytes, descriptors) = (self.most_bytes, self.most_descriptors);
+            if self.text.len() > bytes || self.descriptors.len() > descriptors {
+                let reason = format!("the other process sent more than {bytes} bytes or {descriptors} descriptors");
+                return Err(io::Error::new(io::ErrorKind::InvalidData, reason));
             }
         }
         Ok(true)
+    }
+
+    /// Receives one message of a socket: bytes, whose number is returned, and descriptors.
+    fn receive(&mut self, socket: BorrowedFd<'_>, bytes: &mut [u8]) -> io::Result<usize> {
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(DESCRIPTORS_PER_MESSAGE))];
+        let mut control = RecvAncillaryBuffer::new(&mut space);
+        let flags = CMSG_CLOEXEC | RecvFlags::DONTWAIT;
+        let message = recvmsg(socket, &mut [IoSliceMut::new(bytes)], &mut control, flags)?;
+        for part in control.drain() {
+            if let RecvAncillaryMessage::ScmRights(descriptors) = part {
+                for fd in descriptors {
+                    self.descriptors.push(received(fd)?);
+                }
+            }
+        }
+        // The kernel drops descriptors for which this process has no free number. Only this flag reports it.
+        if message.flags.contains(ReturnFlags::CTRUNC) {
+            return Err(io::Error::other("the kernel dropped descriptors: is the limit on open files too low here?"));
+        }
+        Ok(message.bytes)
     }
 
     /// Returns the text, the bytes after it, and the descriptors in the order in which they were sent, with
@@ -211,7 +219,10 @@ mod tests {
     }
 
     fn pair() -> (UnixStream, UnixStream) {
-        UnixStream::pair().unwrap()
+        let (left, right) = UnixStream::pair().unwrap();
+        left.set_nonblocking(true).unwrap();
+        right.set_nonblocking(true).unwrap();
+        (left, right)
     }
 
     fn text(lines: usize) -> Vec<u8> {
@@ -431,7 +442,7 @@ mod tests {
         }
         let (all, _) = descriptors(20);
         let (left, right) = pair();
-        let mut sender = Sender::new(text(20), all).unwrap();
+        let mut sender = Sender::new(text(20), all.iter().collect()).unwrap();
         assert_eq!(sender.step(&left).unwrap(), Sent::All);
         limit_open_files(32);
         let error = receiver().step(&right).unwrap_err();

@@ -244,7 +244,7 @@ impl Service {
             return None;
         };
         let mut paused = Paused::begin(&generation.shutdown, HashSet::new());
-        paused.end(State::Stopped);
+        paused.then = State::Stopped;
         match generation.sockets.keep_passed(&*store, generation.number) {
             Ok(count) => logging::info!("stored the passed state for the next start: descriptors={count}"),
             Err(e) => logging::error!("cannot store the passed state for the next start: {e}"),

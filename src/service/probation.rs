@@ -89,7 +89,7 @@ impl Service {
             drop(paused);
             return reply.status(&format!("failed: {why}\n"));
         }
-        paused.end(State::HandedOver);
+        paused.then = State::HandedOver;
         logging::warn!("rolled back by {reason}: the parent serves again");
         self.refuse_queued(event_loop);
         // This comes last, because after it this process may exit immediately.

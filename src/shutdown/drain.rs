@@ -12,7 +12,8 @@ use rustix::event::{PollFd, PollFlags};
 
 use super::gate::{Gate, State};
 use super::sync::{AtomicBool, AtomicUsize, Flag, Mutex, MutexGuard};
-use crate::handover::ancestors::{Ancestors, DrainLink};
+use crate::handover::ancestors::Ancestors;
+use crate::handover::entry::Entry;
 use crate::sys::poll::{poll, Deadline};
 
 /// How often a stop that waits for older generations reports progress, because it cannot see theirs.
@@ -154,7 +155,7 @@ impl Drain {
     }
 
     #[cfg(not(all(test, ecdysis_loom)))]
-    fn sleep(&self, gate: &Gate, signal: Option<&dyn EndSignal>, older: &[&DrainLink], deadline: Deadline) {
+    fn sleep(&self, gate: &Gate, signal: Option<&dyn EndSignal>, older: &[&Entry], deadline: Deadline) {
         let mut fds = vec![PollFd::new(&self.look, PollFlags::IN)];
         fds.extend((!gate.state().is_over()).then(|| PollFd::new(&gate.over, PollFlags::IN)));
         fds.extend(signal.map(|signal| PollFd::from_borrowed_fd(signal.fd(), PollFlags::IN)));
@@ -163,7 +164,7 @@ impl Drain {
     }
 
     #[cfg(all(test, ecdysis_loom))]
-    fn sleep(&self, _: &Gate, _: Option<&dyn EndSignal>, _: &[&DrainLink], _: Deadline) {
+    fn sleep(&self, _: &Gate, _: Option<&dyn EndSignal>, _: &[&Entry], _: Deadline) {
         self.look.wait();
     }
 

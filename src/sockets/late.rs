@@ -20,15 +20,12 @@ use crate::error::Error;
 use crate::handover::blob;
 use crate::handover::entry::Entry;
 use crate::handover::manifest::{self, Origin};
-use crate::handover::scm::{Sender, Sent, DESCRIPTORS_PER_MESSAGE};
+use crate::handover::scm::{Sender, Sent, CROWDED, DESCRIPTORS_PER_MESSAGE};
 use crate::key::Key;
 use crate::sys::{net, Mode};
 
 /// How long all callbacks and the sending may take together. The child waits five seconds for the commit.
 pub(super) const TIME: Duration = Duration::from_secs(3);
-
-/// How long to wait when the kernel accepts no more descriptors. No event reports when it accepts them again.
-const CROWDED: Duration = Duration::from_millis(10);
 
 /// The size of the send buffer that is requested, in bytes.
 const BUFFER: usize = 8 << 20;

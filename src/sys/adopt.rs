@@ -18,11 +18,6 @@ pub(crate) fn identity(fd: impl AsFd) -> io::Result<u64> {
     Ok(identity::of(&fstat(fd)?))
 }
 
-/// Returns whether this can be the descriptor with that identity.
-pub(crate) fn is_identical(fd: impl AsFd, to: u64) -> io::Result<bool> {
-    Ok(identity::is(&fstat(fd)?, to))
-}
-
 /// Returns the nonce for a manifest: the identity of its carrier, unless the carrier itself can be verified.
 pub(crate) fn nonce(carrier: u64) -> Option<u64> {
     (!identity::IS_A_PROOF).then_some(carrier)

@@ -3,7 +3,7 @@
 
 use std::io;
 
-use super::signal::{self, Mask};
+use super::system::mask::{change, Mask};
 pub(crate) use super::system::scheduling::Scheduling;
 
 /// The attributes with which a generation was started, and with which every later one will be started.
@@ -16,6 +16,7 @@ pub(crate) struct Attributes {
 impl Attributes {
     /// Returns those of the calling thread, which is the main thread of a program that has just started.
     pub(crate) fn of_this_thread() -> io::Result<Self> {
-        Ok(Self { mask: signal::mask()?, scheduling: Scheduling::of_this_thread() })
+        let mask = change(libc::SIG_BLOCK, Mask::none()).map_err(io::Error::from_raw_os_error)?;
+        Ok(Self { mask, scheduling: Scheduling::of_this_thread() })
     }
 }

@@ -1,20 +1,20 @@
-//! A child process: whether it has ended, its exit status, and killing it.
+//! The new process of an upgrade: whether it has ended, its exit status, and killing it.
 
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::process::ExitStatusExt;
 use std::process::ExitStatus;
 use std::sync::{Mutex, PoisonError};
 use std::thread;
 use std::time::Duration;
 
-use rustix::event::{PollFd, PollFlags};
-use rustix::io::Errno;
 use rustix::process::{kill_process, waitpid, Pid, Signal, WaitOptions};
 
-use super::plan::{Parentage, SharedMemory};
-use super::poll::{poll, wait_hangup, wait_readable, Deadline};
+use super::peer::{peer_pidfd, PeerCred};
+use super::plan::SharedMemory;
+use super::poll::{wait_hangup, wait_readable, Deadline};
 use super::signal::wake_fd;
 use super::system::clone;
+use super::Parentage;
 use crate::logging;
 
 /// How often to check whether a child without a pidfd has ended.
@@ -27,69 +27,77 @@ const KILLING: Duration = Duration::from_secs(5);
 /// time, unless it hangs in the kernel.
 const REAPING: Duration = Duration::from_millis(200);
 
-/// A child process.
-pub(crate) struct Spawned {
-    pub(crate) pid: Pid,
-    /// A descriptor that is readable once the child has ended. `None` if the kernel did not provide one.
+/// A process that this one has created, or one that takes over.
+pub(crate) struct Process {
+    /// `None` if it is not visible here.
+    pub(super) pid: Option<Pid>,
+    /// A descriptor that is readable once the process has ended. `None` if the kernel did not provide one.
     pub(crate) pidfd: Option<OwnedFd>,
-    pub(crate) parent: Parentage,
-    /// The memory that the child reads until its execve.
-    pub(super) _memory: SharedMemory,
+    pub(super) parent: Parentage,
+    /// The memory that a child reads until its execve.
+    pub(super) _memory: Option<SharedMemory>,
 }
 
-impl Spawned {
-    /// Waits for the end of the child. Returns whether it has ended before the deadline.
+impl Process {
+    /// Returns the process at the other end of `socket`, which has its own supervisor.
+    pub(crate) fn at(socket: impl AsFd, peer: &PeerCred) -> Self {
+        let pid = peer.pid.and_then(|pid| Pid::from_raw(pid as i32));
+        Self { pid, pidfd: peer_pidfd(socket), parent: Parentage::Another, _memory: None }
+    }
+
+    /// Returns 0 if it is not visible here.
+    pub(crate) fn pid(&self) -> u32 {
+        self.pid.map_or(0, |pid| pid.as_raw_nonzero().get() as u32)
+    }
+
+    pub(crate) fn is_child(&self) -> bool {
+        self.parent != Parentage::Another
+    }
+
+    /// Waits for the end of the process. Returns whether it has ended before the deadline.
     pub(crate) fn ends_before(&self, deadline: Deadline) -> bool {
         if let Some(pidfd) = &self.pidfd {
             return wait_readable(pidfd, deadline);
         }
-        loop {
-            if self.has_ended() {
-                return true;
-            }
-            if deadline.has_passed() {
+        while !self.has_ended() {
+            if deadline.has_passed() || !self.is_child() {
                 return false;
             }
             thread::sleep(Duration::from_millis(2));
         }
+        true
     }
 
     /// Returns whether the child has ended, or cannot be reaped by this process (any more).
     fn has_ended(&self) -> bool {
         let options = libc::WEXITED | libc::WNOHANG | libc::WNOWAIT;
         // SAFETY: zeros are a valid siginfo_t, and the call writes only there. (rustix has no waitid for OpenBSD.)
-        unsafe {
-            let mut status: libc::siginfo_t = std::mem::zeroed();
-            let pid = self.pid.as_raw_nonzero().get() as libc::id_t;
-            libc::waitid(libc::P_PID, pid, &mut status, options) != 0 || status.si_signo != 0
-        }
+        self.is_child()
+            && unsafe {
+                let mut status: libc::siginfo_t = std::mem::zeroed();
+                libc::waitid(libc::P_PID, self.pid(), &mut status, options) != 0 || status.si_signo != 0
+            }
     }
 
     /// Lets the child run until it exits, and reaps it later.
     pub(crate) fn reap_later(&self) -> Option<ExitStatus> {
+        let pid = self.pid.filter(|_| self.is_child())?;
         let pidfd = self.pidfd.as_ref().and_then(|pidfd| pidfd.try_clone().ok());
-        LATE.lock().unwrap_or_else(PoisonError::into_inner).push((self.pid, pidfd));
+        LATE.lock().unwrap_or_else(PoisonError::into_inner).push((pid, pidfd));
         None
     }
 
     fn survives(&self) -> Option<ExitStatus> {
-        logging::error!("child {} cannot be reaped yet: a debugger holds it, or it hangs in the kernel", self.pid);
+        logging::error!("child {} cannot be reaped yet: a debugger holds it, or it hangs in the kernel", self.pid());
         self.reap_later()
     }
 
     /// Whether a killed child ends in time.
     fn dies(&self) -> bool {
-        if self.ends_before(Deadline::after(REAPING)) {
-            return true;
-        }
-        let deadline = Deadline::after(KILLING);
-        let Ok(wake) = wake_fd() else { return self.ends_before(deadline) };
-        if let Some(pidfd) = &self.pidfd {
-            let mut fds = [PollFd::new(pidfd, PollFlags::IN), PollFd::new(&wake, PollFlags::IN)];
-            return poll(&mut fds, deadline).is_ok() && !fds[0].revents().is_empty();
-        }
-        while !self.has_ended() {
-            if deadline.has_passed() || wait_readable(wake, Deadline::after(LOOK)) {
+        let (reaping, deadline) = (Deadline::after(REAPING), Deadline::after(KILLING));
+        let is_asked = || wake_fd().is_ok_and(|wake| wait_readable(wake, Deadline::after(Duration::ZERO)));
+        while !self.ends_before(Deadline::after(LOOK)) {
+            if deadline.has_passed() || (reaping.has_passed() && is_asked()) {
                 return false;
             }
         }
@@ -99,7 +107,7 @@ impl Spawned {
     /// Kills and reaps the child. Returns its exit status, unless another process or another part of this one has
     /// reaped it.
     pub(crate) fn kill_and_reap(&self) -> Option<ExitStatus> {
-        let pid = self.pid;
+        let pid = self.pid.filter(|_| self.is_child())?;
         reap_late();
         // A filter may allow only the older call. The child is not reaped before its end, so its PID cannot be reused.
         let killed = self.pidfd.as_ref().is_some_and(|pidfd| clone::kill(pidfd).is_ok());
@@ -118,7 +126,6 @@ impl Spawned {
         let deadline = Deadline::after(REAPING);
         loop {
             match waitpid(Some(pid), WaitOptions::NOHANG) {
-                Err(Errno::INTR) => {}
                 Ok(Some((_, status))) => return Some(ExitStatus::from_raw(status.as_raw())),
                 // A debugger that traces the child receives its status first, and may delay it.
                 Ok(None) if deadline.has_passed() => return self.survives(),

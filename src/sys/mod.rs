@@ -57,3 +57,15 @@ pub(crate) enum Mode {
     Blocking,
     Nonblocking,
 }
+
+/// The parent of a new process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Parentage {
+    /// The calling process.
+    Us,
+    /// The parent of the calling process, if the kernel allows it. That parent then reaps the new process. For a
+    /// service manager that waits only for its own children at a stop.
+    OurParent,
+    /// Another process, which has started the one that takes over.
+    Another,
+}

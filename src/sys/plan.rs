@@ -4,18 +4,19 @@ use std::ffi::{c_char, CString};
 use std::mem;
 use std::os::fd::RawFd;
 use std::ptr;
-use std::sync::Arc;
+use std::rc::Rc;
 
 use super::attributes::{Attributes, Scheduling};
 use super::system::clone::Stack;
+use super::Parentage;
 
 /// Everything that the child needs, created before it exists.
 pub(crate) struct Plan {
     pub(crate) program: CString,
     pub(crate) argv: Vec<CString>,
     pub(crate) envp: Vec<CString>,
-    /// The child's directory, and whether it may start in the parent's if it cannot enter that.
-    pub(crate) directory: Option<(CString, IfMissing)>,
+    /// The child's directory, and whether it may start in the parent's if it cannot enter that. Empty if there is none.
+    pub(crate) directory: (CString, IfMissing),
     /// The descriptors that survive the execve, besides stdin, stdout and stderr.
     pub(crate) keep: Vec<RawFd>,
     /// The descriptor on which the child reports a failure before the new program runs. One of `keep`.
@@ -34,16 +35,6 @@ pub(crate) enum IfMissing {
     Stay,
 }
 
-/// The parent of a new process.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Parentage {
-    /// The calling process.
-    Us,
-    /// The parent of the calling process, if the kernel allows it. That parent then reaps the new process. For a
-    /// service manager that waits only for its own children at a stop.
-    OurParent,
-}
-
 /// The memory that the child reads before its execve, and its stack.
 pub(super) struct Memory {
     pub(super) plan: Plan,
@@ -55,13 +46,8 @@ pub(super) struct Memory {
     pub(super) stack: Stack,
 }
 
-// SAFETY: the raw pointers refer to `plan`, which moves with them and never changes.
-unsafe impl Send for Memory {}
-// SAFETY: as above.
-unsafe impl Sync for Memory {}
-
 /// Frees the memory only when no child uses it any more.
-pub(super) struct SharedMemory(pub(super) Arc<Memory>);
+pub(super) struct SharedMemory(pub(super) Rc<Memory>);
 
 impl SharedMemory {
     pub(super) fn new(plan: Plan) -> Self {
@@ -70,7 +56,7 @@ impl SharedMemory {
             pointers.push(ptr::null());
             pointers
         };
-        Self(Arc::new(Memory {
+        Self(Rc::new(Memory {
             argv: pointers(&plan.argv),
             envp: pointers(&plan.envp),
             restore: plan.attributes.scheduling.to_restore(),

@@ -47,9 +47,8 @@ impl Deadline {
 
     /// Returns the time left in the form of poll(2); `None` for no limit.
     pub(crate) fn left(self) -> Option<Timespec> {
-        let left = self.0?.saturating_duration_since(Instant::now());
         // A time that is too long for the kernel means no limit.
-        Timespec::try_from(left).ok()
+        Timespec::try_from(self.time_left()).ok()
     }
 }
 
@@ -62,17 +61,13 @@ pub(crate) const SCARCE: Duration = Duration::from_millis(50);
 /// error must not end the server.
 pub(crate) fn poll(fds: &mut [PollFd<'_>], deadline: Deadline) -> io::Result<usize> {
     loop {
+        // Descriptors that have become ready at the deadline still count, but there is no further wait.
+        let is_last = deadline.has_passed();
         match rustix::event::poll(fds, deadline.left().as_ref()) {
+            Err(Errno::INTR | Errno::NOMEM | Errno::AGAIN) if is_last => return Ok(0),
             Err(Errno::INTR) => {}
             Err(Errno::NOMEM | Errno::AGAIN) => thread::sleep(SCARCE),
             result => return result,
-        }
-        if deadline.has_passed() {
-            // Descriptors that have become ready still count, but there is no further wait.
-            return match rustix::event::poll(fds, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })) {
-                Err(Errno::INTR | Errno::NOMEM | Errno::AGAIN) => Ok(0),
-                result => result,
-            };
         }
     }
 }

@@ -8,6 +8,11 @@ use rustix::process::{getegid, geteuid, getgid, getuid};
 
 pub(crate) use super::system::program::*;
 
+/// The reason why a privileged program gets no handover.
+pub(crate) const SECURE: &str =
+    "the program has more rights than its caller (AT_SECURE: set-user-ID, set-group-ID or file \
+    capabilities), so it does not trust its environment; use ambient capabilities, or a takeover";
+
 /// Returns whether the kernel would give `path` more privileges than this process has as its caller. Then execve(2)
 /// would set AT_SECURE.
 pub(crate) fn becomes_secure(path: &Path) -> bool {

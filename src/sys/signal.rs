@@ -2,15 +2,14 @@
 
 use std::io;
 use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::ptr;
-use std::sync::atomic::{AtomicI32, AtomicPtr, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicPtr, AtomicU64, Ordering};
 use std::sync::OnceLock;
 
 use rustix::io::Errno;
 
 use super::flag::Flag;
-use super::system::calls;
 pub(crate) use super::system::mask::Mask;
 use super::system::mask::{self, change};
 
@@ -23,10 +22,8 @@ static PENDING: AtomicU64 = AtomicU64::new(0);
 /// The previous actions, by signal. They are leaked, because a handler may read one at any time.
 static FORMER: [AtomicPtr<libc::sigaction>; LAST + 1] = [const { AtomicPtr::new(ptr::null_mut()) }; LAST + 1];
 
-/// The descriptor to which the handler writes; -1 until there is one. It is never closed, because a handler may run at
-/// any time in any thread.
-static WAKE: AtomicI32 = AtomicI32::new(-1);
-static WAKE_OWNER: OnceLock<Flag> = OnceLock::new();
+/// The flag that the handler raises. It is never closed, because a handler may run at any time in any thread.
+static WAKE: OnceLock<Flag> = OnceLock::new();
 
 /// Returns the signal's name, as operators write it.
 pub(crate) fn name(signal: i32) -> String {
@@ -49,28 +46,23 @@ pub(crate) fn wake_fd() -> io::Result<BorrowedFd<'static>> {
 }
 
 fn wake_flag() -> io::Result<&'static Flag> {
-    if WAKE_OWNER.get().is_none() {
-        let flag = Flag::new(false)?;
+    match WAKE.get() {
+        Some(flag) => Ok(flag),
         // If two threads create one at the same time, the second is closed here, before it is used.
-        let _ = WAKE_OWNER.set(flag);
+        None => Flag::new(false).map(|flag| WAKE.get_or_init(|| flag)),
     }
-    let flag = WAKE_OWNER.get().ok_or(io::ErrorKind::Other)?;
-    WAKE.store(flag.writable().as_raw_fd(), Ordering::Release);
-    Ok(flag)
 }
 
-/// Makes the descriptor readable.
+/// Makes the descriptor readable. The handler calls this too: `get` is one atomic load, and `raise` is async-signal-safe.
 pub(crate) fn wake() {
-    let one = 1_u64.to_ne_bytes();
-    let fd = WAKE.load(Ordering::Acquire);
-    // SAFETY: `one` has eight bytes, as an eventfd requires, and `fd` is -1 or never closed. This is async-signal-safe
-    // and leaves errno alone, which matters in the handler.
-    let _ = unsafe { calls::write(fd, one.as_ptr(), one.len()) };
+    if let Some(flag) = WAKE.get() {
+        flag.raise();
+    }
 }
 
 /// Makes the descriptor unreadable. Later signals and calls make it readable again.
 pub(crate) fn clear_wake() {
-    if let Some(flag) = WAKE_OWNER.get() {
+    if let Some(flag) = WAKE.get() {
         flag.lower();
     }
 }
@@ -176,16 +168,6 @@ impl Drop for Handlers {
     }
 }
 
-/// Returns the calling thread's signal mask.
-pub(crate) fn mask() -> io::Result<Mask> {
-    change(libc::SIG_BLOCK, Mask::none()).map_err(io::Error::from_raw_os_error)
-}
-
-/// Also for the child of a spawn, so it does not use errno.
-pub(super) fn set_mask_raw(mask: Mask) -> Result<(), i32> {
-    change(libc::SIG_SETMASK, mask).map(drop)
-}
-
 /// Signals that the calling thread has blocked. Restores the former mask when dropped.
 pub(super) struct Blocked(Mask);
 
@@ -198,7 +180,7 @@ impl Blocked {
 impl Drop for Blocked {
     fn drop(&mut self) {
         // This cannot fail: the same call with valid arguments has blocked the signals.
-        let _ = set_mask_raw(self.0);
+        let _ = change(libc::SIG_SETMASK, self.0);
     }
 }
 

@@ -14,11 +14,12 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use rustix::process::Pid;
 
-use super::child::Spawned;
-use super::plan::{IfMissing, Memory, Parentage, Plan, SharedMemory};
-use super::signal::{self, Blocked, Mask};
+use super::child::Process;
+use super::plan::{IfMissing, Memory, Plan, SharedMemory};
+use super::signal::{Blocked, Mask};
 use super::system::clone::{self, Cloned};
 use super::system::{calls, mask, sweep};
+use super::Parentage;
 use crate::logging;
 
 /// How the new process is created.
@@ -41,7 +42,7 @@ const BUSY_PAUSE: std::ffi::c_long = 10;
 
 /// Creates a child that executes the plan. Returns without waiting for its execve. A failure before that is reported as
 /// a `failed` line on the plan's status descriptor.
-pub(crate) fn spawn(plan: Plan, how: Spawn) -> io::Result<Spawned> {
+pub(crate) fn spawn(plan: Plan, how: Spawn) -> io::Result<Process> {
     static LOGGED: AtomicBool = AtomicBool::new(false);
     let shared = SharedMemory::new(plan);
     let cloned = match how {
@@ -57,10 +58,8 @@ pub(crate) fn spawn(plan: Plan, how: Spawn) -> io::Result<Spawned> {
         },
         _ => fork(&shared.0),
     };
-    let Cloned { pid, pidfd, is_sibling } = cloned.map_err(explain)?;
-    let pid = Pid::from_raw(pid).ok_or(io::ErrorKind::Other)?;
-    let parent = if is_sibling { Parentage::OurParent } else { Parentage::Us };
-    Ok(Spawned { pid, pidfd, parent, _memory: shared })
+    let (pid, pidfd, parent) = cloned.map_err(explain)?;
+    Ok(Process { pid: Pid::from_raw(pid), pidfd, parent, _memory: Some(shared) })
 }
 
 /// Adds a hint about the likely cause to an error of [`spawn`] or of a `failed` line.
@@ -78,11 +77,10 @@ pub(crate) fn explain(error: io::Error) -> io::Error {
 }
 
 fn clone(memory: &Memory) -> io::Result<Cloned> {
-    let sibling = memory.plan.parent == Parentage::OurParent;
     // The child must not run a handler of the parent. It lifts the mask once it has reset the handlers.
     let _blocked = Blocked::new(Mask::all())?;
     // SAFETY: `child` meets the conditions, and `memory` outlives the child's use of it, see `SharedMemory`.
-    unsafe { memory.stack.clone(sibling, child, ptr::from_ref(memory).cast_mut().cast()) }
+    unsafe { memory.stack.clone(memory.plan.parent, child, ptr::from_ref(memory).cast_mut().cast()) }
 }
 
 fn fork(memory: &Memory) -> io::Result<Cloned> {
@@ -91,7 +89,7 @@ fn fork(memory: &Memory) -> io::Result<Cloned> {
     match unsafe { libc::fork() } {
         -1 => Err(io::Error::last_os_error()),
         0 => run(memory),
-        pid => Ok(Cloned { pid, pidfd: Pid::from_raw(pid).and_then(clone::pidfd), is_sibling: false }),
+        pid => Ok((pid, Pid::from_raw(pid).and_then(clone::pidfd), Parentage::Us)),
     }
 }
 
@@ -102,9 +100,12 @@ extern "C" fn child(memory: *mut c_void) -> c_int {
     run(memory)
 }
 
-/// Runs the child from fork to execve.
+/// Runs the child from fork to execve. Reports the step that failed.
 fn run(memory: &Memory) -> ! {
-    let (step, errno) = execute(memory);
+    let (step, errno) = match prepare(memory) {
+        Ok(()) => ("execve", execve(memory)),
+        Err(failed) => failed,
+    };
     let mut report = [0_u8; 32];
     let mut rest = &mut report[..];
     // The formatting of a number and the copy into a slice do not allocate.
@@ -115,14 +116,7 @@ fn run(memory: &Memory) -> ! {
     calls::exit(127)
 }
 
-/// Returns only if a step failed, with the step's name and the errno.
-fn execute(memory: &Memory) -> (&'static str, i32) {
-    match prepare(memory) {
-        Ok(()) => ("execve", execve(memory)),
-        Err(failure) => failure,
-    }
-}
-
+/// Returns the name of the step that failed, and the errno.
 fn prepare(memory: &Memory) -> Result<(), (&'static str, i32)> {
     let plan = &memory.plan;
     // SAFETY: this process has its own signal dispositions and descriptor table, because neither CLONE_SIGHAND nor
@@ -131,18 +125,16 @@ fn prepare(memory: &Memory) -> Result<(), (&'static str, i32)> {
         mask::reset_all();
         sweep::sweep().map_err(|e| ("sweep", e))?;
     }
-    if let Some((directory, if_missing)) = &plan.directory {
-        match calls::chdir(directory) {
-            Err(e) if *if_missing == IfMissing::Fail => return Err(("chdir", e)),
-            _ => {}
-        }
+    match calls::chdir(&plan.directory.0) {
+        Err(e) if plan.directory.1 == IfMissing::Fail => return Err(("chdir", e)),
+        _ => {}
     }
     memory.restore.apply();
     for &fd in &plan.keep {
         // SAFETY: as above.
         unsafe { calls::set_fd_flags(fd as usize, 0).map_err(|e| ("keep", e))? };
     }
-    signal::set_mask_raw(plan.attributes.mask).map_err(|e| ("sigmask", e))
+    mask::change(libc::SIG_SETMASK, plan.attributes.mask).map(drop).map_err(|e| ("sigmask", e))
 }
 
 /// Executes the program. A file that is open for writing (a copy that is just being closed, or another thread's child

@@ -4,7 +4,7 @@ use std::cell::Cell;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use crate::handover::greeting::{another_app, refuse, Greeting};
+use crate::handover::greeting::{another_app, parse_takeover, refuse};
 use crate::handover::link::nonblocking;
 use crate::logging;
 use crate::sys::peer::PeerCred;
@@ -25,8 +25,8 @@ impl TakeoverRequest {
             refuse(&socket, why);
             None
         };
-        let Some(greeting) = Greeting::parse(line) else { return refused("failed: this is a takeover socket") };
-        if let (Some(app), Some(other)) = (app, another_app(app, greeting.app.as_deref())) {
+        let Some(theirs) = parse_takeover(line) else { return refused("failed: this is a takeover socket") };
+        if let (Some(app), Some(other)) = (app, another_app(app, theirs.as_deref())) {
             logging::warn!("refused to hand over to application {other:?}: this is {app:?}");
             return refused(&format!("failed: this is application {app:?}, not {other:?}"));
         }

@@ -11,18 +11,16 @@ use rustix::fs::FileType;
 
 use crate::error::Error;
 use crate::generation::Generation;
-use crate::handover::ancestors::{Ancestors, ParentState};
+use crate::handover::ancestors::ParentState;
 use crate::handover::entry::FdRef;
-use crate::handover::lines::{FromChild, COMMIT, MAX_DROPPED};
-use crate::handover::manifest::Origin;
+use crate::handover::lines::{send, FromChild, COMMIT, MAX_DROPPED};
 use crate::handover::receive::{self, Inherited};
 use crate::handover::variable::{is_handover, Carrier, VARIABLE};
 use crate::handover::{from_1_1_1, greeting};
 use crate::logging;
-use crate::program::SECURE;
 use crate::sys::adopt::{check, may_bring_a_manifest, Adopter};
 use crate::sys::poll::Deadline;
-use crate::sys::program;
+use crate::sys::program::{is_secure, SECURE};
 use crate::triggers::control::Trust;
 
 /// How long reading the manifest may take. The parent has written it before the child started.
@@ -39,22 +37,13 @@ pub(crate) fn inherit(
     app: Option<&str>,
     ready_timeout: Duration,
 ) -> Result<Option<Inherited>, Error> {
-    if let Some(inherited) = from_environment()? {
-        return Ok(Some(inherited));
-    }
-    if let Some((entries, pipe)) = from_1_1_1::inherit()? {
-        // That version does not count its generations.
-        let ancestors = Ancestors { of_1_1_1: Some(pipe), ..Ancestors::default() };
-        return Ok(Some(Inherited {
-            origin: Origin { generation: 1, ..Origin::default() },
-            entries,
-            ancestors,
-            ..Inherited::default()
-        }));
-    }
-    match take_over {
-        Some(path) => from_socket(path, trust, app, ready_timeout),
-        None => Ok(None),
+    let inherited = match from_environment()? {
+        None => from_1_1_1::inherit()?,
+        inherited => inherited,
+    };
+    match (inherited, take_over) {
+        (None, Some(path)) => from_socket(path, trust, app, ready_timeout),
+        (inherited, _) => Ok(inherited),
     }
 }
 
@@ -78,7 +67,7 @@ fn from_environment() -> Result<Option<Inherited>, Error> {
         (false, false) => return Ok(another_process()),
         _ => return Err(invalid("one of the two pipes is missing")),
     }
-    if program::is_secure() {
+    if is_secure() {
         return Err(invalid(SECURE));
     }
     let Some(mut adopter) = Adopter::take() else { return Ok(None) };
@@ -86,12 +75,9 @@ fn from_environment() -> Result<Option<Inherited>, Error> {
     let mut adopt = |fd: FdRef| adopter.adopt(fd.fd, None, Some(fd.inode)).map(Arc::new).map_err(&failed);
     let reader = adopt(end)?;
     let writer = if carrier.is_socket() { reader.clone() } else { adopt(writer)? };
-    let arrived = if carrier.is_socket() {
-        let received = receive::receive(&reader, MANIFEST).map_err(&failed)?;
-        received.map_err(|answer| failed(io::Error::new(io::ErrorKind::InvalidData, answer)))?
-    } else {
-        receive::read(&reader, adopter, MANIFEST).map_err(failed)?
-    };
+    let adopter = (!carrier.is_socket()).then_some(adopter);
+    let received = receive::receive(&reader, adopter, MANIFEST).map_err(&failed)?;
+    let arrived = received.map_err(|answer| failed(io::Error::new(io::ErrorKind::InvalidData, answer)))?;
     if !arrived.is_of(end) {
         return Ok(another_process());
     }
@@ -112,7 +98,7 @@ fn from_socket(
 ) -> Result<Option<Inherited>, Error> {
     let mut attempts = 0;
     while let Some(socket) = greeting::connect(path, &**trust, app)? {
-        match receive::receive(&socket, ready_timeout) {
+        match receive::receive(&socket, None, ready_timeout) {
             Ok(Ok(arrived)) => {
                 logging::info!("taking over from the process at {}", path.display());
                 let socket = Arc::new(socket);
@@ -148,7 +134,7 @@ pub(crate) fn ready(generation: &Generation) -> Result<(), Error> {
     if let Some(pipe) = &generation.ancestors.of_1_1_1 {
         let pid_file = generation.pid_file.replace()?;
         generation.sockets.begin_serving()?;
-        from_1_1_1::ready(pipe).map_err(|source| Error::Ready { source })?;
+        send(pipe, from_1_1_1::READY).map_err(|source| Error::Ready { source })?;
         pid_file.keep();
         // Not earlier, because the parent shares the mode, and its threads may accept with blocking calls.
         return generation.sockets.registry().make_nonblocking().map_err(|source| Error::Ready { source });

@@ -2,28 +2,29 @@
 
 use std::collections::HashSet;
 use std::io;
-use std::path::Path;
+use std::os::fd::AsRawFd;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use super::successor::{Process, Successor};
+use super::successor::Successor;
 use super::verification::Verification;
 use crate::error::Error;
 use crate::event::Event;
 use crate::event_loop::{EventLoop, Phase, Wake};
 use crate::exit::Upgraded;
 use crate::generation::Generation;
+use crate::handover::entry::Entry;
 use crate::handover::lines::{FromChild, FromParent, COMMIT};
-use crate::handover::link::{ChildLink, Handover, Transport};
+use crate::handover::link::{ChildLink, Transport};
 use crate::logging;
-use crate::program::SECURE;
 use crate::shutdown::{Shutdown, State};
 use crate::sockets::Late;
-use crate::sys::child::LOOK;
-use crate::sys::peer::peer_pidfd;
-use crate::sys::plan::{Parentage, Plan};
+use crate::sys::child::{Process, LOOK};
+use crate::sys::plan::Plan;
 use crate::sys::poll::Deadline;
-use crate::sys::program::{has_capabilities, pidfd_id};
+use crate::sys::program::{has_capabilities, pidfd_id, SECURE};
 use crate::sys::spawn::{explain, spawn};
+use crate::sys::Parentage;
 use crate::triggers::request::{Action, Request};
 use crate::triggers::takeover::TakeoverRequest;
 
@@ -36,43 +37,46 @@ pub(crate) fn upgrade<'a>(
 ) -> Result<(Upgraded, Paused<'a>), Error> {
     let generation = event_loop.generation;
     generation.reporter.emit(&Event::Upgrading);
-    let (handover, late) = pack(generation)?;
+    let (entries, late) = pack(generation)?;
     let mut successor = match target {
-        None => start(generation, handover)?,
-        Some(request) => begin(generation, request, handover)?,
+        None => start(generation, entries)?,
+        Some(request) => begin(generation, request, entries)?,
     };
     wait_ready(&mut successor, event_loop, since)?;
     commit(successor, late, event_loop, since)
 }
 
 /// Step 2: collects everything that is handed over, for any carrier, and everything that must be sent at the commit.
-fn pack(generation: &Generation) -> Result<(Handover, Option<Late>), Error> {
+fn pack(generation: &Generation) -> Result<(Vec<Entry>, Option<Late>), Error> {
     let (mut entries, late) = generation.sockets.snapshot()?;
     for link in generation.ancestors.draining() {
-        entries.push(link.entry());
-        entries.extend(link.status(&generation.ancestors).cloned());
+        entries.push(link.clone());
+        entries.extend(generation.ancestors.status_of(link).cloned());
     }
     entries.extend(generation.drain_status().map(|status| status.entry.clone()));
-    Ok((Handover { origin: generation.origin.clone(), entries }, late))
+    Ok((entries, late))
 }
 
 /// Step 3 with a child. Everything that needs memory is built before the child exists.
-fn start(generation: &Generation, handover: Handover) -> Result<Successor<'_>, Error> {
+fn start(generation: &Generation, entries: Vec<Entry>) -> Result<Successor<'_>, Error> {
     let options = &generation.options;
     generation.warn_of_lost_rights();
     generation.reporter.check_unit().map_err(Error::prepare("the next generation"))?;
     let program = options.change(&generation.program)?;
-    let (link, child_end) = match options.transport {
-        Transport::Pipes => ChildLink::pipes(handover)?,
-        Transport::Socket => ChildLink::socketpair(handover)?,
-    };
+    let (mut link, (carrier, child_end)) = match options.transport {
+        Transport::Pipes => ChildLink::pipes(&generation.origin, entries),
+        Transport::Socket => ChildLink::socketpair(&generation.origin, entries),
+    }
+    .map_err(Error::prepare("link"))?;
+    // Send as much of the manifest as fits, so that the child can usually proceed on its own if this process dies.
+    link.send_some().map_err(Error::prepare("manifest"))?;
     let plan = Plan {
         program: program.path_c().map_err(Error::prepare("program"))?,
         argv: program.argv().map_err(Error::prepare("arguments"))?,
-        envp: program.envp(&child_end.carrier.value()).map_err(Error::prepare("environment"))?,
+        envp: program.envp(&carrier.value()).map_err(Error::prepare("environment"))?,
         directory: program.directory_c().map_err(Error::prepare("directory"))?,
-        keep: child_end.keep(),
-        status: child_end.carrier.writer.fd,
+        keep: child_end.iter().map(AsRawFd::as_raw_fd).collect(),
+        status: carrier.writer.fd,
         attributes: generation.attributes.clone(),
         // At a stop systemd waits only for its own children, and kills all others immediately (`unit_kill_context`).
         parent: match generation.reporter.main() {
@@ -82,11 +86,10 @@ fn start(generation: &Generation, handover: Handover) -> Result<Successor<'_>, E
     };
     let spawned =
         spawn(plan, options.spawn).map_err(|source| Error::Spawn { program: program.path.clone(), source })?;
-    let mut successor = Successor::new(generation, Process::Child(spawned), link);
-    successor.program = program.path;
+    let successor = Successor::new(generation, spawned, link, program.path);
     // Otherwise this process keeps the child's ends open and never sees the child's end.
     drop(child_end);
-    generation.reporter.emit(&Event::Spawned { pid: successor.pid() });
+    generation.reporter.emit(&Event::Spawned { pid: successor.process.pid() });
     Ok(successor)
 }
 
@@ -94,18 +97,18 @@ fn start(generation: &Generation, handover: Handover) -> Result<Successor<'_>, E
 fn begin<'a>(
     generation: &'a Generation,
     request: &TakeoverRequest,
-    handover: Handover,
+    entries: Vec<Entry>,
 ) -> Result<Successor<'a>, Error> {
     let socket = request.begin();
-    let pid = request.peer.pid.unwrap_or(0);
-    logging::info!("takeover pid={pid} uid={}", request.peer.uid);
-    let process = Process::Takeover { pid, pidfd: peer_pidfd(&socket) };
-    Ok(Successor::new(generation, process, ChildLink::socket(socket, handover)?))
+    let process = Process::at(&socket, &request.peer);
+    logging::info!("takeover pid={} uid={}", process.pid(), request.peer.uid);
+    let link = ChildLink::socket(socket, &generation.origin, entries, None).map_err(Error::prepare("link"))?;
+    Ok(Successor::new(generation, process, link, PathBuf::new()))
 }
 
 /// Step 4: one poll over the link, the triggers and the deadline.
 fn wait_ready(successor: &mut Successor<'_>, event_loop: &mut EventLoop<'_>, since: Instant) -> Result<(), Error> {
-    let (pid, timeout) = (successor.pid(), event_loop.generation.options.ready_timeout);
+    let (pid, timeout) = (successor.process.pid(), event_loop.generation.options.ready_timeout);
     let deadline = Deadline::since(since, timeout);
     let mut wake = Wake::Ready;
     loop {
@@ -163,7 +166,7 @@ fn commit<'a>(
     let mut successor = successor;
     let mut passed_on = PassedOn { generation, requests: Vec::new() };
     let committed = Instant::now();
-    let (pid, is_child) = (successor.pid(), successor.is_child());
+    let (pid, is_child) = (successor.process.pid(), successor.process.is_child());
     let died = |error| match error {
         Error::ChildEnded { status, .. } => Error::DiedAfterReady { pid, status, after: committed.elapsed() },
         Error::ChildSilent { .. } => Error::DiedAfterReady { pid, status: None, after: committed.elapsed() },
@@ -237,7 +240,7 @@ fn commit<'a>(
             Err(e) => return Err(e),
         };
     }
-    let id = || successor.pidfd().and_then(pidfd_id);
+    let id = || successor.process.pidfd.as_ref().and_then(pidfd_id);
     // A child that could not be announced announces itself when this process ends.
     if generation.reporter.announce(&upgraded, is_child.then_some(id)) && is_child {
         let _ = successor.link.send(FromParent::Main);
@@ -252,7 +255,7 @@ fn commit<'a>(
         generation.reporter.announce_self();
         return Err(died(successor.link_ended()));
     }
-    paused.end(State::HandedOver);
+    paused.then = State::HandedOver;
     generation.sockets.registry().unlink_orphans(&successor.dropped);
     successor.keep();
     passed_on.done(event_loop);
@@ -271,14 +274,14 @@ impl PassedOn<'_> {
         while let Some(request) = event_loop.triggers.take_request(|_| true) {
             let is_first = self.requests.iter().all(|passed| passed.action != request.action);
             // The stop is meant for the service, which is now the child, unless that belongs to another supervisor.
-            if is_first && (successor.is_child() || !request.action.stops()) {
+            if is_first && (successor.process.is_child() || !request.action.stops()) {
                 let message = match request.action {
                     Action::Stop => FromParent::RequestStop,
                     Action::PartialStop => FromParent::RequestPartialStop,
                     _ => FromParent::RequestUpgrade,
                 };
                 let Request { action, reason, .. } = &request;
-                logging::info!("forwarded to pid {}: {action:?} requested by {reason}", successor.pid());
+                logging::info!("forwarded to pid {}: {action:?} requested by {reason}", successor.process.pid());
                 let _ = successor.link.send(message);
             }
             // One upgrade is enough. Each stop may have a peer that waits for the answer.
@@ -305,7 +308,8 @@ impl Drop for PassedOn<'_> {
 /// Accepting is paused while this exists.
 pub(crate) struct Paused<'a> {
     shutdown: &'a Shutdown,
-    then: State,
+    /// What follows. Not [`State::Accepting`] if another process serves or the service has stopped.
+    pub(crate) then: State,
 }
 
 impl<'a> Paused<'a> {
@@ -314,11 +318,6 @@ impl<'a> Paused<'a> {
         shutdown.accept_gate().set_orphans(orphans);
         shutdown.set(State::Paused);
         Self { shutdown, then: State::Accepting }
-    }
-
-    /// Call this if this process never accepts again, because another one serves or the service has stopped.
-    pub(crate) fn end(&mut self, then: State) {
-        self.then = then;
     }
 }
 

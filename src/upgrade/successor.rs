@@ -9,7 +9,7 @@ use std::process::ExitStatus;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use rustix::event::{PollFd, PollFlags};
+use rustix::event::PollFlags;
 use rustix::process::Signal;
 
 use crate::error::Error;
@@ -19,8 +19,8 @@ use crate::generation::Generation;
 use crate::handover::lines::{preview, FromChild, FromParent, Lines, Read, COMMIT};
 use crate::handover::link::ChildLink;
 use crate::shutdown::{End, EndSignal};
-use crate::sys::child::{Spawned, LOOK};
-use crate::sys::poll::{poll, wait_readable, Deadline};
+use crate::sys::child::{Process, LOOK};
+use crate::sys::poll::Deadline;
 use crate::triggers::request::{Action, Reply, Request};
 
 /// How long a child that has closed its status pipe may take to exit.
@@ -34,9 +34,9 @@ const LAST_WORDS: Duration = Duration::from_secs(1);
 /// While it is `armed`, dropping it gives up on the process, so that no early return or panic leaves a process behind.
 pub(super) struct Successor<'a> {
     generation: &'a Generation,
-    process: Process,
+    pub(super) process: Process,
     pub(super) link: ChildLink,
-    /// The program that a child was started to run.
+    /// The program that a child was started to run; empty for a process that takes over.
     pub(super) program: PathBuf,
     /// The listeners that it has not claimed, by inode.
     pub(super) dropped: HashSet<u64>,
@@ -45,46 +45,19 @@ pub(super) struct Successor<'a> {
     armed: bool,
 }
 
-pub(super) enum Process {
-    Child(Spawned),
-    /// A process that takes over, which belongs to another supervisor. Its pid is 0 if it is not visible here.
-    Takeover {
-        pid: u32,
-        pidfd: Option<OwnedFd>,
-    },
-}
-
 impl<'a> Successor<'a> {
-    pub(super) fn new(generation: &'a Generation, process: Process, link: ChildLink) -> Self {
-        Self { generation, process, link, program: PathBuf::new(), dropped: HashSet::new(), drains: false, armed: true }
-    }
-
-    pub(super) fn pid(&self) -> u32 {
-        match &self.process {
-            Process::Child(spawned) => spawned.pid.as_raw_nonzero().get() as u32,
-            Process::Takeover { pid, .. } => *pid,
-        }
-    }
-
-    pub(super) fn is_child(&self) -> bool {
-        matches!(self.process, Process::Child(_))
-    }
-
-    pub(super) fn pidfd(&self) -> Option<&OwnedFd> {
-        match &self.process {
-            Process::Child(spawned) => spawned.pidfd.as_ref(),
-            Process::Takeover { pidfd, .. } => pidfd.as_ref(),
-        }
+    pub(super) fn new(generation: &'a Generation, process: Process, link: ChildLink, program: PathBuf) -> Self {
+        Self { generation, process, link, program, dropped: HashSet::new(), drains: false, armed: true }
     }
 
     /// Returns what to poll for messages and for the end of the process, and when to check again in any case.
     pub(super) fn poll_for(&self) -> (Vec<(BorrowedFd<'_>, PollFlags)>, Deadline) {
         let (mut fds, mut again) = self.link.poll_for();
         // Usually the link ends with the process. But one of its children may hold the link open.
-        match self.pidfd() {
+        match &self.process.pidfd {
             Some(pidfd) => fds.push((pidfd.as_fd(), PollFlags::IN)),
             // No event reports the end of this child, so check periodically.
-            None if self.is_child() => again = again.min(Deadline::after(LOOK)),
+            None if self.process.is_child() => again = again.min(Deadline::after(LOOK)),
             None => {}
         }
         (fds, again)
@@ -92,30 +65,31 @@ impl<'a> Successor<'a> {
 
     /// Returns the next message, if there is one. The end of the process is an error.
     pub(super) fn next_message(&mut self) -> Result<Option<FromChild>, Error> {
-        let pid = self.pid();
-        let garbage = |received| Err(Error::Garbage { pid, received });
-        match self.link.next() {
-            Ok(Read::Line(line)) => match FromChild::parse(&line) {
-                Some(message) => Ok(Some(message)),
-                None => garbage(preview(line.as_bytes())),
-            },
-            Ok(Read::Garbage(received)) => garbage(received),
-            Ok(Read::Wait) if !self.link.is_deaf() && !self.ends_within(Duration::ZERO) => Ok(None),
+        let mut next = self.link.next();
+        if matches!(next, Ok(Read::Wait)) {
+            if !self.link.is_deaf() && !self.ends_within(Duration::ZERO) {
+                return Ok(None);
+            }
             // Messages that it sent before its end are read first.
-            Ok(Read::Wait) => match self.link.next() {
-                Ok(Read::Line(line)) => FromChild::parse(&line).map(Some).ok_or_else(|| self.link_ended()),
-                _ => Err(self.link_ended()),
-            },
-            Ok(Read::End) | Err(_) => Err(self.link_ended()),
+            next = self.link.next();
         }
+        let received = match next {
+            Ok(Read::Line(line)) => match FromChild::parse(&line) {
+                Some(message) => return Ok(Some(message)),
+                None => preview(line.as_bytes()),
+            },
+            Ok(Read::Garbage(received)) => received,
+            _ => return Err(self.link_ended()),
+        };
+        Err(Error::Garbage { pid: self.process.pid(), received })
     }
 
     /// Handles the end of the link, which should mean the end of the process.
     pub(super) fn link_ended(&mut self) -> Error {
-        let pid = self.pid();
+        let pid = self.process.pid();
         // A process closes its descriptors shortly before it has ended.
         let by_itself = self.ends_within(ENDING);
-        let lives_on = !by_itself && matches!(self.process, Process::Takeover { pidfd: Some(_), .. });
+        let lives_on = !by_itself && !self.process.is_child() && self.process.pidfd.is_some();
         match self.give_up() {
             Some(status) if !by_itself && status.signal() == Some(Signal::KILL.as_raw()) => Error::ChildSilent { pid },
             None if lives_on => Error::ChildLivesOn { pid },
@@ -136,19 +110,15 @@ impl<'a> Successor<'a> {
 
     /// Returns whether the process ends within this time.
     fn ends_within(&self, time: Duration) -> bool {
-        let deadline = Deadline::after(time);
-        match &self.process {
-            Process::Child(child) => child.ends_before(deadline),
-            Process::Takeover { pidfd, .. } => pidfd.as_ref().is_some_and(|pidfd| wait_readable(pidfd, deadline)),
-        }
+        self.process.ends_before(Deadline::after(time))
     }
 
     /// A child that has refused is about to exit. It is not killed immediately, because the operator needs its last log
     /// lines. Requests are handled during this wait, and a stop ends it.
     pub(super) fn let_end(&self, event_loop: &mut EventLoop<'_>) {
         let deadline = Deadline::after(LAST_WORDS);
-        while self.is_child() && !deadline.has_passed() && !self.ends_within(Duration::ZERO) {
-            let fds: Vec<_> = self.pidfd().into_iter().map(|pidfd| (pidfd.as_fd(), PollFlags::IN)).collect();
+        while self.process.is_child() && !deadline.has_passed() && !self.ends_within(Duration::ZERO) {
+            let fds: Vec<_> = self.process.pidfd.iter().map(|pidfd| (pidfd.as_fd(), PollFlags::IN)).collect();
             let until = if fds.is_empty() { deadline.min(Deadline::after(LOOK)) } else { deadline };
             if !matches!(event_loop.wait(Phase::Upgrading, &fds, until), Ok(Wake::Ready | Wake::Deadline)) {
                 break;
@@ -158,7 +128,7 @@ impl<'a> Successor<'a> {
 
     /// Takes the service back from a process that serves. It answers when it has stopped accepting, and then drains.
     pub(super) fn roll_back(&mut self, reason: String) -> Error {
-        let (pid, deadline) = (self.pid(), Deadline::after(COMMIT));
+        let (pid, deadline) = (self.process.pid(), Deadline::after(COMMIT));
         let _ = self.link.send(FromParent::Stop);
         let mut stopping = false;
         while !self.drains {
@@ -167,7 +137,7 @@ impl<'a> Successor<'a> {
                     stopping |= self.take_stop(&line);
                     self.drains = matches!(FromChild::parse(&line), Some(FromChild::Refused(_)));
                 }
-                Ok(Read::Wait) if !self.link.is_deaf() && self.link_is_ready(deadline) => {}
+                Ok(Read::Wait) if !self.link.is_deaf() && self.link.wait(deadline) => {}
                 // It does not answer, so it is killed when this is dropped.
                 _ => break,
             }
@@ -186,12 +156,6 @@ impl<'a> Successor<'a> {
         stopping
     }
 
-    fn link_is_ready(&self, deadline: Deadline) -> bool {
-        let (fds, _) = self.link.poll_for();
-        let mut polled: Vec<_> = fds.iter().map(|(fd, flags)| PollFd::from_borrowed_fd(*fd, *flags)).collect();
-        poll(&mut polled, deadline).is_ok_and(|ready| ready > 0)
-    }
-
     /// Gives up on the process, whatever its state. Returns the exit status of a child, unless it was already given up
     /// or another part of the program has reaped it.
     ///
@@ -208,10 +172,9 @@ impl<'a> Successor<'a> {
             self.take_stop(&line);
         }
         self.link.stop_receiving();
-        let status = match &self.process {
-            Process::Child(spawned) if self.drains => spawned.reap_later(),
-            Process::Child(spawned) => spawned.kill_and_reap(),
-            Process::Takeover { .. } => None,
+        let status = match self.drains {
+            true => self.process.reap_later(),
+            false => self.process.kill_and_reap(),
         };
         if told {
             self.link.hold_open();

@@ -1,10 +1,10 @@
 //! The program's own check of a new process that serves, in a separate thread.
 
-use std::panic::{self, AssertUnwindSafe};
 use std::sync::mpsc::{self, Receiver, TryRecvError};
 use std::thread;
 
 use crate::exit::Upgraded;
+use crate::logging;
 use crate::options::Verify;
 use crate::sys::poll::Deadline;
 
@@ -14,13 +14,10 @@ pub(super) struct Verification(Receiver<Result<(), String>>);
 impl Verification {
     pub(super) fn begin(verify: &Verify, upgraded: &Upgraded) -> Self {
         let (result, results) = mpsc::sync_channel(1);
-        let (verify, upgraded, failed) = (verify.clone(), upgraded.clone(), result.clone());
-        let check = move || {
-            let checked = panic::catch_unwind(AssertUnwindSafe(|| verify(&upgraded).map_err(|e| e.to_string())));
-            let _ = result.send(checked.unwrap_or_else(|_| Err("the callback panicked".into())));
-        };
+        let (verify, upgraded) = (verify.clone(), upgraded.clone());
+        let check = move || drop(result.send(verify(&upgraded).map_err(|e| e.to_string())));
         if let Err(e) = thread::Builder::new().name("ecdysis-verify".into()).spawn(check) {
-            let _ = failed.try_send(Err(format!("cannot create a thread: {e}")));
+            logging::error!("cannot create a thread for the verification: {e}");
         }
         Self(results)
     }
@@ -30,7 +27,10 @@ impl Verification {
         match self.0.try_recv() {
             Ok(checked) => Some(checked.map_err(|why| format!("not verified: {why}"))),
             Err(TryRecvError::Empty) if !deadline.has_passed() => None,
-            Err(_) => Some(Err("not verified in time".into())),
+            Err(TryRecvError::Empty) => Some(Err("not verified in time".into())),
+            Err(TryRecvError::Disconnected) => {
+                Some(Err("not verified: the callback panicked, or no thread could run it".into()))
+            }
         }
     }
 }

@@ -12,6 +12,7 @@ use rustix::process::{getpid, pidfd_open, pidfd_send_signal, waitid, Pid, PidfdF
 
 use super::calls::{self, call};
 use crate::sys::stdio::above_stdio;
+use crate::sys::Parentage;
 
 /// Whether a child can share the memory of its parent on this system. It must not write the parent's `errno`.
 pub(crate) const WORKS: bool = calls::LEAVES_ERRNO_ALONE;
@@ -28,12 +29,8 @@ pub(crate) struct Stack {
     in_use: AtomicU32,
 }
 
-/// A child, the descriptor that polls as readable once it has ended, and whether its parent is our own parent.
-pub(crate) struct Cloned {
-    pub(crate) pid: c_int,
-    pub(crate) pidfd: Option<OwnedFd>,
-    pub(crate) is_sibling: bool,
-}
+/// A child, the descriptor that polls as readable once it has ended, and its parent.
+pub(crate) type Cloned = (c_int, Option<OwnedFd>, Parentage);
 
 impl Stack {
     pub(crate) fn new() -> Self {
@@ -44,8 +41,8 @@ impl Stack {
         self.in_use.load(Ordering::Acquire) != 0
     }
 
-    /// Creates a child that runs `child(argument)` on this stack. With `sibling` it becomes a child of our own parent
-    /// if possible: the first process of a PID namespace cannot have siblings (EINVAL), and without a pidfd this
+    /// Creates a child that runs `child(argument)` on this stack. It becomes a child of our own parent only if
+    /// that is possible: the first process of a PID namespace cannot have siblings (EINVAL), and without a pidfd this
     /// process could neither watch nor end a process that is not its child.
     ///
     /// # Safety
@@ -54,15 +51,15 @@ impl Stack {
     /// return. The data behind `argument`, and this stack, live until [`is_in_use`](Self::is_in_use) is false.
     pub(crate) unsafe fn clone(
         &self,
-        sibling: bool,
+        parent: Parentage,
         child: extern "C" fn(*mut c_void) -> c_int,
         argument: *mut c_void,
     ) -> io::Result<Cloned> {
-        let is_sibling = sibling && pidfd_open(getpid(), PidfdFlags::empty()).is_ok();
+        let is_sibling = parent == Parentage::OurParent && pidfd_open(getpid(), PidfdFlags::empty()).is_ok();
         let mut pidfd: RawFd = -1;
         self.in_use.store(1, Ordering::Relaxed);
-        let parent = if is_sibling { libc::CLONE_PARENT } else { 0 };
-        let flags = parent | libc::CLONE_VM | libc::CLONE_PIDFD | libc::SIGCHLD;
+        let (parent, flag) = if is_sibling { (parent, libc::CLONE_PARENT) } else { (Parentage::Us, 0) };
+        let flags = flag | libc::CLONE_VM | libc::CLONE_PIDFD | libc::SIGCHLD;
         // SAFETY: the top of the stack is aligned, and only this child uses the stack (clone(2)). The rest is as for
         // this function.
         let pid = unsafe {
@@ -74,11 +71,11 @@ impl Stack {
             let error = io::Error::last_os_error();
             self.in_use.store(0, Ordering::Relaxed);
             // SAFETY: as for this function; there is no child yet.
-            return if is_sibling { unsafe { self.clone(false, child, argument) } } else { Err(error) };
+            return if is_sibling { unsafe { self.clone(Parentage::Us, child, argument) } } else { Err(error) };
         }
         // SAFETY: the kernel created this descriptor for this call. Kernels that do not know CLONE_PIDFD leave -1.
         let pidfd = (pidfd >= 0).then(|| unsafe { OwnedFd::from_raw_fd(pidfd) });
-        Ok(Cloned { pid, pidfd: pidfd.and_then(|pidfd| above_stdio(pidfd).ok()), is_sibling })
+        Ok((pid, pidfd.and_then(|pidfd| above_stdio(pidfd).ok()), parent))
     }
 
     /// Call this in the child. Makes the kernel mark the stack as free when this process executes a program or ends.

@@ -1,10 +1,11 @@
 //! A flag that polls as readable while it is raised: an eventfd(2).
 
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use rustix::event::{eventfd, EventfdFlags};
 
+use super::calls;
 use crate::sys::stdio::above_stdio;
 
 #[derive(Debug)]
@@ -16,17 +17,15 @@ impl Flag {
         Ok(Self(above_stdio(fd)?))
     }
 
+    /// Async-signal-safe, and leaves errno alone, because a signal handler calls this.
     pub(crate) fn raise(&self) {
-        let _ = rustix::io::write(&self.0, &1_u64.to_ne_bytes());
+        let one = 1_u64.to_ne_bytes();
+        // SAFETY: `one` has eight bytes, as an eventfd requires.
+        let _ = unsafe { calls::write(self.0.as_raw_fd(), one.as_ptr(), one.len()) };
     }
 
     pub(crate) fn lower(&self) {
         let _ = rustix::io::read(&self.0, &mut [0; 8]);
-    }
-
-    /// Returns the descriptor to which a signal handler writes eight bytes to raise the flag.
-    pub(crate) fn writable(&self) -> BorrowedFd<'_> {
-        self.0.as_fd()
     }
 }
 

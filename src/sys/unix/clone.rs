@@ -8,17 +8,15 @@ use std::process::ExitStatus;
 use rustix::io::Errno;
 use rustix::process::Pid;
 
+use crate::sys::Parentage;
+
 /// Whether a child can share the memory of its parent on this system.
 pub(crate) const WORKS: bool = false;
 
 pub(crate) struct Stack;
 
-/// A child, with the fields that exist on Linux.
-pub(crate) struct Cloned {
-    pub(crate) pid: c_int,
-    pub(crate) pidfd: Option<OwnedFd>,
-    pub(crate) is_sibling: bool,
-}
+/// A child, with what exists on Linux.
+pub(crate) type Cloned = (c_int, Option<OwnedFd>, Parentage);
 
 impl Stack {
     pub(crate) fn new() -> Self {
@@ -34,7 +32,7 @@ impl Stack {
     /// There are no conditions. The implementation for Linux has some.
     pub(crate) unsafe fn clone(
         &self,
-        _sibling: bool,
+        _parent: Parentage,
         _child: extern "C" fn(*mut c_void) -> c_int,
         _argument: *mut c_void,
     ) -> io::Result<Cloned> {

@@ -1,9 +1,9 @@
 //! A flag that polls as readable while it is raised: a pipe that contains data.
 
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
-use super::net;
+use super::{calls, net};
 
 #[derive(Debug)]
 pub(crate) struct Flag {
@@ -21,18 +21,15 @@ impl Flag {
         Ok(flag)
     }
 
+    /// Async-signal-safe, and leaves errno alone, because a signal handler calls this.
     pub(crate) fn raise(&self) {
         // A full pipe is a raised flag.
-        let _ = rustix::io::write(&self.write, &[1]);
+        // SAFETY: one byte.
+        let _ = unsafe { calls::write(self.write.as_raw_fd(), [1].as_ptr(), 1) };
     }
 
     pub(crate) fn lower(&self) {
         while rustix::io::read(&self.read, &mut [0; 512]) == Ok(512) {}
-    }
-
-    /// Returns the descriptor to which a signal handler writes eight bytes to raise the flag.
-    pub(crate) fn writable(&self) -> BorrowedFd<'_> {
-        self.write.as_fd()
     }
 }
 
