@@ -66,7 +66,7 @@ impl<F: AsFd> Sender<F> {
     /// `InvalidInput` for a text without that end, or one too short to have a byte for every message.
     pub(crate) fn new(text: Vec<u8>, descriptors: Vec<F>) -> io::Result<Self> {
         let messages = descriptors.len().div_ceil(DESCRIPTORS_PER_MESSAGE);
-        if length(&text, 0) != Some(text.len()) || text.len() <= messages {
+        if !text.ends_with(END) || text.len() <= messages {
             return Err(io::Error::new(
                 io::ErrorKind::InvalidInput,
                 "the text of a handover must end with the line \"end\" and be longer than it has messages",

@@ -293,9 +293,8 @@ impl PassedOn<'_> {
 
     /// Call this after a successful upgrade. Stop requests are answered when this process ends.
     fn done(mut self, event_loop: &mut EventLoop<'_>) {
-        for request in self.requests.drain(..).filter(|request| request.action.stops()) {
-            event_loop.triggers.push(request);
-        }
+        let stops = self.requests.drain(..).filter(|request| request.action.stops());
+        stops.for_each(|request| event_loop.triggers.push(request));
     }
 }
 
