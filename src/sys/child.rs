@@ -75,7 +75,7 @@ impl Process {
         self.is_child()
             && unsafe {
                 let mut status: libc::siginfo_t = std::mem::zeroed();
-                libc::waitid(libc::P_PID, self.pid(), &mut status, options) != 0 || status.si_signo != 0
+                libc::waitid(libc::P_PID, self.pid() as libc::id_t, &mut status, options) != 0 || status.si_signo != 0
             }
     }
 
