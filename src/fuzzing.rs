@@ -162,7 +162,7 @@ mod tests {
         let unit = Some("web server".to_owned());
         let manifest = Manifest {
             nonce: None,
-            origin: Origin { generation: 4, app: Some("web shop".into()), mounts: Some("4026531841:2049:2".into()) },
+            origin: Origin { generation: 4, app: Some("web shop".into()), mounts: Some("28:8:1:2".into()) },
             entries: vec![
                 entry(7, 48211, Key::tcp("127.0.0.1:8080".parse().unwrap()), None),
                 entry(8, 48212, Key::tcp("[::1]:8080".parse().unwrap()), None),

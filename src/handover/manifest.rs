@@ -4,7 +4,7 @@
 //! ecdysis 1
 //! generation 4
 //! app shop
-//! mounts 4026531841:2049:2
+//! mounts 28:8:1:2
 //! fd 7 48211 tcp 127.0.0.1:8080
 //! fd 8 48213 unix /run/app.sock file=2049:1311
 //! fd 9 48217 tcp 0.0.0.0:80 unit=http
@@ -31,7 +31,7 @@ pub(crate) struct Origin {
     pub(crate) generation: u64,
     /// The name of the application, if the program has set one.
     pub(crate) app: Option<String>,
-    /// Identifies its mount namespace and root. If both are the same, a path leads to the same file.
+    /// Identifies the mount and the inode of its root. If both are the same, a path leads to the same file.
     pub(crate) mounts: Option<String>,
 }
 
