@@ -466,7 +466,7 @@ fn connection(stream: impl Stream, shutdown: &Shutdown, hold: bool, answer: &str
 ///     exit=CODE signal=N panic hang stop-self refuse=REASON (to the end of the line)
 ///     close-status          closes its pipes and keeps running (it executes `sleep`, and the pipes are close-on-exec)
 ///     no-run                never calls `run`
-///     helper                starts a process that holds copies of its pipes for some seconds
+///     helper                starts a process that holds copies of its pipes until the test ends it
 ///     garbage               writes garbage to the status pipe, then waits
 ///     die-after-ready=MS    kills itself with SIGKILL this long after ready
 ///     stop-after-ready=MS   stops the service this long after ready
@@ -562,7 +562,7 @@ fn helper() {
     // SAFETY: the child calls nothing but sleep and _exit (fork(2)).
     unsafe {
         if libc::fork() == 0 {
-            libc::sleep(5);
+            libc::sleep(3600);
             libc::_exit(0);
         }
     }
