@@ -297,7 +297,8 @@ impl Shutdown {
             return grace;
         }
         let random = RandomState::new().build_hasher().finish() as u32;
-        grace.saturating_add(window.mul_f64(f64::from(random) / f64::from(u32::MAX)))
+        // Less than the whole window: the longest one, as a float, is longer than a duration can be.
+        grace.saturating_add(window.mul_f64(f64::from(random) / (f64::from(u32::MAX) + 1.0)))
     }
 
     /// Returns the gate, which decides when an accept loop may accept.
