@@ -15,6 +15,7 @@ use crate::event::Event;
 use crate::event_loop::{EventLoop, Phase};
 use crate::exit::{Exit, ExitMode, ExitReason, Upgraded};
 use crate::generation::Generation;
+use crate::handover::lines::COMMIT;
 use crate::logging;
 use crate::shutdown::State;
 use crate::started::Started;
@@ -64,7 +65,7 @@ impl Service {
     /// Returns when `done` returns a value. Until then this thread leads, `turn` by `turn`, or waits while another
     /// thread leads.
     ///
-    /// A leading thread does not stop leading while a stop is queued, so a caller of `stop` need not wait.
+    /// A leading thread does not stop leading while a stop is queued or delayed, so a caller of `stop` need not wait.
     fn lead_until<T>(
         &self,
         mut turn: impl FnMut(&mut EventLoop<'_>) -> Result<(), Error>,
@@ -82,10 +83,11 @@ impl Service {
         let (mut lead, mut value) = (self.lead(), None);
         loop {
             value = value.or_else(|| done(&lead));
+            let delayed = lead.delayed.is_some();
             let stop_queued = lead.exit.is_none()
                 && lead.triggers.as_mut().is_some_and(|triggers| {
                     triggers.take_calls();
-                    triggers.has_request(Action::stops)
+                    delayed || triggers.has_request(Action::stops)
                 });
             if let Some(value) = value.take_if(|_| !stop_queued) {
                 return Ok(value);
@@ -282,9 +284,11 @@ impl Service {
             (None, next) => next,
             (Some((stop, began)), None) if Deadline::since(began, delay).has_passed() => Some(stop),
             // A signal to the whole process group also reaches the parent, which forwards it, and a parent that takes the
-            // service back has its child's stop in addition to its own. Both are one request for a stop.
+            // service back has its child's stop in addition to its own. Both are one request for a stop. What comes much
+            // later is a second one.
             (Some((stop, began)), Some(again))
                 if again.action == Action::Stop
+                    && again.since.saturating_duration_since(began) < COMMIT
                     && (again.since <= began || again.is_forwarded() || stop.is_forwarded()) =>
             {
                 let (kept, copy) = if stop.is_forwarded() { (again, stop) } else { (stop, again) };

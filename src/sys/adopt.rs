@@ -77,7 +77,8 @@ impl Adopter {
         let open = others.iter().filter(|fd| !fd.revents().contains(PollFlags::NVAL));
         let mut first = 3;
         for end in open.map(|fd| fd.as_fd().as_raw_fd() as usize).chain([self.adopted.len()]) {
-            // SAFETY: the open descriptors in this range are adopted.
+            // SAFETY: the open descriptors in this range are adopted. One that another thread has opened since the poll gets
+            // close-on-exec, which is harmless to memory.
             if first < end && unsafe { sweep::sweep_range(first, end - 1) }.is_err() {
                 let mut adopted = (first..end).filter(|fd| self.adopted[*fd]).map(borrow);
                 adopted.try_for_each(|fd| fcntl_setfd(fd, FdFlags::CLOEXEC))?;

@@ -195,16 +195,15 @@ pub(crate) fn without_sigxfsz<T>(write: impl FnOnce() -> io::Result<T>) -> io::R
     without(libc::SIGXFSZ, |error| error.raw_os_error() == Some(libc::EFBIG), write)
 }
 
-/// Runs `write` with `signal` blocked, and takes the signal if it was raised together with the error.
+/// Runs `write` with `signal` blocked, and takes the signal if it was raised together with the error: also if the program
+/// blocks it, because the signal would end the process once the program unblocks it.
 fn without<T, E>(signal: i32, raised: impl Fn(&E) -> bool, write: impl FnOnce() -> Result<T, E>) -> Result<T, E> {
     let mask = Mask::of(signal);
     let blocked = Blocked::new(mask);
     let written = write();
-    if let Ok(Blocked(former)) = &blocked {
-        if written.as_ref().is_err_and(raised) && !former.has(signal) {
-            // The signal of the write is pending only for this thread.
-            mask::take_pending(mask);
-        }
+    if blocked.is_ok() && written.as_ref().is_err_and(raised) {
+        // The signal of the write is pending only for this thread.
+        mask::take_pending(mask);
     }
     written
 }
@@ -262,6 +261,21 @@ mod tests {
         drop(handlers);
         assert_eq!(action(signal, None).unwrap().sa_sigaction, later.sa_sigaction, "a foreign handler stays");
         action(signal, Some(&ours)).unwrap();
+    }
+
+    #[test]
+    fn the_signal_of_a_failed_write_does_not_stay_pending() {
+        let _program = Blocked::new(Mask::of(libc::SIGPIPE)).unwrap();
+        let (reader, writer) = rustix::pipe::pipe().unwrap();
+        drop(reader);
+        assert_eq!(without_sigpipe(|| rustix::io::write(&writer, b"x")), Err(Errno::PIPE));
+        // SAFETY: writes a local set (sigpending(2)), and reads it.
+        let pending = unsafe {
+            let mut set = std::mem::zeroed();
+            libc::sigpending(&mut set);
+            libc::sigismember(&set, libc::SIGPIPE)
+        };
+        assert_eq!(pending, 0);
     }
 
     #[test]

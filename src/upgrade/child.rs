@@ -13,7 +13,7 @@ use crate::error::Error;
 use crate::generation::Generation;
 use crate::handover::ancestors::ParentState;
 use crate::handover::entry::FdRef;
-use crate::handover::lines::{send, FromChild, COMMIT, MAX_DROPPED};
+use crate::handover::lines::{preview, send, FromChild, COMMIT, MAX_DROPPED};
 use crate::handover::receive::{self, Inherited};
 use crate::handover::variable::{is_handover, Carrier, VARIABLE};
 use crate::handover::{from_1_1_1, greeting};
@@ -77,7 +77,8 @@ fn from_environment() -> Result<Option<Inherited>, Error> {
     let writer = if carrier.is_socket() { reader.clone() } else { adopt(writer)? };
     let adopter = (!carrier.is_socket()).then_some(adopter);
     let received = receive::receive(&reader, adopter, MANIFEST).map_err(&failed)?;
-    let arrived = received.map_err(|answer| failed(io::Error::new(io::ErrorKind::InvalidData, answer)))?;
+    let arrived =
+        received.map_err(|text| failed(io::Error::new(io::ErrorKind::InvalidData, preview(text.as_bytes()))))?;
     if !arrived.is_of(end) {
         return Ok(another_process());
     }

@@ -125,18 +125,20 @@ fn a_program_that_never_calls_run_can_be_given_up() {
     assert_eq!(generation(&server.addr()), 1);
 }
 
-/// It also carries out a request that the parent forwards.
+/// It also carries out a request that the parent forwards, although no one else leads its event loop during a delay.
 #[test]
 fn a_program_that_never_calls_run_stops_with_its_parent() {
-    let dir = tempdir();
-    let (mut server, misbehave) = server(&dir, &["--probation", "20000"]);
-    misbehave("no-run");
-    server.signal(Signal::HUP);
-    server.wait("serving gen=2");
-    server.signal_first(Signal::TERM);
-    server.wait_any("ended gen=2 ");
-    server.wait_all_ended();
-    refused(&server.addr());
+    for delay in ["0", "200"] {
+        let dir = tempdir();
+        let (mut server, misbehave) = server(&dir, &["--probation", "20000", "--stop-delay", delay]);
+        misbehave("no-run");
+        server.signal(Signal::HUP);
+        server.wait("serving gen=2");
+        server.signal_first(Signal::TERM);
+        server.wait_any("ended gen=2 ");
+        server.wait_all_ended();
+        refused(&server.addr());
+    }
 }
 
 /// The parent gives the child up, is stopped, and has ended before the child continues, so the child sees both at the same time.

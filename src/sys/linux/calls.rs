@@ -39,8 +39,8 @@ pub(crate) unsafe fn call(number: c_long, args: [usize; 4]) -> Result<usize, i32
             in("a1") args[1], in("a2") args[2], in("a3") args[3], options(nostack));
     }
     #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64", target_arch = "riscv64")))]
-    // SAFETY: the caller guarantees valid arguments. This writes errno, but only a forked child with its own memory
-    // gets here.
+    // SAFETY: the caller guarantees valid arguments. This writes errno if the call fails. A forked child has its own
+    // errno, and what a signal handler writes to, an eventfd, does not fail.
     unsafe {
         result = match libc::syscall(number, args[0], args[1], args[2], args[3]) {
             -1 => -(*libc::__errno_location() as isize),

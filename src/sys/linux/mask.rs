@@ -21,10 +21,6 @@ impl Mask {
     pub(crate) fn of(signal: i32) -> Self {
         Self(bit(signal))
     }
-
-    pub(crate) fn has(self, signal: i32) -> bool {
-        self.0 & bit(signal) != 0
-    }
 }
 
 fn bit(signal: i32) -> u64 {
@@ -34,7 +30,7 @@ fn bit(signal: i32) -> u64 {
 /// Changes the calling thread's mask (`how` as for rt_sigprocmask(2)) and returns the former one, or the errno.
 pub(crate) fn change(how: i32, mask: Mask) -> Result<Mask, i32> {
     let mut former = Mask(0);
-    let (new, old) = (&raw const mask as usize, &raw mut former as usize);
+    let (new, old) = (&raw const mask.0 as usize, &raw mut former.0 as usize);
     // SAFETY: both point to 8 bytes, and 8 is the size of the kernel's set (rt_sigprocmask(2)).
     unsafe { call(libc::SYS_rt_sigprocmask, [how as usize, new, old, size_of::<u64>()])? };
     Ok(former)
@@ -43,7 +39,7 @@ pub(crate) fn change(how: i32, mask: Mask) -> Result<Mask, i32> {
 /// Takes a pending signal that is in `mask`, which the calling thread must block. Does not wait.
 pub(crate) fn take_pending(mask: Mask) {
     let now = [0_u64; 2];
-    let (set, time) = (&raw const mask as usize, now.as_ptr() as usize);
+    let (set, time) = (&raw const mask.0 as usize, now.as_ptr() as usize);
     // SAFETY: a set of 8 bytes and a zero timespec (rt_sigtimedwait(2)).
     let _ = unsafe { call(libc::SYS_rt_sigtimedwait, [set, 0, time, size_of::<u64>()]) };
 }
