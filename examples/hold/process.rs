@@ -146,8 +146,10 @@ impl Descendant {
     }
 }
 
-/// Returns the name under which a process was executed, which is its first argument.
+/// Returns the name under which a process was executed, which is its first argument. A process that ends during the read may
+/// return only a part of it, without the null byte at its end.
 pub fn program_of(pid: i32) -> Option<Vec<u8>> {
     let line = fs::read(format!("/proc/{pid}/cmdline")).ok()?;
-    line.split(|byte| *byte == 0).next().filter(|name| !name.is_empty()).map(<[u8]>::to_vec)
+    let end = line.iter().position(|byte| *byte == 0).filter(|end| *end > 0)?;
+    Some(line[..end].to_vec())
 }
