@@ -102,7 +102,8 @@ impl ChildLink {
 
     /// Sends nothing yet.
     fn new(to: Arc<OwnedFd>, from: Arc<OwnedFd>, text: String, descriptors: Vec<Arc<OwnedFd>>) -> io::Result<Self> {
-        let handover = Sender::new(text.into_bytes(), descriptors)?;
+        let mut handover = Sender::new(text.into_bytes(), descriptors)?;
+        handover.is_pipe = !Arc::ptr_eq(&to, &from);
         Ok(Self { to, from: Some(from), lines: Lines::default(), handover, sent: Sent::Blocked })
     }
 

@@ -56,6 +56,8 @@ pub(crate) struct Sender<F> {
     text_sent: usize,
     /// Those that are not sent yet.
     descriptors: Vec<F>,
+    /// It sends over a pipe, so it has no descriptors.
+    pub(super) is_pipe: bool,
 }
 
 impl<F: AsFd> Sender<F> {
@@ -72,7 +74,7 @@ impl<F: AsFd> Sender<F> {
                 "the text of a handover must end with the line \"end\" and be longer than it has messages",
             ));
         }
-        Ok(Sender { text, text_sent: 0, descriptors })
+        Ok(Sender { text, text_sent: 0, descriptors, is_pipe: false })
     }
 
     /// Sends as much as `fd` accepts now. It is a nonblocking socket or, without descriptors, a nonblocking pipe.
@@ -91,13 +93,14 @@ impl<F: AsFd> Sender<F> {
                 None | Some(0) => unsent,
                 Some(before_last) => &unsent[..before_last],
             };
-            let sent = if batch.is_empty() {
-                without_sigpipe(|| rustix::io::write(&fd, piece))
-            } else {
-                let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(DESCRIPTORS_PER_MESSAGE))];
-                let mut control = SendAncillaryBuffer::new(&mut space);
+            let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(DESCRIPTORS_PER_MESSAGE))];
+            let mut control = SendAncillaryBuffer::new(&mut space);
+            if !batch.is_empty() {
                 control.push(SendAncillaryMessage::ScmRights(&batch));
-                sendmsg(&fd, &[IoSlice::new(piece)], &mut control, NOSIGNAL)
+            }
+            let sent = match self.is_pipe {
+                true => without_sigpipe(|| rustix::io::write(&fd, piece)),
+                false => sendmsg(&fd, &[IoSlice::new(piece)], &mut control, NOSIGNAL),
             };
             match sent {
                 // The kernel sends the descriptors with the first byte, so if one byte was sent, all of them were.
