@@ -36,8 +36,8 @@ pub(crate) struct Options {
 }
 
 impl Options {
-    /// Returns how to start the next generation: `program` with the changes that the program chooses now.
-    pub(crate) fn change(&self, program: &Program) -> Result<Program, Error> {
+    /// Returns what the next generation runs: `program` with the changes that `before_upgrade` makes now.
+    pub(crate) fn next_program(&self, program: &Program) -> Result<Program, Error> {
         if self.standalone {
             let source = io::Error::new(io::ErrorKind::Unsupported, "this service is standalone");
             return Err(Error::prepare("the next generation")(source));

@@ -178,6 +178,9 @@ impl Builder {
     /// Sets how long this process keeps accepting after a stop was requested, because load balancers notice a stop
     /// late. During the delay [`Shutdown::is_ready`](crate::Shutdown::is_ready) returns false, which a readiness probe
     /// should report. A second stop ends the delay. A partial stop has no delay. Default: zero.
+    ///
+    /// During the probation of an upgrade, a stop signal to the whole process group, for example Ctrl-C in a terminal,
+    /// counts as one stop although it reaches both generations.
     pub fn stop_delay(&mut self, time: Duration) -> &mut Self {
         self.options.stop_delay = time;
         self

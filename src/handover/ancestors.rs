@@ -207,8 +207,8 @@ impl ParentLink {
     }
 }
 
-/// The status pipe or socket of an older generation, which can be asked on it to end its drain. It is passed from child
-/// to child.
+/// For an entry of the kind `drain`: the status pipe or socket of an older generation, which can be asked on it to end
+/// its drain. It is passed from child to child.
 impl Entry {
     pub(crate) fn generation(&self) -> u64 {
         self.key.drain_generation().unwrap_or_default()

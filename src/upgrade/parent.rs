@@ -62,7 +62,7 @@ fn start(generation: &Generation, entries: Vec<Entry>) -> Result<Successor<'_>, 
     let options = &generation.options;
     generation.warn_of_lost_rights();
     generation.reporter.check_unit().map_err(Error::prepare("the next generation"))?;
-    let program = options.change(&generation.program)?;
+    let program = options.next_program(&generation.program)?;
     let (mut link, (carrier, child_end)) = match options.transport {
         Transport::Pipes => ChildLink::pipes(&generation.origin, entries),
         Transport::Socket => ChildLink::socketpair(&generation.origin, entries),
