@@ -63,16 +63,14 @@ impl Pieces {
         self.0.sort_by_key(|(piece, ..)| *piece);
         let names = self.0.iter().map(|(_, name, _)| name.clone()).collect();
         let Some(Piece { stop, early, .. }) = self.0.last().map(|(piece, ..)| *piece) else { return (None, names) };
-        let last: Vec<_> = self.0.into_iter().filter(|(piece, ..)| piece.stop == stop).collect();
-        let in_order = last.iter().enumerate().all(|(at, (piece, ..))| piece.index == at);
-        let whole = in_order.then(|| with_text(last.into_iter().map(|(.., fd)| fd).collect()));
-        match whole.map(|arrived| arrived.map(|arrived| arrived.into_entries())) {
-            Some(Ok(Ok(entries))) => return (Some((entries, early)), names),
-            Some(Ok(Err(e))) => {
+        // A piece that is missing moves the later ones, and then the manifest names other descriptors.
+        let last = self.0.into_iter().filter(|(piece, ..)| piece.stop == stop).map(|(.., fd)| fd).collect();
+        match with_text(last).map(|arrived| arrived.into_entries()) {
+            Ok(Ok(entries)) => return (Some((entries, early)), names),
+            Ok(Err(e)) => {
                 logging::warn!("the state that the last stop has passed is incomplete and not used: {e}")
             }
-            Some(Err(e)) => logging::warn!("the state that the last stop has passed cannot be read: {e}"),
-            None => logging::warn!("the state that the last stop has passed is incomplete and not used"),
+            Err(e) => logging::warn!("the state that the last stop has passed cannot be read: {e}"),
         }
         (None, names)
     }

@@ -85,7 +85,7 @@ fn chaos(seed: u64) -> [usize; 3] {
     fs::write(&wrap, script).unwrap();
     fs::set_permissions(&wrap, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
     let args =
-        ["--listen", "127.0.0.1:0", "--drain", "30", "--ready-timeout", "1500", "--exec", &wrap, "--misbehave", &how];
+        ["--listen", &own_address(), "--drain", "30", "--ready-timeout", "1500", "--exec", &wrap, "--misbehave", &how];
     let server =
         Server::whoami(args.iter().chain(&["--probation", probation, "--transport", transport]).chain(fork.as_ref()));
     let load = Load::paced(&[server.addr(), server.addr()], Duration::from_millis(2));

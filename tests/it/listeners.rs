@@ -203,10 +203,11 @@ fn probe(addr: &str, counts: &mut HashMap<String, u32>) {
 
 #[test]
 fn a_dropped_listener_is_served_until_the_verdict_and_then_closed() {
-    let planned = Planned::start("tcp 127.0.0.1:0\ntcp 127.0.0.1:0 shared\n", |_| {});
+    let own = own_address();
+    let planned = Planned::start(&format!("tcp {own}\ntcp {own} shared\n"), |_| {});
     let [kept, dropped] = &planned.server.addrs()[..] else { panic!("two listeners") };
     let (kept, dropped) = (kept.clone(), dropped.clone());
-    planned.plan("tcp 127.0.0.1:0\n");
+    planned.plan(&format!("tcp {own}\n"));
     let (begun, answered) = mpsc::channel();
     let probing = thread::spawn({
         let dropped = dropped.clone();
@@ -231,7 +232,7 @@ fn a_dropped_listener_is_served_until_the_verdict_and_then_closed() {
     assert!(others <= 1, "{counts:?}");
     assert!(counts["gen=1"] > 0, "{counts:?}");
     assert_eq!(generation(&kept), 2);
-    server.wait_any("log the inherited tcp 127.0.0.1:0 is unclaimed: this version asks for 1");
+    server.wait_any(&format!("log the inherited tcp {own} is unclaimed: this version asks for 1"));
     server.wait_any("ended gen=1");
 }
 
@@ -283,11 +284,12 @@ fn a_version_that_drops_a_listener_and_fails_changes_nothing() {
 
 #[test]
 fn a_version_that_asks_for_no_listener_is_refused_unless_it_says_that_this_is_meant() {
-    let mut planned = Planned::start("tcp 127.0.0.1:0\n", |_| {});
+    let own = own_address();
+    let mut planned = Planned::start(&format!("tcp {own}\n"), |_| {});
     let addr = planned.server.addr();
     planned.plan("");
     let failed = planned.server.fail_to_upgrade();
-    assert!(failed.contains("none of the listeners of the old one: tcp 127.0.0.1:0"), "{failed}");
+    assert!(failed.contains(&format!("none of the listeners of the old one: tcp {own}")), "{failed}");
     assert_eq!(generation(&addr), 1);
     planned.plan("unix other.sock\n");
     planned.server.fail_to_upgrade();

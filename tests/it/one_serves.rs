@@ -17,7 +17,7 @@ use rustix::process::Signal;
 /// Starts a server whose next generations misbehave as the file says.
 fn server(dir: &TempDir, more: &[&str]) -> (Server, impl Fn(&str)) {
     let how = dir.path().join("how");
-    let args = ["--listen", "127.0.0.1:0", "--misbehave", how.to_str().unwrap()];
+    let args = ["--listen", &own_address(), "--misbehave", how.to_str().unwrap()];
     (Server::whoami(args.iter().chain(more)), move |words: &str| fs::write(&how, words).unwrap())
 }
 

@@ -17,8 +17,8 @@ use std::net::{SocketAddr, TcpStream};
 use std::os::fd::AsFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitStatus, Output, Stdio};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::process::{self, Child, Command, ExitStatus, Output, Stdio};
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -45,6 +45,14 @@ pub const DEADLINE: Duration = Duration::from_secs(match option_env!("ECDYSIS_TE
     },
     None => 120,
 });
+
+/// An address that no other test uses, with port 0. When its server has ended, a connection to it is refused; on
+/// 127.0.0.1 another test's server could already have the port.
+pub fn own_address() -> String {
+    static NEXT: AtomicU8 = AtomicU8::new(1);
+    let [.., high, low] = process::id().to_be_bytes();
+    format!("127.{high}.{low}.{}:0", NEXT.fetch_add(1, Ordering::Relaxed))
+}
 
 pub fn tempdir() -> TempDir {
     tempfile::tempdir().unwrap()
