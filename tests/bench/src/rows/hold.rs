@@ -13,10 +13,10 @@ pub fn hold(quick: bool) -> Result<Outcome, Box<dyn Error>> {
     let hold = build()?;
     let server = || Server::new("server", &["way=auto", "trigger=signal"]);
     let mut chains = [Chain::start(&server())?, Chain::start(&server().below(&hold))?];
-    let mut times = [(Vec::new(), Vec::new()), (Vec::new(), Vec::new())];
+    let mut times: [[Vec<f64>; 2]; 2] = Default::default();
     // The first round warms up.
     for round in 0..=if quick { 5 } else { 200 } {
-        for (chain, (commit, end)) in chains.iter_mut().zip(&mut times) {
+        for (chain, [commit, end]) in chains.iter_mut().zip(&mut times) {
             let upgrade = chain.upgrade()?;
             if round > 0 {
                 commit.push((upgrade.committed - upgrade.asked) as f64 / 1e6);
@@ -25,12 +25,11 @@ pub fn hold(quick: bool) -> Result<Outcome, Box<dyn Error>> {
         }
     }
     let runs = |times: &[f64]| times.iter().copied().collect::<Runs>();
-    let more = |of: fn(&(Vec<f64>, Vec<f64>)) -> &Vec<f64>| -> Runs {
-        of(&times[1]).iter().zip(of(&times[0])).map(|(below, direct)| below - direct).collect()
-    };
-    let (commit, end) = (more(|times| &times.0), more(|times| &times.1));
+    let more =
+        |of: usize| -> Runs { times[1][of].iter().zip(&times[0][of]).map(|(below, direct)| below - direct).collect() };
+    let (commit, end) = (more(0), more(1));
     let mut table = Table::new(&["", "ms to the commit, median (quartiles)", "ms to the end of the parent"]);
-    for (name, (commit, end)) in ["the signal to the server", "the signal to `hold`"].iter().zip(&times) {
+    for (name, [commit, end]) in ["the signal to the server", "the signal to `hold`"].iter().zip(&times) {
         table.row(vec![(*name).into(), runs(commit).show(2), runs(end).show(2)]);
     }
     table.row(vec!["more".into(), commit.show(2), end.show(2)]);
@@ -38,7 +37,7 @@ pub fn hold(quick: bool) -> Result<Outcome, Box<dyn Error>> {
     let text = format!(
         "{} upgrades each. The server under `hold` reports to it (`systemd_notify`). Afterward `hold` has \
          {memory:.1} MiB of resident memory.\n\n{}",
-        times[0].0.len(),
+        times[0][0].len(),
         table.markdown()
     );
     let summary = vec![
