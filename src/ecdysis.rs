@@ -110,7 +110,7 @@ impl Deref for Starting {
 
 impl Drop for Starting {
     fn drop(&mut self) {
-        // After `ready` this does nothing. During a panic, the end of this process tells the parent more.
+        // After `ready` this does nothing. During a panic the parent gets a better error from this process's exit status.
         if !std::thread::panicking() {
             self.give_up("dropped before it was ready".into());
         }

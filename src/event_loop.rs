@@ -27,7 +27,7 @@ pub(crate) enum Phase {
     Upgrading,
     /// The child serves, and answers the control sockets.
     Probation,
-    /// The service is over. Only a stop is waited for.
+    /// The service is over. The loop waits only for a stop.
     Over,
 }
 

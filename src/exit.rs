@@ -50,7 +50,7 @@ pub enum ExitReason {
     Socket(PathBuf),
     /// [`Ecdysis::upgrade`](crate::Ecdysis::upgrade) or [`Ecdysis::stop`](crate::Ecdysis::stop).
     Call,
-    /// The parent, which was asked to stop during this process's probation.
+    /// The parent: it forwarded a request during this process's probation, or took the service back.
     Parent,
 }
 

@@ -249,7 +249,7 @@ impl ReplaceLock {
             Ok((metadata, file)) if metadata.uid() == geteuid().as_raw() && metadata.is_file() => file,
             other => {
                 let why = other.map_or_else(|e| e.to_string(), |_| "it belongs to another user".into());
-                logging::warn!("no lock while a stale socket file is replaced path={} error={why}", path.display());
+                logging::warn!("replacing a stale socket file without a lock path={} error={why}", path.display());
                 return Ok(None);
             }
         };

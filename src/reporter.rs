@@ -97,9 +97,9 @@ impl Reporter {
             );
         }
         let executed = env::var("SYSTEMD_EXEC_PID").ok().and_then(|pid| pid.parse::<u32>().ok());
-        let is_told = self.manager.get().is_some() || env::var_os("NOTIFY_SOCKET").is_some();
+        let is_notified = self.manager.get().is_some() || env::var_os("NOTIFY_SOCKET").is_some();
         match executed {
-            Some(executed) if executed == std::process::id() && !is_told => dead(
+            Some(executed) if executed == std::process::id() && !is_notified => dead(
                 "systemd would end this unit with the old process: use Type=notify-reload with Builder::systemd_notify; \
                  or UnsetEnvironment=SYSTEMD_EXEC_PID, if the old process stays until it is stopped",
             ),

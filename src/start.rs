@@ -132,7 +132,7 @@ impl Builder {
         let control =
             self.sockets.iter().map(|(path, purpose)| Ok((generation.sockets.listen_control(path)?, *purpose)));
         let control = control.collect::<Result<_, Error>>()?;
-        // What counts are the claims of the program.
+        // Only the program's own claims count.
         generation.sockets.registry().claimed = false;
         let triggers = Triggers::new(signals, handlers, ControlSockets::new(control, trust.clone(), app), calls);
         Ok(Starting(Arc::new(Service::new(generation, triggers, trust, started))))

@@ -10,12 +10,12 @@ use crate::logging;
 use crate::shutdown::{End, EndSignal};
 use crate::sys::signal::{clear_wake, name, put_back, take_pending, wake_fd};
 
-/// Set once the service is over in this process. After that only `wait_for_stop` takes pending signals as well.
+/// Created once the service is over in this process. From then on, only this and `wait_for_stop` take pending signals.
 #[derive(Debug)]
 pub(crate) struct StopSignal {
     signals: Vec<i32>,
     wake: BorrowedFd<'static>,
-    /// `wait_for_stop` needs it after the drain.
+    /// Whether the signal stays pending, for `wait_for_stop` after the drain.
     puts_back: bool,
 }
 

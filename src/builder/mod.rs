@@ -111,7 +111,7 @@ impl Builder {
     ///
     /// The answer to `status` is one line of `key=value` words: `pid`, `generation`, `uptime_ms`, `phase` (`serving`,
     /// `upgrading`, `probation`), `connections` (the number of guards), `draining` (generations, separated by commas),
-    /// and one `socket` for each in the registry, percent-escaped.
+    /// one `older` for each of these, and one `socket` for each in the registry, percent-escaped.
     pub fn control_on_socket(&mut self, path: impl AsRef<Path>) -> &mut Self {
         self.on_socket(path.as_ref(), Purpose::Command)
     }
@@ -132,8 +132,8 @@ impl Builder {
         self.on_socket(path.as_ref(), Purpose::Takeover)
     }
 
-    fn on_socket(&mut self, path: &Path, meaning: Purpose) -> &mut Self {
-        self.sockets.push((path.to_owned(), meaning));
+    fn on_socket(&mut self, path: &Path, purpose: Purpose) -> &mut Self {
+        self.sockets.push((path.to_owned(), purpose));
         self
     }
 

@@ -2,7 +2,7 @@
 //!
 //! That version sets `ECDYSIS_RUST_UPGRADE=yes` and names two pipes by number. It writes the list of its sockets into
 //! one, in bincode 1 (little endian, fixed sizes), and waits for `OK` in the other. It has no commit and no verdict:
-//! the child serves when it has written `OK`, and the parent notices within its tick of 500 ms.
+//! the child serves when it has written `OK`, and the parent notices within its polling interval of 500 ms.
 
 use std::env;
 use std::ffi::OsStr;
@@ -46,7 +46,7 @@ pub(crate) fn inherit() -> Result<Option<Inherited>, Error> {
     }
     let failed = |source| Error::Handover { what: "list of version 1.1.1", source };
     let (Some(list), Some(ready)) = (number(LIST_PIPE), number(READY_PIPE)) else {
-        return Err(failed(io::Error::new(io::ErrorKind::InvalidInput, "its pipes are not named")));
+        return Err(failed(io::Error::new(io::ErrorKind::InvalidInput, "its pipe variables are invalid")));
     };
     // Version 1.1.1 provides no way to verify its numbers. A process that merely inherited the variables has no such
     // pipes.

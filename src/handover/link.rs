@@ -51,7 +51,8 @@ pub(crate) struct ChildLink {
     sent: Sent,
 }
 
-/// The free space that a pipe needs beyond the manifest so that the last line fits: one page.
+/// The space in bytes that a pipe needs beyond the manifest so that the last line fits: one free page, and the unused
+/// rest of the manifest's last page.
 const ROOM: usize = 8 * 1024;
 
 /// The other end of the link, and the descriptors that a spawned child gets besides stdin, stdout and stderr: its ends of

@@ -100,7 +100,7 @@ impl Manifest {
         let text = text.strip_suffix("\nend\n").ok_or_else(|| malformed(0, "no end"))?;
         let mut lines = (1..).zip(text.split('\n'));
         if lines.next() != Some((1, FIRST_LINE)) {
-            return Err(malformed(1, "not a manifest of a version known here"));
+            return Err(malformed(1, "unknown manifest version"));
         }
         let mut manifest = Self::default();
         manifest.entries.reserve(text.bytes().filter(|byte| *byte == b'\n').count().min(MAX_ENTRIES));

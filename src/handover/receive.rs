@@ -148,7 +148,7 @@ fn wait(mut receiver: Receiver, fd: &OwnedFd, time: Duration) -> io::Result<(Vec
     let deadline = Deadline::after(time);
     while !receiver.step(fd)? {
         if !wait_readable(fd, deadline) {
-            return Err(io::Error::new(io::ErrorKind::TimedOut, "not everything has arrived in time"));
+            return Err(io::Error::new(io::ErrorKind::TimedOut, "the handover was not complete in time"));
         }
     }
     Ok(receiver.into_parts())

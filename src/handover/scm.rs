@@ -71,7 +71,7 @@ impl<F: AsFd> Sender<F> {
         if !text.ends_with(END) || text.len() <= messages {
             return Err(io::Error::new(
                 io::ErrorKind::InvalidInput,
-                "the text of a handover must end with the line \"end\" and be longer than it has messages",
+                "the text of a handover must end with the line \"end\" and have more bytes than messages",
             ));
         }
         Ok(Sender { text, text_sent: 0, descriptors, is_pipe: false })

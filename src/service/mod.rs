@@ -71,7 +71,7 @@ impl Service {
         mut turn: impl FnMut(&mut EventLoop<'_>) -> Result<(), Error>,
         mut done: impl FnMut(&Lead) -> Option<T>,
     ) -> Result<T, Error> {
-        /// Returns the triggers, even after a panic.
+        /// Puts the triggers back when dropped, also by a panic.
         struct Turn<'a>(&'a Service, Option<Triggers>);
         impl Drop for Turn<'_> {
             fn drop(&mut self) {
@@ -283,9 +283,9 @@ impl Service {
             }
             (None, next) => next,
             (Some((stop, began)), None) if Deadline::since(began, delay).has_passed() => Some(stop),
-            // A signal to the whole process group also reaches the parent, which forwards it, and a parent that takes the
-            // service back has its child's stop in addition to its own. Both are one request for a stop. What comes much
-            // later is a second one.
+            // One request for a stop may arrive twice. A signal to the whole process group also reaches the parent, which
+            // forwards it. A parent that takes the service back gets its child's stop in addition to its own. A stop that
+            // comes much later is a second request.
             (Some((stop, began)), Some(again))
                 if again.action == Action::Stop
                     && again.since.saturating_duration_since(began) < COMMIT

@@ -105,7 +105,7 @@ impl AcceptLoop {
         if let Some(watch) = (!is_paused).then(watch).flatten() {
             return watch.wait();
         }
-        // In a pause the next generation does not have this listener, and `closed` is always raised.
+        // During a pause this waits only for a listener that the next generation does not have. `closed` stays raised.
         let flag = if is_paused { &gate.over } else { &gate.closed };
         let mut fds = [PollFd::from_borrowed_fd(fd, PollFlags::IN), PollFd::new(flag, PollFlags::IN)];
         let _ = poll(&mut fds, Deadline::NEVER);

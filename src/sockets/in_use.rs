@@ -17,13 +17,13 @@ pub(super) fn causes(key: &Key, inherited: &[Entry], ours: &[Entry], is_child: b
     for Entry { key: other, unit, .. } in inherited.iter().filter(overlapping) {
         causes.push(match unit {
             Some(unit) => format!("the service manager passed {other} as {unit:?}, which is unclaimed"),
-            None => format!("the inherited {other}, which is unclaimed, has it"),
+            None => format!("it belongs to the inherited {other}, which is unclaimed"),
         });
     }
     for other in ours.iter().filter(overlapping).map(|entry| entry.key.to_string()) {
         let both = other.contains('[') && !key.to_string().contains('[');
-        let hint = if both { "; it accepts IPv4 as well (Socket::set_only_v6)" } else { "" };
-        causes.push(format!("{other} of this process has it{hint}"));
+        let hint = if both { ", which accepts IPv4 as well (Socket::set_only_v6)" } else { "" };
+        causes.push(format!("it belongs to {other} of this process{hint}"));
     }
     // In a child the variables are those of the first generation.
     let taken = inherited.iter().chain(ours).any(|entry| entry.unit.is_some());
@@ -86,7 +86,7 @@ mod tests {
         let inherited = [of(any, "0.0.0.0:0")];
         for wanted in ["127.0.0.1", "0.0.0.0", "[::]"] {
             let causes = causes(&key(wanted), &inherited, &[], true);
-            assert_eq!(causes, ["the inherited tcp 0.0.0.0:0, which is unclaimed, has it"], "{wanted}");
+            assert_eq!(causes, ["it belongs to the inherited tcp 0.0.0.0:0, which is unclaimed"], "{wanted}");
         }
         assert!(causes(&key("[::1]"), &inherited, &[], true).is_empty());
         assert!(causes(&Key::udp(format!("0.0.0.0:{port}").parse().unwrap()), &inherited, &[], true).is_empty());
@@ -99,7 +99,8 @@ mod tests {
         let port = both.local_addr().unwrap().port();
         let ours = [of(both, &format!("[::]:{port}"))];
         let key = Key::tcp(format!("0.0.0.0:{port}").parse().unwrap());
-        let why = format!("tcp [::]:{port} of this process has it; it accepts IPv4 as well (Socket::set_only_v6)");
+        let why =
+            format!("it belongs to tcp [::]:{port} of this process, which accepts IPv4 as well (Socket::set_only_v6)");
         assert_eq!(causes(&key, &[], &ours, true), [why]);
     }
 

@@ -130,7 +130,7 @@ impl Sockets {
         let bytes = match self.take(&key) {
             Some(fd) => blob::open(fd, blob::LIMIT).map(Some),
             None if self.registry().late_is_incomplete => {
-                let why = "the parent did not get as far as to pass its state at the commit";
+                let why = "the parent did not pass its state at the commit";
                 Err(io::Error::new(io::ErrorKind::UnexpectedEof, why))
             }
             None => Ok(None),

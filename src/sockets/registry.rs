@@ -24,20 +24,20 @@ use crate::manager::Store;
 pub(crate) struct Registry {
     /// The entries for the next generation, in the order in which they were asked for.
     pub(super) ours: Vec<Entry>,
-    /// Make something for the next generation when an upgrade begins, or at its commit.
+    /// The callbacks that produce state for the next generation, when an upgrade begins or at its commit.
     pub(super) producers: Vec<Producer>,
     /// The socket over which the parent sends the handover at the commit.
     pub(super) late: Option<Arc<OwnedFd>>,
-    /// Not everything came over it.
+    /// Whether something that the parent sends over it is missing.
     pub(super) late_is_incomplete: bool,
     /// The entries from the parent or the service manager, until they are claimed. They are in the order of the
     /// handover, which is usually also the order of the claims, so that each claim finds its entry at the front.
     pub(super) inherited: VecDeque<Entry>,
     /// Inherited entries that were closed, which the service manager must remove from its store.
     pub(crate) closed: Vec<(Key, Option<FileId>)>,
-    /// The state that an earlier stop has passed at its commit, to be taken after `ready`; and the names of everything
-    /// that it has stored.
+    /// The state that an earlier stop has passed at its commit. The program takes it after `ready`.
     pub(super) kept_late: Vec<Entry>,
+    /// The names of everything that earlier stops have stored.
     kept_names: Vec<String>,
     /// The service manager's store, which keeps copies of the entries.
     pub(super) store: Option<Arc<dyn Store>>,
@@ -98,7 +98,7 @@ impl Registry {
         Ok(())
     }
 
-    /// Makes every socket nonblocking that peers reach by its address.
+    /// Makes nonblocking every socket that peers reach by an address.
     pub(crate) fn make_nonblocking(&self) -> io::Result<()> {
         let mut sockets = self.ours.iter().filter(|entry| entry.key.kind().has_address());
         sockets.try_for_each(|entry| Ok(ioctl_fionbio(&entry.fd, true)?))

@@ -12,8 +12,8 @@ use rustix::io::{fcntl_setfd, ioctl_fionread, FdFlags};
 use super::poll::{poll, Deadline};
 use super::system::{identity, sweep};
 
-/// Returns the identity of a descriptor besides its number: its inode if it has one, otherwise a number that is made up
-/// now.
+/// Returns the identity of a descriptor besides its number: its inode if it has one, otherwise a new random
+/// number.
 pub(crate) fn identity(fd: impl AsFd) -> io::Result<u64> {
     Ok(identity::of(&fstat(fd)?))
 }

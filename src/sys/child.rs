@@ -148,7 +148,7 @@ pub(crate) fn explain_end(status: ExitStatus) -> String {
 }
 
 /// Children that must still be reaped. Other code of the program may reap one, and then another child may get its PID.
-/// So what counts is the pidfd, where there is one.
+/// So the pidfd identifies it, where there is one.
 static LATE: Mutex<Vec<(Pid, Option<OwnedFd>)>> = Mutex::new(Vec::new());
 
 /// Reaps those children that have ended. Returns when to check again, because no event reports their end.

@@ -27,8 +27,8 @@ pub(crate) struct Plan {
     pub(crate) parent: Parentage,
 }
 
-/// Whether it is an error if the directory is gone or cannot be entered, or whether the child then stays in the current
-/// one. Staying needs no permission, whereas entering needs search permission for every part of the path.
+/// What to do if the directory is gone or cannot be entered: fail, or stay in the current one. Staying needs no
+/// permission, whereas entering needs search permission for every part of the path.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum IfMissing {
     Fail,

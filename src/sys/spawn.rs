@@ -36,7 +36,7 @@ pub enum Spawn {
     Fork,
 }
 
-/// How often, and how many milliseconds apart, to retry a program file that is open for writing.
+/// How many times, and how many milliseconds apart, to retry a program file that is open for writing.
 const BUSY_TRIES: u32 = 100;
 const BUSY_PAUSE: std::ffi::c_long = 10;
 

@@ -129,7 +129,7 @@ impl Sockets {
 
 /// The descriptors that the manager passed.
 #[derive(Default)]
-pub(crate) struct Inherited {
+pub(crate) struct PassedSockets {
     /// Entries for the registry: first those that an earlier run has stored, then those of units.
     pub(crate) sockets: Vec<Entry>,
     /// Stored entries that can no longer be used.
@@ -140,9 +140,9 @@ pub(crate) struct Inherited {
 }
 
 /// Takes ownership of the descriptors that the manager passed, and finds their keys by name or address.
-pub(crate) fn inherit() -> Result<Inherited, Error> {
+pub(crate) fn inherit() -> Result<PassedSockets, Error> {
     let failed = |unusable: Unusable| Error::ServiceManager { what: unusable.what, source: unusable.source };
-    let (mut inherited, mut from_units) = (Inherited::default(), Vec::new());
+    let (mut inherited, mut from_units) = (PassedSockets::default(), Vec::new());
     for Passed { name, fd } in take().map_err(failed)? {
         let failed = |source: io::Error| Error::ServiceManager { what: format!("descriptor {name:?}"), source };
         #[cfg(feature = "systemd_notify")]

@@ -153,8 +153,8 @@ impl TokioEcdysisBuilder {
         self.on_socket(listen_path.as_ref(), Purpose::Takeover)
     }
 
-    fn on_socket(&self, path: &Path, meaning: Purpose) -> io::Result<()> {
-        Ok(self.starting.add_socket(path, meaning)?)
+    fn on_socket(&self, path: &Path, purpose: Purpose) -> io::Result<()> {
+        Ok(self.starting.add_socket(path, purpose)?)
     }
 
     /// Keeps the serving process's PID in this file, see [`Builder::pid_file`].
@@ -163,9 +163,9 @@ impl TokioEcdysisBuilder {
     }
 
     /// Serves from now on: the streams begin to yield. In a child this blocks until the parent has stopped accepting, which
-    /// takes less than a millisecond unless the parent hangs; then it takes 5 seconds.
+    /// takes less than a millisecond, or 5 seconds if the parent hangs.
     ///
-    /// The future resolves when the service has ended. By then the streams end, and it is time to finish what is open. A
+    /// The future resolves when the service has ended. The streams then end, and the program finishes its open connections. A
     /// thread of the library waits for the triggers and performs the upgrades, so the runtime and an upgrade never delay
     /// each other. Dropping the future changes nothing, except that the reason is lost. It needs no runtime.
     ///
@@ -174,14 +174,14 @@ impl TokioEcdysisBuilder {
     /// [`Error::PidFile`], [`Error::Ready`], or [`Error::Prepare`] if no thread can be started: this generation does not
     /// serve, and the parent does.
     pub fn ready(self) -> io::Result<(Arc<TokioEcdysis>, ExitFuture)> {
-        let (hand, take) = mpsc::sync_channel::<Ecdysis>(1);
+        let (sender, receiver) = mpsc::sync_channel::<Ecdysis>(1);
         // Start the thread first: if that fails, nothing was sent to the parent yet.
-        let exit = in_thread("ecdysis", move || match take.recv() {
+        let exit = in_thread("ecdysis", move || match receiver.recv() {
             Ok(ecdysis) => ecdysis.run(),
             Err(_) => Err(Error::NotReady),
         })?;
         let ecdysis = self.starting.ready()?;
-        let _ = hand.send(ecdysis);
+        let _ = sender.send(ecdysis);
         let future = ExitFuture {
             exit,
             #[cfg(feature = "systemd_notify")]

@@ -44,7 +44,7 @@ pub enum ExitReason {
 impl ExitReason {
     /// A call of [`TokioEcdysis::upgrade`](super::TokioEcdysis::upgrade) or [`stop`](super::TokioEcdysis::stop).
     pub const CALL: Self = Self::Signal(SignalKind::from_raw(0));
-    /// The parent, which was asked to stop while this process was on probation.
+    /// The parent: it forwarded a request during this process's probation, or took the service back.
     pub const PARENT: Self = Self::Signal(SignalKind::from_raw(-1));
 }
 

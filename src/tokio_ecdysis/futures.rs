@@ -9,7 +9,7 @@ use std::time::Duration;
 use tokio::io::AsyncBufRead;
 use tokio::time;
 
-use super::watch::Watch;
+use super::watch::TaskWatch;
 use crate::shutdown::{Shutdown, State};
 
 /// Methods for tasks. Create a future once for each wait. Any runtime may poll it.
@@ -120,7 +120,7 @@ impl Shutdown {
         &self,
         reached: impl Fn(State) -> Option<T> + Send + Unpin + 'static,
     ) -> impl Future<Output = T> + Send + Unpin + 'static {
-        let mut watch = Watch::new(self.clone());
+        let mut watch = TaskWatch::new(self.clone());
         poll_fn(move |cx| {
             // Register before the state is read, so that no change is missed.
             watch.register(cx);

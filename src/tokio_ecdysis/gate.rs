@@ -8,7 +8,7 @@ use std::task::{Context, Poll};
 use std::thread;
 use std::time::Duration;
 
-use super::watch::Watch;
+use super::watch::TaskWatch;
 use crate::shutdown::{decide, Phase, Shutdown, Step, Tries};
 use crate::sys::poll::SCARCE;
 
@@ -24,17 +24,17 @@ pub enum StopOnShutdown {
 
 /// The registration of one task at the gate.
 #[derive(Debug)]
-pub(super) struct Gate {
-    watch: Watch,
+pub(super) struct TaskGate {
+    watch: TaskWatch,
     stop_on_shutdown: StopOnShutdown,
-    /// Set during a pause: the time of the next try.
+    /// Set by a pause, and true once the pause is over.
     again: Option<Arc<AtomicBool>>,
     tries: Tries,
 }
 
-impl Gate {
+impl TaskGate {
     pub(super) fn new(shutdown: Shutdown, stop_on_shutdown: StopOnShutdown) -> Self {
-        Self { watch: Watch::new(shutdown), stop_on_shutdown, again: None, tries: Tries::default() }
+        Self { watch: TaskWatch::new(shutdown), stop_on_shutdown, again: None, tries: Tries::default() }
     }
 
     /// Returns the registration of another task at the same gate.

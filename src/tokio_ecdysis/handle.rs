@@ -105,7 +105,7 @@ impl TokioEcdysis {
     ///
     /// Does nothing without
     /// [`enable_systemd_notifications`](super::TokioEcdysisBuilder::enable_systemd_notifications), and nothing in a process
-    /// whose messages the manager ignores: a child before it is announced, for which the parent has asked; and a process
+    /// whose messages the manager ignores: a child before it is announced, whose parent extends the timeout; and a process
     /// that was replaced.
     ///
     /// # Errors

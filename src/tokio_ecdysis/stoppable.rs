@@ -4,7 +4,7 @@ use std::future::{poll_fn, Future};
 use std::pin::pin;
 use std::task::Poll;
 
-use super::gate::{Gate, StopOnShutdown};
+use super::gate::{StopOnShutdown, TaskGate};
 use crate::shutdown::{Phase, Shutdown};
 
 /// A value whose long operations end when accepting is over, such as a UDP socket.
@@ -54,8 +54,8 @@ impl<S> Stoppable<S> {
         until_stopped(&mut gate, f(&mut self.inner)).await
     }
 
-    async fn open(&self) -> Option<Gate> {
-        let mut gate = Gate::new(self.shutdown.clone(), self.stop_on_shutdown);
+    async fn open(&self) -> Option<TaskGate> {
+        let mut gate = TaskGate::new(self.shutdown.clone(), self.stop_on_shutdown);
         let opened = poll_fn(|cx| match gate.watch(cx) {
             Phase::Wait => Poll::Pending,
             Phase::End => Poll::Ready(false),
@@ -65,7 +65,7 @@ impl<S> Stoppable<S> {
     }
 }
 
-async fn until_stopped<O>(gate: &mut Gate, future: impl Future<Output = O>) -> Option<O> {
+async fn until_stopped<O>(gate: &mut TaskGate, future: impl Future<Output = O>) -> Option<O> {
     let mut future = pin!(future);
     poll_fn(|cx| match gate.watch(cx) {
         Phase::Wait => Poll::Pending,

@@ -13,7 +13,7 @@ use std::task::{ready, Context, Poll};
 use futures_core::Stream;
 use tokio_stream::wrappers::{TcpListenerStream, UnixListenerStream};
 
-use super::gate::{Gate, StopOnShutdown};
+use super::gate::{StopOnShutdown, TaskGate};
 use super::source::{Listener, Source};
 use crate::shutdown::{LoopGuard, Shutdown};
 
@@ -39,12 +39,12 @@ use crate::shutdown::{LoopGuard, Shutdown};
 pub struct StoppableStream<S: Stream> {
     /// `None` once the stream has ended.
     open: Mutex<Option<Arc<Open<S>>>>,
-    gate: Gate,
+    gate: TaskGate,
     /// [`item`] for this source, so that a program can be generic over any `S: Stream`.
     next: Next<S>,
 }
 
-type Next<S> = fn(&mut Option<Arc<Open<S>>>, &mut Gate, &mut Context<'_>) -> Poll<Option<<S as Stream>::Item>>;
+type Next<S> = fn(&mut Option<Arc<Open<S>>>, &mut TaskGate, &mut Context<'_>) -> Poll<Option<<S as Stream>::Item>>;
 
 /// The part that the end of a stream closes. Each waiting call of `accept` is an owner too.
 #[derive(Debug)]
@@ -65,7 +65,7 @@ impl<S: Source> StoppableStream<S> {
     pub(super) fn new(source: S, shutdown: Shutdown, stop_on_shutdown: StopOnShutdown) -> Self {
         let counted = (stop_on_shutdown == StopOnShutdown::Yes).then(|| shutdown.drains().count_loop());
         let open = Mutex::new(Some(Arc::new(Open { source, _counted: counted })));
-        Self { open, gate: Gate::new(shutdown, stop_on_shutdown), next: item }
+        Self { open, gate: TaskGate::new(shutdown, stop_on_shutdown), next: item }
     }
 
     /// Returns the underlying Tokio listener or socket, unless the stream has ended. It accepts in every state. While this
@@ -92,7 +92,11 @@ impl<S: Source> Deref for Plain<S> {
     }
 }
 
-fn item<S: Source>(slot: &mut Option<Arc<Open<S>>>, gate: &mut Gate, cx: &mut Context<'_>) -> Poll<Option<S::Item>> {
+fn item<S: Source>(
+    slot: &mut Option<Arc<Open<S>>>,
+    gate: &mut TaskGate,
+    cx: &mut Context<'_>,
+) -> Poll<Option<S::Item>> {
     let Some(open) = slot else { return Poll::Ready(None) };
     let source = &open.source;
     let next = ready!(gate.poll_next(cx, source.plain().as_fd(), |cx| source.poll(cx), || source.now()));

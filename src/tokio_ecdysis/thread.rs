@@ -13,10 +13,10 @@ pub(super) fn in_thread<T: Send + 'static>(
     name: &'static str,
     work: impl FnOnce() -> T + Send + 'static,
 ) -> Result<oneshot::Receiver<T>, Error> {
-    let (tell, told) = oneshot::channel();
-    let body = move || drop(tell.send(work()));
+    let (sender, receiver) = oneshot::channel();
+    let body = move || drop(sender.send(work()));
     match thread::Builder::new().name(name.into()).spawn(body) {
-        Ok(_) => Ok(told),
+        Ok(_) => Ok(receiver),
         Err(source) => Err(Error::Prepare { what: "thread", source }),
     }
 }

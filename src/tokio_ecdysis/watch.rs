@@ -5,12 +5,12 @@ use std::task::Context;
 use crate::shutdown::{Shutdown, Slot};
 
 #[derive(Debug)]
-pub(super) struct Watch {
+pub(super) struct TaskWatch {
     pub(super) shutdown: Shutdown,
     slot: Option<Slot>,
 }
 
-impl Watch {
+impl TaskWatch {
     pub(super) fn new(shutdown: Shutdown) -> Self {
         Self { shutdown, slot: None }
     }
@@ -27,7 +27,7 @@ impl Watch {
     }
 }
 
-impl Drop for Watch {
+impl Drop for TaskWatch {
     fn drop(&mut self) {
         self.end();
     }

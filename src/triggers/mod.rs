@@ -115,7 +115,7 @@ impl Triggers {
         self.control.close();
     }
 
-    /// Returns the queue of requests from calls.
+    /// Queues the requests that other threads have posted.
     pub(crate) fn take_calls(&mut self) {
         self.calls.take().into_iter().for_each(|request| self.push(request));
     }

@@ -26,7 +26,7 @@ use crate::triggers::control::Trust;
 /// How long reading the manifest may take. The parent has written it before the child started.
 const MANIFEST: Duration = Duration::from_secs(10);
 
-/// How often, and after which delay, to reconnect when a takeover was cut off.
+/// How many times, and after which delay, to reconnect when a takeover was cut off.
 const ATTEMPTS: u32 = 5;
 const ATTEMPT_PAUSE: Duration = Duration::from_millis(20);
 
@@ -55,7 +55,7 @@ fn from_environment() -> Result<Option<Inherited>, Error> {
         return Ok(None);
     };
     let invalid = |why: &'static str| Error::Handover { what: VARIABLE, source: io::Error::other(why) };
-    let carrier = Carrier::parse(value).ok_or_else(|| invalid("not of a version or form that is known here"))?;
+    let carrier = Carrier::parse(value).ok_or_else(|| invalid("unknown version or form"))?;
     let Carrier { reader: end, writer } = carrier;
     if !may_bring_a_manifest(end.fd) {
         return Ok(another_process());

@@ -27,7 +27,7 @@ use crate::triggers::request::{Action, Reply, Request};
 const ENDING: Duration = Duration::from_millis(200);
 
 /// How long a child that has refused may take to exit.
-const LAST_WORDS: Duration = Duration::from_secs(1);
+const REFUSING: Duration = Duration::from_secs(1);
 
 /// The new process, and the link to it.
 ///
@@ -116,7 +116,7 @@ impl<'a> Successor<'a> {
     /// A child that has refused is about to exit. It is not killed immediately, because the operator needs its last log
     /// lines. Requests are handled during this wait, and a stop ends it.
     pub(super) fn let_end(&self, event_loop: &mut EventLoop<'_>) {
-        let deadline = Deadline::after(LAST_WORDS);
+        let deadline = Deadline::after(REFUSING);
         while self.process.is_child() && !deadline.has_passed() && !self.ends_within(Duration::ZERO) {
             let fds: Vec<_> = self.process.pidfd.iter().map(|pidfd| (pidfd.as_fd(), PollFlags::IN)).collect();
             let until = if fds.is_empty() { deadline.min(Deadline::after(LOOK)) } else { deadline };
@@ -167,7 +167,7 @@ impl<'a> Successor<'a> {
         if !mem::replace(&mut self.armed, false) {
             return None;
         }
-        let told = self.link.is_sent() && self.link.send(FromParent::Stop).is_ok();
+        let sent = self.link.is_sent() && self.link.send(FromParent::Stop).is_ok();
         while let Ok(Read::Line(line)) = self.link.next() {
             self.take_stop(&line);
         }
@@ -176,7 +176,7 @@ impl<'a> Successor<'a> {
             true => self.process.reap_later(),
             false => self.process.kill_and_reap(),
         };
-        if told {
+        if sent {
             self.link.hold_open();
         }
         // The process may already have written its PID file.

@@ -359,7 +359,7 @@ fn an_address_that_overlaps_an_inherited_one_names_it() {
     let overlapping = planned.server.addr().replace("0.0.0.0", "127.0.0.1");
     planned.plan(&format!("tcp 127.0.0.1:0\ntcp {overlapping}\n"));
     planned.server.fail_to_upgrade();
-    planned.server.wait_any("the inherited tcp 0.0.0.0:0, which is unclaimed, has it");
+    planned.server.wait_any("it belongs to the inherited tcp 0.0.0.0:0, which is unclaimed");
 }
 
 // ---- moved ------------------------------------------------------------------------------------------------------

@@ -55,11 +55,11 @@ const LONGEST_SLEEP: Duration = Duration::from_secs(1);
 /// needs a moment to leave the list of idle connections, especially on a busy machine.
 const RECENT: Duration = Duration::from_millis(250);
 
-/// How long no byte must arrive before a request counts as complete, if its first bytes arrived just as its reader was
-/// woken.
+/// How long the connection must be silent before a request counts as complete, if its first bytes arrived just as its
+/// reader was woken.
 const QUIET: Duration = Duration::from_secs(1);
 
-/// How often to check for more of it.
+/// The maximum number of checks for such a silence.
 const MAX_QUIET: u32 = 5;
 
 /// The connections that are idle now, in several parts, because each request enters and leaves here.
@@ -167,12 +167,12 @@ fn unread<S: Connection>(requests: &BufReader<S>) -> u64 {
 
 /// One connection's place in the list of idle connections. Dropping it leaves the list on every way out of the read,
 /// including a panic.
-struct Entry<'a> {
+struct IdleEntry<'a> {
     connections: &'a IdleConnections,
     fd: RawFd,
 }
 
-impl Entry<'_> {
+impl IdleEntry<'_> {
     /// Ends the wait. Returns whether the reader was woken.
     fn leave(self) -> bool {
         let woken = self.connections.part(self.fd).remove(&self.fd).is_some_and(|idle| idle.woken);
@@ -181,7 +181,7 @@ impl Entry<'_> {
     }
 }
 
-impl Drop for Entry<'_> {
+impl Drop for IdleEntry<'_> {
     fn drop(&mut self) {
         self.connections.part(self.fd).remove(&self.fd);
     }
@@ -193,9 +193,9 @@ impl IdleConnections {
     }
 
     /// Returns `None` if no thread can be created to wake the reader.
-    fn enter(self: &Arc<Self>, gate: &Arc<Gate>, fd: RawFd, idle: Idle) -> Option<Entry<'_>> {
+    fn enter(self: &Arc<Self>, gate: &Arc<Gate>, fd: RawFd, idle: Idle) -> Option<IdleEntry<'_>> {
         self.part(fd).insert(fd, idle);
-        let entry = Entry { connections: self, fd };
+        let entry = IdleEntry { connections: self, fd };
         // Check this after the entry is added, because the thread checks the list once more after it has cleared this.
         if !self.watched.load(Ordering::SeqCst) {
             let _starting = self.starting();

@@ -1,4 +1,4 @@
-//! Waiting in many threads for one listener: an epoll(7) of each thread's own, so that a connection wakes one of them.
+//! Waiting in many threads for one listener: each has its own epoll(7), so that a connection wakes only one of them.
 
 use std::os::fd::{BorrowedFd, OwnedFd};
 
@@ -19,7 +19,7 @@ impl Watch {
         Ok(watch)
     }
 
-    /// Blocks until one of the two is readable, or a signal comes.
+    /// Blocks until one of the two is readable, or a signal arrives.
     pub(crate) fn wait(&self) {
         let mut events = [epoll::Event { flags: epoll::EventFlags::empty(), data: epoll::EventData::new_u64(0) }];
         let _ = epoll::wait(&self.0, &mut events, None);

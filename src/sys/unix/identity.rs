@@ -1,6 +1,6 @@
 //! The identity of a descriptor: the inode of a file. On some systems pipes and sockets have no inode, and fstat leaves
-//! it 0. So here they get a number on the first request, which only this process knows. For verification, the manifest
-//! repeats the number that the variable contains for its carrier, and the manifest then names the others.
+//! it 0. So each gets a random number when its entry is created. The manifest repeats the number that the variable
+//! contains for its carrier. This verifies the manifest, which names all other descriptors.
 
 use std::collections::hash_map::RandomState;
 use std::hash::{BuildHasher, Hasher};

@@ -29,39 +29,39 @@ pub(crate) const NOSIGNAL: SendFlags = SendFlags::empty();
 pub(crate) const CMSG_CLOEXEC: RecvFlags = RecvFlags::empty();
 
 /// On systems other than Linux an accepted socket inherits O_NONBLOCK, so the mode is set in both cases.
-fn dress(fd: OwnedFd, mode: Mode) -> Result<OwnedFd> {
+fn prepare(fd: OwnedFd, mode: Mode) -> Result<OwnedFd> {
     let fd = above_stdio(fd)?;
     fcntl_setfd(&fd, FdFlags::CLOEXEC)?;
     ioctl_fionbio(&fd, mode == Mode::Nonblocking)?;
     Ok(fd)
 }
 
-fn dress_socket(fd: OwnedFd, mode: Mode) -> Result<OwnedFd> {
-    let fd = dress(fd, mode)?;
+fn prepare_socket(fd: OwnedFd, mode: Mode) -> Result<OwnedFd> {
+    let fd = prepare(fd, mode)?;
     #[cfg(target_vendor = "apple")]
     rustix::net::sockopt::set_socket_nosigpipe(&fd, true)?;
     Ok(fd)
 }
 
 pub(crate) fn socket(family: AddressFamily, kind: SocketType, mode: Mode) -> Result<OwnedFd> {
-    dress_socket(rustix::net::socket(family, kind, None)?, mode)
+    prepare_socket(rustix::net::socket(family, kind, None)?, mode)
 }
 
 /// Creates two connected Unix sockets.
 pub(crate) fn socketpair(kind: SocketType, mode: Mode) -> Result<(OwnedFd, OwnedFd)> {
     let (left, right) = rustix::net::socketpair(AddressFamily::UNIX, kind, SocketFlags::empty(), None)?;
-    Ok((dress_socket(left, mode)?, dress_socket(right, mode)?))
+    Ok((prepare_socket(left, mode)?, prepare_socket(right, mode)?))
 }
 
 /// accept(2) without the peer's address, which std would request.
 pub(crate) fn accept(listener: impl AsFd, mode: Mode) -> Result<OwnedFd> {
-    dress_socket(rustix::net::accept(listener)?, mode)
+    prepare_socket(rustix::net::accept(listener)?, mode)
 }
 
 /// Creates a nonblocking pipe, and returns its reading and its writing end.
 pub(crate) fn pipe() -> Result<(OwnedFd, OwnedFd)> {
     let (read, write) = rustix::pipe::pipe()?;
-    Ok((dress(read, Mode::Nonblocking)?, dress(write, Mode::Nonblocking)?))
+    Ok((prepare(read, Mode::Nonblocking)?, prepare(write, Mode::Nonblocking)?))
 }
 
 /// Makes room in a pipe for this many bytes, if the system supports it.

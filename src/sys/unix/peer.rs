@@ -54,8 +54,7 @@ pub(crate) fn credentials(socket: impl AsFd) -> io::Result<Credentials> {
     Ok(Credentials { pid, uid, gid })
 }
 
-/// Returns no descriptor that polls as readable when the process at the other end of `socket` ends, because there is
-/// none.
+/// Returns `None`, because these systems have no descriptor that reports the end of a peer.
 pub(crate) fn peer_pidfd(_socket: impl AsFd) -> Option<OwnedFd> {
     None
 }

@@ -27,7 +27,7 @@ pub(crate) unsafe fn sweep() -> Result<(), i32> {
     Ok(())
 }
 
-/// Fails: the caller has to set close-on-exec on each.
+/// Always fails, so the caller sets close-on-exec on each descriptor.
 ///
 /// # Safety
 ///
