@@ -6,6 +6,7 @@
 #     tests/sanitizers.sh address         # one
 #     tests/sanitizers.sh thread --lib    # one, with arguments for cargo test
 set -eu
+[ "${1:-}" != --help ] || { sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"; exit; }
 cd "$(dirname "$0")/.."
 target=$(rustc -vV | sed -n 's/^host: //p')
 kinds=${1:-"address thread"}
