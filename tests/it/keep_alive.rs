@@ -1,5 +1,5 @@
-//! The first promise: no client notices. Tests new, busy and idle connections; over TCP and Unix sockets; in an
-//! upgrade, a takeover and a stop; with and without a probation.
+//! No client notices an upgrade. Tests new, busy and idle connections; over TCP and Unix sockets; in an upgrade,
+//! a takeover and a stop; with and without a probation.
 
 use std::io::{self, BufRead, BufReader, ErrorKind, Read, Write};
 use std::process::Command;

@@ -561,8 +561,7 @@ fn a_foreign_user_triggers_nothing() {
     assert_eq!(generation(&server.addr()), 1);
 }
 
-/// Peers of the control socket that send nothing, or too much, block no other peer.
-/// A server that hangs, with a full queue.
+/// The server hangs, and its queue is full.
 #[test]
 fn signals_do_not_prolong_a_control_request() {
     if !is_alone("process::signals_do_not_prolong_a_control_request") {
@@ -580,6 +579,7 @@ fn signals_do_not_prolong_a_control_request() {
     drop((queued, server));
 }
 
+/// Peers of the control socket that send nothing, or too much, block no other peer.
 #[test]
 fn a_peer_that_says_nothing_blocks_nobody() {
     let dir = tempdir();

@@ -1,5 +1,5 @@
-//! Which errors a system call can really give, to a process that makes it rightly: want of memory, descriptors or
-//! space, interruption, a file that is not there, and the refusal of a seccomp filter.
+//! The errors that a system call with valid arguments can return: a lack of memory, descriptors or space, an
+//! interruption, a missing file, and the refusal of a seccomp filter.
 
 #![allow(non_upper_case_globals)]
 

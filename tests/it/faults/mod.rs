@@ -334,8 +334,7 @@ fn death_sweep(title: &str, setup: Setup, at_a_time: usize, points: &[(Call, i32
     assert!(lost.is_empty(), "{title}: {} not survived, the first: {}", lost.len(), lost[0]);
 }
 
-/// Runs all points, some in parallel. Prints the figures, and returns the points that were
-/// not survived.
+/// Runs all points, some in parallel. Prints the figures, and returns the points that were not survived.
 fn sweep<T: Copy + Send + Sync>(
     title: &str,
     points: &[T],

@@ -32,10 +32,10 @@ pub enum Carrier {
 #[derive(Clone, Copy, Debug)]
 pub struct Rules {
     pub carrier: Carrier,
-    /// R1: to give up, the parent first sends `stop`, and keeps its writing end open. Without the rule it closes both
+    /// To give up, the parent first sends `stop`, and keeps its writing end open. Without the rule it closes both
     /// ends and kills the started process.
     pub give_up_says_stop: bool,
-    /// R3: a generation upgrades only after its own verdict.
+    /// A generation upgrades only after its own verdict.
     pub requests_wait: bool,
     /// The parent notices the end of the started process directly, not only by the end of the link.
     pub process_end_is_seen: bool,
@@ -274,7 +274,7 @@ impl Protocol {
 
     // ---- what must hold ---------------------------------------------------------------------------------------------
 
-    /// Promise 4: at most one process accepts. Exception: a process that continues after a freeze, or whose peer does,
+    /// At most one process accepts. Exception: a process that continues after a freeze, or whose peer does,
     /// until it has read its messages.
     fn one_accepts(&self, s: &State) -> bool {
         let accepting = (0..s.processes.len()).filter(|p| s.processes[*p].runs() && s.processes[*p].accepts);
