@@ -6,7 +6,7 @@
 //!     cargo run --example ctl -- /tmp/http.control status              # pid 812, generation 2, up 3.1 s, serving …
 //!     cargo run --example ctl -- /tmp/http.control stop                # stopped: the process has ended
 //!
-//! `cargo install ecdysis --example ctl` installs it. Programs can call `ecdysis::control::request`.
+//! `cargo install --path . --example ctl` installs it. Programs can call `ecdysis::control::request`.
 //!
 //!     ctl SOCKET upgrade|stop|partial-stop|rollback|status
 //!       --json               print the outcome as one line of JSON
@@ -72,7 +72,7 @@ impl Options {
                 other => return Err(other.unexpected()),
             }
         }
-        let [socket, command] = words.try_into().map_err(|_| "a socket and a command, please")?;
+        let [socket, command] = words.try_into().map_err(|_| "a socket and a command are required")?;
         let command = command.string()?;
         match &*command {
             "upgrade" | "stop" | "partial-stop" | "rollback" | "status" => {}

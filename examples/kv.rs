@@ -2,7 +2,7 @@
 //!
 //!     cargo run --example kv                          # or: kv 127.0.0.1:7071 /tmp/kv.control
 //!     nc 127.0.0.1 7070                               # in a second terminal: set a 1 → ok; get a → 1; version → 1
-//!     kill -HUP $(pgrep -n -x kv)                     # in a third: the upgrade
+//!     kill -HUP 4711                                  # in a third, with the PID that the server has printed: the upgrade
 //!
 //! Type `get a` and `version` into the `nc` that is still open: it answers 1 and 2. The second argument is a control socket
 //! for `--example ctl`.
@@ -159,8 +159,8 @@ impl Server {
         Ok(())
     }
 
-    /// Returns false also in a thread that runs again so late that the pause has led to the end: a value that it set would
-    /// be lost. The end can only follow the pause, so check the pause first.
+    /// Whether a request may run. Check the pause first, because the end follows the pause: in the other order, a thread that
+    /// sleeps between the two checks could miss both, and a value that it then set would be lost.
     fn serves(&self) -> bool {
         !self.shutdown.is_paused() && !self.shutdown.is_over()
     }

@@ -1,8 +1,8 @@
 //! An echo server on Tokio that is upgraded without losing a connection.
 //!
-//!     cargo run --features tokio --example tokio_echo
+//!     cargo run --features tokio --example tokio_echo &
 //!     nc 127.0.0.1 8080                               # in a second terminal: the server sends back what you type
-//!     kill -HUP $(pgrep -n tokio_echo)                # in a third: the upgrade; -USR1 stops the server
+//!     kill -HUP $!                                    # in the first: the upgrade; -USR1 would stop the server
 //!
 //! The open `nc` stays connected to the old process, which exits when `nc` does. A new `nc` reaches the new process.
 
@@ -37,7 +37,7 @@ async fn main() {
     });
     let (_ecdysis, shutdown_fut) = ecdysis_builder.ready().unwrap();
     let shutdown_reason = shutdown_fut.await;
-    log::info!("Shutting down: {:?}", shutdown_reason);
+    log::info!("shutting down: {shutdown_reason:?}");
     server_handle.await.unwrap();
 }
 

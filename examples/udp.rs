@@ -2,7 +2,7 @@
 //!
 //!     cargo run --example udp                         # or: udp 127.0.0.1:7001 /tmp/udp.control
 //!     echo hello | nc -u -w1 127.0.0.1 7000           # in a second terminal: gen=1 hello
-//!     kill -HUP $(pgrep -n -x udp)                    # the upgrade
+//!     kill -HUP 4711                                  # the upgrade, with the PID that the server has printed
 //!     echo hello | nc -u -w1 127.0.0.1 7000           # gen=2 hello
 //!
 //! The second argument is a control socket for `--example ctl`. A protocol without state between datagrams, such as DNS,

@@ -4,7 +4,7 @@
 //!
 //! It shows a progress line, and after about 11 seconds a table, in which no request should have failed. Options:
 //!
-//!     --upgrades N     how often the server is replaced (40)
+//!     --upgrades N     how many times the server is replaced (40)
 //!     --every MS       time from one SIGHUP to the next (250)
 //!     --clients N      threads that send requests at full speed (8)
 //!     --keep-alive     each client keeps its connection until an answer announces that it ends

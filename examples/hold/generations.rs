@@ -10,7 +10,7 @@ use crate::signals::send;
 /// confirmed the announcement.
 const ANNOUNCED: Duration = Duration::from_secs(5);
 
-/// How often to look for generations at most, if processes start and end all the time.
+/// The maximum number of looks for generations, if processes start and end all the time.
 const LOOKS: usize = 20;
 
 pub struct Generations {

@@ -1,9 +1,9 @@
 //! Starts a server and keeps one PID while the server is upgraded, for containers, runit, s6, supervisord and terminals.
 //!
 //!     cargo build --examples && cd target/debug/examples
-//!     ./hold -- ./echo 127.0.0.1:7000       # hold: started pid=4712 …
-//!     kill -HUP $(pgrep -x hold)            # in a second terminal: the server is upgraded, and hold stays
-//!     kill $(pgrep -x hold)                 # or Ctrl-C in the first: the server drains, and hold exits with its status
+//!     ./hold -- ./echo 127.0.0.1:7000 &     # hold: started pid=4712 …
+//!     kill -HUP $!                          # the server is upgraded, and hold keeps its PID
+//!     kill $!                               # or `fg` and Ctrl-C: the server drains, and hold exits with its status
 //!
 //! `cargo install --path . --example hold` installs it. The guide's chapter on supervisors shows how each supervisor runs it.
 //!
@@ -23,7 +23,7 @@
 //!       --check "ARGS"         before each upgrade, run the program with these arguments; upgrade only if it succeeds
 //!       --upgrade-signal NAME  the signal that requests an upgrade (HUP); used only by --check
 //!       --stop-timeout SECS    how long a stop may take before all processes are killed (90); the server may extend it
-//!       --restarts N/SECS      how often a crashed server is restarted (5/60); 0/1 is never
+//!       --restarts N/SECS      restart a crashed server at most N times in SECS (5/60); 0/1 is never
 //!       --store N              the maximum number of stored descriptors (256)
 //!       --watchdog SECS        how long the server may be silent before it counts as hung (no watchdog)
 //!       --notify-fd N          write a line to this descriptor when the server is ready, as s6 requires

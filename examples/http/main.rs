@@ -2,7 +2,7 @@
 //!
 //!     cargo run --example http                        # or: http 127.0.0.1:8001 /tmp/http.control
 //!     curl -s http://127.0.0.1:8000/                  # in a second terminal: gen=1 pid=4711
-//!     kill -HUP $(pgrep -n -x http)                   # the upgrade
+//!     kill -HUP 4711                                  # the upgrade
 //!     curl -s http://127.0.0.1:8000/metrics           # …, ecdysis_upgrades_total{outcome="ok"} 1, ecdysis_generation 2, …
 //!
 //! The second argument is a control socket for `--example ctl`. At an upgrade:
