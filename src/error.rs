@@ -172,7 +172,7 @@ pub enum Error {
         /// Its reason.
         reason: String,
     },
-    /// The child was not ready in time. It was killed.
+    /// The child was not ready in time, or did not answer the commit within 5 seconds. It was killed.
     Timeout {
         /// The child.
         pid: u32,
@@ -305,7 +305,7 @@ impl Error {
             Self::NotHandedOver { path, answer } => {
                 format!("the process at {} does not hand over: {answer}", path.display())
             }
-            Self::GivenUp => "the parent gave up this upgrade".into(),
+            Self::GivenUp => "the parent gave up on this upgrade".into(),
             Self::NotPassed { key, name, passed } => {
                 let passed = if passed.is_empty() { "nothing that is unclaimed" } else { passed };
                 let why =
@@ -328,7 +328,7 @@ impl Error {
                 format!("{} closed its link but did not end; it may still accept", child(pid))
             }
             Self::Refused { pid, reason } => format!("{} refused: {reason}", child(pid)),
-            Self::Timeout { pid, after } => format!("{} was not ready within {after:?}", child(pid)),
+            Self::Timeout { pid, after } => format!("{} was not ready, or did not serve, within {after:?}", child(pid)),
             Self::Garbage { pid, received } => format!("{} sent an invalid message: {received:?}", child(pid)),
             Self::DiedAfterReady { pid, status, after } => {
                 format!("{} died {after:?} after it was ready{}", child(pid), how(status))

@@ -46,10 +46,10 @@ fn the_server_behind_a_wrapper_is_given_up_with_it() {
         let child = field(&server.wait(" gen=2 "), "pid");
         frozen(child);
         let line = server.wait("upgrade ");
-        assert!(line.contains("not ready within 2s"), "{line}");
+        assert!(line.contains("not ready, or did not serve, within 2s"), "{line}");
         send_signal(child, Signal::CONT);
         // Its link is still open, and it has received the reason.
-        server.wait("the parent gave up this upgrade");
+        server.wait("the parent gave up on this upgrade");
         eventually("the old one is alone", || server.processes() == [pid]);
         assert_eq!(generation(&addr), 1);
         assert_eq!(fs::read_to_string(&pid_file).unwrap().trim(), pid.to_string());
@@ -70,7 +70,7 @@ fn a_stop_during_the_upgrade_also_stops_the_server_behind_a_wrapper() {
     server.signal_first(Signal::TERM);
     server.wait("upgrade failed");
     send_signal(child, Signal::CONT);
-    server.wait("the parent gave up this upgrade");
+    server.wait("the parent gave up on this upgrade");
     server.wait_all_ended();
     refused(&addr);
     assert!(!server.said().iter().any(|line| line.starts_with("serving gen=2")));
@@ -263,7 +263,7 @@ fn a_debugger_on_the_child_holds_up_nobody() {
     let traced = || fs::read_to_string(&status).is_ok_and(|status| !status.contains("TracerPid:\t0\n"));
     eventually("it is traced", traced);
     let line = server.wait("upgrade failed");
-    assert!(line.contains("not ready within 4s"), "{line}");
+    assert!(line.contains("not ready, or did not serve, within 4s"), "{line}");
     let status = control(&control_socket, "status\n").unwrap();
     assert!(status.contains("phase=serving"), "{status}");
     server.signal_first(Signal::TERM);

@@ -36,7 +36,8 @@ fn every_failure_is_told_apart_leaves_nothing_behind_and_the_next_upgrade_works(
         ("close-status", "without reporting"),
     ];
     // These use a separate server: on a busy machine, even an immediate failure may take longer than this timeout.
-    const TOO_LATE: &[(&str, &str)] = &[("hang", "not ready within 3s"), ("stop-self", "not ready within 3s")];
+    const TOO_LATE: &[(&str, &str)] =
+        &[("hang", "not ready, or did not serve, within 3s"), ("stop-self", "not ready, or did not serve, within 3s")];
     for (way, limit, failures) in [
         (&[][..], "60000", QUICK),
         (&["--fork"], "60000", QUICK),

@@ -281,7 +281,7 @@ fn a_child_can_be_fed_through_a_socket() {
     for words in ["hang", "stop-self"] {
         fs::write(&how, words).unwrap();
         let line = server.fail_to_upgrade();
-        assert!(line.contains("was not ready within 500ms"), "{words}: {line}");
+        assert!(line.contains("was not ready, or did not serve, within 500ms"), "{words}: {line}");
         assert_eq!(children(server.pid()).len(), 0, "{words}: a child is left");
     }
 }
@@ -348,7 +348,10 @@ fn a_bad_successor_costs_nothing() {
     for words in ["hang", "stop-self"] {
         let _bad = meeting.misbehaving(words);
         let line = server.wait("upgrade ");
-        assert!(line.starts_with("upgrade failed") && line.contains("was not ready within 400ms"), "{words}: {line}");
+        assert!(
+            line.starts_with("upgrade failed") && line.contains("was not ready, or did not serve, within 400ms"),
+            "{words}: {line}"
+        );
         assert_eq!(generation(&server.addr()), 1, "{words}");
     }
 }
@@ -366,7 +369,7 @@ fn a_successor_that_is_too_late_receives_stop() {
             goes_on(&late);
         }
         let line = late.wait("whoami: ");
-        assert!(line.contains("the parent gave up this upgrade"), "{line}");
+        assert!(line.contains("the parent gave up on this upgrade"), "{line}");
         late.wait_all_ended();
         assert_eq!(generation(&server.addr()), 1);
     }
@@ -403,11 +406,14 @@ fn a_successor_that_hangs_too_long_before_it_receives_the_commit_never_serves() 
     let addr = old.addr();
     let load = Load::on(&addr, 2);
     let line = old.wait("upgrade ");
-    assert!(line.starts_with("upgrade failed") && line.contains("was not ready within 5s"), "{line}");
+    assert!(
+        line.starts_with("upgrade failed") && line.contains("was not ready, or did not serve, within 5s"),
+        "{line}"
+    );
     assert_eq!(generation(&addr), 1);
     goes_on(&new);
     let line = new.wait("whoami: ");
-    assert!(line.contains("the parent gave up this upgrade"), "{line}");
+    assert!(line.contains("the parent gave up on this upgrade"), "{line}");
     new.wait_all_ended();
     assert!(!new.said().iter().any(|line| line.starts_with("serving ")), "{:?}", new.said());
     let pid = fs::read_to_string(meeting.dir.path().join("pid")).unwrap();
@@ -604,7 +610,7 @@ fn a_stop_during_a_takeover_stops_the_old_and_tells_the_new() {
     first.wait("ended gen=1");
     goes_on(&second);
     let line = second.wait("whoami: ");
-    assert!(line.contains("gave up this upgrade"), "{line}");
+    assert!(line.contains("gave up on this upgrade"), "{line}");
 }
 
 #[test]
@@ -672,7 +678,7 @@ fn peers_that_stall_or_talk_garbage_change_nothing_and_block_nobody() {
     verdict(&mut server, "child ");
     // A peer that reads nothing.
     let stalled = meeting.ask();
-    verdict(&mut server, "was not ready within 3s");
+    verdict(&mut server, "was not ready, or did not serve, within 3s");
     drop(stalled);
     load.stop().assert_none_failed();
 }
