@@ -23,6 +23,7 @@ const DRAIN: u64 = 30;
 
 #[actix_web::main]
 async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    say::help(include_str!("main.rs"));
     let mut args = std::env::args().skip(1);
     let addr = args.next().unwrap_or("127.0.0.1:8080".into());
 

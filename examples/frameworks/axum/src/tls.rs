@@ -36,6 +36,7 @@ const DRAIN: Duration = Duration::from_secs(30);
 
 #[tokio::main]
 async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    say::help(include_str!("tls.rs"));
     let args: Vec<_> = std::env::args().skip(1).collect();
     let [addr, cert, key] = &args[..] else { return Err("usage: ecdysis-axum-tls ADDRESS CERT.pem KEY.pem".into()) };
 

@@ -24,6 +24,7 @@ const GRACE: Duration = Duration::from_secs(2);
 const DRAIN: Duration = Duration::from_secs(30);
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
+    say::help(include_str!("main.rs"));
     let addr = std::env::args().nth(1).unwrap_or("127.0.0.1:8000".into());
     let starting = Ecdysis::builder()
         .upgrade_on_signal(libc::SIGHUP)

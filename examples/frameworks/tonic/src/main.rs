@@ -38,6 +38,7 @@ const DRAIN: Duration = Duration::from_secs(30);
 
 #[tokio::main]
 async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    say::help(include_str!("main.rs"));
     let mut args = std::env::args().skip(1);
     let addr = args.next().unwrap_or("127.0.0.1:50051".into());
     let mut server = Server::builder();

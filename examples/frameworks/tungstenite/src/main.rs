@@ -23,6 +23,7 @@ const DRAIN: Duration = Duration::from_secs(10);
 
 #[tokio::main]
 async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    say::help(include_str!("main.rs"));
     let mut args = std::env::args().skip(1);
     let addr = args.next().unwrap_or("127.0.0.1:9001".into());
     let tls = match (args.next(), args.next()) {

@@ -30,6 +30,7 @@ const DRAIN: Duration = Duration::from_secs(30);
 
 #[tokio::main]
 async fn main() -> io::Result<()> {
+    say::help(include_str!("main.rs"));
     let addr = std::env::args().nth(1).unwrap_or("127.0.0.1:3030".into());
 
     let mut builder = TokioEcdysisBuilder::new(SignalKind::hangup())?;
