@@ -83,13 +83,18 @@ fn run() -> Result<(), Box<dyn Error>> {
             "--quick" => quick = true,
             "--only" => only.push(args.next().ok_or("--only needs a row")?),
             "--against" => against = Some(args.next().ok_or("--against needs a path")?),
+            "--help" => {
+                let comment = include_str!("main.rs").lines().map_while(|line| line.strip_prefix("//!"));
+                comment.for_each(|line| println!("{}", line.trim_start()));
+                return Ok(());
+            }
             "--list" => {
                 ROWS.iter().for_each(|(name, title, _)| println!("{name}: {title}"));
                 return Ok(());
             }
             // This program starts itself with these options, as the clients of a server.
             "--load" | "--load-keep" => return Ok(rows::accept::load(args, arg == "--load-keep")?),
-            other => return Err(format!("unknown argument {other}: see the first lines of main.rs").into()),
+            other => return Err(format!("unknown argument {other}: see --help").into()),
         }
     }
     if let Some(unknown) = only.iter().find(|only| !ROWS.iter().any(|(name, ..)| name == only)) {

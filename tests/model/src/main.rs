@@ -14,6 +14,7 @@ fn main() -> ExitCode {
                 println!("{}", scenario.explore());
             }
         }
+        Some("--help") => println!("page writes the generated table into the guide; explore [WORD] runs explorations"),
         _ => {
             eprintln!("usage: page | explore [WORD]");
             return ExitCode::FAILURE;
