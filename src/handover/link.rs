@@ -11,7 +11,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use rustix::event::PollFlags;
-use rustix::fs::{fcntl_getfl, fcntl_setfl, OFlags};
 use rustix::net::{shutdown, Shutdown, SocketType};
 
 use super::entry::{Entry, FdRef};
@@ -174,11 +173,6 @@ impl ChildLink {
         hold_open(from.clone());
         Some((from, mem::take(&mut self.lines)))
     }
-}
-
-/// Makes this end of a connection nonblocking. The other end keeps its own mode.
-pub(crate) fn nonblocking(fd: impl AsFd) -> io::Result<()> {
-    Ok(fcntl_setfl(&fd, fcntl_getfl(&fd)? | OFlags::NONBLOCK)?)
 }
 
 #[cfg(test)]

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags};
+use rustix::io::Errno;
 
 use super::request::{send_line, Action, Reply, Request};
 use super::takeover::TakeoverRequest;
@@ -18,6 +19,7 @@ use crate::key::Key;
 use crate::logging;
 use crate::sys::peer::{peer, PeerCred};
 use crate::sys::poll::Deadline;
+use crate::sys::{net, Mode};
 
 /// Decides which users may be at the other end of a takeover socket.
 pub(crate) type Trust = Arc<dyn Fn(&PeerCred) -> bool + Send + Sync>;
@@ -163,12 +165,12 @@ impl ControlSockets {
     }
 }
 
-/// Returns `None` if no peer is connected (any more).
+/// Returns a nonblocking stream, or `None` if no peer is connected (any more).
 fn accept(listener: &UnixListener) -> io::Result<Option<UnixStream>> {
-    match listener.accept() {
-        Ok((stream, _)) => Ok(Some(stream)),
-        Err(e) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::ConnectionAborted) => Ok(None),
-        Err(e) => Err(e),
+    match net::accept(listener, Mode::Nonblocking) {
+        Ok(stream) => Ok(Some(stream.into())),
+        Err(Errno::AGAIN | Errno::CONNABORTED) => Ok(None),
+        Err(e) => Err(e.into()),
     }
 }
 

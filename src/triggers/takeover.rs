@@ -5,7 +5,6 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use crate::handover::greeting::{another_app, parse_takeover, refuse};
-use crate::handover::link::nonblocking;
 use crate::logging;
 use crate::sys::peer::PeerCred;
 
@@ -29,9 +28,6 @@ impl TakeoverRequest {
         if let (Some(app), Some(other)) = (app, another_app(app, theirs.as_deref())) {
             logging::warn!("refused to hand over to application {other:?}: this is {app:?}");
             return refused(&format!("failed: this is application {app:?}, not {other:?}"));
-        }
-        if let Err(e) = nonblocking(&socket) {
-            return refused(&format!("failed: {e}"));
         }
         Some(Self { socket: Arc::new(socket), peer, begun: Cell::new(false) })
     }

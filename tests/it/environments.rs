@@ -88,6 +88,26 @@ fn a_takeover_needs_no_standard_streams() {
     serves(4);
 }
 
+/// Otherwise what it prints, for example the line of an event, would become part of the handover.
+#[test]
+fn a_server_that_closed_its_stderr_hands_over_and_keeps_that_number_free() {
+    let dir = tempdir();
+    let [socket, takeover] = ["socket", "takeover"].map(|name| dir.path().join(name).to_str().unwrap().to_owned());
+    let addr = format!("unix:{socket}");
+    let mut command = Command::new(example("whoami"));
+    command.args(["--close", "2", "--log", "--listen", &addr, "--probation", "3600000"]);
+    command.args(["--takeover-socket", &takeover]);
+    let _first = Server::start(command);
+    let generation = || ask(&addr).ok().and_then(|answer| try_field::<u64>(&answer, "gen"));
+    eventually("the first process answers", || generation() == Some(1));
+    let first = field(&ask(&addr).unwrap(), "pid");
+    let mut command = Command::new(example("whoami"));
+    command.args(["--listen", &addr, "--take-over", &takeover]);
+    let mut second = Server::start(command);
+    second.wait("serving gen=2");
+    eventually("the number is free", || !fds(first).contains_key(&2));
+}
+
 #[cfg(not(ecdysis_unix))]
 #[test]
 fn the_next_version_has_the_cpus_and_the_nice_value_of_the_first() {

@@ -10,6 +10,7 @@ pub(crate) use libc::ucred as Credentials;
 use libc::{SOL_SOCKET, SO_PEERCRED};
 
 use crate::sys::sockopt;
+use crate::sys::stdio::above_stdio;
 
 /// Asks the kernel for the peer of `socket`.
 pub(crate) fn credentials(socket: impl AsFd) -> io::Result<Credentials> {
@@ -26,5 +27,5 @@ pub(crate) fn peer_pidfd(socket: impl AsFd) -> Option<OwnedFd> {
     }
     let fd = sockopt::get(socket, SOL_SOCKET, SO_PEERPIDFD, -1).ok().filter(|&fd: &i32| fd >= 0)?;
     // SAFETY: the kernel has created this descriptor for this call (SO_PEERPIDFD), so nothing else owns it.
-    Some(unsafe { OwnedFd::from_raw_fd(fd) })
+    above_stdio(unsafe { OwnedFd::from_raw_fd(fd) }).ok()
 }
