@@ -1,5 +1,6 @@
 //! Turns a descriptor number from the parent into an owned descriptor, after verifying that it is the intended one.
 
+use std::fs;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -7,7 +8,7 @@ use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags};
 use rustix::fs::{fstat, FileType};
-use rustix::io::{fcntl_setfd, ioctl_fionread, FdFlags};
+use rustix::io::{fcntl_getfd, fcntl_setfd, ioctl_fionread, FdFlags};
 
 use super::poll::{poll, Deadline};
 use super::system::{identity, sweep};
@@ -66,16 +67,21 @@ impl Adopter {
     ///
     /// The numbers in between may belong to descriptors that the program opened before `start`, for a helper that it
     /// starts later. So a close_range(2) covers only adopted numbers, and those that poll(2) reports as not open. There
-    /// are many of the latter, because each listener had its duplicate for the program under the next number.
+    /// are many of the latter, because each listener had its duplicate for the program under the next number. poll(2)
+    /// also reports descriptors with O_PATH as not open, so each of these numbers is checked unless the number of open
+    /// descriptors, which the kernel reports since Linux 6.2, shows that there is none.
     pub(crate) fn seal(&self) -> io::Result<()> {
         // SAFETY: used for calls that are harmless on any number.
         let borrow = |fd: usize| unsafe { BorrowedFd::borrow_raw(fd as RawFd) };
-        let others = (3..self.adopted.len()).filter(|fd| !self.adopted[*fd]);
+        let others = (0..self.adopted.len()).filter(|fd| !self.adopted[*fd]);
         let mut others: Vec<_> = others.map(|fd| PollFd::from_borrowed_fd(borrow(fd), PollFlags::empty())).collect();
         // After an error all of them count as open.
         let _ = poll(&mut others, Deadline::after(Duration::ZERO));
-        let open = others.iter().filter(|fd| !fd.revents().contains(PollFlags::NVAL));
-        let mut first = 3;
+        let is_free = |fd: &PollFd<'_>| fd.revents().contains(PollFlags::NVAL);
+        let seen = self.adopted.len() - others.iter().filter(|fd| is_free(fd)).count();
+        let all_seen = fs::metadata("/proc/self/fd").is_ok_and(|open| open.len() == seen as u64);
+        let open = others.iter().filter(|fd| !is_free(fd) || (!all_seen && fcntl_getfd(fd).is_ok()));
+        let mut first = 0;
         for end in open.map(|fd| fd.as_fd().as_raw_fd() as usize).chain([self.adopted.len()]) {
             // SAFETY: the open descriptors in this range are adopted. One that another thread has opened since the poll gets
             // close-on-exec, which is harmless to memory.
@@ -112,20 +118,25 @@ pub(crate) fn may_bring_a_manifest(fd: RawFd) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use rustix::io::{dup, fcntl_getfd};
-    use std::os::fd::{AsRawFd, IntoRawFd};
+    use rustix::fs::{Mode, OFlags};
+    use rustix::io::dup;
+    use std::os::fd::IntoRawFd;
 
     /// The program may have opened it before `start`, for a helper that it starts later.
     #[test]
     fn a_descriptor_between_adopted_ones_stays_inheritable() {
         // dup(2) returns a descriptor without close-on-exec. A closed one lies in between too.
-        let [first, closed, second, between, last] = [(); 5].map(|()| dup(io::stderr()).unwrap());
+        let [first, closed, second, between, third] = [(); 5].map(|()| dup(io::stderr()).unwrap());
+        let path = rustix::fs::open("/", OFlags::PATH, Mode::empty()).unwrap();
+        let last = dup(io::stderr()).unwrap();
         let mut adopter = Adopter { adopted: Vec::new() };
         drop(closed);
-        let adopted = [first, second, last].map(|fd| adopter.own(fd.into_raw_fd(), None, None).unwrap());
+        let adopted = [first, second, third, last].map(|fd| adopter.own(fd.into_raw_fd(), None, None).unwrap());
         adopter.seal().unwrap();
         assert!(adopted.iter().all(|fd| fcntl_getfd(fd).unwrap() == FdFlags::CLOEXEC));
-        assert_eq!(fcntl_getfd(&between).unwrap(), FdFlags::empty());
+        for fd in [between, path] {
+            assert_eq!(fcntl_getfd(&fd).unwrap(), FdFlags::empty(), "{fd:?}");
+        }
         assert!(adopter.own(adopted[0].as_raw_fd(), None, None).is_err(), "each only once");
     }
 }
