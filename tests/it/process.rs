@@ -166,9 +166,10 @@ fn descriptor_numbers_do_not_climb() {
             let open = fds(pid);
             (open.len(), *open.keys().last().unwrap())
         };
-        // Every second generation has the same numbers, because each fills the gaps that its parent left. The third is
-        // the first whose parent claimed its sockets and did not bind them.
-        if let at @ 3.. = numbers.len() {
+        // Every second generation has the same numbers, because each fills the gaps that its parent left. The first ones
+        // have others: the first binds its sockets, and has descriptors that this test program inherited (make(1) and some
+        // terminals leave some open).
+        if let at @ 10.. = numbers.len() {
             let same = try_eventually("the numbers of the grandparent", || now() == numbers[at - 2]);
             same.unwrap_or_else(|e| panic!("{e}: {:?} after {numbers:?}", now()));
         }
