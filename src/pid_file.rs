@@ -1,7 +1,7 @@
 //! The PID file: written completely or not at all, and restored or removed only while it names this process.
 
 use std::fs::{self, File, OpenOptions, Permissions};
-use std::io::{self, Write};
+use std::io::{self, Read, Write};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process;
@@ -37,7 +37,7 @@ impl PidFile {
     /// Writes the file. The previous contents are restored when the result is dropped, unless it is kept.
     pub(crate) fn replace(&self) -> Result<Replaced, Error> {
         let Some(path) = self.path() else { return Ok(Replaced(None)) };
-        let before = fs::read(&path).ok();
+        let before = read(&path).ok();
         match write(&path) {
             Ok(()) => Ok(Replaced(Some((path, before)))),
             Err(source) => Err(Error::PidFile { path, source }),
@@ -116,19 +116,29 @@ fn overwrite(path: &Path, content: &[u8]) -> io::Result<()> {
     file.set_len(content.len() as u64)
 }
 
-/// Opens an existing file, never through a symlink. In a directory like /tmp another user may have created it, and
-/// could then write any PID to it. So the file must belong to this user or to root, and no other user may be able to
+/// Opens an existing file. In a directory like /tmp another user may have created it, and could then write any PID to it. So the file must belong to this user or to root, and no other user may be able to
 /// write to it.
 fn open_in_place(path: &Path) -> io::Result<File> {
-    // Without O_NONBLOCK a named pipe would block until another process reads it.
-    let flags = libc::O_NOFOLLOW | libc::O_NONBLOCK;
-    let file = OpenOptions::new().write(true).custom_flags(flags).open(path)?;
+    let file = open(path, OpenOptions::new().write(true))?;
     let found = file.metadata()?;
     let owner_is_trusted = [0, rustix::process::geteuid().as_raw()].contains(&found.uid());
     if found.is_file() && owner_is_trusted && found.mode() & 0o002 == 0 {
         return Ok(file);
     }
     Err(io::ErrorKind::PermissionDenied.into())
+}
+
+/// Returns the contents, but at most 4096 bytes. A PID file is shorter.
+fn read(path: &Path) -> io::Result<Vec<u8>> {
+    let mut content = Vec::new();
+    open(path, OpenOptions::new().read(true))?.take(1 << 12).read_to_end(&mut content)?;
+    Ok(content)
+}
+
+/// Opens an existing file, never through a symlink: another user may have created that, and it may lead to a secret or to
+/// an endless device. Without O_NONBLOCK a named pipe would block until another process opens its other end.
+fn open(path: &Path, options: &mut OpenOptions) -> io::Result<File> {
+    options.custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK).open(path)
 }
 
 fn rename_over(path: &Path, content: &[u8]) -> io::Result<()> {
@@ -151,7 +161,7 @@ fn rename_over(path: &Path, content: &[u8]) -> io::Result<()> {
 }
 
 fn is_ours(path: &Path) -> io::Result<bool> {
-    match fs::read(path) {
+    match read(path) {
         Ok(pid) => Ok(pid.trim_ascii() == process::id().to_string().as_bytes()),
         Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(false),
         Err(e) => Err(e),
@@ -174,6 +184,31 @@ mod tests {
         assert!(file.is_file());
         assert_eq!(file.permissions().mode() & 0o777, 0o644);
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 2, "no temporary file is left");
+    }
+
+    /// In a directory like /tmp another user may have created them.
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn a_pipe_does_not_block_and_a_symlink_is_not_read() {
+        use rustix::fs::{mknodat, FileType, Mode, CWD};
+        use std::sync::mpsc;
+        use std::thread;
+        use std::time::Duration;
+
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("pid");
+        let file = PidFile::new(Some(path.clone()));
+        mknodat(CWD, &path, FileType::Fifo, Mode::RWXU, 0).unwrap();
+        let (done, written) = mpsc::channel();
+        thread::spawn(move || done.send(file.write().is_ok()));
+        assert_eq!(written.recv_timeout(Duration::from_secs(60)), Ok(true));
+        fs::remove_file(&path).unwrap();
+
+        let secret = dir.path().join("secret");
+        fs::write(&secret, "precious").unwrap();
+        std::os::unix::fs::symlink(&secret, &path).unwrap();
+        drop(PidFile::new(Some(path.clone())).replace().unwrap());
+        assert!(!path.exists(), "the contents of the secret were restored, readable for everyone");
     }
 
     #[test]

@@ -67,7 +67,9 @@ impl Arrived {
             Ok(entry.with_fd(Arc::new(fd)))
         };
         let entries = named.into_iter().map(own).collect::<Result<_, Error>>()?;
-        descriptors.seal().map_err(Error::handover("descriptors"))?;
+        if let Descriptors::Inherited(adopter) = &descriptors {
+            adopter.seal().map_err(Error::handover("descriptors"))?;
+        }
         for fd in unknown {
             // Take ownership to close it, because this version cannot use it.
             drop(descriptors.take(fd));
@@ -86,14 +88,6 @@ enum Descriptors {
 }
 
 impl Descriptors {
-    /// Sets close-on-exec on those that were taken.
-    fn seal(&self) -> io::Result<()> {
-        match self {
-            Self::Inherited(adopter) => adopter.seal(),
-            Self::Received(_) => Ok(()),
-        }
-    }
-
     /// Takes ownership of the descriptor that the manifest means. Works once for each.
     fn take(&mut self, fd: FdRef) -> io::Result<OwnedFd> {
         match self {

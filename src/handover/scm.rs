@@ -31,6 +31,8 @@ pub(crate) const CROWDED: Duration = Duration::from_millis(10);
 /// The kernel's limit (SCM_MAX_FD) on descriptors in one message.
 pub(crate) const DESCRIPTORS_PER_MESSAGE: usize = 253;
 
+const CLOSED: &str = "the other process closed the connection during the handover";
+
 /// The newline before the last line, and the last line.
 const END: &[u8] = b"\nend\n";
 
@@ -149,12 +151,7 @@ impl Receiver {
                 _ => self.receive(fd.as_fd(), &mut buffer),
             };
             let count = match arrived {
-                Ok(0) => {
-                    return Err(io::Error::new(
-                        io::ErrorKind::UnexpectedEof,
-                        "the other process closed the connection during the handover",
-                    ));
-                }
+                Ok(0) => return Err(io::Error::new(io::ErrorKind::UnexpectedEof, CLOSED)),
                 Ok(count) => count,
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(false),
