@@ -203,8 +203,9 @@ impl Ecdysis {
         self.0.hand_over(socket)
     }
 
-    /// Stops: accepting ends, and `run` returns. If no thread is in `run`, this call performs the stop. A running
-    /// upgrade is ended together with its child. A stop that is requested before `ready` takes effect right after it.
+    /// Stops: accepting ends, and `run` returns. If no thread is in `run`, this call performs the stop, and blocks during
+    /// the [delay](crate::Builder::stop_delay). A running upgrade is ended together with its child. A stop that is
+    /// requested before `ready` takes effect right after it.
     pub fn stop(&self) {
         self.0.stop();
     }
