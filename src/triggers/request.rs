@@ -4,16 +4,21 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::{mpsc, Mutex, PoisonError};
+use std::thread;
 use std::time::Instant;
 
+use rustix::io::Errno;
 use rustix::net::{send, SendFlags};
 
 use super::takeover::TakeoverRequest;
 use crate::error::Error;
 use crate::exit::{ExitReason, Upgraded};
+use crate::handover::greeting::GREETING_TIME;
 use crate::handover::held_open::hold_open;
+use crate::logging;
 use crate::sys::flag::Flag;
 use crate::sys::net::NOSIGNAL;
+use crate::sys::poll::{wait_writable, Deadline};
 use crate::sys::signal;
 
 /// A requested action.
@@ -97,9 +102,23 @@ impl Reply {
         }
     }
 
+    /// With some thousand sockets the line is longer than a socket's buffer. A thread sends the rest, because the event loop
+    /// waits for no peer.
     pub(crate) fn status(self, line: &str) {
-        if let Self::Socket(stream) = self {
-            send_line(&stream, line);
+        let Self::Socket(stream) = self else { return };
+        let sent = send_some(&stream, line.as_bytes());
+        if sent == line.len() {
+            return;
+        }
+        let (rest, deadline) = (line.as_bytes()[sent..].to_owned(), Deadline::after(GREETING_TIME));
+        let send_rest = move || {
+            let mut rest = &rest[..];
+            while !rest.is_empty() && wait_writable(&stream, deadline) {
+                rest = &rest[send_some(&stream, rest)..];
+            }
+        };
+        if let Err(e) = thread::Builder::new().name("ecdysis-status".into()).spawn(send_rest) {
+            logging::warn!("a long status was cut: cannot create a thread: {e}");
         }
     }
 
@@ -129,7 +148,16 @@ fn in_words(outcome: &Result<Upgraded, Error>) -> String {
 
 /// Sends one line if the socket has room for it, without waiting for the peer.
 pub(super) fn send_line(stream: &UnixStream, line: &str) {
-    let _ = send(stream, line.as_bytes(), NOSIGNAL | SendFlags::DONTWAIT);
+    send_some(stream, line.as_bytes());
+}
+
+/// Sends as much as the socket has room for. Returns the number of bytes; for a peer that is gone, that of all.
+fn send_some(stream: &UnixStream, bytes: &[u8]) -> usize {
+    match send(stream, bytes, NOSIGNAL | SendFlags::DONTWAIT) {
+        Ok(sent) => sent,
+        Err(Errno::AGAIN | Errno::INTR) => 0,
+        Err(_) => bytes.len(),
+    }
 }
 
 /// Requests that other threads have posted, and the descriptor that wakes the waiting thread.
@@ -165,5 +193,22 @@ impl Calls {
 
     pub(super) fn clear(&self) {
         self.own.as_ref().map_or_else(signal::clear_wake, Flag::lower);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Read;
+
+    #[test]
+    fn a_status_longer_than_the_buffer_arrives_whole() {
+        let (ours, mut client) = UnixStream::pair().unwrap();
+        let line = format!("{}\n", "socket=tcp ".repeat(500_000));
+        Reply::Socket(ours).status(&line);
+        client.set_read_timeout(Some(GREETING_TIME)).unwrap();
+        let mut received = String::new();
+        client.read_to_string(&mut received).unwrap();
+        assert!(received == line, "{} of {} bytes", received.len(), line.len());
     }
 }

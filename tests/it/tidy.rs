@@ -51,7 +51,7 @@ const LONGER: &[&str] = &[];
 
 /// The maximum number of code lines in the core: without tests, comments and blank lines, and without the code for
 /// Tokio, systemd and systems other than Linux.
-const CORE: usize = 7_943;
+const CORE: usize = 7_969;
 
 /// Code that the library must not contain, because it neither panics nor prints. (Lints check for arithmetic overflow.)
 const FORBIDDEN: &[&str] = &[
