@@ -8,7 +8,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::{UnixDatagram, UnixStream};
 use std::sync::Arc;
 
-use rustix::net::AddressFamily;
+use rustix::net::{AddressFamily, SocketType};
 
 use super::kind::check_kind;
 use super::producer::Producer;
@@ -225,10 +225,10 @@ impl Sockets {
                 None
             }
         });
-        let pair = UnixDatagram::pair().map_err(Error::socket(&key));
-        let to_child = pair.and_then(|(ours, childs)| {
+        let pair = sys::net::socketpair(SocketType::DGRAM, sys::Mode::Blocking);
+        let to_child = pair.map_err(Error::socket(&key)).and_then(|(ours, childs)| {
             self.pass(&key, childs.as_fd())?;
-            Ok(ours)
+            Ok(ours.into())
         });
         (to_parent, to_child)
     }
