@@ -211,7 +211,6 @@ mod tests {
     use std::fs::File;
     use std::io::Write;
     use std::os::unix::net::UnixStream;
-    use std::os::unix::process::CommandExt;
     use std::process::Command;
 
     fn receiver() -> Receiver {
@@ -413,13 +412,12 @@ mod tests {
     }
 
     /// For tests that change the limits of their process: runs the test again in a separate process.
-    fn in_a_process_of_its_own(name: &str, change: impl FnOnce(&mut Command)) -> bool {
+    fn in_a_process_of_its_own(name: &str) -> bool {
         if std::env::var_os("ECDYSIS_TEST_ALONE").is_some() {
             return true;
         }
         let mut command = Command::new("/proc/self/exe");
         command.args(["--exact", "--test-threads=1", name]).env("ECDYSIS_TEST_ALONE", "1");
-        change(&mut command);
         let output = command.output().unwrap();
         assert!(
             output.status.success() && String::from_utf8_lossy(&output.stdout).contains("1 passed"),
@@ -437,7 +435,7 @@ mod tests {
 
     #[test]
     fn a_receiver_out_of_descriptor_numbers_says_so() {
-        if !in_a_process_of_its_own("handover::scm::tests::a_receiver_out_of_descriptor_numbers_says_so", |_| {}) {
+        if !in_a_process_of_its_own("handover::scm::tests::a_receiver_out_of_descriptor_numbers_says_so") {
             return;
         }
         let (all, _) = descriptors(20);
@@ -451,15 +449,14 @@ mod tests {
 
     #[test]
     fn too_many_descriptors_in_flight_are_waited_for() {
-        // The kernel counts per user, but not for root.
-        let name = "handover::scm::tests::too_many_descriptors_in_flight_are_waited_for";
-        let change = |command: &mut Command| {
-            if rustix::process::geteuid().is_root() {
-                command.uid(54_321).gid(54_321);
-            }
-        };
-        if !in_a_process_of_its_own(name, change) {
+        if !in_a_process_of_its_own("handover::scm::tests::too_many_descriptors_in_flight_are_waited_for") {
             return;
+        }
+        // The kernel counts per user, but not for root. Another user might not be allowed to execute this program, so only
+        // this thread changes.
+        if rustix::process::geteuid().is_root() {
+            let user = rustix::process::Uid::from_raw(54_321);
+            rustix::thread::set_thread_res_uid(user, user, user).unwrap();
         }
         let (left, right) = pair();
         let (left_2, right_2) = pair();

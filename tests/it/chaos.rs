@@ -80,10 +80,8 @@ fn chaos(seed: u64) -> [usize; 3] {
     let path = |name: &str| dir.path().join(name).to_str().unwrap().to_owned();
     // The program is a shell that waits for the server, or the server itself.
     let (wrap, shell, how) = (path("wrap"), path("shell"), path("how"));
-    let script = "#!/bin/sh\n[ -e SHELL ] || exec WHOAMI \"$@\"\nWHOAMI \"$@\"\nexit $?\n";
-    let script = script.replace("SHELL", &shell).replace("WHOAMI", example("whoami").to_str().unwrap());
-    fs::write(&wrap, script).unwrap();
-    fs::set_permissions(&wrap, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    let text = "[ -e 'SHELL' ] || exec WHOAMI \"$@\"\nWHOAMI \"$@\"\nexit $?";
+    script(&wrap, &text.replace("SHELL", &shell).replace("WHOAMI", &whoami_in_shell()));
     let args =
         ["--listen", &own_address(), "--drain", "30", "--ready-timeout", "1500", "--exec", &wrap, "--misbehave", &how];
     let server =

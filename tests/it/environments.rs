@@ -338,8 +338,7 @@ fn a_new_version_for_which_there_is_no_memory_does_no_harm() {
         let dir = tempdir();
         let [misbehave, wrapper] = ["misbehave", "wrapper"].map(|name| dir.path().join(name));
         let moved = format!("echo $$ >{}/cgroup.procs", cgroup.0.display());
-        fs::write(&wrapper, format!("#!/bin/sh\n{moved}\nexec {} \"$@\"\n", example("whoami").display())).unwrap();
-        fs::set_permissions(&wrapper, Permissions::from_mode(0o755)).unwrap();
+        script(&wrapper, &format!("{moved}\nexec {} \"$@\"", whoami_in_shell()));
         let more = ["--exec", wrapper.to_str().unwrap(), "--misbehave", misbehave.to_str().unwrap()];
         let mut server = Server::whoami([&ARGS, way, &more].concat());
         let load = Load::on(&server.addr(), 1);
@@ -483,8 +482,9 @@ fn a_server_in_a_changed_root_is_upgraded() {
         fs::create_dir(root.path().join(dir)).unwrap();
     }
     install("whoami", root.path().join("bin/whoami"));
-    let script = "for dir in usr lib lib32 lib64 dev; do [ ! -d /$dir ] || mount --rbind /$dir $0/$dir || exit; done; \
-                  root=$0; exec chroot $root /bin/whoami \"$@\"";
+    let script =
+        "for dir in usr lib lib32 lib64 dev; do [ ! -d /$dir ] || mount --rbind /$dir \"$0/$dir\" || exit; done; \
+                  exec chroot \"$0\" /bin/whoami \"$@\"";
     let mut command = Command::new("unshare");
     command.args(["--mount", "sh", "-c", script]).arg(root.path()).args(ARGS).env("TMPDIR", "/tmp");
     upgrades(&mut Server::serving(command));

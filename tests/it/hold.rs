@@ -5,7 +5,6 @@ use std::fs;
 use std::io::{IoSlice, Read, Write};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixDatagram;
 #[cfg(feature = "systemd")]
 use std::os::{linux::net::SocketAddrExt, unix::net::SocketAddr};
@@ -16,12 +15,7 @@ use std::thread;
 use rustix::net::{sendmsg_addr, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketAddrUnix};
 use rustix::process::Signal;
 
-use crate::support::{
-    ask, children, connect, eventually, example, field, generation, send_signal, status_field, tempdir, this_program,
-    threads, Load, Server,
-};
-#[cfg(feature = "systemd")]
-use crate::support::{freeze, frozen};
+use crate::support::*;
 
 const SPEAKS: bool = cfg!(feature = "systemd");
 
@@ -93,7 +87,7 @@ fn a_server_that_never_says_ready_is_upgraded_and_stopped_too() {
 /// The program may be a script that executes the server, so the server has another name.
 #[test]
 fn a_silent_server_behind_a_script_is_followed() {
-    let script = format!("sleep 0.3; exec {} --listen 127.0.0.1:0 --probation 50", example("whoami").display());
+    let script = format!("sleep 0.3; exec {} --listen 127.0.0.1:0 --probation 50", whoami_in_shell());
     let mut command = Command::new(example("hold"));
     command.args(["--", "sh", "-c", &script]).stdout(std::process::Stdio::null());
     let mut server = Server::serving(command);
@@ -269,12 +263,11 @@ fn the_check_of_the_new_program_decides() {
     let dir = tempdir();
     let (program, verdict) = (dir.path().join("server"), dir.path().join("verdict"));
     let text = format!(
-        "#!/bin/sh\n[ \"$1\" = --check ] && exit $(cat {})\nexec {} --probation 50 \"$@\"\n",
+        "[ \"$1\" = --check ] && exit $(cat '{}')\nexec {} --probation 50 \"$@\"",
         verdict.display(),
-        example("whoami").display()
+        whoami_in_shell()
     );
-    fs::write(&program, text).unwrap();
-    fs::set_permissions(&program, PermissionsExt::from_mode(0o755)).unwrap();
+    script(&program, &text);
     fs::write(&verdict, "1").unwrap();
     let mut command = Command::new(example("hold"));
     command.args(["--check", "--check all", "--"]).arg(&program).args(["--listen", "127.0.0.1:0"]);

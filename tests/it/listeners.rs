@@ -101,8 +101,9 @@ fn serve(dir: &str) -> Result<()> {
                 say(format!("listening {} gen={generation} pid={}", listener.local_addr()?, process::id()));
                 accept(starting.shutdown(), listener, generation);
             }
-            ["unix", path] => {
-                accept(starting.shutdown(), starting.listen_unix(std::path::Path::new(dir).join(path))?, generation)
+            ["unix", ref path @ ..] => {
+                let path = std::path::Path::new(dir).join(path.join(" "));
+                accept(starting.shutdown(), starting.listen_unix(path)?, generation)
             }
             ["udp", addr] => {
                 let socket = starting.build_socket_udp(addr.parse()?, |socket, addr| {
@@ -344,7 +345,7 @@ fn an_address_that_a_service_manager_holds_names_that() {
         let dir = tempdir();
         fs::write(dir.path().join("plan"), &plan).unwrap();
         let mut command = this_program("listeners::server");
-        command.env("LISTENERS_DIR", dir.path()).env("LISTEN_FDS", "1");
+        command.env("LISTENERS_DIR", dir.path()).env("LISTEN_FDS", "1").env_remove("LISTEN_PID");
         pid.map(|pid| command.env("LISTEN_PID", pid));
         Server::start(command).wait("failed: ")
     };

@@ -24,8 +24,7 @@ fn server(dir: &TempDir, more: &[&str]) -> (Server, impl Fn(&str)) {
 /// A script that starts the server as its own child. A kill hits the script and not the server.
 fn wrapper(dir: &TempDir) -> String {
     let path = dir.path().join("wrapper");
-    fs::write(&path, format!("#!/bin/sh\n\"{}\" \"$@\"\nexit $?\n", example("whoami").display())).unwrap();
-    fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+    script(&path, &format!("{} \"$@\"\nexit $?", whoami_in_shell()));
     path.to_str().unwrap().to_owned()
 }
 

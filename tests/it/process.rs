@@ -191,7 +191,7 @@ fn a_replaced_file_and_a_flipped_link_start_the_new_version() {
     symlink("1", &link).unwrap();
     // As started by a shell: the directory's name contains the link, and argv[0] is relative.
     let mut command = Command::new("sh");
-    let script = format!("cd {} && exec ./server --listen 127.0.0.1:0 --probation 20", link.display());
+    let script = format!("cd '{}' && exec ./server --listen 127.0.0.1:0 --probation 20", link.display());
     command.args(["-c", &script]);
     let mut server = Server::serving(command);
     assert_eq!(exe(server.pid()), inode(&dir.path().join("1/server")));
@@ -232,8 +232,7 @@ fn a_relative_program_is_found_after_a_chdir_and_arguments_need_not_be_utf8() {
 fn a_wrapper_script_does_no_harm_and_a_stale_variable_means_nothing() {
     let dir = tempdir();
     let wrapper = dir.path().join("wrapper");
-    fs::write(&wrapper, format!("#!/bin/sh\ntrue\nexec {} \"$@\"\n", example("whoami").display())).unwrap();
-    fs::set_permissions(&wrapper, fs::Permissions::from_mode(0o755)).unwrap();
+    script(&wrapper, &format!("true\nexec {} \"$@\"", whoami_in_shell()));
     let mut command = Command::new(example("whoami"));
     command.args(LISTEN).args(["--probation", "20", "--exec"]).arg(&wrapper);
     // As in a process that a server started long ago: the variable is set, and its numbers are pipes of other code.

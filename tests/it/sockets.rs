@@ -2,9 +2,8 @@
 
 use std::fs;
 use std::io::{Read, Write};
-use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixListener;
-use std::path::Path;
 use std::process::Command;
 
 use crate::support::*;
@@ -147,7 +146,7 @@ fn port_0_and_two_kinds_on_one_port() {
     let mut server = Server::whoami(listen.chain(["--exec", next.to_str().unwrap()]));
     // The order matters only among sockets of the same kind with the same address.
     args.reverse();
-    script(&next, &format!("exec {} --listen {}", example("whoami").display(), args.join(" --listen ")));
+    script(&next, &format!("exec {} --listen {}", whoami_in_shell(), args.join(" --listen ")));
     let before = server.addrs();
     server.upgrade();
     for addr in [&before[0], &before[2], &before[3]] {
@@ -161,11 +160,6 @@ fn port_0_and_two_kinds_on_one_port() {
     assert!(answer[..n].starts_with(b"gen=2 "));
 }
 
-fn script(path: &Path, line: &str) {
-    fs::write(path, format!("#!/bin/sh\n{line}\n")).unwrap();
-    fs::set_permissions(path, fs::Permissions::from_mode(0o755)).unwrap();
-}
-
 /// Otherwise the kernel would complete handshakes, and no process would ever answer.
 #[test]
 fn what_nobody_claims_is_closed() {
@@ -174,7 +168,7 @@ fn what_nobody_claims_is_closed() {
     let args = ["--listen", "127.0.0.1:0", "--listen", "127.0.0.2:0", "--exec", next.to_str().unwrap()];
     let mut server = Server::whoami(args.into_iter().chain(["--probation", "50"]));
     let addrs = server.addrs();
-    script(&next, &format!("exec {} --listen 127.0.0.1:0", example("whoami").display()));
+    script(&next, &format!("exec {} --listen 127.0.0.1:0", whoami_in_shell()));
     server.upgrade();
     server.wait("ended gen=1");
     wait_exit(server.first_pid());

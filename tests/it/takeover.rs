@@ -634,7 +634,7 @@ fn peers_that_stall_or_talk_garbage_change_nothing_and_block_nobody() {
     // A manifest of this size does not fit into the socket.
     let mut args = vec!["--probation".to_owned(), "20".into(), "--ready-timeout".into(), "3000".into()];
     let dir = tempdir();
-    let long = "x".repeat(90);
+    let long = "x".repeat(104_usize.saturating_sub(dir.path().as_os_str().len()));
     for n in 0..50 {
         args.extend(["--listen".into(), format!("unix:@{}{n}{long}", dir.path().display())]);
     }

@@ -15,6 +15,7 @@ use std::fs;
 use std::io::{self, BufRead, BufReader, Read, Seek, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::os::fd::AsFd;
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{self, Child, Command, ExitStatus, Output, Stdio};
@@ -84,11 +85,29 @@ pub fn example(name: &str) -> PathBuf {
     path
 }
 
+/// Writes an executable shell script.
+pub fn script(path: impl AsRef<Path>, text: &str) {
+    fs::write(&path, format!("#!/bin/sh\n{text}\n")).unwrap();
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+}
+
+/// Returns the quoted path of the server that most tests use, for a script.
+pub fn whoami_in_shell() -> String {
+    format!("'{}'", example("whoami").display())
+}
+
 /// Copies an example in another process. If this process had the copy open for writing, a child that another thread
 /// forks at that moment would have it open too, and the copy could not be executed until that child calls execve
 /// (ETXTBSY).
 pub fn install(name: &str, to: impl AsRef<Path>) {
-    assert!(Command::new("cp").arg(example(name)).arg(to.as_ref()).status().unwrap().success());
+    // Another user may have to execute it, whatever the umask.
+    assert!(Command::new("install")
+        .args(["-m", "755"])
+        .arg(example(name))
+        .arg(to.as_ref())
+        .status()
+        .unwrap()
+        .success());
 }
 
 /// Returns a command that runs one test of this test program, as a server that is not a separate program.

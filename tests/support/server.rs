@@ -213,7 +213,7 @@ impl Server {
 }
 
 fn listening(line: &str) -> Option<&str> {
-    line.strip_prefix("listening ")?.split(' ').next()
+    line.strip_prefix("listening ")?.split(" gen=").next()
 }
 
 impl Drop for Server {
