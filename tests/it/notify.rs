@@ -396,7 +396,9 @@ fn a_stop_that_finds_no_store_says_so() {
     server.wait("log warn cannot store the passed state for the next start");
     server.wait_all_ended();
 
-    let in_terminal = Server::whoami(["--listen", "127.0.0.1:0", "--systemd", "--keep-passed", "--log"]);
+    let mut command = Command::new(example("whoami"));
+    command.args(["--listen", "127.0.0.1:0", "--systemd", "--keep-passed", "--log"]).env_remove("NOTIFY_SOCKET");
+    let in_terminal = Server::serving(command);
     in_terminal.signal(Signal::TERM);
     in_terminal.wait_all_ended();
     assert_eq!(in_terminal.said().iter().find(|line| line.starts_with("log warn")), None);

@@ -15,7 +15,7 @@ use std::fs;
 use std::io::{self, BufRead, BufReader, Read, Seek, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::os::fd::AsFd;
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{self, Child, Command, ExitStatus, Output, Stdio};
@@ -55,8 +55,11 @@ pub fn own_address() -> String {
     format!("127.{high}.{low}.{}:0", NEXT.fetch_add(1, Ordering::Relaxed))
 }
 
+/// Some tests open their directory to another user, and TMPDIR may be private (pam_tmpdir).
 pub fn tempdir() -> TempDir {
-    tempfile::tempdir().unwrap()
+    let named = std::env::temp_dir();
+    let is_public = named.ancestors().all(|dir| fs::metadata(dir).is_ok_and(|dir| dir.mode() & 0o1 != 0));
+    tempfile::tempdir_in(if is_public { &named } else { Path::new("/tmp") }).unwrap()
 }
 
 pub fn can_unshare(flags: &[&str]) -> bool {
