@@ -286,7 +286,8 @@ fn the_exit_code_tells_what_happened() {
     let code = |options: &[&str], command: &[&str]| {
         let mut hold = Command::new(example("hold"));
         let mut server = Server::start({
-            hold.args(options).arg("--").args(command);
+            // With a directory in PATH that it may not search, the error would be another.
+            hold.args(options).arg("--").args(command).env("PATH", "/usr/bin:/bin");
             hold
         });
         server.wait_all_ended();
