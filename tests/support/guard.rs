@@ -50,21 +50,23 @@ fn run() -> &'static str {
 fn watch() {
     let Ok(run) = std::env::var(GUARD) else { return };
     let _ = io::stdin().read_to_end(&mut Vec::new());
-    end(&format!("{run}."));
+    end(&format!("{run}."), |_| false);
 }
 
-/// Kills this server of the test program, and all its descendants.
-pub fn end_part(part: usize) {
-    end(&format!("{}.{part}.", run()));
+/// Kills this server of the test program, and all its descendants. `group` is its process group, whose leader must not
+/// have been reaped, so that no other group has that number.
+pub fn end_part(part: usize, group: Pid) {
+    let group = group.as_raw_nonzero().get();
+    end(&format!("{}.{part}.", run()), |pid| super::proc::stat(pid).is_some_and(|(_, of)| of == group));
 }
 
 /// Repeats until there is none, because a process may have forked in between.
-fn end(mark: &str) {
+fn end(mark: &str, is_known: impl Fn(u32) -> bool) {
     let mut found = Vec::new();
     let ended = super::try_eventually("every process ends that was killed", || {
         let processes = fs::read_dir("/proc").unwrap().flatten();
         let pids = processes.filter_map(|entry| Pid::from_raw(entry.file_name().to_str()?.parse().ok()?));
-        found = pids.filter_map(|pid| Some((pid, open(pid, mark)?))).collect();
+        found = pids.filter_map(|pid| Some((pid, open(pid, mark, &is_known)?))).collect();
         for (_, pidfd) in &found {
             let _ = pidfd_send_signal(pidfd, Signal::KILL);
         }
@@ -84,24 +86,34 @@ pub fn fail(error: String) {
 }
 
 /// A process that has the mark and has not ended. The descriptor is opened before the check, so it refers to the
-/// process that was checked.
-fn open(pid: Pid, mark: &str) -> Option<OwnedFd> {
+/// process that was checked. In a container even root may not read the environment of another user's process (it has no
+/// CAP_SYS_PTRACE); then `is_known` decides.
+fn open(pid: Pid, mark: &str, is_known: impl Fn(u32) -> bool) -> Option<OwnedFd> {
     let pidfd = pidfd_open(pid, PidfdFlags::empty()).ok()?;
-    let environment = fs::read(format!("/proc/{}/environ", pid.as_raw_nonzero())).ok()?;
+    let number = pid.as_raw_nonzero().get() as u32;
     let start = format!("{MARK}={mark}");
-    environment.split(|byte| *byte == 0).any(|variable| variable.starts_with(start.as_bytes())).then_some(pidfd)
+    let is_marked = match fs::read(format!("/proc/{number}/environ")) {
+        Ok(variables) => variables.split(|byte| *byte == 0).any(|variable| variable.starts_with(start.as_bytes())),
+        Err(e) => e.kind() == io::ErrorKind::PermissionDenied && is_known(number),
+    };
+    (is_marked && super::state(number) != Some('Z')).then_some(pidfd)
+}
+
+/// Opens a process of this test program. All of them are its descendants, because it is a subreaper.
+fn open_own(pid: u32) -> Option<OwnedFd> {
+    let parent = |pid: &u32| super::try_status_field(*pid, "PPid")?.parse().ok();
+    let is_known = |pid| std::iter::successors(Some(pid), parent).any(|pid| pid == std::process::id());
+    open(Pid::from_raw(pid as i32)?, &format!("{}.", run()), is_known)
 }
 
 /// Sends a signal to a process of this test program. Returns false if it has ended.
 pub fn try_send_signal(to: u32, signal: Signal) -> bool {
-    let pidfd = Pid::from_raw(to as i32).and_then(|pid| open(pid, &format!("{}.", run())));
-    pidfd.is_some_and(|pidfd| pidfd_send_signal(&pidfd, signal).is_ok())
+    open_own(to).is_some_and(|pidfd| pidfd_send_signal(&pidfd, signal).is_ok())
 }
 
 /// Sends a signal to a process of this test program. Panics if another process has that number.
 pub fn send_signal(to: u32, signal: Signal) {
-    let pid = Pid::from_raw(to as i32).unwrap();
-    match open(pid, &format!("{}.", run())) {
+    match open_own(to) {
         Some(pidfd) => pidfd_send_signal(&pidfd, signal).unwrap(),
         // A process that ends loses its environment before it is a zombie, and does not need a signal.
         None => super::eventually(&format!("process {to} belongs to this test"), || super::state(to) == Some('Z')),

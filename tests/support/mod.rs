@@ -31,7 +31,8 @@ pub use guard::send_signal;
 pub use load::Load;
 pub use log::Log;
 pub use proc::{
-    accept_loops_wait, children, fd_flags, fds, gone, kinds, state, status_field, threads, try_status_field,
+    accept_loops_wait, children, fd_flags, fds, gone, has_capability, kinds, state, status_field, threads,
+    try_status_field,
 };
 pub use request::field as try_field;
 pub use server::Server;

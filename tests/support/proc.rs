@@ -98,3 +98,9 @@ pub fn try_status_field(process: u32, name: &str) -> Option<String> {
     let value = status.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))?;
     Some(value.trim().to_owned())
 }
+
+/// Whether this process has a capability, by its number (capabilities(7)). In a container root has only some.
+pub fn has_capability(number: u32) -> bool {
+    let effective = u64::from_str_radix(&status_field(std::process::id(), "CapEff"), 16).unwrap();
+    effective & (1 << number) != 0
+}

@@ -218,7 +218,7 @@ fn listening(line: &str) -> Option<&str> {
 
 impl Drop for Server {
     fn drop(&mut self) {
-        guard::end_part(self.part);
+        guard::end_part(self.part, self.group);
         // Later generations have become children of this process. A tracer may have reaped the first one.
         let ended = try_eventually("the first process ends", || !matches!(self.child.try_wait(), Ok(None)));
         ended.unwrap_or_else(guard::fail);
