@@ -254,8 +254,7 @@ fn a_limit_on_the_size_of_files_ends_no_server() {
 /// The limit does not apply to root, so the server runs as another user.
 #[test]
 fn a_limit_on_processes_is_named() {
-    if !rustix::process::geteuid().is_root() {
-        eprintln!("not run: it needs root, to become a user without processes");
+    if !is_root() {
         return;
     }
     // A user that no other test run has at the same time.
@@ -480,8 +479,7 @@ fn a_server_without_proc_is_upgraded() {
 
 #[test]
 fn a_server_in_a_changed_root_is_upgraded() {
-    if !rustix::process::geteuid().is_root() || !can_unshare(&["--mount"]) {
-        eprintln!("not run: chroot needs root");
+    if !is_root() || !can_unshare(&["--mount"]) {
         return;
     }
     let root = tempdir();

@@ -471,7 +471,7 @@ fn an_application_hands_over_to_no_other() {
 /// In another container the path may not exist, although clients in the old container reach the socket by it.
 #[test]
 fn a_takeover_from_another_mount_namespace_keeps_the_sockets() {
-    if !rustix::process::geteuid().is_root() || !can_unshare(&["--mount"]) {
+    if !is_root() || !can_unshare(&["--mount"]) {
         return;
     }
     let dir = tempdir();

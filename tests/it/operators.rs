@@ -9,9 +9,7 @@ use std::time::Duration;
 
 use rustix::process::Signal;
 
-use crate::support::{
-    connect, control, eventually, field, frozen, generation, install, send_signal, tempdir, wait_exit, Load, Server,
-};
+use crate::support::*;
 
 fn can(program: &str, args: &[&str]) -> bool {
     let can = Command::new(program).args(args).output().is_ok_and(|output| output.status.success());
@@ -252,7 +250,7 @@ fn a_path_that_names_a_version_causes_a_warning() {
 /// Files that root created in its own directory.
 #[test]
 fn files_that_are_out_of_reach_after_privileges_were_dropped_cause_a_warning() {
-    if !rustix::process::geteuid().is_root() {
+    if !is_root() {
         return;
     }
     let start = |drop_rights: &[&str]| {

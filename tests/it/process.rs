@@ -279,7 +279,7 @@ fn a_program_with_more_privileges_than_its_caller_gets_no_handover() {
         other.map(|group| format!("{group}\n").into_bytes()) == Some(id.stdout)
     };
     if !took {
-        eprintln!("NOT RUN: the set-group-id bit has no effect here (no-new-privs, nosuid, or no second group)");
+        eprintln!("not run: the set-group-id bit has no effect here (no-new-privs, nosuid, or no second group)");
         return;
     }
     let program = set_group_id(&example("whoami"), "whoami");
@@ -542,8 +542,7 @@ fn a_control_socket_is_private_from_the_first_moment() {
 
 #[test]
 fn a_foreign_user_triggers_nothing() {
-    if !rustix::process::geteuid().is_root() {
-        eprintln!("not run: needs root to become another user");
+    if !is_root() {
         return;
     }
     let dir = tempdir();

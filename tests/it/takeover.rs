@@ -718,14 +718,6 @@ fn a_stalled_peer_and_a_manifest_larger_than_the_socket() {
     assert!(sockets > 900, "{sockets}");
 }
 
-fn is_root() -> bool {
-    let root = rustix::process::geteuid().is_root();
-    if !root {
-        eprintln!("not run: needs root to become another user");
-    }
-    root
-}
-
 const NOBODY: u32 = 65534;
 
 /// Opens a directory and the socket in it to all users, as an administrator might by mistake.

@@ -63,6 +63,15 @@ pub fn tempdir() -> TempDir {
     tempfile::tempdir_in(if is_public { &named } else { Path::new("/tmp") }).unwrap()
 }
 
+/// For tests that become another user or mount a file system.
+pub fn is_root() -> bool {
+    let is_root = rustix::process::geteuid().is_root();
+    if !is_root {
+        eprintln!("not run: needs root");
+    }
+    is_root
+}
+
 pub fn can_unshare(flags: &[&str]) -> bool {
     let probe = Command::new("unshare").args(flags).arg("true").stderr(Stdio::null()).status();
     let can = probe.is_ok_and(|status| status.success());
