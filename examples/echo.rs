@@ -7,23 +7,16 @@
 //! The open `nc` stays connected to the old process, which exits when `nc` does. A new `nc` reaches the new process.
 
 use std::io::{self, Write};
-use std::{thread, time::Duration};
+use std::{env, error::Error, net::SocketAddr, process, thread, time::Duration};
 
-fn main() -> Result<(), Box<dyn std::error::Error>> {
-    let address = std::env::args().nth(1).unwrap_or("127.0.0.1:7000".into());
-    if address == "--help" {
-        return Ok(io::stdout().write_all(include_bytes!("echo.rs"))?); // the top of this file explains the usage
-    }
-    let starting = ecdysis::Ecdysis::builder()
-        .upgrade_on_signal(libc::SIGHUP)
-        .stop_on_signal(libc::SIGTERM)
-        .pid_file("echo.pid")
-        .start()?;
-    let listener = starting.listen_tcp(address.parse()?)?; // the first generation binds it, later ones inherit it
+use ecdysis::Ecdysis;
+use libc::{SIGHUP, SIGTERM};
+
+fn serve(address: SocketAddr) -> Result<String, Box<dyn Error>> {
+    let starting = Ecdysis::builder().upgrade_on_signal(SIGHUP).stop_on_signal(SIGTERM).pid_file("echo.pid").start()?;
+    let listener = starting.listen_tcp(address)?; // the first generation binds it, later ones inherit it
     let server = starting.ready()?; // from here on this process accepts, and the previous one does not
-    let (generation, pid) = (server.generation(), std::process::id());
-    let _ = writeln!(io::stderr(), "generation {generation} serves {} as pid {pid}", listener.local_addr()?);
-
+    say(format!("generation {} serves {}", server.generation(), listener.local_addr()?));
     let (shutdown, accepting) = (server.shutdown(), server.shutdown());
     thread::spawn(move || {
         for stream in accepting.incoming(&listener).flatten() {
@@ -32,7 +25,19 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         }
     });
     let exit = server.run()?; // returns once a successor serves, or at a stop
-    let left = shutdown.drain(Duration::from_secs(60));
-    let _ = writeln!(io::stderr(), "generation {generation} ends: {exit}; {left} connections cut");
+    Ok(format!("{exit}; {} connections cut", shutdown.drain(Duration::from_secs(60))))
+}
+
+fn main() -> Result<(), Box<dyn Error>> {
+    let address = env::args().nth(1).unwrap_or("127.0.0.1:7000".into());
+    if address == "--help" {
+        return Ok(io::stdout().write_all(include_bytes!("echo.rs"))?); // the top of this file explains the usage
+    }
+    say(serve(address.parse()?)?);
     Ok(())
+}
+
+/// Unlike `eprintln`, this does not panic if the terminal is gone.
+fn say(text: String) {
+    let _ = writeln!(io::stderr(), "pid {}: {text}", process::id());
 }
