@@ -116,8 +116,8 @@ fn overwrite(path: &Path, content: &[u8]) -> io::Result<()> {
     file.set_len(content.len() as u64)
 }
 
-/// Opens an existing file. In a directory like /tmp another user may have created it, and could then write any PID to it. So the file must belong to this user or to root, and no other user may be able to
-/// write to it.
+/// Opens an existing file. In a directory like /tmp another user may have created it, and could then write any PID to it.
+/// So the file must belong to this user or to root, and no other user may be able to write to it.
 fn open_in_place(path: &Path) -> io::Result<File> {
     let file = open(path, OpenOptions::new().write(true))?;
     let found = file.metadata()?;

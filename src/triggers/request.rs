@@ -102,8 +102,8 @@ impl Reply {
         }
     }
 
-    /// With some thousand sockets the line is longer than a socket's buffer. A thread sends the rest, because the event loop
-    /// waits for no peer.
+    /// With thousands of sockets the line is longer than the connection's buffer. Then a thread sends the rest, because the
+    /// event loop must not wait for a client.
     pub(crate) fn status(self, line: &str) {
         let Self::Socket(stream) = self else { return };
         let sent = send_some(&stream, line.as_bytes());
